@@ -1,0 +1,25 @@
+"""Errors whose text is meant for the person at the keyboard: one plain sentence, no traceback needed."""
+
+
+class UserError(Exception):
+    """Something the user can put right; the command line prints the sentence and exits with code 1."""
+
+
+class BitstreamError(UserError):
+    """The bytes are not one whole, undamaged `.ef` file that this model can decode."""
+
+
+class ConfigError(UserError):
+    """A configuration names a field or a value that does not exist."""
+
+
+class WeightsError(UserError):
+    """Weights that are missing, damaged, or made for another architecture."""
+
+
+class DataError(UserError):
+    """Pictures that are missing or cannot be read."""
+
+
+class TrainingError(UserError):
+    """A training run that cannot start or cannot go on."""

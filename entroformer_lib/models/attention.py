@@ -1,0 +1,199 @@
+"""Top-k self-attention and the transformer block (sections 3.1 and 3.3).
+
+Bottom up: choosing the k largest scores, attention, feed-forward, block, a stack of blocks. Each quantity a reader may
+want to look at passes through a module that does nothing (`nn.Identity`): a hook on it sees the tensor, and without a
+hook it costs nothing.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from entroformer_lib.models.position import RelativePosition, sinusoidal_positions
+
+# Which keys may a query see? Maps query numbers [q] to a mask, True = visible: [q, n] or [B, 1, q, n].
+Visible = Callable[[Tensor], Tensor]
+
+SCORE_GRID = 2.0**16  # float64 scores are ranked after rounding to this grid
+MAX_KEYS = 2**20
+CHUNK_ELEMENTS = 2**23  # scores held at a time: 64 MiB in float64
+
+
+def keep_top_k(scores: Tensor, k: int | None, ties: str = "index") -> Tensor:
+    """f_k of eq. 7: keeps the k largest scores of each row, sets the rest to -inf.
+
+    Flat parts of a picture give many *mathematically* equal scores, and then rounding noise, which differs from machine
+    to machine, would choose among them. So in float64, which the coder uses, scores are ranked on a coarse grid
+    (2^-16) and equal ranks are settled by a rule: `index` keeps the first key, `keep` all of them (released code). In
+    float32, which training uses, equal scores are simply all kept.
+
+    scores: [..., n] with -inf where a key is not visible  ->  the same shape
+    """
+    n = scores.size(-1)
+    if k is None or k >= n:
+        return scores
+    ranks = scores.detach()
+    if ranks.dtype == torch.float64:
+        ranks = torch.round(ranks * SCORE_GRID)
+        if ties == "index":  # exact: |score| < 2^16 and n < 2^20 leave 53 bits enough
+            ranks = ranks * MAX_KEYS - torch.arange(n, device=ranks.device)
+    kth = ranks.topk(k, dim=-1).values[..., -1:]
+    return scores.masked_fill(ranks < kth, -torch.inf)
+
+
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, one pair of buffers per block; for serial coding.
+
+    After `append`, a block's `keys` and `values` are views of what is filled: nothing is recomputed, nothing copied.
+    """
+
+    def __init__(self, layers: int, batch: int, heads: int, capacity: int, head_dim: int, like: Tensor):
+        shape = (layers, batch, heads, capacity, head_dim)
+        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
+        self.length = 0  # tokens whose pass through all blocks is complete
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v: [B, heads, q, d] of new tokens  ->  all keys and values of this layer: [B, heads, length + q, d]."""
+        end = self.length + k.size(2)
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class TopKAttention(nn.Module):
+    """Multi-head attention over the k best keys, with relative positions: eq. 4 and eq. 6.
+
+        softmax(f_k(Q (K + P)^T / sqrt(d_k))) V
+
+    Points to look at, each [B, heads, q, n]: `content` = Q K^T and `position` = Q P^T (before scaling), `scores`
+    (scaled, -inf where not visible), `selected` (after f_k) and `probs`.
+    """
+
+    def __init__(self, dim: int, heads: int, top_k: int | None, scale: str, ties: str):
+        super().__init__()
+        self.heads, self.top_k, self.ties = heads, top_k, ties
+        self.scale = (dim if scale == "width" else dim // heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.content, self.position, self.scores = nn.Identity(), nn.Identity(), nn.Identity()
+        self.selected, self.probs = nn.Identity(), nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,
+        sites: Tensor,
+        visible: Visible | None = None,
+        relative: RelativePosition | None = None,
+        top_k: int | None = None,
+        cache: KeyValueCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """x: [B, q, D] new tokens, sites: [n, 2] of all tokens including earlier, cached ones  ->  [B, q, D]."""
+        B, q_len, D = x.shape
+        qkv = self.qkv(x).view(B, q_len, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, q, d]
+        first = 0
+        if cache is not None:
+            first = cache.length
+            k, v = cache.append(layer, k, v)
+        n = k.size(2)
+        # Queries go in chunks, so that memory grows with n and not with n^2.
+        chunk = max(1, CHUNK_ELEMENTS // (B * self.heads * n))
+        rows = []
+        for start in range(0, q_len, chunk):
+            part = q[:, :, start : start + chunk]
+            numbers = torch.arange(first + start, first + start + part.size(2), device=x.device)
+            rows.append(self._attend(part, k, v, numbers, sites, visible, relative, top_k))
+        out = torch.cat(rows, dim=2) if len(rows) > 1 else rows[0]
+        return self.out(out.transpose(1, 2).reshape(B, q_len, D))
+
+    def _attend(self, q, k, v, numbers, sites, visible, relative, top_k) -> Tensor:
+        """q: [B, heads, q, d], k and v: [B, heads, n, d], numbers: [q]  ->  [B, heads, q, d]."""
+        # The ranking needs more digits than bfloat16 has, so the scores leave autocast.
+        with torch.autocast(q.device.type, enabled=False):
+            wide = torch.promote_types(q.dtype, torch.float32)
+            q, k = q.to(wide), k.to(wide)
+            scores = self.content(q @ k.transpose(-1, -2))
+            if relative is not None:
+                scores = scores + self.position(relative(q, sites[numbers], sites))
+            scores = scores * self.scale
+            if visible is not None:
+                scores = scores.masked_fill(~visible(numbers), -torch.inf)
+            scores = self.selected(keep_top_k(self.scores(scores), top_k or self.top_k, self.ties))
+            probs = self.probs(scores.softmax(dim=-1))
+        return probs.to(v.dtype) @ v
+
+
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "leaky_relu": lambda: nn.LeakyReLU(0.2)}
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block: x + Attention(LN(x)), then x + FeedForward(LN(x)).
+
+    x: [B, q, D]  ->  [B, q, D]
+    """
+
+    def __init__(self, dim: int, heads: int, top_k: int | None, ffn_ratio: int, scale: str, activation: str, ties: str):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attention = TopKAttention(dim, heads, top_k, scale, ties)
+        self.norm2 = nn.LayerNorm(dim)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(dim, ffn_ratio * dim), ACTIVATIONS[activation](), nn.Linear(ffn_ratio * dim, dim)
+        )
+
+    def forward(self, x: Tensor, sites: Tensor, **attention) -> Tensor:
+        x = x + self.attention(self.norm1(x), sites, **attention)
+        return x + self.feed_forward(self.norm2(x))
+
+
+class Stack(nn.Module):
+    """Blocks in a row with their position encoding; the context model has one, each stage of the hyperprior too.
+
+    Args:
+        config: an EntroformerConfig; widths, heads and switches come from it.
+        layers, top_k, radius: what differs between the stacks of one model.
+    """
+
+    def __init__(self, config, layers: int, top_k: int | None, radius: int):
+        super().__init__()
+        c = config
+        self.top_k, self.jitter, self.heads = top_k, c.top_k_jitter, c.heads
+        self.absolute = c.position == "absolute"
+        self.blocks = nn.ModuleList(
+            Block(c.dim, c.heads, top_k, c.ffn_ratio, c.attention_scale, c.activation, c.ties) for _ in range(layers)
+        )
+        tables = 0 if c.position in ("none", "absolute") else 1 if c.share_position else layers
+        self.positions = nn.ModuleList(
+            RelativePosition(c.position, radius, c.dim // c.heads) for _ in range(tables)
+        )
+        for module in self.modules():  # truncated normal, appendix A.5; 0.02 as in BERT and ViT
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def cache(self, batch: int, capacity: int) -> KeyValueCache:
+        """An empty cache for up to `capacity` tokens."""
+        like = self.blocks[0].norm1.weight
+        return KeyValueCache(
+            len(self.blocks), batch, self.heads, capacity, like.numel() // self.heads, like.detach()
+        )
+
+    def forward(
+        self, x: Tensor, sites: Tensor, visible: Visible | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """x: [B, q, D] (with a cache: only the new tokens), sites: [n, 2]  ->  [B, q, D]."""
+        if self.absolute:
+            numbers = slice(sites.size(0) - x.size(1), None)
+            x = x + sinusoidal_positions(sites[numbers], x.size(-1)).to(x.dtype)
+        top_k = self.top_k
+        if self.jitter and self.training and top_k is not None:
+            top_k = int(torch.randint(max(2, top_k // 2), 2 * top_k, ()))
+        for layer, block in enumerate(self.blocks):
+            relative = self.positions[min(layer, len(self.positions) - 1)] if len(self.positions) else None
+            x = block(x, sites, visible=visible, relative=relative, top_k=top_k, cache=cache, layer=layer)
+        if cache is not None:
+            cache.length += x.size(1)
+        return x

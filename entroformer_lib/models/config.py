@@ -1,0 +1,180 @@
+"""The whole architecture as one frozen dataclass, with named sizes and variants.
+
+Read the fields top to bottom next to the paper's section 4 and Table 5; the comment behind a field says where an
+odd default comes from. `paper` follows the text, `official` the code the authors released.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Literal, get_args, get_origin, get_type_hints
+
+from entroformer_lib.errors import ConfigError
+
+Context = Literal["serial", "parallel", "none"]
+Position = Literal["none", "absolute", "relative_1d", "relative_2d", "diamond"]
+
+
+@dataclass(frozen=True)
+class EntroformerConfig:
+    """Every choice that changes the network. Two equal configs build interchangeable models.
+
+    Raises:
+        ConfigError: a value outside its field's type, or a combination that cannot be built.
+    """
+
+    context: Context = "serial"  # serial: causal, one site a step; parallel: checkerboard, two passes (section 3.4)
+    hyperprior: bool = True  # False leaves only the context model (Figure 5, right)
+
+    # Sizes (Table 5)
+    N: int = 192  # channels inside g_a and g_s
+    M: int = 384  # channels of the latents y
+    Z: int = 192  # channels of the hyper-latents z
+    dim: int = 384  # width of the transformers, D in our shapes
+    heads: int = 6
+    context_layers: int = 6
+    ffn_ratio: int = 4
+
+    # Top-k attention (section 3.3)
+    top_k: int | None = 32  # None: dense attention
+    hyper_top_k: tuple[int | None, int | None, int | None] = (32, 32, 32)  # h_a's three stages, fine to coarse
+    top_k_jitter: bool = False  # while training, draw k from [k // 2, 2 k) at every pass (released code)
+
+    # Position encoding (section 3.2, Table 1)
+    position: Position = "diamond"
+    radius: int = 3  # h: offsets with L1 distance up to h have a vector of their own (Figure 6: best at 3)
+    hyper_radius: tuple[int, int, int] = (3, 3, 3)
+    share_position: bool = False  # one table for all blocks of a stack (released code) instead of one per block
+
+    attention_scale: Literal["head", "width"] = "head"  # 1/sqrt(head width) as in eq. 3; released: 1/sqrt(dim)
+    activation: Literal["relu", "gelu", "leaky_relu"] = "relu"  # feed-forward "as Vaswani"; released: LeakyReLU(0.2)
+    ties: Literal["index", "keep"] = "index"  # equal scores at rank k: lower index wins, or (released) all are kept
+    z_prior: Literal["factorized", "gaussian"] = "factorized"  # the authors call the paper's "factorized" an erratum
+    scale_floor: float = 0.11  # smallest sigma of y; CompressAI's bound. Released: exp(-7)
+
+    def __post_init__(self):
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if not _fits(value, hint):
+                raise ConfigError(f"The config field '{name}' cannot be {value!r}; it takes {_describe(hint)}.")
+        if self.context == "none" and not self.hyperprior:
+            raise ConfigError("A model without context and without hyperprior has nothing to predict from.")
+        if self.dim % self.heads:
+            raise ConfigError(f"The width dim = {self.dim} does not divide into {self.heads} heads.")
+        if self.position == "absolute" and self.dim % 4:
+            raise ConfigError(f"Absolute positions need a width divisible by 4, and dim is {self.dim}.")
+        sizes = (self.N, self.M, self.Z, self.dim, self.heads, self.context_layers, self.ffn_ratio, self.radius)
+        if min(sizes + self.hyper_radius) < 1:
+            raise ConfigError("Every size and radius in a config must be at least 1.")
+        if any(k is not None and k < 2 for k in (self.top_k, *self.hyper_top_k)):
+            raise ConfigError("top_k must be at least 2, or None for dense attention.")
+        if not self.scale_floor > 0:
+            raise ConfigError(f"scale_floor must be above 0, and is {self.scale_floor}.")
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per side of the largest block the model works on; pictures are padded to a multiple of it."""
+        return 64 if self.hyperprior else 16
+
+    @property
+    def variant(self) -> str:
+        """`serial`, `parallel`, `hyperprior` (no context), or `context-serial` / `context-parallel` (no hyperprior)."""
+        if self.context == "none":
+            return "hyperprior"
+        return self.context if self.hyperprior else f"context-{self.context}"
+
+    def to_json(self) -> str:
+        """The config as JSON with sorted keys, so that equal configs give equal text."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "EntroformerConfig":
+        """Reads `to_json`'s text back; an unknown key is a ConfigError."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"This is not a config in JSON: {error}.") from None
+        if not isinstance(values, dict):
+            raise ConfigError("A config in JSON is an object of fields and values.")
+        return cls(**_known(values, cls))
+
+
+def _known(values: dict, cls) -> dict:
+    names = [field.name for field in dataclasses.fields(cls)]
+    for name in values:
+        if name not in names:
+            raise ConfigError(f"The config has no field '{name}'; it has {', '.join(names)}.")
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+
+
+def _fits(value, hint) -> bool:
+    """True when `value` has the annotated type; just the few kinds of annotation used above."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in args
+    if origin is tuple:
+        return isinstance(value, tuple) and len(value) == len(args) and all(map(_fits, value, args))
+    if args:  # int | None
+        return any(_fits(value, arg) for arg in args)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _describe(hint) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(repr(a) for a in get_args(hint))
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+
+
+SIZES = {
+    "base": {},  # the paper's Table 5
+    "study": dict(N=96, M=128, Z=64, dim=128, heads=4),  # about a third as wide: trains in minutes on a GPU
+    "tiny": dict(N=64, M=96, Z=48, dim=96, heads=3, top_k=16, hyper_top_k=(16, 16, 16)),  # two CPU cores
+}
+
+VARIANTS = {
+    "serial": dict(context="serial"),
+    "parallel": dict(context="parallel"),
+    "hyperprior": dict(context="none"),
+    "context": dict(context="serial", hyperprior=False),
+}
+
+PRESETS = {
+    "paper": {},
+    "official": dict(
+        share_position=True,
+        attention_scale="width",
+        activation="leaky_relu",
+        ties="keep",
+        z_prior="gaussian",
+        scale_floor=0.0009118819655545162,  # exp(-7)
+        top_k_jitter=True,
+    ),
+}
+
+
+def named_config(name: str, preset: str = "paper", **overrides) -> EntroformerConfig:
+    """Config of a name such as `base-serial` or `tiny-parallel`, with fields replaced by keyword.
+
+    Args:
+        name: `{base, study, tiny}-{serial, parallel, hyperprior, context}`.
+        preset: `paper` (as written) or `official` (as released).
+        overrides: any fields of EntroformerConfig.
+
+    Raises:
+        ConfigError: an unknown size, variant, preset or field.
+    """
+    size, _, variant = name.partition("-")
+    if size not in SIZES or variant not in VARIANTS:
+        raise ConfigError(
+            f"There is no model '{name}'; a name is one of {', '.join(SIZES)}, a dash, and one of {', '.join(VARIANTS)}."
+        )
+    if preset not in PRESETS:
+        raise ConfigError(f"There is no preset '{preset}'; there are {', '.join(PRESETS)}.")
+    values = {**SIZES[size], **VARIANTS[variant], **PRESETS[preset]}
+    if preset == "official":  # the hyper stages' k and table side shrink with their grid
+        k = values.get("top_k", 32)
+        values.update(hyper_top_k=(k, k // 2, max(2, k // 4)), hyper_radius=(3, 2, 2))
+    values.update(_known(overrides, EntroformerConfig))
+    return EntroformerConfig(**values)

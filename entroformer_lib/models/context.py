@@ -1,0 +1,116 @@
+"""Context models: what the latents decoded so far say about the next ones.
+
+Serial (section 3.1): sites in raster order, each sees those before it. Parallel (section 3.4, Figure 4): a
+checkerboard, its first half known from the hyperprior alone, its second half sees all of the first.
+
+Both offer `forward`, which computes the features of all sites at once, for training and for study, and `code`, the
+steps that encoder and decoder take together. In `code` a callback `exchange(sites, hyper, context)` stands for the
+entropy coder: it turns the features of some sites into their latents, either by decoding them or, in the encoder, by
+writing down those it knows. Both sides run the same lines, so they cannot come apart.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from entroformer_lib.models.attention import Stack
+from entroformer_lib.models.config import EntroformerConfig
+from entroformer_lib.models.position import grid_sites
+
+# exchange(site numbers [k], context features [1, D, k, 1] or None where there is no context) -> y_hat: [k, M]
+Exchange = Callable[[Tensor, Tensor | None], Tensor]
+
+
+def first_slice(height: int, width: int, device=None) -> Tensor:
+    """Sites coded in the first pass of the parallel model, those with row + column odd: bool [height, width]."""
+    return grid_sites(height, width, device).sum(-1).remainder(2).bool().view(height, width)
+
+
+class SerialContext(nn.Module):
+    """Causal context model: the feature of site i depends on the latents of the sites before i.
+
+    The mask lets token i see itself, because token i *carries* y_hat_i. The outputs are then shifted by one: what
+    token i - 1 has computed predicts y_hat_i, and a learned start token predicts the first. Without the shift the model
+    would predict each latent from itself (somebody "reached" 39 dB at 0.17 bpp that way).
+
+    y_hat: [B, M, h, w]  ->  context feature: [B, D, h, w]
+    """
+
+    def __init__(self, c: EntroformerConfig):
+        super().__init__()
+        self.embed = nn.Linear(c.M, c.dim)
+        self.start = nn.Parameter(torch.zeros(1, 1, c.dim))
+        nn.init.trunc_normal_(self.start, std=0.02)
+        self.stack = Stack(c, c.context_layers, c.top_k, c.radius)
+
+    def forward(self, y_hat: Tensor, kept: Tensor | None = None) -> Tensor:
+        """kept: bool [B, 1, h, w], for the random-mask pretraining (A.5). Latents that are not kept enter as zero and
+        get no context feature: the hyperprior alone predicts them."""
+        B, M, h, w = y_hat.shape
+        if kept is not None:
+            y_hat = y_hat * kept
+        tokens = self.embed(y_hat.flatten(2).transpose(1, 2))  # [B, n, D]
+        number = torch.arange(h * w, device=y_hat.device)
+        tokens = self.stack(tokens, grid_sites(h, w, y_hat.device), visible=lambda i: number <= i[:, None])
+        feature = torch.cat((self.start.expand(B, -1, -1), tokens[:, :-1]), dim=1)  # the shift
+        feature = feature.transpose(1, 2).reshape(B, -1, h, w)
+        return feature if kept is None else feature * kept
+
+    def code(self, height: int, width: int, exchange: Exchange) -> Tensor:
+        """One site at a time, keys and values of earlier sites cached.  ->  y_hat: [n, M]"""
+        sites = grid_sites(height, width, self.start.device)
+        cache = self.stack.cache(batch=1, capacity=len(sites))
+        feature = self.start  # [1, 1, D]
+        coded = []
+        for i in range(len(sites)):
+            coded.append(exchange(torch.tensor([i]), feature.transpose(1, 2)[..., None]))  # [1, M]
+            if i + 1 < len(sites):  # the last token predicts nothing
+                feature = self.stack(self.embed(coded[-1])[None], sites[: i + 1], cache=cache)
+        return torch.cat(coded)
+
+
+class ParallelContext(nn.Module):
+    """Two-pass bidirectional context model on a checkerboard (Figure 4).
+
+    Only first-slice sites (row + column odd) carry their latent; the second slice enters as zero. Every site sees the
+    whole first slice, before and after it, and itself. Features are kept at the second slice and zero at the first,
+    which is coded before there is any context.
+
+    y_hat: [B, M, h, w]  ->  context feature: [B, D, h, w]
+    """
+
+    def __init__(self, c: EntroformerConfig):
+        super().__init__()
+        self.embed = nn.Linear(c.M, c.dim)
+        self.stack = Stack(c, c.context_layers, c.top_k, c.radius)
+
+    def forward(self, y_hat: Tensor, kept: Tensor | None = None) -> Tensor:
+        """kept: bool [B, 1, h, w], the sites that serve as context instead of the checkerboard's; for the random-mask
+        pretraining (A.5, carried over to the parallel model: the kept half is predicted by the hyperprior alone)."""
+        B, M, h, w = y_hat.shape
+        if kept is None:
+            kept = first_slice(h, w, y_hat.device).expand(1, 1, h, w)
+        tokens = self.embed((y_hat * kept).flatten(2).transpose(1, 2))  # [B, n, D]
+        number = torch.arange(h * w, device=y_hat.device)
+        context = kept.flatten(2)[:, :, None]  # [B or 1, 1, 1, n]
+        tokens = self.stack(
+            tokens, grid_sites(h, w, y_hat.device), visible=lambda i: context | (number == i[:, None])
+        )
+        return tokens.transpose(1, 2).reshape(B, -1, h, w) * ~kept
+
+    def code(self, height: int, width: int, exchange: Exchange) -> Tensor:
+        """Two passes: the first slice without context, then all of the second at once.  ->  y_hat: [n, M]"""
+        first = first_slice(height, width).flatten()
+        one, two = first.nonzero()[:, 0], (~first).nonzero()[:, 0]
+        latents = self.embed.weight.new_zeros(height * width, self.embed.in_features)
+        if len(one):  # a single site has no first slice
+            latents[one] = exchange(one, None)
+        feature = self(latents.T.view(1, -1, height, width))
+        latents[two] = exchange(two, feature.flatten(2)[:, :, two, None])
+        return latents
+
+
+def build_context(c: EntroformerConfig) -> nn.Module | None:
+    """The context model a config asks for, or None."""
+    return {"serial": SerialContext, "parallel": ParallelContext, "none": lambda c: None}[c.context](c)

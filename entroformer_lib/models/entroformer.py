@@ -1,0 +1,260 @@
+"""The whole model: Figure 2 wired up, as a CompressAI CompressionModel.
+
+    x --g_a--> y --round--> y_hat --g_s--> x_hat          (the picture's way)
+               |              |
+              h_a         context model
+               |              |
+               z --round--> z_hat --h_s--+--> entropy parameters --> means, scales of y
+"""
+
+import json
+import math
+
+import torch
+from compressai.models import CompressionModel
+from compressai.ops import LowerBound
+from compressai.registry import register_model
+from torch import Tensor, nn
+
+from entroformer_lib.errors import WeightsError
+from entroformer_lib.models.config import EntroformerConfig, named_config
+from entroformer_lib.models.context import build_context
+from entroformer_lib.models.exact import ExactEntropyModel
+from entroformer_lib.models.hyperprior import HyperAnalysis, HyperSynthesis, per_site
+from entroformer_lib.models.priors import FactorizedPrior, GaussianConditional, GaussianPrior, ste_round
+from entroformer_lib.models.transforms import Analysis, Synthesis
+
+
+class EntropyParameters(nn.Module):
+    """Two linear layers from the joined features to the Gaussian of every latent ("Linear" in Table 5).
+
+    hyper, context: [B, D, h, w]  ->  means, scales: [B, M, h, w]
+
+    Where the context feature is None it counts as zero: the first slice of the parallel model.
+    """
+
+    def __init__(self, c: EntroformerConfig):
+        super().__init__()
+        self.dim = c.dim
+        self.sources = (c.hyperprior, c.context != "none")
+        self.layers = nn.Sequential(
+            nn.Linear(sum(self.sources) * c.dim, 4 * c.dim), nn.LeakyReLU(0.2), nn.Linear(4 * c.dim, 2 * c.M)
+        )
+        # Below the floor the gradient may still pull a scale up: LowerBound, not clamp.
+        self.floor = LowerBound(math.log(c.scale_floor))
+
+    def forward(self, hyper: Tensor | None, context: Tensor | None, sites: int = 0) -> tuple[Tensor, Tensor]:
+        """sites: number of sites, needed only when both features are None (context-only model, first slice)."""
+        known = next((f for f in (hyper, context) if f is not None), None)
+        if known is None:
+            known = self.layers[0].weight.new_empty(1, self.dim, sites, 1)
+        joined = [
+            torch.zeros_like(known) if feature is None else feature
+            for feature, wanted in zip((hyper, context), self.sources, strict=True)
+            if wanted
+        ]
+        log_scales, means = float_or_wider(per_site(self.layers, torch.cat(joined, dim=1))).chunk(2, dim=1)
+        return means, self.floor(log_scales).exp()
+
+
+@register_model("entroformer")
+class Entroformer(CompressionModel):
+    """Entroformer: transformer hyperprior and transformer context model around convolutional transforms.
+
+    Args:
+        config: an EntroformerConfig, or a name for `named_config` such as "tiny-parallel".
+        overrides: config fields by name, only with a name.
+
+    Each part can be called on its own: `g_a(x)`, `h_a(y)`, `h_s(z_hat)`, `context_model(y_hat)`,
+    `entropy_parameters(hyper, context)`, `g_s(y_hat)`.
+    """
+
+    def __init__(self, config: EntroformerConfig | str = "base-serial", **overrides):
+        super().__init__()
+        if isinstance(config, str):
+            config = named_config(config, **overrides)
+        elif overrides:
+            raise TypeError("overrides go with a name, not with a whole config")
+        c = self.config = config
+        self.g_a, self.g_s = Analysis(c.N, c.M), Synthesis(c.N, c.M)
+        self.h_a = HyperAnalysis(c) if c.hyperprior else None
+        self.h_s = HyperSynthesis(c) if c.hyperprior else None
+        self.context_model = build_context(c)
+        self.entropy_parameters = EntropyParameters(c)
+        self.gaussian = GaussianConditional()
+        self.z_prior = None
+        if c.hyperprior:
+            self.z_prior = FactorizedPrior(c.Z) if c.z_prior == "factorized" else GaussianPrior(c.Z)
+        self._tables_stale = True
+
+    @property
+    def downsampling_factor(self) -> int:
+        return self.config.downsampling
+
+    def entropy_model_parts(self) -> list[nn.Module]:
+        """Everything but g_a and g_s: what the paper's Table 6 weighs."""
+        parts = (self.h_a, self.h_s, self.context_model, self.entropy_parameters, self.z_prior)
+        return [part for part in parts if part is not None]
+
+    # ---- training and analysis ---------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, noise: dict[str, Tensor] | None = None, kept: Tensor | None = None) -> dict:
+        """Reconstruction and likelihoods; while training with noise for the rate and rounding for the picture.
+
+        The rate is trained on y + U(-0.5, 0.5), which has a useful gradient in the likelihood's argument; g_s, h_s and
+        the context model get rounded values with a straight-through gradient, because that is what they get when
+        decoding (as Minnen & Singh 2020).
+
+        Args:
+            x: [B, 3, H, W] in [0, 1]; H and W multiples of `downsampling_factor`.
+            noise: {"y": [B, M, H/16, W/16], "z": [B, Z, H/64, W/64]} in [-0.5, 0.5]; drawn here when not given.
+            kept: bool [B, 1, H/16, W/16] for the random-mask pretraining, see the context models.
+
+        Returns:
+            {"x_hat": [B, 3, H, W], "likelihoods": {"y": [B, M, H/16, W/16], "z": [B, Z, H/64, W/64]}}; no "z" without
+            hyperprior. x_hat is not clamped.
+        """
+        self._check_size(x)
+        y = self.g_a(x)
+        likelihoods = {}
+        hyper = None
+        if self.h_a is not None:
+            z = self.h_a(y)
+            with torch.autocast(x.device.type, enabled=False):
+                z = float_or_wider(z)
+                z_hat = self.z_prior.quantize_z(z)
+                likelihoods["z"] = self.z_prior.likelihood(self._noisy(z, z_hat, noise, "z"))
+            hyper = self.h_s(z_hat)
+        y_hat = ste_round(float_or_wider(y))
+        context = None if self.context_model is None else self.context_model(y_hat, kept)
+        means, scales = self.entropy_parameters(hyper, context)
+        with torch.autocast(x.device.type, enabled=False):
+            likelihoods["y"] = self.gaussian(self._noisy(float_or_wider(y), y_hat, noise, "y"), means, scales)
+        return {"x_hat": self.g_s(y_hat), "likelihoods": likelihoods}
+
+    def _noisy(self, v: Tensor, v_hat: Tensor, noise: dict[str, Tensor] | None, key: str) -> Tensor:
+        if not self.training:
+            return v_hat
+        return v + (torch.rand_like(v) - 0.5 if noise is None else noise[key])
+
+    def _check_size(self, x: Tensor) -> None:
+        factor = self.downsampling_factor
+        if x.dim() != 4 or x.size(1) != 3 or x.size(2) % factor or x.size(3) % factor:
+            raise ValueError(
+                f"x must be [B, 3, H, W] with H and W multiples of {factor}, not {list(x.shape)}; "
+                "coding.codec pads pictures of any size"
+            )
+
+    # ---- real bytes --------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def latents(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Quantised latents as they are coded.  x: [B, 3, H, W]  ->  y_hat, z (not yet rounded) or None."""
+        self._check_size(x)
+        y = self.g_a(x)
+        return torch.floor(y + 0.5), None if self.h_a is None else self.h_a(y)
+
+    @torch.inference_mode()
+    def compress(self, x: Tensor) -> dict:
+        """x: [B, 3, H, W] in [0, 1]  ->  {"strings": [[y of each picture], [z of each picture]], "shape": z's (h, w)}.
+
+        Without hyperprior there is one list of strings, and "shape" is that of y.
+        """
+        y_hat, z = self.latents(x)
+        return self.compress_latents(y_hat, z)
+
+    @torch.inference_mode()
+    def compress_latents(self, y_hat: Tensor, z: Tensor | None) -> dict:
+        """Second half of `compress`. y_hat: [B, M, h, w] integers, z: [B, Z, h/4, w/4] or None."""
+        exact = ExactEntropyModel(self)
+        if z is None:
+            return {"strings": [[exact.encode(y[None], None) for y in y_hat]], "shape": y_hat.shape[-2:]}
+        self.refresh_tables()
+        z_strings = self.z_prior.compress(z)
+        z_hat = self.z_prior.decompress(z_strings, z.shape[-2:])  # exactly what the decoder will have
+        y_strings = [exact.encode(y[None], z1[None]) for y, z1 in zip(y_hat, z_hat, strict=True)]
+        return {"strings": [y_strings, z_strings], "shape": z.shape[-2:]}
+
+    @torch.inference_mode()
+    def decompress(self, strings: list[list[bytes]], shape) -> dict:
+        """Inverse of `compress`: {"x_hat": [B, 3, H, W] clamped to [0, 1]}."""
+        y_hat, _ = self.decompress_latents(strings, shape)
+        return {"x_hat": self.g_s(y_hat).clamp(0, 1)}
+
+    @torch.inference_mode()
+    def decompress_latents(self, strings: list[list[bytes]], shape) -> tuple[Tensor, Tensor | None]:
+        """First half of `decompress`: y_hat [B, M, h, w] and z_hat or None."""
+        exact = ExactEntropyModel(self)
+        like = self.g_s[0].weight
+        if self.h_a is None:
+            y_hat = [exact.decode(s, None, tuple(shape)) for s in strings[0]]
+            return torch.cat(y_hat).to(like), None
+        self.refresh_tables()
+        z_hat = self.z_prior.decompress(strings[1], tuple(shape)).to(like)
+        size = (4 * shape[0], 4 * shape[1])
+        y_hat = [exact.decode(s, z[None], size) for s, z in zip(strings[0], z_hat, strict=True)]
+        return torch.cat(y_hat).to(like), z_hat
+
+    # ---- the factorized prior's tables: nobody needs to remember `update()` ---------------------------------------
+
+    def update(self, scale_table=None, force: bool = False, update_quantiles: bool = False) -> bool:
+        """CompressAI's call. Here it is optional: `compress` and `decompress` refresh the tables when they are old."""
+        updated = super().update(scale_table, force=force, update_quantiles=update_quantiles)
+        self._tables_stale = False
+        return updated
+
+    def refresh_tables(self) -> None:
+        """Builds the tables of p(z) unless those at hand belong to these weights (loaded with them, or just built)."""
+        if isinstance(self.z_prior, FactorizedPrior) and (self._tables_stale or not self.z_prior.offset.numel()):
+            self.update(force=True)
+
+    def train(self, mode: bool = True):
+        """Training makes the tables old."""
+        self._tables_stale = getattr(self, "_tables_stale", True) or mode
+        return super().train(mode)
+
+    # ---- weights -------------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> Tensor:
+        """The config travels inside the state dict, as bytes."""
+        return torch.tensor(list(self.config.to_json().encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        theirs, ours = json.loads(bytes(state.tolist())), json.loads(self.config.to_json())
+        for name in ours:
+            if theirs.get(name) != ours[name]:
+                raise WeightsError(
+                    f"These weights were made with {name} = {theirs.get(name)}, this model has {name} = {ours[name]}."
+                )
+
+    def load_state_dict(self, state_dict, strict: bool = True):
+        """As CompressAI's; tables of p(z) that come along are kept as they are, so every machine codes z alike."""
+        result = super().load_state_dict(dict(state_dict), strict=strict)
+        self._tables_stale = self.training
+        return result
+
+    @classmethod
+    def from_state_dict(cls, state_dict) -> "Entroformer":
+        """A model in eval mode of the architecture and weights of a state dict.
+
+        Raises:
+            WeightsError: no config inside, or tensors that do not fit it.
+        """
+        if "_extra_state" not in state_dict:
+            raise WeightsError("These weights do not say which architecture they belong to.")
+        model = cls(EntroformerConfig.from_json(bytes(state_dict["_extra_state"].tolist()).decode())).eval()
+        try:
+            model.load_state_dict(state_dict)
+        except RuntimeError as error:
+            raise WeightsError(f"These weights do not fit their config: {str(error).splitlines()[1].strip()}") from None
+        return model
+
+
+def float_or_wider(v: Tensor) -> Tensor:
+    """bfloat16 to float32; float32 and float64 unchanged."""
+    return v.to(torch.promote_types(v.dtype, torch.float32))
+
+
+def build_model(name: str, preset: str = "paper", **overrides) -> Entroformer:
+    """A freshly initialised model, e.g. `build_model("tiny-parallel", top_k=None)`; see `named_config`."""
+    return Entroformer(named_config(name, preset, **overrides))

@@ -1,0 +1,69 @@
+"""Hyper analysis h_a and hyper synthesis h_s: a small side picture z that says how y varies from place to place.
+
+Three transformer blocks each (Table 5), on grids of 1/16, 1/32 and 1/64 of the picture: between the blocks h_a halves
+the grid with a 3x3 convolution of stride 2, h_s doubles it with a 3x3 convolution and a pixel shuffle.
+"""
+
+from torch import Tensor, nn
+
+from entroformer_lib.models.attention import Stack
+from entroformer_lib.models.config import EntroformerConfig
+from entroformer_lib.models.position import grid_sites
+
+
+class GridBlock(nn.Module):
+    """One transformer block on a feature map: every site is a token, in raster order.
+
+    x: [B, D, h, w]  ->  [B, D, h, w]
+    """
+
+    def __init__(self, config: EntroformerConfig, top_k: int | None, radius: int):
+        super().__init__()
+        self.stack = Stack(config, layers=1, top_k=top_k, radius=radius)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, D, h, w = x.shape
+        tokens = x.flatten(2).transpose(1, 2)  # [B, h w, D]
+        tokens = self.stack(tokens, grid_sites(h, w, x.device))
+        return tokens.transpose(1, 2).reshape(B, D, h, w)
+
+
+def per_site(layer: nn.Module, x: Tensor) -> Tensor:
+    """Applies a layer that works on the last axis (Linear, LayerNorm) to the channels of [B, C, h, w]."""
+    return layer(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class HyperAnalysis(nn.Module):
+    """h_a.  y: [B, M, H/16, W/16]  ->  z: [B, Z, H/64, W/64]"""
+
+    def __init__(self, c: EntroformerConfig):
+        super().__init__()
+        self.embed = nn.Linear(c.M, c.dim)
+        self.blocks = nn.ModuleList(GridBlock(c, k, h) for k, h in zip(c.hyper_top_k, c.hyper_radius, strict=True))
+        self.down = nn.ModuleList(nn.Conv2d(c.dim, c.dim, 3, stride=2, padding=1) for _ in range(2))
+        self.head = nn.Sequential(nn.LayerNorm(c.dim), nn.Linear(c.dim, c.Z))
+
+    def forward(self, y: Tensor) -> Tensor:
+        x = per_site(self.embed, y)  # [B, D, H/16, W/16]
+        x = self.down[0](self.blocks[0](x))  # [B, D, H/32, W/32]
+        x = self.down[1](self.blocks[1](x))  # [B, D, H/64, W/64]
+        return per_site(self.head, self.blocks[2](x))
+
+
+class HyperSynthesis(nn.Module):
+    """h_s.  z_hat: [B, Z, H/64, W/64]  ->  hyperprior feature: [B, D, H/16, W/16]"""
+
+    def __init__(self, c: EntroformerConfig):
+        super().__init__()
+        self.embed = nn.Linear(c.Z, c.dim)
+        stages = reversed(list(zip(c.hyper_top_k, c.hyper_radius, strict=True)))  # coarse to fine
+        self.blocks = nn.ModuleList(GridBlock(c, k, h) for k, h in stages)
+        self.up = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c.dim, 4 * c.dim, 3, padding=1), nn.PixelShuffle(2)) for _ in range(2)
+        )
+
+    def forward(self, z_hat: Tensor) -> Tensor:
+        x = per_site(self.embed, z_hat)  # [B, D, H/64, W/64]
+        x = self.up[0](self.blocks[0](x))  # [B, D, H/32, W/32]
+        x = self.up[1](self.blocks[1](x))  # [B, D, H/16, W/16]
+        return self.blocks[2](x)

@@ -1,0 +1,87 @@
+"""Relative position encodings (section 3.2): the diamond, and what Table 1 compares it with.
+
+Equation 4 adds a learned vector p_ij to every key, chosen by where key j lies relative to query i. Written out for
+all pairs that is an [n, n, d] tensor, 604 MB for one Kodak picture. But there are only a few *distinct* vectors (26 in
+the diamond of h = 3), so we multiply the query with those and look the products up:
+
+    q . (k_j + p_ij)  =  q . k_j  +  (q . table)[bucket(i, j)]
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def grid_sites(height: int, width: int, device=None) -> Tensor:
+    """(row, column) of every site of a grid in raster order: [height * width, 2]."""
+    rows = torch.arange(height, device=device).repeat_interleave(width)
+    columns = torch.arange(width, device=device).repeat(height)
+    return torch.stack((rows, columns), dim=-1)
+
+
+class RelativePosition(nn.Module):
+    """Position part of the attention scores, q . p_ij, for one kind of relative encoding.
+
+    Kinds (h = radius, (dy, dx) = key - query):
+        relative_1d  p = row vector[dy] + column vector[dx], both offsets clipped to [-h, h] ("1D + 1D")
+        relative_2d  one vector per (dy, dx), both offsets clipped to [-h, h]: a square
+        diamond      one vector per (dy, dx) with |dy| + |dx| <= h, one for everything outside (eq. 5)
+
+    Eq. 5 sends everything outside to the vector of (h, h), the released code to that of (-h, -h). Neither offset lies
+    inside the diamond, so both are the same thing: one vector more. We store just the 2h(h+1) + 2 vectors in use.
+    """
+
+    def __init__(self, kind: str, radius: int, head_dim: int):
+        super().__init__()
+        self.kind, self.radius = kind, radius
+        side = 2 * radius + 1
+        if kind == "relative_1d":
+            self.rows = nn.Parameter(torch.empty(side, head_dim))
+            self.columns = nn.Parameter(torch.empty(side, head_dim))
+        else:
+            count = side * side if kind == "relative_2d" else 2 * radius * (radius + 1) + 2
+            self.vectors = nn.Parameter(torch.empty(count, head_dim))
+        for parameter in self.parameters():
+            nn.init.trunc_normal_(parameter, std=0.02)
+        # Bucket of each offset after clipping to [-h-1, h+1]; the ring at h+1 stands for everything farther away.
+        self.register_buffer("lookup", _bucket_of_offset(kind, radius), persistent=False)
+
+    def table(self) -> Tensor:
+        """All distinct vectors: [buckets, d]."""
+        if self.kind == "relative_1d":
+            return (self.rows[:, None] + self.columns[None, :]).flatten(0, 1)
+        return self.vectors
+
+    def buckets(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Index into `table` for each pair. queries: [q, 2], keys: [n, 2] (row, column)  ->  [q, n]."""
+        ring = self.radius + 1
+        offset = (keys[None] - queries[:, None]).clamp(-ring, ring) + ring  # [q, n, 2]
+        return self.lookup[offset[..., 0], offset[..., 1]]
+
+    def forward(self, q: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+        """q: [B, heads, q, d], queries: [q, 2], keys: [n, 2]  ->  q . p_ij: [B, heads, q, n]."""
+        products = q @ self.table().to(q.dtype).T  # [B, heads, q, buckets]
+        index = self.buckets(queries, keys).expand(*q.shape[:2], -1, -1)  # a view, no copy
+        return products.gather(-1, index)
+
+
+def _bucket_of_offset(kind: str, radius: int) -> Tensor:
+    """[2h+3, 2h+3] table of bucket numbers for offsets in [-h-1, h+1]."""
+    offsets = torch.arange(-radius - 1, radius + 2)
+    if kind == "diamond":
+        inside = offsets.abs()[:, None] + offsets.abs()[None, :] <= radius
+        lookup = torch.full(inside.shape, int(inside.sum()))  # the last bucket: outside
+        lookup[inside] = torch.arange(int(inside.sum()))  # row by row through the diamond
+        return lookup
+    clipped = offsets.clamp(-radius, radius) + radius
+    return clipped[:, None] * (2 * radius + 1) + clipped[None, :]
+
+
+def sinusoidal_positions(sites: Tensor, dim: int) -> Tensor:
+    """Absolute encoding: half of the width for the row, half for the column, sines and cosines as in Vaswani 2017.
+
+    The paper does not say which absolute encoding it used; fixed sines need no largest picture size (our choice).
+    sites: [n, 2]  ->  [n, dim], float32
+    """
+    frequencies = 10000 ** (-torch.arange(0, dim // 2, 2, device=sites.device) / (dim // 2))  # [dim / 4]
+    angles = sites[..., None] * frequencies  # [n, 2, dim / 4]
+    return torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(1)
