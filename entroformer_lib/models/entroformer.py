@@ -130,7 +130,7 @@ class Entroformer(CompressionModel):
         means, scales = self.entropy_parameters(hyper, context)
         with torch.autocast(x.device.type, enabled=False):
             likelihoods["y"] = self.gaussian(self._noisy(float_or_wider(y), y_hat, noise, "y"), means, scales)
-        return {"x_hat": self.g_s(y_hat), "likelihoods": likelihoods}
+        return {"x_hat": float_or_wider(self.g_s(y_hat)), "likelihoods": likelihoods}
 
     def _noisy(self, v: Tensor, v_hat: Tensor, noise: dict[str, Tensor] | None, key: str) -> Tensor:
         if not self.training:

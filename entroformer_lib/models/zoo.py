@@ -1,0 +1,158 @@
+"""Weights by name: what is shipped, what lies in a folder of yours, any file. Always safetensors: no code runs on load.
+
+A weights file holds the tensors, the config (as `_extra_state`) and a card: how it was trained and what it reaches.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from entroformer_lib.errors import WeightsError
+from entroformer_lib.models.entroformer import Entroformer
+
+SHIPPED = Path(__file__).parents[2] / "data" / "weights"
+
+
+def weight_folders() -> list[Path]:
+    """Where names are looked up: the folders in ENTROFORMER_WEIGHTS first, then the shipped weights."""
+    own = [Path(p) for p in os.environ.get("ENTROFORMER_WEIGHTS", "").split(os.pathsep) if p]
+    return [*own, SHIPPED]
+
+
+def save_weights(model: Entroformer, path: Path, card: dict, half: bool = False) -> None:
+    """Writes weights, config, tables of p(z) and the card in one file.
+
+    Args:
+        card: anything JSON; `load_model(...).card` gives it back.
+        half: store matrices and kernels in float16, half the size. The tables are made from what will be loaded.
+    """
+    model = _copy_for_saving(model, half)
+    tensors = {name: t.contiguous().cpu() for name, t in model.state_dict().items()}
+    if half:
+        tensors = {name: t.half() if _halved(name, t) else t for name, t in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    try:
+        save_file(tensors, part, metadata={"format": "entroformer", "card": json.dumps(card)})
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise WeightsError(f"The weights could not be written to {path}: {error}") from None
+
+
+def _copy_for_saving(model: Entroformer, half: bool) -> Entroformer:
+    state = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
+    if half:
+        state = {name: t.half().float() if _halved(name, t) else t for name, t in state.items()}
+    copy = Entroformer.from_state_dict(state)
+    copy.update(force=True, update_quantiles=True)
+    return copy
+
+
+def _halved(name: str, tensor: torch.Tensor) -> bool:
+    """Matrices and kernels only: GDN and p(z) are small and sensitive."""
+    return tensor.is_floating_point() and name.endswith("weight") and tensor.dim() >= 2
+
+
+def load_model(name_or_path: str | os.PathLike, device: str = "auto") -> Entroformer:
+    """A model in eval mode.
+
+    Args:
+        name_or_path: a name from `list_models()` or a .safetensors file.
+        device: "auto" takes a GPU where there is one.
+
+    Returns:
+        The model, with `.name`, `.card` and `.path` set.
+
+    Raises:
+        WeightsError: nothing of that name, or a file that is damaged or not ours.
+    """
+    path = find_weights(name_or_path)
+    tensors, card = read_weights(path)
+    model = Entroformer.from_state_dict(tensors)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
+    model.name, model.card, model.path = path.stem, card, path
+    return model
+
+
+def find_weights(name_or_path: str | os.PathLike) -> Path:
+    """Path of the weights that a name or path means."""
+    name = os.fspath(name_or_path)
+    if name.endswith(".safetensors"):
+        if not Path(name).is_file():
+            raise WeightsError(f"There is no weights file {name}.")
+        return Path(name)
+    for folder in weight_folders():
+        path = folder / f"{name}.safetensors"
+        if os.path.basename(name) == name and path.is_file():
+            return path
+    known = ", ".join(sorted(p.stem for folder in weight_folders() for p in folder.glob("*.safetensors")))
+    raise WeightsError(f"There is no model '{name}' here; there are: {known or 'none'}.")
+
+
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors (floats as float32) and card of a weights file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, safe_open is no dict
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is not a whole safetensors file: {error}.") from None
+    if metadata.get("format") != "entroformer":
+        raise WeightsError(f"{path} holds weights, but not of a model of this library.")
+    tensors = {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}
+    return tensors, json.loads(metadata.get("card", "{}"))
+
+
+def weights_digest(model: Entroformer) -> bytes:
+    """SHA-256 over config, names and values of everything the decoder needs: 32 bytes.
+
+    It is taken from the weights in memory, so it does not depend on the file they came from.
+    """
+    model.refresh_tables()
+    digest = hashlib.sha256(model.config.to_json().encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if name != "_extra_state" and not name.startswith(("g_a.", "h_a.")):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.digest()
+
+
+def list_models() -> list[dict]:
+    """One row per model that `load_model` finds by name.
+
+    Keys: name, size (preset), variant, lmbda, metric, bytes, sha256 (of the file), kodak_bpp, kodak_psnr_db (None where
+    not measured), path.
+    """
+    rows = {}
+    for folder in reversed(weight_folders()):  # own folders come last and win
+        for path in sorted(folder.glob("*.safetensors")):
+            rows[path.stem] = _describe(path)
+    return [rows[name] for name in sorted(rows)]
+
+
+def _describe(path: Path) -> dict:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        config = json.loads(bytes(file.get_tensor("_extra_state").tolist()))
+    card = json.loads(metadata.get("card", "{}"))
+    kodak = card.get("kodak", {})
+    return {
+        "name": path.stem,
+        "preset": card.get("training", {}).get("model"),
+        "variant": card.get("variant") or ("hyperprior" if config["context"] == "none" else config["context"]),
+        "lmbda": card.get("lmbda"),
+        "metric": card.get("metric"),
+        "bytes": path.stat().st_size,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "kodak_bpp": kodak.get("bpp"),
+        "kodak_psnr_db": kodak.get("psnr_db"),
+        "path": str(path),
+    }

@@ -1,0 +1,292 @@
+"""The training loop, on Lightning Fabric: one process or many, CPU or GPU.
+
+A run is a folder: `config.json`, `checkpoint.pt`, `log.jsonl`, TensorBoard's events and, at the end, `weights.safetensors`.
+Starting the same command again continues the run exactly where its checkpoint stands.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.loggers import TensorBoardLogger
+from tqdm import tqdm
+
+from entroformer_lib.errors import TrainingError
+from entroformer_lib.models.entroformer import Entroformer, build_model
+from entroformer_lib.models.zoo import load_model, save_weights
+from entroformer_lib.training.data import Crops, random_kept, uniform_noise
+from entroformer_lib.training.loss import TrainingStep
+from entroformer_lib.training.schedule import learning_rate_factor
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. The defaults are the paper's (appendix A.5) but for size, batch and length."""
+
+    data: str  # folder, picture list, tar, glob of tars
+    out: str  # the run's folder
+    model: str = "tiny-parallel"  # {base, study, tiny}-{serial, parallel, hyperprior, context}
+    preset: Literal["paper", "official"] = "paper"
+    lmbda: float = 0.0035  # weight of the distortion: 255^2 * MSE, or 1 - MS-SSIM
+    metric: Literal["mse", "ms-ssim"] = "mse"
+    steps: int = 20_000
+    batch: int = 8  # over all processes together
+    crop: int = 128  # pixels
+    lr: float = 1e-4
+    decay: float = 0.75  # of the learning rate at every fifth of the steps
+    clip: float = 1.0  # largest norm of the gradient
+    pretrain: float = 0.0  # share of the steps with the random mask and with pretrain_lmbda
+    pretrain_lmbda: float | None = None  # a high-rate start; default: lmbda
+    pretrain_mask: float = 0.5  # share of the latents masked meanwhile
+    init: str | None = None  # weights to finetune from: a name of `entroformer models` or a .safetensors file
+    seed: int = 0
+    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: layers, never scores nor likelihoods
+    accelerator: str = "auto"
+    devices: int | str = "auto"  # under torchrun: processes per machine
+    checkpoint_seconds: float = 120.0
+    log_every: int = 50
+
+    def lmbda_at(self, step: int) -> float:
+        return self.pretrain_lmbda if self.pretraining(step) and self.pretrain_lmbda is not None else self.lmbda
+
+    def pretraining(self, step: int) -> bool:
+        return step < round(self.pretrain * self.steps)
+
+
+def train(config: TrainConfig, progress: bool = True) -> Path:
+    """Trains, or continues, a run.  ->  path of its weights.
+
+    Raises:
+        TrainingError: the run cannot start, met a loss that is no number, or was stopped by a signal.
+        DataError: no usable pictures.
+    """
+    out = Path(config.out)
+    fabric = Fabric(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        loggers=TensorBoardLogger(out, name="", version=""),
+    )
+    if "LOCAL_RANK" not in os.environ:
+        fabric.launch()
+    _check(config, out, fabric)
+    torch.manual_seed(config.seed)
+    model = _initial_model(config)
+    optimizer = build_optimizer(model, config.lr)
+    for part in (model.g_a, model.g_s):
+        part.to(memory_format=torch.channels_last)
+    step_module, optimizer = fabric.setup(TrainingStep(model, config.metric, config.precision == "bfloat16"), optimizer)
+    step_module.train()
+    run = Run(config, fabric, model, step_module, optimizer)
+    first = run.resume()
+    crops = Crops(config.data, config.crop, config.seed, fabric.device)
+    return run.go(crops, first, progress and fabric.is_global_zero)
+
+
+def build_optimizer(model: Entroformer, lr: float) -> torch.optim.Adam:
+    """Adam as in A.5; the quantiles of the factorized prior in a group of their own with CompressAI's 1e-3."""
+    groups = {False: [], True: []}
+    for name, parameter in model.named_parameters():
+        groups[name.endswith(".quantiles")].append(parameter)
+    return torch.optim.Adam(
+        [{"params": groups[False], "lr": lr}, {"params": groups[True], "lr": 1e-3}], betas=(0.9, 0.999), eps=1e-8
+    )
+
+
+def _initial_model(config: TrainConfig) -> Entroformer:
+    if config.init is None:
+        return build_model(config.model, config.preset)
+    return load_model(config.init, device="cpu")
+
+
+def _check(config: TrainConfig, out: Path, fabric: Fabric) -> None:
+    if config.batch % fabric.world_size:
+        raise TrainingError(f"A batch of {config.batch} cannot be shared by {fabric.world_size} processes.")
+    if config.metric == "ms-ssim" and config.crop <= 160:
+        raise TrainingError(f"MS-SSIM needs crops above 160 pixels, and the crop is {config.crop}.")
+    if config.crop % 64:
+        raise TrainingError(f"The crop must be a multiple of 64 pixels, and is {config.crop}.")
+    if config.steps < 1 or config.batch < 1:
+        raise TrainingError("A run needs at least one step and a batch of at least one.")
+    text = json.dumps(dataclasses.asdict(config), indent=1)
+    if fabric.is_global_zero:
+        out.mkdir(parents=True, exist_ok=True)
+        saved = out / "config.json"
+        if saved.exists():
+            was = json.loads(saved.read_text())
+            changed = [k for k, v in json.loads(text).items() if was.get(k) != v and k not in RUNTIME_FIELDS]
+            if changed:
+                raise TrainingError(
+                    f"The folder {out} holds a run with another {changed[0]} ({was.get(changed[0])}); "
+                    "choose another folder, or remove it to start afresh."
+                )
+        saved.write_text(text)
+    fabric.barrier()
+
+
+RUNTIME_FIELDS = {"out", "data", "accelerator", "devices", "checkpoint_seconds", "log_every"}  # may differ on resume
+
+
+class Run:
+    """One run under way: its step, its checkpoint, its log."""
+
+    def __init__(self, config: TrainConfig, fabric: Fabric, model: Entroformer, step_module, optimizer):
+        self.config, self.fabric, self.model = config, fabric, model
+        self.step_module, self.optimizer = step_module, optimizer
+        self.out = Path(config.out)
+        self.signal: int | None = None
+        self.seconds = 0.0  # training time of earlier starts
+
+    def go(self, crops: Crops, first: int, progress: bool) -> Path:
+        c = self.config
+        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        bar = tqdm(total=c.steps, initial=first, disable=not progress, unit="step", file=sys.stderr)
+        begin = saved_at = time.monotonic()
+        since_log = time.monotonic()
+        try:
+            for step in range(first, c.steps):
+                terms = self.step(crops, step)
+                bar.update()
+                now = time.monotonic()
+                if (step + 1) % c.log_every == 0 or step + 1 == c.steps:
+                    seconds = self.seconds + now - begin
+                    speed = c.log_every * c.batch / (now - since_log)
+                    since_log = now
+                    row = self._log(step + 1, terms, seconds, speed)
+                    bar.set_postfix({k: f"{row[k]:.3f}" for k in ("rd_loss", "bpp", "psnr_db", "ms_ssim") if k in row})
+                stop = self._stopped()
+                if stop or now - saved_at > c.checkpoint_seconds or step + 1 == c.steps:
+                    self.save(step + 1, self.seconds + now - begin)
+                    saved_at = now
+                if stop:
+                    raise TrainingError(
+                        f"Stopped by a signal at step {step + 1} of {c.steps}; "
+                        f"the same command goes on from {self.out / 'checkpoint.pt'}."
+                    )
+        finally:
+            bar.close()
+            for s, handler in previous.items():
+                signal.signal(s, handler)
+        return self._finish()
+
+    def step(self, crops: Crops, step: int) -> dict:
+        """One step on the samples that are this process's share of the batch."""
+        c, device = self.config, self.fabric.device
+        share = c.batch // self.fabric.world_size
+        start = step * c.batch + self.fabric.global_rank * share
+        samples = range(start, start + share)
+        torch.manual_seed(hash((c.seed, step)) % 2**63)  # what is left to chance inside the model: k's jitter
+        x = crops.batch(samples).contiguous(memory_format=torch.channels_last)
+        h = w = c.crop // 16
+        shapes = {"y": (self.model.config.M, h, w)}
+        if self.model.config.hyperprior:
+            shapes["z"] = (self.model.config.Z, h // 4, w // 4)
+        noise = uniform_noise(samples, shapes, c.seed, device)
+        masked = c.pretraining(step) and self.model.context_model is not None
+        kept = random_kept(samples, (h, w), c.pretrain_mask, c.seed, device) if masked else None
+
+        self.optimizer.param_groups[0]["lr"] = c.lr * learning_rate_factor(step, c.steps, decay=c.decay)
+        terms = self.step_module(x, c.lmbda_at(step), noise, kept)
+        if not math.isfinite(terms["loss"].detach()):
+            raise TrainingError(
+                f"The loss at step {step + 1} is not a finite number; the run stopped there, and the checkpoint "
+                "before it is kept. A smaller lr or clip usually helps."
+            )
+        self.fabric.backward(terms["loss"])
+        main = self.optimizer.param_groups[0]["params"]
+        torch.nn.utils.clip_grad_norm_(main, c.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return terms
+
+    # ---- checkpoint and log --------------------------------------------------------------------------------------
+
+    def save(self, step: int, seconds: float) -> None:
+        """Writes the checkpoint beside the old one, then takes its place: a full disk cannot lose both."""
+        if self.fabric.is_global_zero:
+            state = {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": step,
+                "seconds": seconds,
+            }
+            path, part = self.out / "checkpoint.pt", self.out / "checkpoint.pt.part"
+            try:
+                torch.save(state, part)
+                os.replace(part, path)
+            except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+                part.unlink(missing_ok=True)
+                raise TrainingError(f"The checkpoint of step {step} could not be written to {path}: {error}") from None
+        self.fabric.barrier()
+
+    def resume(self) -> int:
+        """Loads the checkpoint, if there is one.  ->  the step to go on with."""
+        path = self.out / "checkpoint.pt"
+        if not path.exists():
+            if self.fabric.is_global_zero:
+                (self.out / "log.jsonl").unlink(missing_ok=True)
+            return 0
+        try:
+            state = torch.load(path, map_location=self.fabric.device, weights_only=True)
+        except Exception as error:
+            raise TrainingError(f"The checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from None
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.seconds = state["seconds"]
+        log = self.out / "log.jsonl"
+        if self.fabric.is_global_zero and log.exists():  # forget what was logged after the checkpoint
+            rows = [row for row in log.read_text().splitlines() if json.loads(row)["step"] <= state["step"]]
+            log.write_text("".join(row + "\n" for row in rows))
+        return state["step"]
+
+    def _log(self, step: int, terms: dict, seconds: float, speed: float) -> dict:
+        row = {name: float(self.fabric.all_reduce(value.detach())) for name, value in terms.items()}
+        row = {"step": step, **row, "lr": self.optimizer.param_groups[0]["lr"]}
+        row.update(lmbda=self.config.lmbda_at(step - 1), seconds=round(seconds, 3), images_per_s=round(speed, 2))
+        if self.fabric.is_global_zero:
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+        self.fabric.log_dict({k: v for k, v in row.items() if k != "step"}, step=step)
+        return row
+
+    def _finish(self) -> Path:
+        path = self.out / "weights.safetensors"
+        if self.fabric.is_global_zero:
+            seconds = torch.load(self.out / "checkpoint.pt", weights_only=True)["seconds"]
+            card = {
+                "training": dataclasses.asdict(self.config),
+                "lmbda": self.config.lmbda,
+                "metric": self.config.metric,
+                "train_seconds": round(seconds, 1),
+                "device": device_name(self.fabric.device),
+            }
+            save_weights(self.model, path, card)
+        self.fabric.barrier()
+        return path
+
+    # ---- signals ---------------------------------------------------------------------------------------------------
+
+    def _on_signal(self, number, frame) -> None:
+        self.signal = number
+
+    def _stopped(self) -> bool:
+        """True in every process as soon as one of them got a signal."""
+        if self.fabric.world_size == 1:
+            return self.signal is not None
+        flag = torch.tensor(float(self.signal is not None), device=self.fabric.device)
+        return bool(self.fabric.all_reduce(flag, reduce_op="sum") > 0)
+
+
+def device_name(device: torch.device) -> str:
+    """What a result was measured on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
