@@ -1,0 +1,116 @@
+"""The `.ef` container: what a decoder must know, the coded strings, and checksums over both.
+
+    bytes  what
+    3      93 45 46, that is \\x93 "EF"
+    1      version, 1
+    1      flags: 1 = the picture is grey
+    1-5    width, then height, each as LEB128 (7 bits a byte, low bits first, high bit = more follow)
+    1 + n  length and UTF-8 name of the model
+    4      first bytes of the SHA-256 of its decoder weights (`zoo.weights_digest`)
+    4      CRC-32 of the latents, so that a decoder that differs is noticed
+    1-5    length of the hyper-latents' string, as LEB128; 0 without hyperprior
+    ...    string of z, string of y
+    4      CRC-32 of everything before, so that damage is noticed
+
+Integers are little-endian. About 45 bytes surround the strings.
+"""
+
+import struct
+import zlib
+from dataclasses import dataclass
+
+from entroformer_lib.errors import BitstreamError
+
+MAGIC = b"\x93EF"
+VERSION = 1
+LARGEST_SIDE = 2**16 - 1
+_U32 = struct.Struct("<I")
+
+
+@dataclass(frozen=True)
+class Container:
+    """One coded picture. Sizes in pixels; `weights` and `latents_crc` as described above."""
+
+    width: int
+    height: int
+    grey: bool
+    model: str
+    weights: bytes
+    latents_crc: int
+    z_string: bytes
+    y_string: bytes
+
+    def pack(self) -> bytes:
+        name = self.model.encode()
+        data = b"".join(
+            [
+                MAGIC,
+                bytes([VERSION, int(self.grey)]),
+                _varint(self.width),
+                _varint(self.height),
+                _varint(len(name)),
+                name,
+                self.weights[:4],
+                _U32.pack(self.latents_crc),
+                _varint(len(self.z_string)),
+                self.z_string,
+                self.y_string,
+            ]
+        )
+        return data + _U32.pack(zlib.crc32(data))
+
+    @classmethod
+    def unpack(cls, data: bytes) -> "Container":
+        """Raises BitstreamError for anything that is not one whole, undamaged file of this version."""
+        if not data:
+            raise BitstreamError("The file is empty.")
+        if data[: len(MAGIC)] != MAGIC[: len(data)]:
+            raise BitstreamError("This is not an .ef file.")
+        if len(data) > 3 and data[3] != VERSION:
+            raise BitstreamError(f"This .ef file has version {data[3]}; this program reads version {VERSION}.")
+        if len(data) < 12 or _U32.unpack(data[-4:])[0] != zlib.crc32(data[:-4]):
+            raise BitstreamError("The .ef file is cut short or damaged: its checksum does not fit.")
+        reader = _Reader(data[:-4], start=4)
+        flags = reader.take(1)[0]
+        width, height = reader.varint(), reader.varint()
+        if not (1 <= width <= LARGEST_SIDE and 1 <= height <= LARGEST_SIDE) or flags > 1:
+            raise BitstreamError("The .ef file has a header that makes no sense.")
+        try:
+            name = reader.take(reader.varint()).decode()
+        except UnicodeDecodeError:
+            raise BitstreamError("The .ef file has a header that makes no sense.") from None
+        weights, (crc,) = reader.take(4), _U32.unpack(reader.take(4))
+        z_string = reader.take(reader.varint())
+        return cls(width, height, bool(flags), name, weights, crc, z_string, reader.rest())
+
+
+class _Reader:
+    def __init__(self, data: bytes, start: int):
+        self.data, self.position = data, start
+
+    def take(self, count: int) -> bytes:
+        end = self.position + count
+        if end > len(self.data):
+            raise BitstreamError("The .ef file ends inside its header.")
+        taken, self.position = self.data[self.position : end], end
+        return taken
+
+    def varint(self) -> int:
+        value = 0
+        for shift in range(0, 35, 7):
+            byte = self.take(1)[0]
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value
+        raise BitstreamError("The .ef file has a header that makes no sense.")
+
+    def rest(self) -> bytes:
+        return self.take(len(self.data) - self.position)
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
