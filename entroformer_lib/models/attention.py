@@ -17,7 +17,7 @@ Visible = Callable[[Tensor], Tensor]
 
 SCORE_GRID = 2.0**16  # float64 scores are ranked after rounding to this grid
 MAX_KEYS = 2**20
-CHUNK_ELEMENTS = 2**23  # scores held at a time: 64 MiB in float64
+CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}  # scores held at a time without gradients; 2 MiB stay in a CPU's cache
 
 
 def keep_top_k(scores: Tensor, k: int | None, ties: str = "index") -> Tensor:
@@ -98,8 +98,9 @@ class TopKAttention(nn.Module):
             first = cache.length
             k, v = cache.append(layer, k, v)
         n = k.size(2)
-        # Queries go in chunks, so that memory grows with n and not with n^2.
-        chunk = max(1, CHUNK_ELEMENTS // (B * self.heads * n))
+        # Without gradients queries go in chunks, so that memory grows with n and not with n^2.
+        limit = CHUNK_ELEMENTS.get(x.device.type, 2**23)
+        chunk = q_len if torch.is_grad_enabled() else max(1, limit // (B * self.heads * n))
         rows = []
         for start in range(0, q_len, chunk):
             part = q[:, :, start : start + chunk]
