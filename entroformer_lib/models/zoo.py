@@ -13,15 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from entroformer_lib.errors import WeightsError
+from entroformer_lib.files import data_folder, replacing
 from entroformer_lib.models.entroformer import Entroformer
-
-SHIPPED = Path(__file__).parents[2] / "data" / "weights"
 
 
 def weight_folders() -> list[Path]:
     """Where names are looked up: the folders in ENTROFORMER_WEIGHTS first, then the shipped weights."""
     own = [Path(p) for p in os.environ.get("ENTROFORMER_WEIGHTS", "").split(os.pathsep) if p]
-    return [*own, SHIPPED]
+    return [*own, data_folder() / "weights"]
 
 
 def save_weights(model: Entroformer, path: Path, card: dict, half: bool = False) -> None:
@@ -36,12 +35,10 @@ def save_weights(model: Entroformer, path: Path, card: dict, half: bool = False)
     if half:
         tensors = {name: t.half() if _halved(name, t) else t for name, t in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
     try:
-        save_file(tensors, part, metadata={"format": "entroformer", "card": json.dumps(card)})
-        os.replace(part, path)
+        with replacing(path) as part:
+            save_file(tensors, part, metadata={"format": "entroformer", "card": json.dumps(card)})
     except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
         raise WeightsError(f"The weights could not be written to {path}: {error}") from None
 
 

@@ -5,11 +5,14 @@ which crop, which noise. So a resumed run continues exactly, and two processes s
 it.
 """
 
+import functools
 import glob
 import io
+import itertools
 import os
+import tarfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from entroformer_lib.errors import DataError
 
@@ -63,32 +67,37 @@ def find_sources(source: str | os.PathLike | list) -> tuple[list[Path], list[str
     raise DataError(f"There are no training pictures at {name}.")
 
 
+UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
 def pictures_in(source) -> Iterator[np.ndarray]:
     """Every picture of a source as uint8 [H, W, 3], in a fixed order. What cannot be read is named in a warning."""
     files, tars = find_sources(source)
-    for path in files:
+    members = ((str(path), path.read_bytes) for path in files)
+    for name, read in itertools.chain(members, ((n, lambda d=d: d) for n, d in _tar_members(tars))):
         try:
-            yield _rgb(path.read_bytes())
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            warnings.warn(f"left out {path}: {error}", stacklevel=2)
-    if tars:
-        yield from _pictures_in_tars(tars)
+            yield _rgb(read())
+        except UNREADABLE as error:
+            warnings.warn(f"left out {name}: {error}", stacklevel=2)
 
 
-def _pictures_in_tars(tars: list[str]) -> Iterator[np.ndarray]:
+def _tar_members(tars: list[str]) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of every picture in the shards.
+
+    Raises:
+        DataError: a shard that is missing, cut short or no tar.
+    """
+    if not tars:
+        return
     import webdataset as wds
 
     shards = wds.WebDataset(tars, shardshuffle=False, empty_check=False, nodesplitter=None, workersplitter=None)
     try:
         for sample in shards:
             for key, value in sample.items():
-                if "." + key.lower().rsplit(".", 1)[-1] not in PICTURES:
-                    continue
-                try:
-                    yield _rgb(value)
-                except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-                    warnings.warn(f"left out {sample['__key__']}.{key}: {error}", stacklevel=2)
-    except (OSError, EOFError, ValueError) as error:  # tarfile.ReadError is an OSError
+                if "." + key.lower().rsplit(".", 1)[-1] in PICTURES:
+                    yield f"{sample['__key__']}.{key}", value
+    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
         raise DataError(f"A tar among the training data is damaged or cannot be read: {error}.") from None
 
 
@@ -97,14 +106,40 @@ def _rgb(data: bytes) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-class Crops:
-    """All pictures on the device as uint8; crops are cut and scaled there.
+def crop_of(picture: Tensor, crop: int, downscale: float, rng: np.random.Generator) -> Tensor:
+    """A random square of a picture, cut up to 1 / downscale too large, scaled to `crop`, perhaps mirrored.
+
+    Scaling down takes most of a JPEG's artefacts away.  picture: uint8 [3, H, W]  ->  float32 [3, crop, crop] in [0, 1]
+    """
+    _, height, width = picture.shape
+    smallest = max(downscale, crop / min(height, width))
+    side = min(round(crop / rng.uniform(smallest, 1)), height, width)
+    top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
+    cut = picture[:, top : top + side, left : left + side].float() / 255
+    if side != crop:
+        cut = F.interpolate(cut[None], (crop, crop), mode="bilinear", antialias=True)[0]
+    return cut.flip(-1) if rng.random() < 0.5 else cut
+
+
+def picture_number(g: int, count: int, seed: int) -> int:
+    """Which of `count` pictures sample g takes: every picture once per epoch, in an order of the epoch's own."""
+    epoch, position = divmod(g, count)
+    return int(_epoch_order(epoch, count, seed)[position])
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_order(epoch: int, count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng((seed, 1, epoch)).permutation(count)
+
+
+class PreloadedCrops:
+    """All pictures on the device as uint8; crops are cut and scaled there. The fastest way, where they fit.
 
     Args:
         source: see `find_sources`.
         crop: side of a crop in pixels.
         seed: with the sample's number it decides everything random.
-        downscale: a crop may be cut up to 1 / downscale larger and scaled down; JPEG artefacts shrink with it.
+        downscale: see `crop_of`.
 
     Raises:
         DataError: no picture is at least `crop` pixels on both sides.
@@ -117,40 +152,121 @@ class Crops:
         for picture in pictures_in(source):
             if min(picture.shape[:2]) < crop:
                 small += 1
-                continue
-            self.pictures.append(torch.from_numpy(picture.transpose(2, 0, 1).copy()).to(device))  # [3, H, W]
+            else:
+                self.pictures.append(torch.from_numpy(picture.transpose(2, 0, 1).copy()).to(device))  # [3, H, W]
         if not self.pictures:
             why = f"all {small} are smaller than the crop of {crop} pixels" if small else "none could be read"
             raise DataError(f"There are no pictures to train on: {why}.")
         if small:
             warnings.warn(f"left out {small} pictures smaller than the crop of {crop} pixels", stacklevel=2)
-        self._order = (-1, None)
 
-    def __len__(self) -> int:
-        return len(self.pictures)
+    def batches(self, ranges: Iterable[range]) -> Iterator[Tensor]:
+        """For each range of sample numbers its crops: float32 [B, 3, crop, crop] in [0, 1]."""
+        for samples in ranges:
+            yield torch.stack([self._sample(g) for g in samples])
 
-    def batch(self, samples: range) -> Tensor:
-        """Crops of the given sample numbers: float32 [B, 3, crop, crop] in [0, 1]."""
-        return torch.stack([self._crop(g) for g in samples]).div_(255)
+    def _sample(self, g: int) -> Tensor:
+        picture = self.pictures[picture_number(g, len(self.pictures), self.seed)]
+        return crop_of(picture, self.crop, self.downscale, np.random.default_rng((self.seed, g)))
 
-    def _crop(self, g: int) -> Tensor:
-        rng = np.random.default_rng((self.seed, g))
-        picture = self.pictures[self._which(g)]
-        _, height, width = picture.shape
-        smallest = max(self.downscale, self.crop / min(height, width))
-        side = min(round(self.crop / rng.uniform(smallest, 1)), height, width)  # cut this much, scale to `crop`
-        top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
-        cut = picture[:, top : top + side, left : left + side].float()
-        if side != self.crop:
-            cut = F.interpolate(cut[None], (self.crop, self.crop), mode="bilinear", antialias=True)[0]
-        return cut.flip(-1) if rng.random() < 0.5 else cut
 
-    def _which(self, g: int) -> int:
-        """Every picture once per epoch, in an order of the epoch's own."""
-        epoch, position = divmod(g, len(self.pictures))
-        if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.pictures)))
-        return int(self._order[1][position])
+class StreamedCrops:
+    """Pictures read and cropped by worker processes as they are needed, for collections that do not fit in memory.
+
+    Files are read in any order; tar shards from front to back, through a shuffle buffer, by webdataset (from disk, web
+    or a pipe). Takes what PreloadedCrops takes; pictures that are too small or damaged are passed over.
+    """
+
+    def __init__(self, source, crop: int, seed: int = 0, device="cpu", downscale: float = 0.5, workers: int = 2):
+        self.files, self.tars = find_sources(source)
+        if self.files and self.tars:
+            raise DataError("Streaming takes picture files or tar shards, not both at once; preload them, or choose one.")
+        self.crop, self.seed, self.downscale, self.device, self.workers = crop, seed, downscale, device, workers
+
+    def batches(self, ranges: Iterable[range]) -> Iterator[Tensor]:
+        """As PreloadedCrops.batches; the ranges must go up."""
+        if self.files:
+            dataset = _FileSamples(self.files, self.crop, self.seed, self.downscale)
+            loader = DataLoader(dataset, batch_sampler=map(list, ranges), num_workers=self.workers)
+        else:
+            dataset = _TarSamples(self.tars, self.crop, self.seed, self.downscale, ranges)
+            loader = DataLoader(dataset, batch_size=None, num_workers=min(1, self.workers))
+        for batch in loader:
+            yield batch.to(self.device)
+
+
+class _FileSamples(Dataset):
+    def __init__(self, files: list[Path], crop: int, seed: int, downscale: float):
+        self.files, self.crop, self.seed, self.downscale = files, crop, seed, downscale
+
+    def __getitem__(self, g: int) -> Tensor:
+        first = picture_number(g, len(self.files), self.seed)
+        for offset in range(len(self.files)):  # the next one where this one cannot be used
+            picture = _read_if_usable(self.files[(first + offset) % len(self.files)].read_bytes, self.crop)
+            if picture is not None:
+                return crop_of(picture, self.crop, self.downscale, np.random.default_rng((self.seed, g)))
+        raise DataError(f"No picture is readable and at least {self.crop} pixels on both sides.")
+
+
+class _TarSamples(IterableDataset):
+    """The samples of all shards again and again; sample g is the g-th usable picture of that stream."""
+
+    def __init__(self, tars: list[str], crop: int, seed: int, downscale: float, ranges: Iterable[range]):
+        self.tars, self.crop, self.seed, self.downscale, self.ranges = tars, crop, seed, downscale, list(ranges)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        stream, position = self._stream(), 0
+        for samples in self.ranges:
+            batch = []
+            for g in samples:
+                while position <= g:  # after a resume, or another process's share: passed over without decoding
+                    data, position = next(stream), position + 1
+                picture = _read_if_usable(lambda data=data: data, self.crop)
+                batch.append(crop_of(picture, self.crop, self.downscale, np.random.default_rng((self.seed, g))))
+            yield torch.stack(batch)
+
+    def _stream(self) -> Iterator[bytes]:
+        for epoch in itertools.count():
+            rng = np.random.default_rng((self.seed, 4, epoch))
+            shards = [self.tars[i] for i in rng.permutation(len(self.tars))]
+            usable = (data for _, data in _tar_members(shards) if _is_usable(data, self.crop))
+            count = 0
+            for data in _shuffled(usable, rng):
+                count += 1
+                yield data
+            if not count:
+                raise DataError(f"No picture in the tars is readable and at least {self.crop} pixels on both sides.")
+
+
+def _shuffled(stream: Iterator[bytes], rng: np.random.Generator, size: int = 1000) -> Iterator[bytes]:
+    """Keeps `size` items back and hands out a random one of them; the rest at the end."""
+    held: list[bytes] = []
+    for item in stream:
+        if len(held) < size:
+            held.append(item)
+            continue
+        i = rng.integers(size)
+        held[i], item = item, held[i]
+        yield item
+    for i in rng.permutation(len(held)):
+        yield held[i]
+
+
+def _is_usable(data: bytes, crop: int) -> bool:
+    """Looks at a picture's header only."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return min(image.size) >= crop
+    except (UnidentifiedImageError, OSError):
+        return False
+
+
+def _read_if_usable(read, crop: int) -> Tensor | None:
+    try:
+        picture = _rgb(read())
+    except UNREADABLE:
+        return None
+    return torch.from_numpy(picture.transpose(2, 0, 1).copy()) if min(picture.shape[:2]) >= crop else None
 
 
 def uniform_noise(samples: range, shapes: dict[str, tuple], seed: int, device="cpu") -> dict[str, Tensor]:

@@ -11,9 +11,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from lightning.fabric import Fabric
@@ -21,45 +19,13 @@ from lightning.fabric.loggers import TensorBoardLogger
 from tqdm import tqdm
 
 from entroformer_lib.errors import TrainingError
+from entroformer_lib.files import replacing
 from entroformer_lib.models.entroformer import Entroformer, build_model
 from entroformer_lib.models.zoo import load_model, save_weights
-from entroformer_lib.training.data import Crops, random_kept, uniform_noise
+from entroformer_lib.training.config import RUNTIME_FIELDS, TrainConfig
+from entroformer_lib.training.data import PreloadedCrops, StreamedCrops, random_kept, uniform_noise
 from entroformer_lib.training.loss import TrainingStep
 from entroformer_lib.training.schedule import learning_rate_factor
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """One training run. The defaults are the paper's (appendix A.5) but for size, batch and length."""
-
-    data: str  # folder, picture list, tar, glob of tars
-    out: str  # the run's folder
-    model: str = "tiny-parallel"  # {base, study, tiny}-{serial, parallel, hyperprior, context}
-    preset: Literal["paper", "official"] = "paper"
-    lmbda: float = 0.0035  # weight of the distortion: 255^2 * MSE, or 1 - MS-SSIM
-    metric: Literal["mse", "ms-ssim"] = "mse"
-    steps: int = 20_000
-    batch: int = 8  # over all processes together
-    crop: int = 128  # pixels
-    lr: float = 1e-4
-    decay: float = 0.75  # of the learning rate at every fifth of the steps
-    clip: float = 1.0  # largest norm of the gradient
-    pretrain: float = 0.0  # share of the steps with the random mask and with pretrain_lmbda
-    pretrain_lmbda: float | None = None  # a high-rate start; default: lmbda
-    pretrain_mask: float = 0.5  # share of the latents masked meanwhile
-    init: str | None = None  # weights to finetune from: a name of `entroformer models` or a .safetensors file
-    seed: int = 0
-    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: layers, never scores nor likelihoods
-    accelerator: str = "auto"
-    devices: int | str = "auto"  # under torchrun: processes per machine
-    checkpoint_seconds: float = 120.0
-    log_every: int = 50
-
-    def lmbda_at(self, step: int) -> float:
-        return self.pretrain_lmbda if self.pretraining(step) and self.pretrain_lmbda is not None else self.lmbda
-
-    def pretraining(self, step: int) -> bool:
-        return step < round(self.pretrain * self.steps)
 
 
 def train(config: TrainConfig, progress: bool = True) -> Path:
@@ -87,7 +53,7 @@ def train(config: TrainConfig, progress: bool = True) -> Path:
     step_module.train()
     run = Run(config, fabric, model, step_module, optimizer)
     first = run.resume()
-    crops = Crops(config.data, config.crop, config.seed, fabric.device)
+    crops = (PreloadedCrops if config.preload else StreamedCrops)(config.data, config.crop, config.seed, fabric.device)
     return run.go(crops, first, progress and fabric.is_global_zero)
 
 
@@ -132,9 +98,6 @@ def _check(config: TrainConfig, out: Path, fabric: Fabric) -> None:
     fabric.barrier()
 
 
-RUNTIME_FIELDS = {"out", "data", "accelerator", "devices", "checkpoint_seconds", "log_every"}  # may differ on resume
-
-
 class Run:
     """One run under way: its step, its checkpoint, its log."""
 
@@ -145,15 +108,16 @@ class Run:
         self.signal: int | None = None
         self.seconds = 0.0  # training time of earlier starts
 
-    def go(self, crops: Crops, first: int, progress: bool) -> Path:
+    def go(self, crops: PreloadedCrops | StreamedCrops, first: int, progress: bool) -> Path:
         c = self.config
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         bar = tqdm(total=c.steps, initial=first, disable=not progress, unit="step", file=sys.stderr)
         begin = saved_at = time.monotonic()
         since_log = time.monotonic()
+        steps = range(first, c.steps)
         try:
-            for step in range(first, c.steps):
-                terms = self.step(crops, step)
+            for step, x in zip(steps, crops.batches(self.samples(s) for s in steps), strict=True):
+                terms = self.step(x, step)
                 bar.update()
                 now = time.monotonic()
                 if (step + 1) % c.log_every == 0 or step + 1 == c.steps:
@@ -177,14 +141,17 @@ class Run:
                 signal.signal(s, handler)
         return self._finish()
 
-    def step(self, crops: Crops, step: int) -> dict:
-        """One step on the samples that are this process's share of the batch."""
-        c, device = self.config, self.fabric.device
-        share = c.batch // self.fabric.world_size
-        start = step * c.batch + self.fabric.global_rank * share
-        samples = range(start, start + share)
+    def samples(self, step: int) -> range:
+        """Numbers of the samples that are this process's share of a step's batch."""
+        share = self.config.batch // self.fabric.world_size
+        start = step * self.config.batch + self.fabric.global_rank * share
+        return range(start, start + share)
+
+    def step(self, x: torch.Tensor, step: int) -> dict:
+        """One step on crops [B, 3, crop, crop].  ->  the terms of the loss"""
+        c, device, samples = self.config, self.fabric.device, self.samples(step)
         torch.manual_seed(hash((c.seed, step)) % 2**63)  # what is left to chance inside the model: k's jitter
-        x = crops.batch(samples).contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)
         h = w = c.crop // 16
         shapes = {"y": (self.model.config.M, h, w)}
         if self.model.config.hyperprior:
@@ -218,12 +185,11 @@ class Run:
                 "step": step,
                 "seconds": seconds,
             }
-            path, part = self.out / "checkpoint.pt", self.out / "checkpoint.pt.part"
+            path = self.out / "checkpoint.pt"
             try:
-                torch.save(state, part)
-                os.replace(part, path)
+                with replacing(path) as part:
+                    torch.save(state, part)
             except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-                part.unlink(missing_ok=True)
                 raise TrainingError(f"The checkpoint of step {step} could not be written to {path}: {error}") from None
         self.fabric.barrier()
 

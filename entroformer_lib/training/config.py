@@ -1,0 +1,61 @@
+"""What one training run is: read by the loop, the command line and the model cards. Imports nothing heavy."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. The defaults are the paper's (appendix A.5) but for size, batch and length.
+
+    The line under a field is its help text on the command line.
+    """
+
+    data: str
+    """Pictures to train on: a folder, a .txt list, a .tar, a glob of tars."""
+    out: str
+    """Folder of the run. The same command again continues it."""
+    model: str = "tiny-parallel"
+    """Size and variant: {base, study, tiny}-{serial, parallel, hyperprior, context}."""
+    preset: Literal["paper", "official"] = "paper"
+    lmbda: float = 0.0035
+    """Weight of the distortion: 255^2 * MSE, or 1 - MS-SSIM."""
+    metric: Literal["mse", "ms-ssim"] = "mse"
+    steps: int = 20_000
+    batch: int = 8
+    """Pictures per step, over all processes together."""
+    crop: int = 128
+    """Side of a crop in pixels."""
+    lr: float = 1e-4
+    decay: float = 0.75
+    """Factor on the learning rate at every fifth of the steps; the released code has 0.5."""
+    clip: float = 1.0
+    """Largest norm of the gradient; longer ones are shortened to it."""
+    pretrain: float = 0.0
+    """Share of the steps with the random mask and with pretrain_lmbda."""
+    pretrain_lmbda: float | None = None
+    """Weight of the distortion meanwhile, for a high-rate start; default: lmbda."""
+    pretrain_mask: float = 0.5
+    """Share of the latents masked meanwhile."""
+    init: str | None = None
+    """Weights to finetune from: a name of `entroformer models` or a .safetensors file."""
+    seed: int = 0
+    preload: bool = True
+    """Keep all pictures on the device; --no-preload streams them through worker processes."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 is for layers, never for attention scores or likelihoods."""
+    accelerator: str = "auto"
+    devices: int | str = "auto"
+    """How many processes; under torchrun, per machine."""
+    checkpoint_seconds: float = 120.0
+    log_every: int = 50
+
+    def lmbda_at(self, step: int) -> float:
+        return self.pretrain_lmbda if self.pretraining(step) and self.pretrain_lmbda is not None else self.lmbda
+
+    def pretraining(self, step: int) -> bool:
+        return step < round(self.pretrain * self.steps)
+
+
+# These may differ when a run is continued.
+RUNTIME_FIELDS = {"out", "data", "accelerator", "devices", "checkpoint_seconds", "log_every"}
