@@ -25,6 +25,9 @@ from entroformer_lib.models.priors import FactorizedPrior, GaussianConditional, 
 from entroformer_lib.models.transforms import Analysis, Synthesis
 
 
+LARGEST_LOG_SCALE = 12.0  # a sigma of 160,000: no latent needs it, and exp stays finite whatever a bad step does
+
+
 class EntropyParameters(nn.Module):
     """Two linear layers from the joined features to the Gaussian of every latent ("Linear" in Table 5).
 
@@ -54,7 +57,7 @@ class EntropyParameters(nn.Module):
             if wanted
         ]
         log_scales, means = float_or_wider(per_site(self.layers, torch.cat(joined, dim=1))).chunk(2, dim=1)
-        return means, self.floor(log_scales).exp()
+        return means, self.floor(log_scales).clamp(max=LARGEST_LOG_SCALE).exp()
 
 
 @register_model("entroformer")

@@ -153,3 +153,10 @@ def _describe(path: Path) -> dict:
         "kodak_psnr_db": kodak.get("psnr_db"),
         "path": str(path),
     }
+
+
+def device_name(device: torch.device) -> str:
+    """What a result was measured on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from entroformer_lib.errors import TrainingError
 from entroformer_lib.files import replacing
 from entroformer_lib.models.entroformer import Entroformer, build_model
-from entroformer_lib.models.zoo import load_model, save_weights
+from entroformer_lib.models.zoo import device_name, load_model, save_weights
 from entroformer_lib.training.config import RUNTIME_FIELDS, TrainConfig
 from entroformer_lib.training.data import PreloadedCrops, StreamedCrops, random_kept, uniform_noise
 from entroformer_lib.training.loss import TrainingStep
@@ -249,10 +249,3 @@ class Run:
             return self.signal is not None
         flag = torch.tensor(float(self.signal is not None), device=self.fabric.device)
         return bool(self.fabric.all_reduce(flag, reduce_op="sum") > 0)
-
-
-def device_name(device: torch.device) -> str:
-    """What a result was measured on, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"

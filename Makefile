@@ -1,0 +1,45 @@
+# Every target sets up .venv on first use. PYTHON chooses the interpreter: make test PYTHON=python3.12
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+BIN := .venv/bin
+READY := .venv/ready
+ENTROFORMER_DATA ?= $(wildcard ../shared/data)
+export ENTROFORMER_DATA
+
+.PHONY: help setup figures test lint lab train-tiny clean
+
+help:
+	@echo "make figures     run every notebook on the shipped weights, write figures/"
+	@echo "make test        lint and test"
+	@echo "make lab         open JupyterLab on the notebooks"
+	@echo "make train-tiny  repeat the training of the shipped model (set ENTROFORMER_DATA; about an hour on two cores)"
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
+		{ echo "Python 3.11 or 3.12 is needed; name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+figures: $(READY)
+	$(BIN)/python notebooks/run_all.py
+
+test: $(READY) lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lab: $(READY)
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
+train-tiny: $(READY)
+	@test -d "$(ENTROFORMER_DATA)/train" || { echo "Set ENTROFORMER_DATA to a folder with train/ (pictures or tars) in it."; exit 1; }
+	$(BIN)/entroformer train --data "$(ENTROFORMER_DATA)/train" --out runs/tiny-parallel --model tiny-parallel \
+		--steps 24000 --batch 8 --crop 128 --lr 1e-3 --decay 0.5 --lmbda 0.0035 --pretrain 0.4 --pretrain-lmbda 0.1 \
+		--precision bfloat16
+
+clean:
+	rm -rf .venv build runs

@@ -1,0 +1,301 @@
+"""The command line, `entroformer …`. Nothing heavy is imported before a command runs, so `--help` answers at once."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional, arg
+
+from entroformer_lib.errors import UserError
+from entroformer_lib.training.config import TrainConfig
+
+ABOUT = "Learned image compression you can look inside."
+app = tyro.extras.SubcommandApp()
+
+Output = Annotated[Path | None, arg(aliases=["-o"], metavar="FILE")]
+
+
+@app.command
+def compress(
+    image: Positional[Path],
+    output: Output = None,
+    model: str = "tiny-parallel",
+    force: bool = False,
+    device: str = "auto",
+) -> None:
+    """Compress a picture into an .ef file.
+
+    Transparent pixels are laid over white, 16 bits become 8, grey stays grey, colour profiles are dropped.
+
+    Example: entroformer compress photo.png -o photo.ef
+
+    Args:
+        image: The picture: PNG, JPEG, WebP, TIFF and what else Pillow reads.
+        output: The .ef file; by default beside the picture.
+        model: A name from `entroformer models`, or a .safetensors file.
+        force: Replace an output that exists.
+        device: cpu, cuda, or auto.
+    """
+    output = _output(output, image.with_suffix(".ef"), force)
+    from entroformer_lib.coding import codec
+    from entroformer_lib.files import write_bytes
+
+    picture = codec.open_picture(image)
+    _say_what_is_lost(picture)
+    data = codec.encode(_load(model, device), picture)
+    write_bytes(output, data)
+    bpp = 8 * len(data) / (picture.width * picture.height)
+    print(f"{output}: {len(data):,} bytes, {bpp:.3f} bits per pixel")
+
+
+@app.command
+def decompress(
+    file: Positional[Path],
+    output: Output = None,
+    model: str | None = None,
+    force: bool = False,
+    device: str = "auto",
+) -> None:
+    """Turn an .ef file back into a picture.
+
+    Example: entroformer decompress photo.ef -o photo.png
+
+    Args:
+        file: The .ef file.
+        output: The picture, its format told by the ending; by default a PNG beside the file.
+        model: Weights to decode with, where the file names none or they lie elsewhere.
+        force: Replace an output that exists.
+        device: cpu, cuda, or auto.
+    """
+    output = _output(output, file.with_suffix(".png"), force)
+    data = _read(file)
+    from PIL import Image
+
+    from entroformer_lib.coding import codec
+    from entroformer_lib.files import write_bytes
+
+    Image.init()
+    if output.suffix.lower() not in Image.EXTENSION:
+        raise UserError(f"The ending of {output} is not that of a picture format that can be written.")
+    picture = codec.decode(data, None if model is None else _load(model, device))
+    write_bytes(output, _picture_bytes(picture, output))
+    print(f"{output}: {picture.width} x {picture.height}")
+
+
+@app.command
+def info(file: Positional[Path], as_json: Annotated[bool, arg(name="json")] = False) -> None:
+    """Say what is in an .ef file, without decoding it.
+
+    Example: entroformer info photo.ef --json
+
+    Args:
+        file: The .ef file.
+        as_json: Print JSON.
+    """
+    data = _read(file)
+    from entroformer_lib.coding.bitstream import VERSION, Container
+
+    c = Container.unpack(data)
+    facts = {
+        "file": str(file),
+        "version": VERSION,
+        "width": c.width,
+        "height": c.height,
+        "grey": c.grey,
+        "model": c.model or None,
+        "weights": c.weights.hex(),
+        "bytes": len(data),
+        "bytes_y": len(c.y_string),
+        "bytes_z": len(c.z_string),
+        "bytes_container": len(data) - len(c.y_string) - len(c.z_string),
+        "bpp": 8 * len(data) / (c.width * c.height),
+    }
+    print(json.dumps(facts, indent=1) if as_json else "\n".join(f"{k:16} {v}" for k, v in facts.items()))
+
+
+@app.command
+def models(as_json: Annotated[bool, arg(name="json")] = False) -> None:
+    """List the models that can be loaded by name.
+
+    Example: entroformer models --json
+
+    Args:
+        as_json: Print JSON.
+    """
+    from entroformer_lib.models.zoo import list_models
+
+    rows = list_models()
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    print(f"{'name':28} {'variant':12} {'lmbda':>8} {'MB':>6}  {'Kodak bpp':>9} {'PSNR dB':>8}  SHA-256")
+    for row in rows:
+        bpp, psnr = (f"{v:.3f}" if v is not None else "-" for v in (row["kodak_bpp"], row["kodak_psnr_db"]))
+        megabytes = f"{row['bytes'] / 1e6:.1f}"
+        lmbda = "-" if row["lmbda"] is None else row["lmbda"]
+        print(f"{row['name']:28} {row['variant']:12} {lmbda:>8} {megabytes:>6}  {bpp:>9} {psnr:>8}  {row['sha256'][:12]}")
+
+
+@app.command
+def train(config: Annotated[TrainConfig, arg(name="")], as_json: Annotated[bool, arg(name="json")] = False) -> None:
+    """Train a model, or go on with a run that was stopped.
+
+    Example: entroformer train --data photos/ --out runs/first --model tiny-parallel --steps 2000
+
+    On several GPUs: torchrun --nproc-per-node 4 -m entroformer_lib train …
+
+    Args:
+        config: The run.
+        as_json: Print the path of the weights and the last line of the log as JSON.
+    """
+    from entroformer_lib.training.loop import train as run
+
+    path = run(config)
+    if as_json:
+        last = (Path(config.out) / "log.jsonl").read_text().splitlines()[-1]
+        print(json.dumps({"weights": str(path), "last": json.loads(last)}))
+    else:
+        print(f"The weights are in {path}")
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Positional[str],
+    data: Path,
+    limit: int | None = None,
+    json_file: Annotated[Path | None, arg(name="json")] = None,
+    device: str = "auto",
+) -> None:
+    """Measure a model on a folder of pictures, through real bytes.
+
+    Per picture and mean: bits per pixel of the file and as estimated, PSNR, MS-SSIM, seconds to encode and decode.
+
+    Example: entroformer eval tiny-parallel --data kodak/ --limit 3 --json result.json
+
+    Args:
+        model: A name from `entroformer models`, or a .safetensors file.
+        data: Folder of pictures.
+        limit: Take only the first so many.
+        json_file: Write rows, mean and provenance there; - prints them.
+        device: cpu, cuda, or auto.
+    """
+    from entroformer_lib.studies.rate_distortion import evaluate_picture, pictures_to_test
+
+    paths = pictures_to_test(data, limit)
+    loaded = _load(model, device)
+    quiet = str(json_file) == "-"
+    columns = ("bpp", "bpp_estimated", "psnr_db", "ms_ssim", "encode_s", "decode_s")
+    rows = []
+    if not quiet:
+        print(f"{'image':20}" + "".join(f"{name:>15}" for name in columns))
+    for path in paths:
+        rows.append(evaluate_picture(loaded, path))
+        if not quiet:
+            _print_row(path.stem, rows[-1], columns)
+    mean = {name: _mean([row[name] for row in rows]) for name in columns}
+    if not quiet:
+        _print_row("mean", mean, columns)
+    if json_file is not None:
+        from entroformer_lib.files import write_bytes
+        from entroformer_lib.studies.provenance import provenance
+
+        text = json.dumps({"images": rows, "mean": mean, "provenance": provenance(loaded)}, indent=1)
+        print(text) if quiet else write_bytes(json_file, text.encode())
+
+
+@app.command
+def data(name: Positional[str], to: Path | None = None) -> None:
+    """Fetch a set of test pictures, with checksums; a broken download is continued.
+
+    Sets: samples (scikit-image's, no network needed), kodak, clic2020.
+
+    Example: entroformer data kodak --to pictures/kodak
+
+    Args:
+        name: Which set.
+        to: The folder; by default pictures/NAME.
+    """
+    from entroformer_lib.datasets import fetch
+
+    folder = to or Path("pictures") / name
+    paths = fetch(name, folder)
+    print(f"{len(paths)} pictures in {folder}")
+
+
+# ---- what the commands share ------------------------------------------------------------------------------------------
+
+
+def _load(model: str, device: str):
+    from entroformer_lib.models.zoo import load_model
+
+    return load_model(model, device)
+
+
+def _output(output: Path | None, default: Path, force: bool) -> Path:
+    output = output or default
+    if output.is_dir():
+        raise UserError(f"{output} is a folder; the output must be a file.")
+    if output.exists() and not force:
+        raise UserError(f"{output} exists; --force replaces it.")
+    if not output.parent.is_dir():
+        raise UserError(f"There is no folder {output.parent}.")
+    return output
+
+
+def _read(file: Path) -> bytes:
+    if file.is_dir():
+        raise UserError(f"{file} is a folder, not an .ef file.")
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"There is no file {file}.") from None
+
+
+def _say_what_is_lost(picture) -> None:
+    if "A" in picture.mode or "a" in picture.mode or "transparency" in picture.info:
+        print("The transparency is not kept: transparent pixels are laid over white.", file=sys.stderr)
+    if picture.mode.startswith("I"):
+        print("16 bits are scaled to 8.", file=sys.stderr)
+
+
+def _picture_bytes(picture, path: Path) -> bytes:
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    picture.save(buffer, Image.EXTENSION[path.suffix.lower()])
+    return buffer.getvalue()
+
+
+def _mean(values: list) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _print_row(name: str, row: dict, columns: tuple) -> None:
+    print(f"{name:20}" + "".join(f"{'-' if row[c] is None else format(row[c], '.4f'):>15}" for c in columns), flush=True)
+
+
+def main() -> int:
+    """Runs a command. Exit codes: 0 done, 1 a sentence says what is wrong, 2 the command line was not understood."""
+    try:
+        app.cli(prog="entroformer", description=ABOUT, config=(tyro.conf.FlagCreatePairsOff,))
+    except UserError as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename or 'A file'}: {error.strerror or error}.")
+    except KeyboardInterrupt:
+        return _fail("Stopped.")
+    return 0
+
+
+def _fail(sentence: str) -> int:
+    print(f"entroformer: {sentence}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Shared fixtures: small models with lively latents, and real photographs."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from entroformer_lib.datasets import SAMPLES, sample_picture
+from entroformer_lib.models.config import named_config
+from entroformer_lib.models.entroformer import Entroformer
+
+MICRO = dict(N=16, M=24, Z=12, dim=24, heads=2, top_k=6, hyper_top_k=(6, 6, 6), context_layers=2)
+VARIANTS = ("serial", "parallel", "hyperprior", "context")
+
+
+def micro_model(variant: str = "parallel", preset: str = "paper", seed: int = 0, **overrides) -> Entroformer:
+    """An untrained model of a few thousand weights whose latents, means and scales vary as in a trained one."""
+    torch.manual_seed(seed)
+    model = Entroformer(named_config(f"tiny-{variant}", preset, **{**MICRO, **overrides})).eval()
+    with torch.no_grad():
+        model.g_a[-1].weight.mul_(40)
+        for name, parameter in model.named_parameters():
+            if name.startswith(("h_s", "context_model", "entropy_parameters")) and parameter.dim() > 1:
+                parameter.mul_(2)
+    return model
+
+
+@pytest.fixture(params=VARIANTS)
+def any_variant(request) -> Entroformer:
+    return micro_model(request.param)
+
+
+def pictures_folder(part: str) -> Path | None:
+    """`kodak` or `train` under ENTROFORMER_DATA, or None."""
+    folder = Path(os.environ.get("ENTROFORMER_DATA", "/nowhere")) / part
+    return folder if folder.is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def photo() -> Image.Image:
+    return sample_picture("astronaut").crop((100, 0, 292, 128))
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory) -> Path:
+    """A few real photographs of 128 to 300 pixels."""
+    folder = tmp_path_factory.mktemp("photos")
+    for name in SAMPLES:
+        picture = sample_picture(name)
+        picture.resize((picture.width // 2, picture.height // 2)).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flat_picture() -> Image.Image:
+    """A drawing: flat areas, which give many equal attention scores, beside a photograph."""
+    pixels = np.full((128, 192, 3), (90, 150, 220), dtype=np.uint8)
+    pixels[64:] = (30, 120, 40)
+    pixels[20:60, 30:80] = 255
+    pixels[80:128, 128:] = np.asarray(sample_picture("coffee"))[100:148, 100:164]
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(autouse=True)
+def _calm_torch():
+    torch.manual_seed(0)
+    yield

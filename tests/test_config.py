@@ -1,0 +1,59 @@
+import pytest
+
+from entroformer_lib.errors import ConfigError
+from entroformer_lib.models.config import EntroformerConfig, named_config
+from entroformer_lib.models.entroformer import build_model
+
+
+@pytest.mark.parametrize("name", ["base-serial", "study-parallel", "tiny-hyperprior", "tiny-context"])
+@pytest.mark.parametrize("preset", ["paper", "official"])
+def test_json_round_trip(name, preset):
+    config = named_config(name, preset)
+    assert EntroformerConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    "make, offender",
+    [
+        (lambda: named_config("tiny-serial", heds=3), "heds"),
+        (lambda: EntroformerConfig.from_json('{"colour": 1}'), "colour"),
+        (lambda: EntroformerConfig.from_json("[1]"), "object"),
+        (lambda: EntroformerConfig.from_json("{"), "JSON"),
+        (lambda: named_config("huge-serial"), "huge-serial"),
+        (lambda: named_config("tiny-serial", preset="mine"), "mine"),
+        (lambda: EntroformerConfig(position="circle"), "circle"),
+        (lambda: EntroformerConfig(top_k="many"), "many"),
+        (lambda: EntroformerConfig(top_k=True), "top_k"),
+        (lambda: EntroformerConfig(dim=100), "100"),
+        (lambda: EntroformerConfig(context="none", hyperprior=False), "nothing to predict from"),
+        (lambda: EntroformerConfig(scale_floor=0.0), "scale_floor"),
+    ],
+)
+def test_what_cannot_be_built_is_named(make, offender):
+    with pytest.raises(ConfigError, match=offender):
+        make()
+
+
+def test_overrides_reach_the_model():
+    model = build_model("tiny-parallel", top_k=None, position="relative_2d", radius=2)
+    assert model.config.top_k is None
+    assert model.context_model.stack.positions[0].table().shape == (25, 32)
+
+
+def test_base_entropy_model_by_hand():
+    """Table 6: 142.7 MB of float32. Counted from Table 5 layer by layer."""
+    D, M, Z, d = 384, 384, 192, 64
+    vectors = 26  # the diamond of h = 3 has 2 * 3 * 4 + 1 offsets, and one vector for all others
+    attention = 3 * D * D + D * D + vectors * d
+    feed_forward = (D * 4 * D + 4 * D) + (4 * D * D + D)
+    block = attention + feed_forward + 2 * 2 * D  # two layer norms
+    h_a = (M * D + D) + 3 * block + 2 * (9 * D * D + D) + 2 * D + (D * Z + Z)
+    h_s = (Z * D + D) + 3 * block + 2 * (9 * D * 4 * D + 4 * D)
+    context = (M * D + D) + 6 * block + D  # and the start token
+    parameters = (2 * D * 4 * D + 4 * D) + (4 * D * 2 * M + 2 * M)
+    bottleneck = Z * ((3 + 9 + 9 + 9 + 3) + (3 + 3 + 3 + 3 + 1) + (3 + 3 + 3 + 3) + 3)  # matrices, biases, factors, quantiles
+    model = build_model("base-serial")
+    counted = sum(p.numel() for part in model.entropy_model_parts() for p in part.parameters())
+    assert counted == h_a + h_s + context + parameters + bottleneck
+    assert 37e6 < counted < 38e6
+    assert abs(counted * 4 / 2**20 - 142.7) < 1  # the paper's megabytes are 2^20 bytes

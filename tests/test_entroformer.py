@@ -1,0 +1,121 @@
+"""CompressAI's contract, on every variant."""
+
+import pytest
+import torch
+from compressai.losses import RateDistortionLoss
+from compressai.models import CompressionModel
+from compressai.registry import MODELS
+from conftest import VARIANTS, micro_model
+
+from entroformer_lib.errors import ConfigError, WeightsError
+from entroformer_lib.models.entroformer import Entroformer
+
+
+def test_is_a_registered_compression_model():
+    assert MODELS["entroformer"] is Entroformer
+    assert isinstance(MODELS["entroformer"]("tiny-parallel", dim=24, heads=2), CompressionModel)
+
+
+@pytest.mark.parametrize("preset", ["paper", "official"])
+@pytest.mark.parametrize("metric", ["mse", "ms-ssim"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compressai_loss_trains_every_parameter(variant, metric, preset):
+    model = micro_model(variant, preset).train()
+    x = torch.rand(2, 3, 192, 192)
+    out = model(x)
+    loss = RateDistortionLoss(lmbda=0.01, metric=metric)(out, x)["loss"] + model.aux_loss()
+    loss.backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+def test_shapes(any_variant):
+    x = torch.rand(2, 3, 64, 128)
+    with torch.no_grad():
+        out = any_variant(x)
+    assert out["x_hat"].shape == x.shape
+    assert out["likelihoods"]["y"].shape == (2, 24, 4, 8)
+    assert ("z" in out["likelihoods"]) == any_variant.config.hyperprior
+    if any_variant.config.hyperprior:
+        assert out["likelihoods"]["z"].shape == (2, 12, 1, 2)
+
+
+def test_compress_and_decompress(any_variant):
+    x = torch.rand(2, 3, 128, 192)
+    with torch.no_grad():
+        expected = any_variant(x)["x_hat"].clamp(0, 1)
+    coded = any_variant.compress(x)
+    assert len(coded["strings"]) == 1 + any_variant.config.hyperprior
+    assert all(len(strings) == 2 and isinstance(strings[0], bytes) for strings in coded["strings"])
+    decoded = any_variant.decompress(**coded)["x_hat"]
+    torch.testing.assert_close(decoded, expected, atol=1e-5, rtol=0)
+
+
+def test_batch_equals_single(any_variant):
+    model = any_variant.double()
+    x = torch.rand(3, 3, 64, 128, dtype=torch.float64)
+    with torch.no_grad():
+        together = model(x)["likelihoods"]["y"]
+        alone = torch.cat([model(x[i : i + 1])["likelihoods"]["y"] for i in range(3)])
+    torch.testing.assert_close(together, alone)
+
+
+def test_strings_do_not_depend_on_the_batch(any_variant):
+    x = torch.rand(3, 3, 64, 128)
+    together = any_variant.compress(x)["strings"]
+    alone = [any_variant.compress(x[i : i + 1])["strings"] for i in range(3)]
+    assert together == [[strings[kind][0] for strings in alone] for kind in range(len(together))]
+
+
+def test_no_update_needed_after_training():
+    model = micro_model("parallel")
+    x = torch.rand(1, 3, 64, 64)
+    model.decompress(**model.compress(x))  # builds tables
+    model.train()
+    with torch.no_grad():  # a step of training moves p(z)
+        model.z_prior.quantiles.add_(0.4)
+    model.eval()
+    coded = model.compress(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model.decompress(**coded)["x_hat"], model(x)["x_hat"].clamp(0, 1), atol=1e-5, rtol=0)
+
+
+def test_from_state_dict_restores_architecture_and_weights(any_variant):
+    x = torch.rand(1, 3, 64, 64)
+    twin = Entroformer.from_state_dict(any_variant.state_dict())
+    assert twin.config == any_variant.config and not twin.training
+    with torch.no_grad():
+        assert torch.equal(twin(x)["x_hat"], any_variant(x)["x_hat"])
+    assert twin.compress(x) == any_variant.compress(x)
+
+
+def test_wrong_weights_are_refused_in_a_sentence():
+    state = micro_model("parallel").state_dict()
+    with pytest.raises(WeightsError, match="context"):
+        micro_model("serial").load_state_dict(state)
+    with pytest.raises(WeightsError, match="which architecture"):
+        Entroformer.from_state_dict({k: v for k, v in state.items() if k != "_extra_state"})
+    with pytest.raises(WeightsError, match="g_a.0.bias"):
+        Entroformer.from_state_dict({k: v for k, v in state.items() if k != "g_a.0.bias"})
+
+
+def test_wrong_sizes_are_refused():
+    model = micro_model("parallel")
+    for shape in [(1, 3, 64, 65), (1, 1, 64, 64), (3, 64, 64)]:
+        with pytest.raises(ValueError, match="multiples of 64"):
+            model(torch.rand(shape))
+    with torch.no_grad():
+        micro_model("context")(torch.rand(1, 3, 16, 48))  # without hyperprior 16 is enough
+    with pytest.raises(TypeError):
+        Entroformer(model.config, top_k=3)
+    with pytest.raises(ConfigError):
+        Entroformer("tiny-parallel", topk=3)
+
+
+def test_given_noise_is_used():
+    model = micro_model("parallel").train()
+    x = torch.rand(1, 3, 64, 64)
+    noise = {"y": torch.full((1, 24, 4, 4), 0.25), "z": torch.full((1, 12, 1, 1), -0.25)}
+    first, second = model(x, noise=noise), model(x, noise=noise)
+    assert torch.equal(first["likelihoods"]["y"], second["likelihoods"]["y"])
+    assert not torch.equal(model(x)["likelihoods"]["y"], first["likelihoods"]["y"])

@@ -1,0 +1,56 @@
+import pytest
+import torch
+
+from entroformer_lib.models.position import RelativePosition, grid_sites, sinusoidal_positions
+
+KINDS = ("relative_1d", "relative_2d", "diamond")
+
+
+def naive_vector(relative: RelativePosition, dy: int, dx: int) -> torch.Tensor:
+    """p of one offset, from the definitions in the paper and the class's docstring."""
+    h = relative.radius
+    if relative.kind == "diamond":
+        inside = [(a, b) for a in range(-h, h + 1) for b in range(-h, h + 1) if abs(a) + abs(b) <= h]
+        return relative.vectors[inside.index((dy, dx)) if abs(dy) + abs(dx) <= h else len(inside)]
+    dy, dx = max(-h, min(h, dy)), max(-h, min(h, dx))
+    if relative.kind == "relative_1d":
+        return relative.rows[dy + h] + relative.columns[dx + h]
+    return relative.vectors[(dy + h) * (2 * h + 1) + dx + h]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("radius", [1, 3])
+def test_gathered_positions_equal_a_double_loop(kind, radius):
+    relative = RelativePosition(kind, radius, head_dim=5)
+    sites = grid_sites(4, 6)
+    q = torch.randn(2, 3, len(sites), 5)
+    naive = torch.zeros(2, 3, len(sites), len(sites))
+    for i, (r, c) in enumerate(sites.tolist()):
+        for j, (s, t) in enumerate(sites.tolist()):
+            naive[:, :, i, j] = q[:, :, i] @ naive_vector(relative, s - r, t - c)
+    torch.testing.assert_close(relative(q, sites, sites), naive)
+
+
+def test_diamond_has_26_vectors_at_radius_3():
+    relative = RelativePosition("diamond", 3, head_dim=4)
+    assert relative.table().shape == (26, 4)
+    assert len(relative.buckets(grid_sites(9, 9), grid_sites(9, 9)).unique()) == 26
+
+
+def test_every_vector_gets_a_gradient():
+    for kind in KINDS:
+        relative = RelativePosition(kind, 2, head_dim=4)
+        sites = grid_sites(8, 8)
+        relative(torch.randn(1, 1, 64, 4), sites, sites).square().sum().backward()
+        for parameter in relative.parameters():
+            assert (parameter.grad.abs().sum(-1) > 0).all(), kind
+
+
+def test_sites_are_in_raster_order():
+    assert grid_sites(2, 3).tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
+
+
+def test_sinusoidal_positions_tell_all_sites_apart():
+    code = sinusoidal_positions(grid_sites(12, 16), 24)
+    assert code.shape == (192, 24)
+    assert torch.cdist(code, code).add(torch.eye(192) * 9).min() > 0.1
