@@ -1,0 +1,206 @@
+"""Pictures to real bytes and back."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import VARIANTS, micro_model, pictures_folder
+from PIL import Image
+
+from entroformer_lib.coding import codec
+from entroformer_lib.coding.bitstream import Container
+from entroformer_lib.datasets import sample_picture
+from entroformer_lib.errors import BitstreamError, DataError
+from entroformer_lib.models.zoo import list_models, load_model, save_weights
+from entroformer_lib.studies.rate_distortion import estimated_bits
+
+
+def reconstruction(model, picture) -> np.ndarray:
+    """What forward says the decoded picture should be."""
+    with torch.no_grad():
+        x_hat = model(codec.to_tensor(picture, model))["x_hat"].clamp(0, 1)
+    return np.asarray(codec.to_picture(codec.unpad(x_hat, picture.height, picture.width)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (17, 3), (63, 65), (64, 64), (100, 130)])
+def test_any_size_comes_back(variant, size, photo):
+    model = micro_model(variant)
+    picture = photo.resize(size)
+    decoded = codec.decode(codec.encode(model, picture), model)
+    assert decoded.size == size and decoded.mode == "RGB"
+    assert np.abs(np.asarray(decoded).astype(int) - reconstruction(model, picture)).max() <= 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_latents_are_exact_on_flat_pictures(variant, flat_picture):
+    model = micro_model(variant, top_k=4)
+    x = codec.to_tensor(flat_picture, model)
+    y_hat, _ = model.latents(x)
+    decoded, _ = model.decompress_latents(**{k: v for k, v in model.compress(x).items()})
+    assert torch.equal(decoded, y_hat)
+    assert y_hat.unique().numel() > 5
+
+
+FOREIGN = """
+import sys, torch
+torch.set_num_threads(int(sys.argv[3]))
+torch.backends.mkldnn.set_flags(sys.argv[4] == "1")
+from entroformer_lib.coding import codec
+from entroformer_lib.models.zoo import load_model
+model = load_model(sys.argv[1])
+sys.stdout.buffer.write(codec.decode(open(sys.argv[2], "rb").read(), model).tobytes())
+"""
+
+
+def test_decodes_under_other_thread_counts_and_kernels(tmp_path, flat_picture):
+    """The default file does not depend on how the machine sums: threads, vector width, oneDNN."""
+    model = micro_model("parallel", top_k=4)
+    save_weights(model, tmp_path / "m.safetensors", {})
+    model = load_model(tmp_path / "m.safetensors", "cpu")
+    (tmp_path / "flat.ef").write_bytes(codec.encode(model, flat_picture))
+    here = np.asarray(codec.decode((tmp_path / "flat.ef").read_bytes(), model)).astype(int)
+    for threads, onednn, environment in [("1", "1", {}), ("2", "0", {"ATEN_CPU_CAPABILITY": "default"})]:
+        done = subprocess.run(
+            [sys.executable, "-c", FOREIGN, tmp_path / "m.safetensors", tmp_path / "flat.ef", threads, onednn],
+            capture_output=True,
+            env={**os.environ, **environment},
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        there = np.frombuffer(done.stdout, dtype=np.uint8).reshape(here.shape).astype(int)
+        assert np.abs(there - here).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I;16", "I"])
+def test_every_kind_of_picture(mode, photo):
+    model = micro_model("parallel")
+    picture = photo.convert("L") if mode in ("I;16", "I", "PA") else photo
+    if mode in ("I;16", "I"):
+        wide = np.asarray(picture).astype(np.uint16) * 257
+        picture = Image.fromarray(wide if mode == "I;16" else wide.astype(np.int32))
+    picture = picture.convert(mode)
+    decoded = codec.decode(codec.encode(model, picture), model)
+    assert decoded.size == picture.size
+    assert decoded.mode == ("L" if mode in ("1", "L", "LA", "I;16", "I") else "RGB")
+
+
+def test_what_the_codec_sees():
+    ramp = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    rgb, grey = codec.to_rgb(codec.open_picture(ramp))
+    assert not grey or rgb.mode == "RGB"
+    assert np.array_equal(np.asarray(rgb)[..., 0], ramp // 257)  # 16 bits to 8
+
+    clear = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
+    assert np.asarray(codec.to_rgb(clear)[0]).min() == 255  # transparent becomes white
+    half = Image.new("RGBA", (4, 4), (0, 0, 0, 128))
+    assert abs(int(np.asarray(codec.to_rgb(half)[0])[0, 0, 0]) - 127) <= 1
+
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 200, 100, 50])
+    assert np.asarray(codec.to_rgb(palette)[0])[0, 0].tolist() == [200, 100, 50]
+    palette.info["transparency"] = 1
+    assert np.asarray(codec.to_rgb(palette)[0])[0, 0].tolist() == [255, 255, 255]
+
+
+def test_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    Image.new("RGB", (80, 40), "red").save(tmp_path / "turned.jpg", exif=exif)
+    assert codec.open_picture(tmp_path / "turned.jpg").size == (40, 80)
+
+
+def test_padding_repeats_the_border_and_is_taken_off_again():
+    x = torch.rand(1, 3, 5, 70)
+    padded = codec.pad(x, 64)
+    assert padded.shape == (1, 3, 64, 128)
+    assert torch.equal(codec.unpad(padded, 5, 70), x)
+    assert torch.equal(padded[:, :, 0, 29:99], x[:, :, 0])  # 59 missing rows: 29 above; 58 columns: 29 left
+    assert torch.equal(padded[:, :, 29:34, 0], x[:, :, :, 0])
+
+
+def test_a_damaged_file_is_an_error_and_never_a_picture(photo):
+    model = micro_model("parallel")
+    data = codec.encode(model, photo)
+    for i in range(0, len(data), 29):
+        with pytest.raises(BitstreamError):
+            codec.decode(data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :], model)
+
+
+def test_damage_behind_a_forged_checksum_is_noticed(photo):
+    """Bits flipped inside the strings with the outer checksum made to fit: the latents' checksum still notices."""
+    from dataclasses import replace
+
+    model = micro_model("parallel")
+    whole = Container.unpack(codec.encode(model, photo))
+    for i in (4, 40, len(whole.y_string) - 9):
+        damaged = whole.y_string[:i] + bytes([whole.y_string[i] ^ 4]) + whole.y_string[i + 1 :]
+        with pytest.raises(BitstreamError):
+            codec.decode(replace(whole, y_string=damaged).pack(), model)
+    with pytest.raises(BitstreamError):
+        codec.decode(replace(whole, z_string=whole.z_string[:-2]).pack(), model)
+    with pytest.raises(BitstreamError):
+        codec.decode(replace(whole, y_string=whole.y_string[:100]).pack(), model)
+
+
+def test_a_decoder_that_differs_is_noticed(photo, monkeypatch):
+    """As if this machine computed other parameters: an error, not a wrong picture."""
+    model = micro_model("parallel")
+    data = codec.encode(model, photo)
+    from entroformer_lib.models import exact
+
+    right = exact.snap
+    monkeypatch.setattr(exact, "snap", lambda means, scales: right(means + 0.02, scales))
+    with pytest.raises(BitstreamError):
+        codec.decode(data, model)
+
+
+def test_other_weights_are_refused(photo):
+    data = codec.encode(micro_model("parallel"), photo)
+    with pytest.raises(BitstreamError, match="other weights"):
+        codec.decode(data, micro_model("parallel", seed=1))
+    with pytest.raises(BitstreamError, match="must be given"):
+        codec.decode(data)
+
+
+def test_a_model_that_is_not_here_is_named(photo):
+    model = micro_model("parallel")
+    model.name = "my-own-model"
+    with pytest.raises(BitstreamError, match="my-own-model"):
+        codec.decode(codec.encode(model, photo))
+
+
+@pytest.mark.parametrize("image", [np.zeros((3, 4, 5), np.uint8), np.zeros((3, 4), np.float32), np.zeros((0, 4), np.uint8)])
+def test_what_is_no_picture_is_refused(image):
+    with pytest.raises(DataError):
+        codec.open_picture(image)
+    with pytest.raises(DataError, match="floating"):
+        codec.to_rgb(Image.new("F", (4, 4)))
+
+
+# ---- the shipped models ------------------------------------------------------------------------------------------------
+
+
+def real_pictures() -> list:
+    kodak = pictures_folder("kodak")
+    return [kodak / "kodim04.png", kodak / "kodim20.png"] if kodak else [sample_picture("coffee"), sample_picture()]
+
+
+@pytest.mark.parametrize("name", [row["name"] for row in list_models()])
+def test_real_bits_are_what_the_likelihoods_promise(name):
+    model = load_model(name, "cpu")
+    for image in real_pictures():
+        picture = codec.open_picture(image)
+        container = Container.unpack(codec.encode(model, picture))
+        real = 8 * (len(container.y_string) + len(container.z_string))
+        promised = estimated_bits(model, picture)
+        assert abs(real - promised) < 0.01 * promised + 256
+        assert 8 * len(container.pack()) < 1.01 * promised + 512  # the container's own bytes included
+
+
+def test_a_file_names_its_model():
+    name = list_models()[0]["name"]
+    data = codec.encode(load_model(name, "cpu"), sample_picture("chelsea"))
+    assert codec.decode(data).size == sample_picture("chelsea").size
