@@ -7,7 +7,6 @@ Starting the same command again continues the run exactly where its checkpoint s
 import dataclasses
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -41,8 +40,7 @@ def train(config: TrainConfig, progress: bool = True) -> Path:
         devices=config.devices,
         loggers=TensorBoardLogger(out, name="", version=""),
     )
-    if "LOCAL_RANK" not in os.environ:
-        fabric.launch()
+    fabric.launch()
     _check(config, out, fabric)
     torch.manual_seed(config.seed)
     model = _initial_model(config)

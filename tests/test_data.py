@@ -1,0 +1,125 @@
+"""Training pictures: what a run sees is a function of the seed and the sample's number alone."""
+
+import tarfile
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from entroformer_lib.errors import DataError
+from entroformer_lib.training.data import (
+    PreloadedCrops,
+    StreamedCrops,
+    crop_of,
+    find_sources,
+    picture_number,
+    random_kept,
+    uniform_noise,
+)
+
+RANGES = [range(4 * i, 4 * i + 4) for i in range(4)]
+
+
+@pytest.fixture
+def tar(photo_folder, tmp_path):
+    with tarfile.open(tmp_path / "photos-00.tar", "w") as file:
+        for i, path in enumerate(sorted(photo_folder.glob("*.png"))):
+            file.add(path, f"{i:04}.png")
+    return tmp_path / "photos-00.tar"
+
+
+@pytest.fixture
+def listing(photo_folder):
+    path = photo_folder / "list.txt"
+    path.write_text("\n".join(p.name for p in sorted(photo_folder.glob("*.png"))))
+    yield path
+    path.unlink()
+
+
+def test_folder_list_and_tar_give_the_same_crops(photo_folder, listing, tar):
+    batches = [list(PreloadedCrops(s, 64).batches(RANGES)) for s in (photo_folder, listing, tar, str(tar.parent / "*.tar"))]
+    assert batches[0][0].shape == (4, 3, 64, 64) and 0 <= batches[0][0].min() and batches[0][0].max() <= 1
+    for other in batches[1:]:
+        assert all(map(torch.equal, batches[0], other))
+
+
+def test_streamed_files_equal_preloaded(photo_folder):
+    streamed = StreamedCrops(photo_folder, 64, workers=2).batches(RANGES)
+    assert all(map(torch.equal, streamed, PreloadedCrops(photo_folder, 64).batches(RANGES)))
+
+
+@pytest.mark.parametrize("kind", ["files", "tar"])
+def test_a_stream_can_start_anywhere(kind, photo_folder, tar):
+    source = photo_folder if kind == "files" else tar
+    whole = list(StreamedCrops(source, 64, workers=0).batches(RANGES))
+    late = list(StreamedCrops(source, 64, workers=1).batches(RANGES[2:]))
+    assert all(map(torch.equal, whole[2:], late))
+
+
+def test_two_processes_share_the_samples_of_one(tar):
+    whole = torch.cat(list(StreamedCrops(tar, 64, workers=0).batches(RANGES)))
+    halves = [
+        torch.cat(list(StreamedCrops(tar, 64, workers=0).batches([r[2 * rank : 2 * rank + 2] for r in RANGES])))
+        for rank in (0, 1)
+    ]
+    for rank in (0, 1):  # [step, rank, sample, 3, 64, 64]
+        assert torch.equal(whole.view(4, 2, 2, 3, 64, 64)[:, rank].reshape(8, 3, 64, 64), halves[rank])
+
+
+def test_every_picture_once_per_epoch():
+    numbers = [picture_number(g, 7, seed=3) for g in range(21)]
+    assert all(sorted(numbers[7 * e : 7 * e + 7]) == list(range(7)) for e in range(3))
+    assert numbers[:7] != numbers[7:14]
+
+
+def test_crops_differ_and_cover_scales():
+    rng = np.random.default_rng(0)
+    ramp = torch.arange(256, dtype=torch.uint8).expand(3, 256, 256)
+    spans = {round(float((c := crop_of(ramp, 64, 0.5, rng))[0, 0].max() - c[0, 0].min()) * 255) for _ in range(50)}
+    assert min(spans) >= 62 and max(spans) > 110  # from 1:1 to 1:2
+    assert crop_of(ramp[:, :64, :64], 64, 0.5, rng).shape == (3, 64, 64)  # exactly as large as the crop
+
+
+def test_noise_and_masks_belong_to_the_sample():
+    shapes = {"y": (2, 4, 4), "z": (3, 1, 1)}
+    whole, part = uniform_noise(range(6), shapes, seed=1), uniform_noise(range(4, 6), shapes, seed=1)
+    assert torch.equal(whole["y"][4:], part["y"]) and torch.equal(whole["z"][4:], part["z"])
+    assert -0.5 <= whole["y"].min() and whole["y"].max() < 0.5 and abs(whole["y"].mean()) < 0.1
+    kept = random_kept(range(5), (6, 8), 0.5, seed=0)
+    assert kept.shape == (5, 1, 6, 8) and kept.sum((1, 2, 3)).tolist() == [24] * 5
+    assert torch.equal(kept[3:], random_kept(range(3, 5), (6, 8), 0.5, seed=0))
+
+
+def test_unusable_pictures_are_named_and_left_out(photo_folder, tmp_path):
+    for path in photo_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "coffee.png").read_bytes()[:900])
+    Image.new("RGB", (30, 300)).save(tmp_path / "thin.png")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        crops = PreloadedCrops(tmp_path, 64)
+    assert len(crops.pictures) == 4
+    text = " ".join(str(w.message) for w in caught)
+    assert "broken.png" in text and "cut.png" in text and "1 pictures smaller" in text
+    assert len(list(StreamedCrops(tmp_path, 64, workers=0).batches(RANGES))) == 4
+
+
+def test_sources_that_cannot_be_used(tmp_path, tar):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "list.txt").write_text("gone.png\n")
+    for source, sentence in [
+        (tmp_path / "empty", "no picture"),
+        (tmp_path / "list.txt", "gone.png"),
+        (tmp_path / "nothing", "no training pictures"),
+    ]:
+        with pytest.raises(DataError, match=sentence):
+            find_sources(source)
+    with pytest.raises(DataError, match="smaller than the crop"):
+        PreloadedCrops(tar, 1024)
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(tar.read_bytes()[:70_000])
+    with pytest.raises(DataError, match="damaged"):
+        PreloadedCrops(cut, 64)

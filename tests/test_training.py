@@ -1,0 +1,213 @@
+"""The loop: exact resume, a golden log, several processes, signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MICRO
+
+from entroformer_lib.errors import TrainingError
+from entroformer_lib.models.zoo import load_model
+from entroformer_lib.training import loop
+from entroformer_lib.training.config import TrainConfig
+from entroformer_lib.training.loop import train
+from entroformer_lib.training.schedule import learning_rate_factor
+
+GOLDEN = Path(__file__).parent / "golden" / "training_20_steps.jsonl"
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's advice on worker counts and the like
+
+
+@pytest.fixture
+def config(photo_folder, tmp_path, monkeypatch):
+    from entroformer_lib.models import config as model_config
+
+    monkeypatch.setitem(model_config.SIZES, "tiny", MICRO)
+    return TrainConfig(
+        data=str(photo_folder),
+        out=str(tmp_path / "run"),
+        steps=20,
+        batch=2,
+        crop=64,
+        lr=1e-3,
+        pretrain=0.4,
+        pretrain_lmbda=0.1,
+        log_every=1,
+        accelerator="cpu",
+        devices=1,
+    )
+
+
+def log_of(config) -> list[dict]:
+    return [json.loads(line) for line in (Path(config.out) / "log.jsonl").read_text().splitlines()]
+
+
+def losses(config) -> list[float]:
+    return [row["loss"] for row in log_of(config)]
+
+
+def test_golden_log_of_20_steps(config):
+    """Change of behaviour anywhere in model, data or loop shows here. Renew by deleting the file, with a reason."""
+    train(config, progress=False)
+    names = ("step", "rd_loss", "bpp_y", "bpp_z", "psnr_db", "lr", "lmbda")
+    rows = [{name: row[name] for name in names} for row in log_of(config)]
+    if not GOLDEN.exists():
+        GOLDEN.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    golden = [json.loads(line) for line in GOLDEN.read_text().splitlines()]
+    for row, expected in zip(rows, golden, strict=True):
+        assert row == pytest.approx(expected, rel=2e-3), f"step {row['step']}"
+    assert sum(r["rd_loss"] for r in rows[4:8]) < sum(r["rd_loss"] for r in rows[:4])
+
+
+@pytest.mark.parametrize("variant", ["tiny-parallel", "tiny-serial"])
+@pytest.mark.parametrize("preset", ["paper", "official"])  # official draws k at random
+def test_resume_equals_uninterrupted(config, tmp_path, variant, preset, monkeypatch):
+    config = replace(config, model=variant, preset=preset, steps=8)
+    weights = train(config, progress=False)
+    cut = replace(config, out=str(tmp_path / "cut"), checkpoint_seconds=0.0)
+    step = loop.Run.step
+
+    def interrupted(run, x, number):
+        if number == 5:
+            raise KeyboardInterrupt
+        return step(run, x, number)
+
+    monkeypatch.setattr(loop.Run, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, progress=False)
+    monkeypatch.undo()
+    from entroformer_lib.models import config as model_config
+
+    monkeypatch.setitem(model_config.SIZES, "tiny", MICRO)
+    again = train(cut, progress=False)
+    assert losses(cut) == losses(config)
+    ours, theirs = load_model(again, "cpu").state_dict(), load_model(weights, "cpu").state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_finished_run_is_not_repeated(config):
+    config = replace(config, steps=2)
+    train(config, progress=False)
+    before = (Path(config.out) / "log.jsonl").read_text()
+    train(config, progress=False)
+    assert (Path(config.out) / "log.jsonl").read_text() == before
+
+
+def test_another_run_in_the_same_folder_is_refused(config):
+    train(replace(config, steps=1), progress=False)
+    with pytest.raises(TrainingError, match="another lmbda"):
+        train(replace(config, steps=1, lmbda=0.5), progress=False)
+
+
+def test_a_loss_that_is_no_number_names_the_step(config, monkeypatch):
+    config = replace(config, steps=6, checkpoint_seconds=0.0)
+    forward = loop.TrainingStep.forward
+
+    def forward_with_nan(self, x, lmbda, noise, kept):
+        self.calls = getattr(self, "calls", 0) + 1
+        return forward(self, x * (float("nan") if self.calls == 4 else 1), lmbda, noise, kept)
+
+    monkeypatch.setattr(loop.TrainingStep, "forward", forward_with_nan)
+    with pytest.raises(TrainingError, match="step 4"):
+        train(config, progress=False)
+    state = torch.load(Path(config.out) / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 3 and all(t.isfinite().all() for t in state["model"].values())
+
+
+@pytest.mark.parametrize("changes, sentence", [
+    (dict(crop=100), "multiple of 64"),
+    (dict(metric="ms-ssim"), "160"),
+    (dict(steps=0), "at least one step"),
+])  # fmt: skip
+def test_runs_that_cannot_start(config, changes, sentence):
+    with pytest.raises(TrainingError, match=sentence):
+        train(replace(config, **changes), progress=False)
+
+
+def test_finetune_from_weights(config, tmp_path):
+    first = train(replace(config, steps=2), progress=False)
+    second = replace(config, steps=1, init=str(first), out=str(tmp_path / "second"), lmbda=0.01, pretrain=0.0, lr=1e-9)
+    tuned = load_model(train(second, progress=False), "cpu")
+    torch.testing.assert_close(tuned.g_a[0].weight, load_model(first, "cpu").g_a[0].weight)
+
+
+def test_bfloat16_trains_close_to_float32(config, tmp_path):
+    train(replace(config, steps=3), progress=False)
+    narrow = replace(config, steps=3, precision="bfloat16", out=str(tmp_path / "narrow"))
+    train(narrow, progress=False)
+    for a, b in zip(log_of(config), log_of(narrow), strict=True):
+        assert b["rd_loss"] == pytest.approx(a["rd_loss"], rel=0.05)
+
+
+def test_schedule_of_the_paper():
+    factors = [learning_rate_factor(s, 1000) for s in range(1000)]
+    assert factors[0] == 1 / 50 and factors[49] == 1 and factors[199] == 1
+    assert [factors[s] for s in (200, 400, 600, 800, 999)] == pytest.approx([0.75, 0.75**2, 0.75**3, 0.75**4, 0.75**4])
+
+
+def command(config, *extra) -> list:
+    fields = [f"--{k}={getattr(config, k)}" for k in ("data", "out", "steps", "batch", "crop", "lr", "accelerator")]
+    return ["-m", "entroformer_lib", "train", *fields, "--log-every=1", "--devices=1", *extra]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_and_a_sentence(config, number):
+    config = replace(config, steps=10_000)
+    process = subprocess.Popen([sys.executable, *command(config)], stderr=subprocess.PIPE, text=True)
+    log = Path(config.out) / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    step = torch.load(Path(config.out) / "checkpoint.pt", weights_only=True)["step"]
+    assert f"Stopped by a signal at step {step} of 10000" in errors.splitlines()[-1]
+    assert log_of(config)[-1]["step"] == step
+
+
+GRADIENTS = """
+import sys, torch
+from lightning.fabric import Fabric
+from entroformer_lib.models import config as model_config
+model_config.SIZES["tiny"] = {micro!r}
+from entroformer_lib.training import loop
+from entroformer_lib.training.config import TrainConfig
+
+class Keep(torch.optim.Adam):
+    def step(self):
+        if loop_rank() == 0:
+            torch.save([p.grad.clone() for g in self.param_groups for p in g["params"]], {out!r} + "/gradients.pt")
+        return super().step()
+
+import os
+loop_rank = lambda: int(os.environ.get("RANK", 0))
+torch.optim.Adam = Keep
+loop.train(TrainConfig(data={data!r}, out={out!r}, steps=1, batch=4, crop=64, clip=1e9, pretrain=1.0, accelerator="cpu",
+                       devices=int(os.environ.get("WORLD_SIZE", 1)), preset="official"), progress=False)
+"""
+
+
+def test_two_processes_give_the_gradients_of_one(photo_folder, tmp_path):
+    """torchrun with gloo: same crops, same noise, same masks, same k, shared between the processes."""
+    gradients = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        out.mkdir()
+        script = out / "run.py"
+        script.write_text(GRADIENTS.format(micro=MICRO, data=str(photo_folder), out=str(out)))
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+        done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        gradients.append(torch.load(out / "gradients.pt", weights_only=True))
+    assert len(gradients[0]) > 100
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4 * float(one.abs().max()) + 1e-9)
