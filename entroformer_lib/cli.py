@@ -135,7 +135,9 @@ def models(as_json: Annotated[bool, arg(name="json")] = False) -> None:
         bpp, psnr = (f"{v:.3f}" if v is not None else "-" for v in (row["kodak_bpp"], row["kodak_psnr_db"]))
         megabytes = f"{row['bytes'] / 1e6:.1f}"
         lmbda = "-" if row["lmbda"] is None else row["lmbda"]
-        print(f"{row['name']:28} {row['variant']:12} {lmbda:>8} {megabytes:>6}  {bpp:>9} {psnr:>8}  {row['sha256'][:12]}")
+        print(
+            f"{row['name']:28} {row['variant']:12} {lmbda:>8} {megabytes:>6}  {bpp:>9} {psnr:>8}  {row['sha256'][:12]}"
+        )
 
 
 @app.command
@@ -224,7 +226,7 @@ def data(name: Positional[str], to: Path | None = None) -> None:
     print(f"{len(paths)} pictures in {folder}")
 
 
-# ---- what the commands share ------------------------------------------------------------------------------------------
+# ---- what the commands share ----
 
 
 def _load(model: str, device: str):
@@ -276,7 +278,9 @@ def _mean(values: list) -> float | None:
 
 
 def _print_row(name: str, row: dict, columns: tuple) -> None:
-    print(f"{name:20}" + "".join(f"{'-' if row[c] is None else format(row[c], '.4f'):>15}" for c in columns), flush=True)
+    print(
+        f"{name:20}" + "".join(f"{'-' if row[c] is None else format(row[c], '.4f'):>15}" for c in columns), flush=True
+    )
 
 
 def main() -> int:

@@ -172,7 +172,9 @@ def test_a_model_that_is_not_here_is_named(photo):
         codec.decode(codec.encode(model, photo))
 
 
-@pytest.mark.parametrize("image", [np.zeros((3, 4, 5), np.uint8), np.zeros((3, 4), np.float32), np.zeros((0, 4), np.uint8)])
+@pytest.mark.parametrize(
+    "image", [np.zeros((3, 4, 5), np.uint8), np.zeros((3, 4), np.float32), np.zeros((0, 4), np.uint8)]
+)
 def test_what_is_no_picture_is_refused(image):
     with pytest.raises(DataError):
         codec.open_picture(image)
@@ -180,7 +182,7 @@ def test_what_is_no_picture_is_refused(image):
         codec.to_rgb(Image.new("F", (4, 4)))
 
 
-# ---- the shipped models ------------------------------------------------------------------------------------------------
+# ---- the shipped models ----
 
 
 def real_pictures() -> list:

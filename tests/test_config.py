@@ -51,7 +51,9 @@ def test_base_entropy_model_by_hand():
     h_s = (Z * D + D) + 3 * block + 2 * (9 * D * 4 * D + 4 * D)
     context = (M * D + D) + 6 * block + D  # and the start token
     parameters = (2 * D * 4 * D + 4 * D) + (4 * D * 2 * M + 2 * M)
-    bottleneck = Z * ((3 + 9 + 9 + 9 + 3) + (3 + 3 + 3 + 3 + 1) + (3 + 3 + 3 + 3) + 3)  # matrices, biases, factors, quantiles
+    bottleneck = Z * (
+        (3 + 9 + 9 + 9 + 3) + (3 + 3 + 3 + 3 + 1) + (3 + 3 + 3 + 3) + 3
+    )  # matrices, biases, factors, quantiles
     model = build_model("base-serial")
     counted = sum(p.numel() for part in model.entropy_model_parts() for p in part.parameters())
     assert counted == h_a + h_s + context + parameters + bottleneck

@@ -1,4 +1,4 @@
-"""What a context model may know, tested by perturbation: a latent is changed, and what must not move stays bit-equal."""
+"""What a context model may know, by perturbation: a latent is changed, and what must not move stays bit-equal."""
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
 """Pictures to `.ef` bytes and back.
 
-    encode: picture -> RGB -> pad to the model's blocks -> latents -> strings -> container
-    decode: the same backwards; every way it can fail is a BitstreamError, never a wrong picture
+encode: picture -> RGB -> pad to the model's blocks -> latents -> strings -> container
+decode: the same backwards; every way it can fail is a BitstreamError, never a wrong picture
 """
 
 import os
@@ -107,7 +107,7 @@ def latents_checksum(y_hat: Tensor, z_hat: Tensor | None) -> int:
     return crc if z_hat is None else zlib.crc32(z_hat.cpu().numpy().astype("<f4").tobytes(), crc)
 
 
-# ---- pictures ---------------------------------------------------------------------------------------------------------
+# ---- pictures ----
 
 
 def open_picture(image) -> Image.Image:
@@ -133,7 +133,9 @@ def open_picture(image) -> Image.Image:
         if image.dtype == np.uint16:
             image = np.round(image / 257).astype(np.uint8)
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
-            raise DataError(f"An array of {image.dtype} and shape {image.shape} is no picture: uint8 or uint16, [H, W(, 3 or 4)].")
+            raise DataError(
+                f"An array of {image.dtype} and shape {image.shape} is no picture: uint8 or uint16, [H, W(, 3 or 4)]."
+            )
         image = Image.fromarray(image)
     if 0 in image.size:
         raise DataError("The picture has no pixels.")

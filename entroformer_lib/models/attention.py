@@ -166,9 +166,7 @@ class Stack(nn.Module):
             Block(c.dim, c.heads, top_k, c.ffn_ratio, c.attention_scale, c.activation, c.ties) for _ in range(layers)
         )
         tables = 0 if c.position in ("none", "absolute") else 1 if c.share_position else layers
-        self.positions = nn.ModuleList(
-            RelativePosition(c.position, radius, c.dim // c.heads) for _ in range(tables)
-        )
+        self.positions = nn.ModuleList(RelativePosition(c.position, radius, c.dim // c.heads) for _ in range(tables))
         for module in self.modules():  # truncated normal, appendix A.5; 0.02 as in BERT and ViT
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -178,9 +176,7 @@ class Stack(nn.Module):
     def cache(self, batch: int, capacity: int) -> KeyValueCache:
         """An empty cache for up to `capacity` tokens."""
         like = self.blocks[0].norm1.weight
-        return KeyValueCache(
-            len(self.blocks), batch, self.heads, capacity, like.numel() // self.heads, like.detach()
-        )
+        return KeyValueCache(len(self.blocks), batch, self.heads, capacity, like.numel() // self.heads, like.detach())
 
     def forward(
         self, x: Tensor, sites: Tensor, visible: Visible | None = None, cache: KeyValueCache | None = None

@@ -168,7 +168,8 @@ def named_config(name: str, preset: str = "paper", **overrides) -> EntroformerCo
     size, _, variant = name.partition("-")
     if size not in SIZES or variant not in VARIANTS:
         raise ConfigError(
-            f"There is no model '{name}'; a name is one of {', '.join(SIZES)}, a dash, and one of {', '.join(VARIANTS)}."
+            f"There is no model '{name}'; a name is one of {', '.join(SIZES)}, "
+            f"a dash, and one of {', '.join(VARIANTS)}."
         )
     if preset not in PRESETS:
         raise ConfigError(f"There is no preset '{preset}'; there are {', '.join(PRESETS)}.")

@@ -94,9 +94,7 @@ class ParallelContext(nn.Module):
         tokens = self.embed((y_hat * kept).flatten(2).transpose(1, 2))  # [B, n, D]
         number = torch.arange(h * w, device=y_hat.device)
         context = kept.flatten(2)[:, :, None]  # [B or 1, 1, 1, n]
-        tokens = self.stack(
-            tokens, grid_sites(h, w, y_hat.device), visible=lambda i: context | (number == i[:, None])
-        )
+        tokens = self.stack(tokens, grid_sites(h, w, y_hat.device), visible=lambda i: context | (number == i[:, None]))
         return tokens.transpose(1, 2).reshape(B, -1, h, w) * ~kept
 
     def code(self, height: int, width: int, exchange: Exchange) -> Tensor:

@@ -1,10 +1,10 @@
 """The whole model: Figure 2 wired up, as a CompressAI CompressionModel.
 
-    x --g_a--> y --round--> y_hat --g_s--> x_hat          (the picture's way)
-               |              |
-              h_a         context model
-               |              |
-               z --round--> z_hat --h_s--+--> entropy parameters --> means, scales of y
+x --g_a--> y --round--> y_hat --g_s--> x_hat          (the picture's way)
+           |              |
+          h_a         context model
+           |              |
+           z --round--> z_hat --h_s--+--> entropy parameters --> means, scales of y
 """
 
 import json
@@ -23,7 +23,6 @@ from entroformer_lib.models.exact import ExactEntropyModel
 from entroformer_lib.models.hyperprior import HyperAnalysis, HyperSynthesis, per_site
 from entroformer_lib.models.priors import FactorizedPrior, GaussianConditional, GaussianPrior, ste_round
 from entroformer_lib.models.transforms import Analysis, Synthesis
-
 
 LARGEST_LOG_SCALE = 12.0  # a sigma of 160,000: no latent needs it, and exp stays finite whatever a bad step does
 
@@ -99,7 +98,7 @@ class Entroformer(CompressionModel):
         parts = (self.h_a, self.h_s, self.context_model, self.entropy_parameters, self.z_prior)
         return [part for part in parts if part is not None]
 
-    # ---- training and analysis ---------------------------------------------------------------------------------
+    # ---- training and analysis ----
 
     def forward(self, x: Tensor, noise: dict[str, Tensor] | None = None, kept: Tensor | None = None) -> dict:
         """Reconstruction and likelihoods; while training with noise for the rate and rounding for the picture.
@@ -148,7 +147,7 @@ class Entroformer(CompressionModel):
                 "coding.codec pads pictures of any size"
             )
 
-    # ---- real bytes --------------------------------------------------------------------------------------------
+    # ---- real bytes ----
 
     @torch.inference_mode()
     def latents(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -216,7 +215,7 @@ class Entroformer(CompressionModel):
         self._tables_stale = getattr(self, "_tables_stale", True) or mode
         return super().train(mode)
 
-    # ---- weights -------------------------------------------------------------------------------------------------
+    # ---- weights ----
 
     def get_extra_state(self) -> Tensor:
         """The config travels inside the state dict, as bytes."""

@@ -25,7 +25,9 @@ from entroformer_lib.coding.coder import SymbolDecoder, SymbolEncoder
 MEAN_STEPS = 256  # means are multiples of 1/256: costs 0.0001 bit at the smallest scale
 SCALE_STEPS = 32  # scales are exp(i / 32), 3% apart: costs less than 0.0002 bit
 SCALE_INDEX = (-8 * SCALE_STEPS, 12 * SCALE_STEPS)
-_SCALES = np.array([round(math.exp(i / SCALE_STEPS) * 2**30) / 2**30 for i in range(SCALE_INDEX[0], SCALE_INDEX[1] + 1)])
+_SCALES = np.array(
+    [round(math.exp(i / SCALE_STEPS) * 2**30) / 2**30 for i in range(SCALE_INDEX[0], SCALE_INDEX[1] + 1)]
+)
 
 
 def snap(means: Tensor, scales: Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -14,10 +14,10 @@ import os
 import pickle
 import re
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -39,8 +39,8 @@ def load_official(path: str | os.PathLike, top_k: int | None = None) -> Entrofor
     formats of torch.save. The model does not clamp symbols to [-128, 127] as the released code does.
 
     Args:
-        top_k: k of the attention, which no tensor tells. By default what the pickled modules say, and 32 where there
-            are none (state dicts).
+        top_k: k of the attention, which no tensor tells. By default what the pickled modules say, and 32 where they
+            say nothing (state dicts).
 
     Returns:
         The model, with `.name`, `.card` and `.path` set.
@@ -52,31 +52,27 @@ def load_official(path: str | os.PathLike, top_k: int | None = None) -> Entrofor
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            file.seek(0)
-            zipped = file.read(4) == b"PK\3\4"
-            file.seek(0)
+            zipped = file.peek(4).startswith(b"PK\3\4")
             parts, open_storage = _open_zip(file) if zipped else _open_legacy(file)
             model = _build(parts, open_storage, top_k)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise WeightsError(f"The checkpoint {path} cannot be read: {error.strerror or error}.") from None
     except (EOFError, KeyError, zipfile.BadZipFile) as error:
         raise WeightsError(f"The checkpoint {path} is damaged: {error.args[0]}.") from None
-    card = {"origin": "the authors' released code", "preset": "official", "variant": model.config.variant}
-    model.card = {**card, "source_file": path.name, "source_sha256": digest}
     model.name, model.path = path.stem, path
+    model.card = {"origin": "the authors' released code", "source_file": path.name, "source_sha256": digest}
+    model.card |= {"preset": "official", "variant": model.config.variant}
     return model
 
 
-def import_official(
-    src: str | os.PathLike, dst: str | os.PathLike, force: bool = False, top_k: int | None = None
-) -> Path:
-    """Writes a checkpoint of the released code as a weights file of this library, in float32; returns its path.
+def import_official(src: str | os.PathLike, dst: str | os.PathLike, force: bool = False, top_k: int | None = None):
+    """Writes a checkpoint of the released code as a weights file of this library, in float32.
 
     Args:
-        dst: a path that ends in .safetensors, for `load_model`.
+        dst: a path that ends in .safetensors; `load_model` reads it.
         force: replace `dst` if it exists.
-        top_k: as for `load_official`.
 
     Raises:
         WeightsError: as `load_official`; or `dst` has another ending, exists, or cannot be written.
@@ -88,54 +84,37 @@ def import_official(
         raise WeightsError(f"{dst} exists already; it is replaced only with force.")
     model = load_official(src, top_k)
     save_weights(model, dst, model.card)
-    return dst
 
 
 # ---- their tensors, our parameters ---------------------------------------------------------------------------------
 
 TABLE = "layer.0.SelfAttention.relative_attention_bias.weight"
 THEIR_NAMES = (  # these replacements, one after the other, turn the name of our parameter into the name of theirs
-    (r"^g_a\.", "encode.encoder."),
-    (r"^g_s\.([0246])\.", r"decode.decoder.\1.transpose."),
-    (r"^g_s\.", "decode.decoder."),
-    (r"^h_a\.", "cit_he."),
-    (r"^h_s\.", "cit_hd."),
-    (r"^context_model\.", "cit_ar."),
-    (r"^entropy_parameters\.layers\.", "cit_pn."),
-    (r"^z_prior\.", "prob."),
-    (r"\.embed\.", ".to_patch_embedding."),
-    (r"\.start$", ".sos_pred_token"),
-    (r"\.down\.", ".scale_blocks."),
-    (r"\.up\.(\d)\.0\.", r".scale_blocks.\1.conv2d."),
-    (r"\.head\.", ".mlp_head."),
+    (r"^g_a\.", "encode.encoder."), (r"^g_s\.([0246])\.", r"decode.decoder.\1.transpose."),
+    (r"^g_s\.", "decode.decoder."), (r"^h_a\.", "cit_he."), (r"^h_s\.", "cit_hd."), (r"^context_model\.", "cit_ar."),
+    (r"^entropy_parameters\.layers\.", "cit_pn."), (r"^z_prior\.", "prob."),
+    (r"\.embed\.", ".to_patch_embedding."), (r"\.start$", ".sos_pred_token"), (r"\.head\.", ".mlp_head."),
+    (r"\.down\.", ".scale_blocks."), (r"\.up\.(\d)\.0\.", r".scale_blocks.\1.conv2d."),
     (r"\.blocks\.(\d)\.stack\.\w+\.0\.", r".trans_blocks.\1.0."),  # hyperprior: one block a stage
     (r"\.stack\.\w+\.", ".blocks."),  # context model: a table belongs to the block of its number
-    (r"\.vectors$", f".{TABLE}"),
-    (r"\.attention\.qkv\.", ".layer.0.SelfAttention.qkv."),
-    (r"\.attention\.out\.", ".layer.0.SelfAttention.o."),
-    (r"\.norm1\.", ".layer.0.layer_norm."),
-    (r"\.norm2\.", ".layer.1.norm."),
-    (r"\.feed_forward\.", ".layer.1.fn.net."),
-)
+    (r"\.attention\.qkv\.", ".layer.0.SelfAttention.qkv."), (r"\.attention\.out\.", ".layer.0.SelfAttention.o."),
+    (r"\.vectors$", f".{TABLE}"), (r"\.norm1\.", ".layer.0.layer_norm."),
+    (r"\.norm2\.", ".layer.1.norm."), (r"\.feed_forward\.", ".layer.1.fn.net."),
+)  # fmt: skip
 
-
-class StoredTensor(NamedTuple):
-    """A tensor that has not been read: a view of a storage, which is a flat array in the file."""
-
-    storage: tuple[torch.dtype, str, int]  # type, key, length
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
+Storage = namedtuple("Storage", "dtype key length")  # a flat array in the file
+StoredTensor = namedtuple("StoredTensor", "storage offset size stride")  # a view of a storage, not read yet
+OpenStorage = Callable[[Storage], BinaryIO]
 
 
 class Tensors(dict[str, StoredTensor]):
-    """The checkpoint's tensors by name; asking for one that is not there is a WeightsError."""
+    """Tensors of a checkpoint by name; asking for one that is not there is a WeightsError."""
 
     def __missing__(self, name: str):
         raise WeightsError(f"The checkpoint has no tensor '{name}'.")
 
 
-def _build(parts, open_storage: Callable[[str], BinaryIO], top_k: int | None) -> Entroformer:
+def _build(parts, open_storage: OpenStorage, top_k: int | None) -> Entroformer:
     for part in PARTS:
         if not isinstance(parts, dict) or not isinstance(parts.get(part), StandIn | dict):
             raise WeightsError(f"The checkpoint has no part '{part}'; it needs {', '.join(PARTS)}.")
@@ -147,15 +126,15 @@ def _build(parts, open_storage: Callable[[str], BinaryIO], top_k: int | None) ->
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # one by one: the weights are in memory only once
             parameter.copy_(_value(name, parameter.shape, tensors, open_storage))
-        for part in (model.gaussian, model.z_prior):
-            part.bound.bound.fill_(LIKELIHOOD_FLOOR)  # a buffer: it is saved along with the weights
+        for prior in (model.gaussian, model.z_prior):
+            prior.bound.bound.fill_(LIKELIHOOD_FLOOR)  # a buffer: it is saved along with the weights
     if tensors:
         raise WeightsError(f"The checkpoint has a tensor '{min(tensors)}', which has no place in the architecture.")
     return model
 
 
 def _config(tensors: Tensors, top_k: int) -> EntroformerConfig:
-    """The architecture, from sizes of tensors. Every tensor is compared with it later."""
+    """The architecture, from sizes of tensors; `_value` compares every tensor with it."""
 
     def size(name: str, axis: int = 0) -> int:
         return tensors[name].size[axis] if tensors[name].size else 0
@@ -187,12 +166,12 @@ def _config(tensors: Tensors, top_k: int) -> EntroformerConfig:
         raise WeightsError(f"The checkpoint's sizes make no model. {error}") from None
 
 
-def _value(name: str, shape: torch.Size, tensors: Tensors, open_storage: Callable[[str], BinaryIO]) -> Tensor:
+def _value(name: str, shape: torch.Size, tensors: Tensors, open_storage: OpenStorage) -> Tensor:
     """The value of our parameter of this name and shape; takes what it is made from out of `tensors`."""
     theirs = name
     for pattern, replacement in THEIR_NAMES:
         theirs = re.sub(pattern, replacement, theirs)
-    (dtype, key, length), offset, size, stride = tensors[theirs]
+    storage, offset, size, stride = tensors[theirs]
     del tensors[theirs]
     expected = list(shape)
     if theirs.endswith(TABLE):
@@ -202,11 +181,11 @@ def _value(name: str, shape: torch.Size, tensors: Tensors, open_storage: Callabl
     if list(size) != expected:
         raise WeightsError(f"The tensor '{theirs}' has shape {list(size)}, and should have {expected}.")
     try:
-        flat = torch.empty(length, dtype=dtype)
+        flat = torch.empty(storage.length, dtype=storage.dtype)
         value = flat.as_strided(size, stride, offset)
     except (RuntimeError, TypeError):
-        raise WeightsError(f"The tensor '{theirs}' does not fit the numbers it is made of.") from None
-    if open_storage(key).readinto(flat.view(torch.uint8).numpy()) != flat.nbytes:
+        raise WeightsError(f"The tensor '{theirs}' reaches beyond its numbers.") from None
+    if open_storage(storage).readinto(flat.view(torch.uint8).numpy()) != flat.nbytes:
         raise EOFError(f"the numbers of '{theirs}' are not all there")
     if theirs.endswith(TABLE):
         return _diamond(value)
@@ -227,11 +206,39 @@ def _diamond(table: Tensor) -> Tensor:
     return torch.cat((table[inside], table[:1]))
 
 
-# ---- the pickle ----------------------------------------------------------------------------------------------------
+def _tensors(part: "StandIn | dict") -> Iterator[tuple[str, StoredTensor]]:
+    """Names and tensors of a part, without the `module.` that DataParallel prepends. A module also keeps tensors that
+    are neither parameters nor buffers, such as GDN's bounds: constants, which torch does not count as its state."""
+    for name, item in _leaves(part):
+        if isinstance(item, StoredTensor) and (isinstance(part, dict) or re.search(r"_(parameters|buffers)\.\w+$", name)):
+            name = re.sub(r"\._(modules|parameters|buffers)\b", "", name)
+            yield name.removeprefix(".").removeprefix("module."), item
 
-DTYPES = {f"torch.{name}Storage": getattr(torch, name.lower()) for name in ("Double", "Float", "Half", "Long", "Int")}
-TORCH_CLASSES = re.compile(
-    r"torch\.(device|nn\.parallel\.data_parallel\.DataParallel|nn\.modules\.("
+
+def _leaves(part: "StandIn | dict") -> Iterator[tuple[str, object]]:
+    """All that is in a module or dict, by dotted name; no dict twice, so that loops in a damaged file end."""
+    waiting, seen = [("", part)], set()
+    while waiting:
+        name, item = waiting.pop()
+        item = item.state if isinstance(item, StandIn) else item
+        if not isinstance(item, dict):
+            yield name, item
+        elif id(item) not in seen:
+            seen.add(id(item))
+            waiting += [(f"{name}.{key}", value) for key, value in item.items() if isinstance(key, str)]
+
+
+# ---- the pickle and the two file formats ---------------------------------------------------------------------------
+
+DTYPES = ("double", "float", "half", "bfloat16", "long", "int")
+ALLOWED = {
+    "collections.OrderedDict": OrderedDict,
+    "builtins.set": set,
+    "__builtin__.set": set,  # its name in Python 2, which the old pickle protocols write
+    **{f"torch.{name.title().replace('Bf', 'BF')}Storage": getattr(torch, name) for name in DTYPES},
+}
+INERT = re.compile(
+    r"module\..*|torch\.(device|nn\.parallel\.data_parallel\.DataParallel|nn\.modules\.("
     r"activation\.LeakyReLU|container\.(Sequential|ModuleList)|conv\.(Conv2d|ConvTranspose2d)|dropout\.Dropout|"
     r"linear\.(Linear|Identity)|normalization\.LayerNorm|pixelshuffle\.PixelShuffle|sparse\.Embedding))"
 )
@@ -244,47 +251,8 @@ class StandIn:
 
     def __new__(cls, *args, **kwargs):
         item = super().__new__(cls)
-        item.state = {}
+        item.state = None
         return item
 
     def __setstate__(self, state):
         self.state = state
-
-
-class RestrictedUnpickler(pickle.Unpickler):
-    """Builds containers, stand-ins and records, and refuses every other name.
-
-    A pickle can call only what `find_class` hands out. Nothing handed out here does more than keep its arguments, and
-    the pickle cannot change it for a later load: methods and built-in types take no new attributes.
-    """
-
-    storages: dict[str, tuple[torch.dtype, str, int]]
-
-    def find_class(self, module: str, name: str):
-        full = f"{module}.{name}"
-        if module.startswith("module.") or TORCH_CLASSES.fullmatch(full):
-            return StandIn
-        allowed = {
-            "collections.OrderedDict": OrderedDict,
-            "builtins.set": set,
-            "__builtin__.set": set,  # its name in Python 2, which the old pickle protocols write
-            "torch._utils._rebuild_tensor_v2": self._tensor,
-            "torch._utils._rebuild_parameter": self._parameter,
-            **DTYPES,
-        }
-        if full not in allowed:
-            raise WeightsError(f"The file asks for {full}, which the authors' checkpoints do not need; it is refused.")
-        return allowed[full]
-
-    def persistent_load(self, pid: tuple):
-        """A storage; or, in the old format, a class with its source."""
-        if pid[0] == "module":
-            return StandIn
-        _, dtype, key, _, length = pid[:5]
-        if not isinstance(dtype, torch.dtype) or any(pid[5:]):
-            raise ValueError("a storage of an unknown kind")
-        return self.storages.setdefault(key, (dtype, key, length))
-
-    def _tensor(self, storage: tuple, offset: int, size: tuple, stride: tuple, *_) -> StoredTensor:
-        if storage not in self.storages.values() or not isinstance(size, tuple):
-        ...

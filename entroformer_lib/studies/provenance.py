@@ -34,7 +34,9 @@ def git_revision() -> str | None:
     folder = Path(__file__).parent
     try:
         revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return revision.stdout.strip() + ("+" if changed.stdout.strip() else "")

@@ -180,7 +180,9 @@ class StreamedCrops:
     def __init__(self, source, crop: int, seed: int = 0, device="cpu", downscale: float = 0.5, workers: int = 2):
         self.files, self.tars = find_sources(source)
         if self.files and self.tars:
-            raise DataError("Streaming takes picture files or tar shards, not both at once; preload them, or choose one.")
+            raise DataError(
+                "Streaming takes picture files or tar shards, not both at once; preload them, or choose one."
+            )
         self.crop, self.seed, self.downscale, self.device, self.workers = crop, seed, downscale, device, workers
 
     def batches(self, ranges: Iterable[range]) -> Iterator[Tensor]:
@@ -270,7 +272,7 @@ def _read_if_usable(read, crop: int) -> Tensor | None:
 
 
 def uniform_noise(samples: range, shapes: dict[str, tuple], seed: int, device="cpu") -> dict[str, Tensor]:
-    """Noise in [-0.5, 0.5) for each latent, drawn per sample number. shapes: {"y": (M, h, w), ...}  ->  [B, M, h, w]."""
+    """Noise in [-0.5, 0.5) of each sample number.  shapes: {"y": (M, h, w), ...}  ->  {"y": [B, M, h, w], ...}"""
     noise: dict[str, list[Tensor]] = {name: [] for name in shapes}
     for g in samples:
         generator = torch.Generator(device).manual_seed(hash((seed, 2, g)) % 2**63)

@@ -1,6 +1,7 @@
 """The training loop, on Lightning Fabric: one process or many, CPU or GPU.
 
-A run is a folder: `config.json`, `checkpoint.pt`, `log.jsonl`, TensorBoard's events and, at the end, `weights.safetensors`.
+A run is a folder: `config.json`, `checkpoint.pt`, `log.jsonl`, TensorBoard's events and, at the end,
+`weights.safetensors`.
 Starting the same command again continues the run exactly where its checkpoint stands.
 """
 
@@ -172,7 +173,7 @@ class Run:
         self.optimizer.zero_grad()
         return terms
 
-    # ---- checkpoint and log --------------------------------------------------------------------------------------
+    # ---- checkpoint and log ----
 
     def save(self, step: int, seconds: float) -> None:
         """Writes the checkpoint beside the old one, then takes its place: a full disk cannot lose both."""
@@ -236,7 +237,7 @@ class Run:
         self.fabric.barrier()
         return path
 
-    # ---- signals ---------------------------------------------------------------------------------------------------
+    # ---- signals ----
 
     def _on_signal(self, number, frame) -> None:
         self.signal = number

@@ -1,0 +1,218 @@
+"""The command line as a user meets it: in processes of its own, with exit codes and sentences."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import micro_model
+from PIL import Image
+
+from entroformer_lib import cli
+from entroformer_lib.models.zoo import load_model, save_weights
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, request):
+    """A picture, its .ef file, and a model found by the name `micro`."""
+    from entroformer_lib.coding import codec
+    from entroformer_lib.datasets import sample_picture
+
+    folder = tmp_path_factory.mktemp("cli")
+    save_weights(micro_model("parallel"), folder / "weights" / "micro.safetensors", {"lmbda": 0.5})
+    sample_picture("chelsea").crop((0, 0, 200, 180)).save(folder / "cat.png")
+    (folder / "cat.ef").write_bytes(
+        codec.encode(load_model(folder / "weights" / "micro.safetensors", "cpu"), folder / "cat.png")
+    )
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _environment(folder, monkeypatch):
+    monkeypatch.setenv("ENTROFORMER_WEIGHTS", str(folder / "weights"))
+
+
+def call(*arguments, expect: int = 0) -> tuple[str, str]:
+    """Runs a command in this process, which spares seconds of imports.  ->  stdout, stderr"""
+    import contextlib
+    import io
+
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["entroformer", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = cli.main()
+            except SystemExit as stop:
+                code = stop.code
+    finally:
+        sys.argv = argv
+    assert code == expect, err.getvalue()
+    if expect:
+        assert "Traceback" not in err.getvalue()
+    return out.getvalue(), err.getvalue()
+
+
+def process(*arguments, **keywords):
+    command = [sys.executable, "-m", "entroformer_lib", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **keywords)
+
+
+def test_help_answers_in_under_a_second():
+    best = 9.0
+    for _ in range(3):
+        start = time.perf_counter()
+        done = process("--help")
+        best = min(best, time.perf_counter() - start)
+        assert done.returncode == 0
+    assert best < 1
+    for command in ("compress", "decompress", "info", "models", "train", "eval", "data"):
+        assert command in done.stdout
+        assert f"entroformer {command} " in call(command, "--help")[0]  # each shows an example
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; import entroformer_lib.cli; print([m for m in ('torch', 'compressai', 'PIL', 'numpy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_there_and_back_in_real_processes(folder, tmp_path):
+    done = process("compress", folder / "cat.png", "-o", tmp_path / "cat.ef", "--model", "micro")
+    assert done.returncode == 0 and "bits per pixel" in done.stdout, done.stderr
+    done = process("decompress", tmp_path / "cat.ef", "-o", tmp_path / "cat.png")
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "cat.png").size == (200, 180)
+
+
+def test_info_and_models_as_json(folder):
+    facts = json.loads(call("info", folder / "cat.ef", "--json")[0])
+    assert (facts["width"], facts["height"], facts["model"]) == (200, 180, "micro")
+    assert facts["bytes"] == (folder / "cat.ef").stat().st_size
+    assert facts["bytes_y"] + facts["bytes_z"] + facts["bytes_container"] == facts["bytes"]
+    rows = {row["name"]: row for row in json.loads(call("models", "--json")[0])}
+    row = rows["micro"]
+    assert row["variant"] == "parallel" and row["lmbda"] == 0.5 and len(row["sha256"]) == 64 and row["bytes"] > 1000
+    assert {"preset", "kodak_bpp", "kodak_psnr_db"} <= set(row)
+    assert "micro" in call("models")[0]
+
+
+def test_eval_goes_through_real_bytes(folder, photo_folder, tmp_path):
+    out, _ = call("eval", "micro", "--data", photo_folder, "--limit", 2, "--json", tmp_path / "r.json")
+    assert "mean" in out
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert [row["image"] for row in result["images"]] == ["astronaut", "chelsea"]
+    for row in result["images"]:
+        assert row["bpp"] == 8 * row["bytes"] / (row["width"] * row["height"])
+        assert row["psnr_db"] > 5 and row["encode_s"] > 0 and row["decode_s"] > 0
+    assert result["mean"]["bpp"] == pytest.approx(np.mean([row["bpp"] for row in result["images"]]))
+    assert len(result["provenance"]["weights_sha256"]) == 64
+    assert json.loads(call("eval", "micro", "--data", photo_folder, "--limit", 1, "--json", "-")[0])["mean"]
+
+
+def test_train_from_the_command_line(photo_folder, tmp_path):
+    out, _ = call(
+        "train", "--data", photo_folder, "--out", tmp_path / "run", "--steps", 2, "--batch", 1, "--crop", 64,
+        "--accelerator", "cpu", "--devices", 1, "--json",
+    )  # fmt: skip
+    result = json.loads(out)
+    assert Path(result["weights"]).is_file() and result["last"]["step"] == 2
+    assert list((tmp_path / "run").glob("events*"))  # TensorBoard's
+
+
+def test_data_samples(tmp_path):
+    assert "4 pictures" in call("data", "samples", "--to", tmp_path / "s")[0]
+
+
+# ---- bad input: one plain sentence, exit code 1 or 2, nothing lost ----
+
+
+@pytest.fixture
+def bad(folder, tmp_path):
+    (tmp_path / "text.png").write_text("this is no picture")
+    (tmp_path / "cut.png").write_bytes((folder / "cat.png").read_bytes()[:5000])
+    (tmp_path / "empty.ef").write_bytes(b"")
+    whole = (folder / "cat.ef").read_bytes()
+    (tmp_path / "cut.ef").write_bytes(whole[:-9])
+    (tmp_path / "new.ef").write_bytes(whole[:3] + b"\x07" + whole[4:])
+    (tmp_path / "dir.ef").mkdir()
+    (tmp_path / "there.png").write_bytes(b"precious")
+    (tmp_path / "text.safetensors").write_text("no weights")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["compress", "{bad}/missing.png"], "no picture"),
+        (["compress", "{bad}/text.png"], "not a picture"),
+        (["compress", "{bad}/cut.png", "-o", "{bad}/x.ef"], "cannot be read"),
+        (["compress", "{bad}/dir.ef", "-o", "{bad}/x.ef"], "folder"),
+        (["compress", "{good}/cat.png", "-o", "{bad}/x.ef", "--model", "nosuch"], "no model 'nosuch'"),
+        (["compress", "{good}/cat.png", "-o", "{bad}/x.ef", "--model", "{bad}/text.safetensors"], "safetensors"),
+        (["compress", "{good}/cat.png", "-o", "{bad}/nowhere/x.ef", "--model", "micro"], "no folder"),
+        (["compress", "{good}/cat.png", "-o", "{bad}/dir.ef", "--model", "micro"], "folder"),
+        (["decompress", "{bad}/missing.ef"], "no file"),
+        (["decompress", "{bad}/empty.ef"], "empty"),
+        (["decompress", "{bad}/cut.ef", "-o", "{bad}/y.png"], "cut short or damaged"),
+        (["decompress", "{bad}/new.ef"], "version 7"),
+        (["decompress", "{bad}/dir.ef"], "folder"),
+        (["decompress", "{bad}/text.png", "-o", "{bad}/y.png"], "not an .ef file"),
+        (["decompress", "{good}/cat.ef", "-o", "{bad}/there.png"], "--force"),
+        (["decompress", "{good}/cat.ef", "-o", "{bad}/cat.xyz"], "picture format"),
+        (["info", "{bad}/empty.ef"], "empty"),
+        (["eval", "micro", "--data", "{bad}/dir.ef"], "no picture"),
+        (["train", "--data", "{bad}/nothing", "--out", "{bad}/run", "--devices", "1"], "no training pictures"),
+        (["data", "nosuch", "--to", "{bad}/d"], "no data set"),
+    ],
+)
+def test_bad_input(arguments, sentence, folder, bad):
+    before = {p: p.read_bytes() for p in bad.iterdir() if p.is_file()}
+    _, errors = call(*[a.format(bad=bad, good=folder) for a in arguments], expect=1)
+    lines = [line for line in errors.splitlines() if line.startswith("entroformer: ")]
+    assert len(lines) == 1 and sentence in lines[0]
+    assert all(p.read_bytes() == content for p, content in before.items())
+    assert not list(bad.glob("*.part")) and not (bad / "x.ef").exists()
+
+
+def test_a_model_that_is_not_here(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("ENTROFORMER_WEIGHTS", str(tmp_path))
+    _, errors = call("decompress", folder / "cat.ef", "-o", tmp_path / "cat.png", expect=1)
+    assert "model that is not here" in errors and "'micro'" in errors
+
+
+def test_unknown_words_exit_with_2(folder):
+    call("compress", expect=2)
+    call("squeeze", folder / "cat.png", expect=2)
+    call("compress", folder / "cat.png", "--colour", expect=2)
+
+
+def test_force_replaces(folder, bad):
+    call("decompress", folder / "cat.ef", "-o", bad / "there.png", "--force")
+    assert Image.open(bad / "there.png").size == (200, 180)
+
+
+def test_a_full_disk_leaves_no_half_file(folder, tmp_path):
+    """The kernel refuses to write beyond 64 bytes, as a full disk would."""
+    (tmp_path / "old.ef").write_bytes(b"old")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    for name, extra in [("new.ef", []), ("old.ef", ["--force"])]:
+        arguments = ["compress", folder / "cat.png", "-o", tmp_path / name, "--model", "micro", *extra]
+        done = process(*arguments, preexec_fn=limit, env=environment)
+        assert done.returncode == 1 and "could not be written" in done.stderr, done.stderr
+    assert (tmp_path / "old.ef").read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["old.ef"]
+
+
+def test_losses_are_announced(folder, tmp_path):
+    Image.new("RGBA", (70, 70), (1, 2, 3, 90)).save(tmp_path / "clear.png")
+    _, notes = call("compress", tmp_path / "clear.png", "--model", "micro")
+    assert "transparency is not kept" in notes

@@ -1,0 +1,95 @@
+"""The house rules that a machine can check."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = ROOT / "entroformer_lib"
+NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
+
+
+def test_environment_agrees_with_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ours = set(project["dependencies"]) | set(project["optional-dependencies"]["dev"])
+    listed = set(re.findall(r"^      - (?!-e)(.+)$", (ROOT / "environment.yml").read_text(), re.M))
+    assert listed == ours
+    import entroformer_lib
+
+    assert project["version"] == entroformer_lib.__version__
+
+
+def test_import_is_quick():
+    best = 9.0
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import entroformer_lib"], check=True, cwd=ROOT)
+        best = min(best, time.perf_counter() - start)
+    assert best < 0.5
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of ours that a file imports, as `part.module`."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name.removeprefix("entroformer_lib.") for name in names if name.startswith("entroformer_lib.")}
+
+
+FORBIDDEN = {
+    "models": ("training", "studies", "views", "coding.bitstream", "coding.codec"),
+    "coding": ("training", "studies", "views"),
+    "training": ("studies", "views", "coding.bitstream", "coding.codec"),
+    "studies": ("views",),
+    "views": ("studies", "training"),
+}
+
+
+@pytest.mark.parametrize("part", FORBIDDEN)
+def test_data_flows_one_way(part):
+    for path in (LIBRARY / part).glob("*.py"):
+        for module in imports_of(path):
+            assert not any(module == f or module.startswith(f + ".") for f in FORBIDDEN[part]), f"{path.name}: {module}"
+
+
+def test_coder_knows_no_network():
+    assert "torch" not in (LIBRARY / "coding" / "coder.py").read_text()
+
+
+def test_every_public_thing_has_a_docstring():
+    for path in LIBRARY.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        if path.name != "__init__.py":
+            assert ast.get_docstring(tree), path
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path.name}: {node.name}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
+def test_notebooks_are_thin(path):
+    notebook = json.loads(path.read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert sum("parameters" in cell["metadata"].get("tags", []) for cell in code) == 1
+    for cell in code:
+        source = "".join(cell["source"])
+        assert cell["outputs"] == [] and cell["execution_count"] is None
+        assert len(source.splitlines()) <= 15
+        assert not re.search(r"^\s*(class |@)", source, re.M) and ".backward(" not in source
+    assert notebook["cells"][0]["cell_type"] == "markdown"
+
+
+def test_figures_come_from_make_figures_alone():
+    """Every committed figure is one that a notebook saves by name."""
+    saved = set(re.findall(r'style\.save\(\w+, \\"(\w+)\\"', "".join(p.read_text() for p in NOTEBOOKS)))
+    assert {p.stem for p in (ROOT / "figures").iterdir() if p.suffix in (".png", ".svg")} <= saved

@@ -1,0 +1,31 @@
+"""Every notebook runs from top to bottom in a kernel of its own, and writes the figures it should."""
+
+from pathlib import Path
+
+import papermill
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Parameters that make a notebook quick; what is not here runs as it is.
+QUICK: dict[str, dict] = {}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")), ids=lambda p: p.stem)
+def test_notebook_runs(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("ENTROFORMER_FIGURES", str(tmp_path / "figures"))
+    papermill.execute_notebook(
+        path, tmp_path / path.name, QUICK.get(path.stem, {}), cwd=ROOT, kernel_name="python3", progress_bar=False
+    )
+    assert list((tmp_path / "figures").glob("*.png"))
+
+
+def test_quickstart_takes_another_picture(tmp_path):
+    """What the reader is asked to do: change one parameter, run again."""
+    papermill.execute_notebook(
+        ROOT / "notebooks" / "00_quickstart.ipynb",
+        tmp_path / "again.ipynb",
+        {"picture": "rocket"},
+        cwd=ROOT,
+        kernel_name="python3",
+        progress_bar=False,
+    )
