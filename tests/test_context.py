@@ -55,6 +55,16 @@ def test_first_slice_has_no_context_feature():
     assert feature[:, :, ~first_slice(H, W)].abs().min() > 0
 
 
+def test_second_slice_sites_are_seen_by_themselves_only():
+    model = micro_model("parallel", top_k=None)
+    seen = []
+    model.context_model.stack.blocks[0].attention.scores.register_forward_hook(lambda m, a, out: seen.append(out))
+    model.context_model(torch.randn(1, 24, H, W))
+    visible = (seen[0] > -torch.inf)[0, 0]  # [query, key]
+    first = first_slice(H, W).flatten()
+    assert torch.equal(visible, first[None, :] | torch.eye(H * W).bool())
+
+
 def test_first_slice_is_where_row_plus_column_is_odd():
     assert first_slice(2, 3).tolist() == [[False, True, False], [True, False, True]]
 

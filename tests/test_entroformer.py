@@ -74,8 +74,12 @@ def test_no_update_needed_after_training():
     model.train()
     with torch.no_grad():  # a step of training moves p(z)
         model.z_prior.quantiles.add_(0.4)
+        model.z_prior.matrices[0].add_(0.7)
     model.eval()
     coded = model.compress(x)
+    used = model.z_prior.quantized_cdf.clone()
+    model.update(force=True)
+    assert torch.equal(used, model.z_prior.quantized_cdf)
     with torch.no_grad():
         torch.testing.assert_close(model.decompress(**coded)["x_hat"], model(x)["x_hat"].clamp(0, 1), atol=1e-5, rtol=0)
 

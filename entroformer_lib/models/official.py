@@ -39,8 +39,7 @@ def load_official(path: str | os.PathLike, top_k: int | None = None) -> Entrofor
     formats of torch.save. The model does not clamp symbols to [-128, 127] as the released code does.
 
     Args:
-        top_k: k of the attention, which no tensor tells. By default what the pickled modules say, and 32 where they
-            say nothing (state dicts).
+        top_k: k of the attention, which no tensor tells; by default what the pickled modules say, else 32.
 
     Returns:
         The model, with `.name`, `.card` and `.path` set.
@@ -57,10 +56,12 @@ def load_official(path: str | os.PathLike, top_k: int | None = None) -> Entrofor
             model = _build(parts, open_storage, top_k)
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except KeyError as error:  # a part, a tensor, an entry of the archive
+        raise WeightsError(f"The checkpoint {path} has no '{error.args[0]}'.") from None
+    except (EOFError, zipfile.BadZipFile) as error:
+        raise WeightsError(f"The checkpoint {path} is damaged: {error}.") from None
     except OSError as error:
         raise WeightsError(f"The checkpoint {path} cannot be read: {error.strerror or error}.") from None
-    except (EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise WeightsError(f"The checkpoint {path} is damaged: {error.args[0]}.") from None
     model.name, model.path = path.stem, path
     model.card = {"origin": "the authors' released code", "source_file": path.name, "source_sha256": digest}
     model.card |= {"preset": "official", "variant": model.config.variant}
@@ -89,36 +90,30 @@ def import_official(src: str | os.PathLike, dst: str | os.PathLike, force: bool 
 # ---- their tensors, our parameters ---------------------------------------------------------------------------------
 
 TABLE = "layer.0.SelfAttention.relative_attention_bias.weight"
-THEIR_NAMES = (  # these replacements, one after the other, turn the name of our parameter into the name of theirs
-    (r"^g_a\.", "encode.encoder."), (r"^g_s\.([0246])\.", r"decode.decoder.\1.transpose."),
-    (r"^g_s\.", "decode.decoder."), (r"^h_a\.", "cit_he."), (r"^h_s\.", "cit_hd."), (r"^context_model\.", "cit_ar."),
-    (r"^entropy_parameters\.layers\.", "cit_pn."), (r"^z_prior\.", "prob."),
-    (r"\.embed\.", ".to_patch_embedding."), (r"\.start$", ".sos_pred_token"), (r"\.head\.", ".mlp_head."),
-    (r"\.down\.", ".scale_blocks."), (r"\.up\.(\d)\.0\.", r".scale_blocks.\1.conv2d."),
+# These replacements, one after the other, turn the name of our parameter into the name of theirs.
+THEIR_NAMES = (
+    *((r"^g_a\.", "encode.encoder."), (r"^g_s\.([0246])\.", r"decode.decoder.\1.transpose.")),
+    *((r"^g_s\.", "decode.decoder."), (r"^h_a\.", "cit_he."), (r"^h_s\.", "cit_hd."), (r"^z_prior\.", "prob.")),
+    *((r"^context_model\.", "cit_ar."), (r"^entropy_parameters\.layers\.", "cit_pn.")),
+    *((r"\.embed\.", ".to_patch_embedding."), (r"\.start$", ".sos_pred_token"), (r"\.head\.", ".mlp_head.")),
+    *((r"\.down\.", ".scale_blocks."), (r"\.up\.(\d)\.0\.", r".scale_blocks.\1.conv2d.")),
     (r"\.blocks\.(\d)\.stack\.\w+\.0\.", r".trans_blocks.\1.0."),  # hyperprior: one block a stage
     (r"\.stack\.\w+\.", ".blocks."),  # context model: a table belongs to the block of its number
-    (r"\.attention\.qkv\.", ".layer.0.SelfAttention.qkv."), (r"\.attention\.out\.", ".layer.0.SelfAttention.o."),
-    (r"\.vectors$", f".{TABLE}"), (r"\.norm1\.", ".layer.0.layer_norm."),
-    (r"\.norm2\.", ".layer.1.norm."), (r"\.feed_forward\.", ".layer.1.fn.net."),
-)  # fmt: skip
+    *((r"\.attention\.qkv\.", ".layer.0.SelfAttention.qkv."), (r"\.attention\.out\.", ".layer.0.SelfAttention.o.")),
+    *((r"\.norm1\.", ".layer.0.layer_norm."), (r"\.norm2\.", ".layer.1.norm.")),
+    *((r"\.feed_forward\.", ".layer.1.fn.net."), (r"\.vectors$", f".{TABLE}")),
+)
 
 Storage = namedtuple("Storage", "dtype key length")  # a flat array in the file
 StoredTensor = namedtuple("StoredTensor", "storage offset size stride")  # a view of a storage, not read yet
+Tensors = dict[str, StoredTensor]
 OpenStorage = Callable[[Storage], BinaryIO]
 
 
-class Tensors(dict[str, StoredTensor]):
-    """Tensors of a checkpoint by name; asking for one that is not there is a WeightsError."""
-
-    def __missing__(self, name: str):
-        raise WeightsError(f"The checkpoint has no tensor '{name}'.")
-
-
 def _build(parts, open_storage: OpenStorage, top_k: int | None) -> Entroformer:
-    for part in PARTS:
-        if not isinstance(parts, dict) or not isinstance(parts.get(part), StandIn | dict):
-            raise WeightsError(f"The checkpoint has no part '{part}'; it needs {', '.join(PARTS)}.")
-    tensors = Tensors((f"{part}.{name}", tensor) for part in PARTS for name, tensor in _tensors(parts[part]))
+    if not isinstance(parts, dict):
+        raise WeightsError(f"The file holds no dict of the parts {', '.join(PARTS)}.")
+    tensors = {f"{part}.{name}": tensor for part in PARTS for name, tensor in _tensors(parts[part])}
     if top_k is None:
         said = (value for name, value in _leaves(parts["cit_ar"]) if name.endswith(".attn_topk"))
         top_k = next(said, USUAL_TOP_K)
@@ -171,8 +166,7 @@ def _value(name: str, shape: torch.Size, tensors: Tensors, open_storage: OpenSto
     theirs = name
     for pattern, replacement in THEIR_NAMES:
         theirs = re.sub(pattern, replacement, theirs)
-    storage, offset, size, stride = tensors[theirs]
-    del tensors[theirs]
+    storage, offset, size, stride = tensors.pop(theirs)
     expected = list(shape)
     if theirs.endswith(TABLE):
         expected[0] = 2 * shape[0] - 3  # (2h+1)^2 where we have 2h(h+1) + 2
@@ -207,8 +201,8 @@ def _diamond(table: Tensor) -> Tensor:
 
 
 def _tensors(part: "StandIn | dict") -> Iterator[tuple[str, StoredTensor]]:
-    """Names and tensors of a part, without the `module.` that DataParallel prepends. A module also keeps tensors that
-    are neither parameters nor buffers, such as GDN's bounds: constants, which torch does not count as its state."""
+    """Names and tensors of a part, without the `module.` that DataParallel prepends. Of a module, parameters and buffers
+    only: other tensors that it keeps, such as GDN's bounds, are constants."""
     for name, item in _leaves(part):
         if isinstance(item, StoredTensor) and (isinstance(part, dict) or re.search(r"_(parameters|buffers)\.\w+$", name)):
             name = re.sub(r"\._(modules|parameters|buffers)\b", "", name)
@@ -230,12 +224,10 @@ def _leaves(part: "StandIn | dict") -> Iterator[tuple[str, object]]:
 
 # ---- the pickle and the two file formats ---------------------------------------------------------------------------
 
-DTYPES = ("double", "float", "half", "bfloat16", "long", "int")
 ALLOWED = {
-    "collections.OrderedDict": OrderedDict,
-    "builtins.set": set,
-    "__builtin__.set": set,  # its name in Python 2, which the old pickle protocols write
-    **{f"torch.{name.title().replace('Bf', 'BF')}Storage": getattr(torch, name) for name in DTYPES},
+    **{"collections.OrderedDict": OrderedDict, "builtins.set": set, "__builtin__.set": set},  # Python 3's and 2's name
+    **{"torch.FloatStorage": torch.float32, "torch.DoubleStorage": torch.float64},
+    **{"torch.HalfStorage": torch.float16, "torch.LongStorage": torch.int64},
 }
 INERT = re.compile(
     r"module\..*|torch\.(device|nn\.parallel\.data_parallel\.DataParallel|nn\.modules\.("
@@ -247,12 +239,86 @@ INERT = re.compile(
 class StandIn:
     """In place of any object of the authors' classes and of torch's modules: keeps the state, does nothing."""
 
-    __slots__ = ("state",)
-
-    def __new__(cls, *args, **kwargs):
-        item = super().__new__(cls)
-        item.state = None
-        return item
+    def __init__(self, *_):
+        self.state = None
 
     def __setstate__(self, state):
         self.state = state
+
+
+class RestrictedUnpickler(pickle.Unpickler):
+    """Builds containers, stand-ins and records, and refuses every other name.
+
+    A pickle can call only what `find_class` hands out, and nothing handed out here does more than keep its arguments.
+    """
+
+    def find_class(self, module: str, name: str):
+        full = f"{module}.{name}"
+        if INERT.fullmatch(full):
+            return StandIn
+        rebuild = {"torch._utils._rebuild_tensor_v2": self.tensor, "torch._utils._rebuild_parameter": self.parameter}
+        if full not in ALLOWED | rebuild:
+            raise WeightsError(f"The file asks for {full}, which the authors' checkpoints do not need; it is refused.")
+        return (ALLOWED | rebuild)[full]
+
+    def persistent_load(self, pid: tuple):
+        """A storage; or, in the old format, a class with its source."""
+        if pid[0] == "module":
+            return StandIn
+        _, dtype, key, _, length, *view = pid
+        if not isinstance(dtype, torch.dtype) or not isinstance(length, int) or any(view):
+            raise ValueError("a storage that is no array of numbers")
+        return self.storages.setdefault(key, Storage(dtype, key, length))
+
+    def tensor(self, storage: Storage, offset: int, size: tuple, stride: tuple, *_) -> StoredTensor:
+        if not isinstance(storage, Storage) or not all(isinstance(n, int) and n >= 0 for n in (offset, *size, *stride)):
+            raise ValueError("a tensor that is no view of an array")
+        return StoredTensor(storage, offset, size, stride)
+
+    def parameter(self, data: StoredTensor, *_) -> StoredTensor:
+        return data
+
+
+def _unpickle(file: BinaryIO) -> tuple[object, dict[str, Storage]]:
+    """The next object in the file, and the storages that it uses."""
+    unpickler = RestrictedUnpickler(file, encoding="utf-8")
+    unpickler.storages = {}
+    try:
+        return unpickler.load(), unpickler.storages
+    except WeightsError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise WeightsError(f"The file is not a checkpoint written by PyTorch, or is damaged ({error}).") from None
+
+
+def _open_zip(file: BinaryIO) -> tuple[object, OpenStorage]:
+    """torch.save since 1.6: a zip archive with the pickle as `data.pkl` and an entry for each storage.
+
+    Returns the object, and a function that opens a storage.
+    """
+    archive = zipfile.ZipFile(file)
+    pickled = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    if len(pickled) != 1:
+        raise WeightsError("The file is a zip archive, but not a checkpoint written by PyTorch.")
+    folder = pickled[0].removesuffix("data.pkl")
+    with archive.open(pickled[0]) as entry:
+        content, _ = _unpickle(entry)
+    return content, lambda storage: archive.open(archive.NameToInfo[f"{folder}data/{storage.key}"])
+
+
+def _open_legacy(file: BinaryIO) -> tuple[object, OpenStorage]:
+    """torch.save before 1.6: pickles of a magic number, a version, the system, the object and the keys of its storages;
+    then each storage as its length in 8 bytes and its numbers. Returns what `_open_zip` returns."""
+    if _unpickle(file)[0] != 0x1950A86A20F9469CFC6C:
+        raise WeightsError("The file is a pickle, but not a checkpoint written by PyTorch.")
+    _, _, (content, storages), (keys, _) = (_unpickle(file) for _ in range(4))
+    positions = {}
+    for key in keys if isinstance(keys, list) else ():
+        positions[key] = file.tell() + 8
+        file.seek(positions[key] + storages[key].length * storages[key].dtype.itemsize)
+
+    def open_storage(storage: Storage) -> BinaryIO:
+        file.seek(positions[storage.key])
+        return file
+
+    return content, open_storage
