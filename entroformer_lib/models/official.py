@@ -10,7 +10,6 @@ not clamped, so the two agree wherever no latent reaches those ends.
 
 import hashlib
 import math
-import os
 import pickle
 import re
 import zipfile
@@ -32,17 +31,14 @@ USUAL_TOP_K = 32  # of the released models; taken when the file does not say
 LIKELIHOOD_FLOOR = 1e-12  # of the released code; our own models use 1e-9
 
 
-def load_official(path: str | os.PathLike, top_k: int | None = None) -> Entroformer:
-    """A checkpoint of the released code as an ordinary model: eval mode, float32, on the CPU.
+def load_official(path: str | Path, top_k: int | None = None) -> Entroformer:
+    """A checkpoint of the released code as an ordinary model: in eval mode, float32, with `.name`, `.card` and `.path`.
 
     Reads whole modules or plain state dicts under the names in `PARTS`, with or without DataParallel, in both file
     formats of torch.save. The model does not clamp symbols to [-128, 127] as the released code does.
 
     Args:
         top_k: k of the attention, which no tensor tells; by default what the pickled modules say, else 32.
-
-    Returns:
-        The model, with `.name`, `.card` and `.path` set.
 
     Raises:
         WeightsError: the file is no such checkpoint, is damaged, lacks a tensor or has one of another shape, or asks
@@ -51,29 +47,22 @@ def load_official(path: str | os.PathLike, top_k: int | None = None) -> Entrofor
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            zipped = file.peek(4).startswith(b"PK\3\4")
-            parts, open_storage = _open_zip(file) if zipped else _open_legacy(file)
-            model = _build(parts, open_storage, top_k)
+            parts, locate = (_open_zip if file.peek(4).startswith(b"PK\3\4") else _open_legacy)(file)
+            model = _build(parts, locate, top_k)
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except KeyError as error:  # a part, a tensor, an entry of the archive
         raise WeightsError(f"The checkpoint {path} has no '{error.args[0]}'.") from None
-    except (EOFError, zipfile.BadZipFile) as error:
-        raise WeightsError(f"The checkpoint {path} is damaged: {error}.") from None
-    except OSError as error:
-        raise WeightsError(f"The checkpoint {path} cannot be read: {error.strerror or error}.") from None
+    except (OSError, EOFError, zipfile.BadZipFile) as error:
+        raise WeightsError(f"The checkpoint {path} cannot be read: {getattr(error, 'strerror', error)}.") from None
     model.name, model.path = path.stem, path
     model.card = {"origin": "the authors' released code", "source_file": path.name, "source_sha256": digest}
     model.card |= {"preset": "official", "variant": model.config.variant}
     return model
 
 
-def import_official(src: str | os.PathLike, dst: str | os.PathLike, force: bool = False, top_k: int | None = None):
-    """Writes a checkpoint of the released code as a weights file of this library, in float32.
-
-    Args:
-        dst: a path that ends in .safetensors; `load_model` reads it.
-        force: replace `dst` if it exists.
+def import_official(src: str | Path, dst: str | Path, force: bool = False, top_k: int | None = None):
+    """Writes a checkpoint of the released code as a weights file of this library, a float32 .safetensors.
 
     Raises:
         WeightsError: as `load_official`; or `dst` has another ending, exists, or cannot be written.
@@ -90,37 +79,33 @@ def import_official(src: str | os.PathLike, dst: str | os.PathLike, force: bool 
 # ---- their tensors, our parameters ---------------------------------------------------------------------------------
 
 TABLE = "layer.0.SelfAttention.relative_attention_bias.weight"
-# These replacements, one after the other, turn the name of our parameter into the name of theirs.
-THEIR_NAMES = (
-    *((r"^g_a\.", "encode.encoder."), (r"^g_s\.([0246])\.", r"decode.decoder.\1.transpose.")),
-    *((r"^g_s\.", "decode.decoder."), (r"^h_a\.", "cit_he."), (r"^h_s\.", "cit_hd."), (r"^z_prior\.", "prob.")),
-    *((r"^context_model\.", "cit_ar."), (r"^entropy_parameters\.layers\.", "cit_pn.")),
-    *((r"\.embed\.", ".to_patch_embedding."), (r"\.start$", ".sos_pred_token"), (r"\.head\.", ".mlp_head.")),
-    *((r"\.down\.", ".scale_blocks."), (r"\.up\.(\d)\.0\.", r".scale_blocks.\1.conv2d.")),
-    (r"\.blocks\.(\d)\.stack\.\w+\.0\.", r".trans_blocks.\1.0."),  # hyperprior: one block a stage
-    (r"\.stack\.\w+\.", ".blocks."),  # context model: a table belongs to the block of its number
-    *((r"\.attention\.qkv\.", ".layer.0.SelfAttention.qkv."), (r"\.attention\.out\.", ".layer.0.SelfAttention.o.")),
-    *((r"\.norm1\.", ".layer.0.layer_norm."), (r"\.norm2\.", ".layer.1.norm.")),
-    *((r"\.feed_forward\.", ".layer.1.fn.net."), (r"\.vectors$", f".{TABLE}")),
-)
+# These replacements, one after the other, turn the name of our parameter into the name of theirs. Of the two for a
+# `stack`, the first is for the hyperprior, one block a stage, the second for the context model.
+THEIR_NAMES = r"""
+    ^g_a\. -> encode.encoder.   ^g_s\.([0246])\. -> decode.decoder.\1.transpose.   ^g_s\. -> decode.decoder.
+    ^h_a\. -> cit_he.   ^h_s\. -> cit_hd.   ^context_model\. -> cit_ar.   ^entropy_parameters\.layers\. -> cit_pn.
+    ^z_prior\. -> prob.   \.embed\. -> .to_patch_embedding.   \.head\. -> .mlp_head.   \.start$ -> .sos_pred_token
+    \.down\. -> .scale_blocks.   \.up\.(\d)\.0\. -> .scale_blocks.\1.conv2d.
+    \.blocks\.(\d)\.stack\.\w+\.0\. -> .trans_blocks.\1.0.   \.stack\.\w+\. -> .blocks.
+    \.norm1\. -> .layer.0.layer_norm.   \.norm2\. -> .layer.1.norm.   \.feed_forward\. -> .layer.1.fn.net.
+    \.attention\.qkv\. -> .layer.0.SelfAttention.qkv.   \.attention\.out\. -> .layer.0.SelfAttention.o.
+    \.vectors$ -> .layer.0.SelfAttention.relative_attention_bias.weight
+"""
 
 Storage = namedtuple("Storage", "dtype key length")  # a flat array in the file
 StoredTensor = namedtuple("StoredTensor", "storage offset size stride")  # a view of a storage, not read yet
-Tensors = dict[str, StoredTensor]
-OpenStorage = Callable[[Storage], BinaryIO]
+Locate = Callable[[Storage], tuple[BinaryIO, int]]  # an open file, and where in it the numbers begin
 
 
-def _build(parts, open_storage: OpenStorage, top_k: int | None) -> Entroformer:
+def _build(parts, locate: Locate, top_k: int | None) -> Entroformer:
     if not isinstance(parts, dict):
         raise WeightsError(f"The file holds no dict of the parts {', '.join(PARTS)}.")
     tensors = {f"{part}.{name}": tensor for part in PARTS for name, tensor in _tensors(parts[part])}
-    if top_k is None:
-        said = (value for name, value in _leaves(parts["cit_ar"]) if name.endswith(".attn_topk"))
-        top_k = next(said, USUAL_TOP_K)
-    model = Entroformer(_config(tensors, top_k)).eval()
+    said = (value for name, value in _leaves(parts["cit_ar"]) if name.endswith(".attn_topk"))
+    model = Entroformer(_config(tensors, next(said, USUAL_TOP_K) if top_k is None else top_k)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # one by one: the weights are in memory only once
-            parameter.copy_(_value(name, parameter.shape, tensors, open_storage))
+            parameter.copy_(_value(name, parameter.shape, tensors, locate))
         for prior in (model.gaussian, model.z_prior):
             prior.bound.bound.fill_(LIKELIHOOD_FLOOR)  # a buffer: it is saved along with the weights
     if tensors:
@@ -128,15 +113,14 @@ def _build(parts, open_storage: OpenStorage, top_k: int | None) -> Entroformer:
     return model
 
 
-def _config(tensors: Tensors, top_k: int) -> EntroformerConfig:
+def _config(tensors: dict[str, StoredTensor], top_k: int) -> EntroformerConfig:
     """The architecture, from sizes of tensors; `_value` compares every tensor with it."""
 
     def size(name: str, axis: int = 0) -> int:
         return tensors[name].size[axis] if tensors[name].size else 0
 
-    def radius(block: str) -> int:
-        return (math.isqrt(size(f"{block}.{TABLE}")) - 1) // 2
-
+    blocks = ("cit_ar.blocks.0", *(f"cit_he.trans_blocks.{stage}.0" for stage in range(3)))
+    radius, *hyper_radius = ((math.isqrt(size(f"{block}.{TABLE}")) - 1) // 2 for block in blocks)
     dim, head = size("cit_ar.to_patch_embedding.weight"), size(f"cit_ar.blocks.0.{TABLE}", -1)
     inner = size("cit_ar.blocks.0.layer.0.SelfAttention.o.weight", -1)
     if inner != dim or not head or dim % head:
@@ -154,17 +138,17 @@ def _config(tensors: Tensors, top_k: int) -> EntroformerConfig:
             ffn_ratio=size("cit_ar.blocks.0.layer.1.fn.net.0.weight") // dim,
             top_k=top_k,
             hyper_top_k=(top_k, max(2, top_k // 2), max(2, top_k // 4)),
-            radius=radius("cit_ar.blocks.0"),
-            hyper_radius=tuple(radius(f"cit_he.trans_blocks.{stage}.0") for stage in range(3)),
+            radius=radius,
+            hyper_radius=tuple(hyper_radius),
         )
     except (ConfigError, TypeError) as error:
         raise WeightsError(f"The checkpoint's sizes make no model. {error}") from None
 
 
-def _value(name: str, shape: torch.Size, tensors: Tensors, open_storage: OpenStorage) -> Tensor:
+def _value(name: str, shape: torch.Size, tensors: dict[str, StoredTensor], locate: Locate) -> Tensor:
     """The value of our parameter of this name and shape; takes what it is made from out of `tensors`."""
     theirs = name
-    for pattern, replacement in THEIR_NAMES:
+    for pattern, replacement in re.findall(r"(\S+) -> (\S+)", THEIR_NAMES):
         theirs = re.sub(pattern, replacement, theirs)
     storage, offset, size, stride = tensors.pop(theirs)
     expected = list(shape)
@@ -179,7 +163,9 @@ def _value(name: str, shape: torch.Size, tensors: Tensors, open_storage: OpenSto
         value = flat.as_strided(size, stride, offset)
     except (RuntimeError, TypeError):
         raise WeightsError(f"The tensor '{theirs}' reaches beyond its numbers.") from None
-    if open_storage(storage).readinto(flat.view(torch.uint8).numpy()) != flat.nbytes:
+    file, position = locate(storage)
+    file.seek(position)
+    if file.readinto(flat.view(torch.uint8).numpy()) != flat.nbytes:
         raise EOFError(f"the numbers of '{theirs}' are not all there")
     if theirs.endswith(TABLE):
         return _diamond(value)
@@ -189,11 +175,8 @@ def _value(name: str, shape: torch.Size, tensors: Tensors, open_storage: OpenSto
 
 
 def _diamond(table: Tensor) -> Tensor:
-    """The vectors in use, in our order.  [(2h+1)^2, d]  ->  [2h(h+1) + 2, d]
-
-    Both go through the diamond row by row. All that is outside is row 0 of their table, the corner (-h, -h), which is
-    outside too, and the last of ours.
-    """
+    """The vectors in use, in our order: both go through the diamond row by row. What is outside shares row 0 of their
+    table, the corner (-h, -h), and the last of ours.  [(2h+1)^2, d]  ->  [2h(h+1) + 2, d]"""
     h = math.isqrt(table.size(0)) // 2
     distance = torch.arange(-h, h + 1).abs()
     inside = (distance[:, None] + distance[None, :]).flatten() <= h
@@ -201,12 +184,12 @@ def _diamond(table: Tensor) -> Tensor:
 
 
 def _tensors(part: "StandIn | dict") -> Iterator[tuple[str, StoredTensor]]:
-    """Names and tensors of a part, without the `module.` that DataParallel prepends. Of a module, parameters and buffers
-    only: other tensors that it keeps, such as GDN's bounds, are constants."""
+    """Names and tensors of a part, without the `module.` that DataParallel prepends. What a module keeps outside its
+    parameters and buffers, such as GDN's bounds, are constants."""
+    wanted = "" if isinstance(part, dict) else r"\._(parameters|buffers)\.\w+$"
     for name, item in _leaves(part):
-        if isinstance(item, StoredTensor) and (isinstance(part, dict) or re.search(r"_(parameters|buffers)\.\w+$", name)):
-            name = re.sub(r"\._(modules|parameters|buffers)\b", "", name)
-            yield name.removeprefix(".").removeprefix("module."), item
+        if isinstance(item, StoredTensor) and re.search(wanted, name):
+            yield re.sub(r"\._(modules|parameters|buffers)\b", "", name).removeprefix(".").removeprefix("module."), item
 
 
 def _leaves(part: "StandIn | dict") -> Iterator[tuple[str, object]]:
@@ -239,8 +222,9 @@ INERT = re.compile(
 class StandIn:
     """In place of any object of the authors' classes and of torch's modules: keeps the state, does nothing."""
 
-    def __init__(self, *_):
-        self.state = None
+    state = None
+
+    def __init__(self, *_): ...
 
     def __setstate__(self, state):
         self.state = state
@@ -254,9 +238,9 @@ class RestrictedUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str):
         full = f"{module}.{name}"
+        rebuild = {"torch._utils._rebuild_tensor_v2": self._tensor, "torch._utils._rebuild_parameter": self._parameter}
         if INERT.fullmatch(full):
             return StandIn
-        rebuild = {"torch._utils._rebuild_tensor_v2": self.tensor, "torch._utils._rebuild_parameter": self.parameter}
         if full not in ALLOWED | rebuild:
             raise WeightsError(f"The file asks for {full}, which the authors' checkpoints do not need; it is refused.")
         return (ALLOWED | rebuild)[full]
@@ -270,12 +254,12 @@ class RestrictedUnpickler(pickle.Unpickler):
             raise ValueError("a storage that is no array of numbers")
         return self.storages.setdefault(key, Storage(dtype, key, length))
 
-    def tensor(self, storage: Storage, offset: int, size: tuple, stride: tuple, *_) -> StoredTensor:
+    def _tensor(self, storage: Storage, offset: int, size: tuple, stride: tuple, *_) -> StoredTensor:
         if not isinstance(storage, Storage) or not all(isinstance(n, int) and n >= 0 for n in (offset, *size, *stride)):
             raise ValueError("a tensor that is no view of an array")
         return StoredTensor(storage, offset, size, stride)
 
-    def parameter(self, data: StoredTensor, *_) -> StoredTensor:
+    def _parameter(self, data: StoredTensor, *_) -> StoredTensor:
         return data
 
 
@@ -291,34 +275,25 @@ def _unpickle(file: BinaryIO) -> tuple[object, dict[str, Storage]]:
         raise WeightsError(f"The file is not a checkpoint written by PyTorch, or is damaged ({error}).") from None
 
 
-def _open_zip(file: BinaryIO) -> tuple[object, OpenStorage]:
-    """torch.save since 1.6: a zip archive with the pickle as `data.pkl` and an entry for each storage.
-
-    Returns the object, and a function that opens a storage.
-    """
+def _open_zip(file: BinaryIO) -> tuple[object, Locate]:
+    """torch.save since 1.6: a zip archive with the pickle as `data.pkl` and an entry for each storage."""
     archive = zipfile.ZipFile(file)
     pickled = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(pickled) != 1:
         raise WeightsError("The file is a zip archive, but not a checkpoint written by PyTorch.")
     folder = pickled[0].removesuffix("data.pkl")
-    with archive.open(pickled[0]) as entry:
-        content, _ = _unpickle(entry)
-    return content, lambda storage: archive.open(archive.NameToInfo[f"{folder}data/{storage.key}"])
+    content, _ = _unpickle(archive.open(pickled[0]))
+    return content, lambda storage: (archive.open(archive.NameToInfo[f"{folder}data/{storage.key}"]), 0)
 
 
-def _open_legacy(file: BinaryIO) -> tuple[object, OpenStorage]:
+def _open_legacy(file: BinaryIO) -> tuple[object, Locate]:
     """torch.save before 1.6: pickles of a magic number, a version, the system, the object and the keys of its storages;
-    then each storage as its length in 8 bytes and its numbers. Returns what `_open_zip` returns."""
+    then each storage as its length in 8 bytes and its numbers."""
     if _unpickle(file)[0] != 0x1950A86A20F9469CFC6C:
         raise WeightsError("The file is a pickle, but not a checkpoint written by PyTorch.")
     _, _, (content, storages), (keys, _) = (_unpickle(file) for _ in range(4))
-    positions = {}
+    positions, position = {}, file.tell()
     for key in keys if isinstance(keys, list) else ():
-        positions[key] = file.tell() + 8
-        file.seek(positions[key] + storages[key].length * storages[key].dtype.itemsize)
-
-    def open_storage(storage: Storage) -> BinaryIO:
-        file.seek(positions[storage.key])
-        return file
-
-    return content, open_storage
+        positions[key] = position + 8
+        position += 8 + storages[key].length * storages[key].dtype.itemsize
+    return content, lambda storage: (file, positions[storage.key])

@@ -107,3 +107,11 @@ def jpeg_of_size(picture: Image.Image, size: int) -> tuple[bytes, int]:
         middle = (low + high) // 2
         low, high = (low, middle) if len(coded(middle)) >= size else (middle + 1, high)
     return coded(low), low
+
+
+def jpeg_psnr_db(path: Path, size: int) -> float:
+    """PSNR of the JPEG of a picture that has at least `size` bytes, in dB."""
+    picture, _ = codec.to_rgb(codec.open_picture(path))
+    data, _ = jpeg_of_size(picture, size)
+    with Image.open(io.BytesIO(data)) as jpeg:
+        return psnr_db(picture, jpeg.convert("RGB"))

@@ -1,0 +1,121 @@
+"""Makes a finished training run a shipped model: half-precision weights, measured on Kodak, with a card beside them.
+
+python -m entroformer_lib.studies.model_card runs/tiny-parallel tiny-parallel --kodak pictures/kodak
+"""
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+
+import tyro
+from tyro.conf import Positional
+
+from entroformer_lib.files import data_folder, write_bytes
+from entroformer_lib.models.zoo import load_model, save_weights
+from entroformer_lib.studies.provenance import provenance
+from entroformer_lib.studies.rate_distortion import evaluate_picture, jpeg_psnr_db, pictures_to_test
+from entroformer_lib.training.config import TrainConfig
+
+CURVE_POINTS = 24
+
+
+def publish(run: Positional[Path], name: Positional[str], kodak: Path, data: str = "", limits: str = "") -> None:
+    """Writes data/weights/NAME.safetensors, NAME.md and data/results/NAME-kodak.json.
+
+    Args:
+        run: Folder of a finished training run.
+        name: Name under which the model is shipped.
+        kodak: Folder of the 24 Kodak pictures.
+        data: What it was trained on, in words.
+        limits: A sentence on what it is not good for.
+    """
+    weights = data_folder() / "weights" / f"{name}.safetensors"
+    trained = load_model(run / "weights.safetensors", "cpu")
+    card = {**trained.card, "trained_on": data, "limits": limits}
+    card["training"] = {**card["training"], "data": "DATA", "out": f"runs/{name}"}
+    card["curve"] = training_curve(run / "log.jsonl")
+    save_weights(trained, weights, card, half=True)
+
+    model = load_model(weights)
+    rows = []
+    for path in pictures_to_test(kodak):
+        row = evaluate_picture(model, path)
+        row["jpeg_psnr_db"] = jpeg_psnr_db(path, row["bytes"])
+        rows.append(row)
+        print(
+            f"{path.stem}  {row['bpp']:.4f} bpp  {row['psnr_db']:.3f} dB  JPEG {row['jpeg_psnr_db']:.3f} dB", flush=True
+        )
+    mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0] if isinstance(rows[0][key], float)}
+    result = {"images": rows, "mean": mean, "provenance": provenance(model, seed=card["training"]["seed"])}
+    write_bytes(data_folder() / "results" / f"{name}-kodak.json", json.dumps(result, indent=1).encode())
+
+    card["kodak"] = {"images": len(rows), **mean, "date": result["provenance"]["date"]}
+    save_weights(trained, weights, card, half=True)
+    write_bytes(weights.with_suffix(".md"), card_text(name, card, rows).encode())
+
+
+def training_curve(log: Path) -> list[dict]:
+    """The log thinned to a few points, each the mean over its stretch of steps."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    size = max(1, len(rows) // CURVE_POINTS)
+    curve = []
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        means = {
+            k: round(sum(r[k] for r in part) / len(part), 4) for k in ("rd_loss", "bpp", "psnr_db") if k in part[0]
+        }
+        curve.append({"step": part[-1]["step"], "lmbda": part[-1]["lmbda"], **means})
+    return curve
+
+
+def training_command(training: dict) -> str:
+    """The command line of a run; fields at their defaults are left out."""
+    words = ["entroformer", "train"]
+    for field in dataclasses.fields(TrainConfig):
+        value = training.get(field.name, field.default)
+        if value != field.default:
+            words += [f"--{field.name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
+
+
+def card_text(name: str, card: dict, rows: list[dict]) -> str:
+    """The card as Markdown."""
+    training, kodak = card["training"], card["kodak"]
+    lines = [
+        f"# {name}",
+        "",
+        f"Kodak, mean of {kodak['images']} pictures, whole files on disk: **{kodak['psnr_db']:.2f} dB at "
+        f"{kodak['bpp']:.3f} bits per pixel** (MS-SSIM {kodak['ms_ssim']:.4f}); JPEG with at least as many bytes for "
+        f"each picture: {kodak['jpeg_psnr_db']:.2f} dB. Mean of per-picture PSNR. Measured {kodak['date'][:10]}.",
+        "",
+        f"- Architecture: `{training['model']}`, preset `{training['preset']}`",
+        f"- Trained on: {card['trained_on']}",
+        f"- Goal: {training['metric']}, lmbda {training['lmbda']}",
+        f"- Command (DATA is the folder of the pictures): `{training_command(training)}`",
+        f"- Device and time: {card['device']}, {card['train_seconds'] / 60:.0f} minutes",
+        f"- Steps: {training['steps']} of {training['batch']} crops of {training['crop']} pixels "
+        "(the paper: about 280,000 of 16 crops of 384)",
+        f"- Limits: {card['limits']}",
+        "- Weights: matrices and kernels in float16, the rest in float32; measured as shipped",
+        "",
+        "## Kodak, picture by picture",
+        "",
+        "| picture | bpp | estimated bpp | PSNR dB | MS-SSIM | JPEG PSNR dB |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r['image']} | {r['bpp']:.4f} | {r['bpp_estimated']:.4f} | {r['psnr_db']:.2f} | {r['ms_ssim']:.4f} "
+            f"| {r['jpeg_psnr_db']:.2f} |"
+        )
+    lines += ["", "## Training", "", "| up to step | lmbda | loss | bpp | PSNR dB |", "| --- | --- | --- | --- | --- |"]
+    lines += [
+        f"| {p['step']} | {p['lmbda']} | {p['rd_loss']:.3f} | {p['bpp']:.3f} | {p.get('psnr_db', float('nan')):.2f} |"
+        for p in card["curve"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    tyro.cli(publish)
