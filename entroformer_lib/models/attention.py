@@ -17,7 +17,8 @@ Visible = Callable[[Tensor], Tensor]
 
 SCORE_GRID = 2.0**16  # float64 scores are ranked after rounding to this grid
 MAX_KEYS = 2**20
-CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}  # scores held at a time without gradients; 2 MiB stay in a CPU's cache
+# Scores held at a time when no gradient is wanted; 2 MiB of float64 stay in a CPU's cache.
+CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 
 
 def keep_top_k(scores: Tensor, k: int | None, ties: str = "index") -> Tensor:
@@ -43,10 +44,7 @@ def keep_top_k(scores: Tensor, k: int | None, ties: str = "index") -> Tensor:
 
 
 class KeyValueCache:
-    """Keys and values of the tokens seen so far, one pair of buffers per block; for serial coding.
-
-    After `append`, a block's `keys` and `values` are views of what is filled: nothing is recomputed, nothing copied.
-    """
+    """Keys and values of the tokens coded so far, one pair of buffers per block: nothing is computed twice."""
 
     def __init__(self, layers: int, batch: int, heads: int, capacity: int, head_dim: int, like: Tensor):
         shape = (layers, batch, heads, capacity, head_dim)
@@ -58,6 +56,11 @@ class KeyValueCache:
         end = self.length + k.size(2)
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
+        return self.filled(layer, end)
+
+    def filled(self, layer: int, end: int | None = None) -> tuple[Tensor, Tensor]:
+        """Views of the keys and values of the first `end` tokens; by default of all complete ones."""
+        end = self.length if end is None else end
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
@@ -88,42 +91,59 @@ class TopKAttention(nn.Module):
         top_k: int | None = None,
         cache: KeyValueCache | None = None,
         layer: int = 0,
+        apart: bool = False,
     ) -> Tensor:
-        """x: [B, q, D] new tokens, sites: [n, 2] of all tokens including earlier, cached ones  ->  [B, q, D]."""
+        """x: [B, q, D] new tokens, sites: [n, 2] of all tokens including earlier, cached ones  ->  [B, q, D].
+
+        With a cache, new tokens see the cached ones and each other, and join the cache; when they are `apart`, each
+        sees the cached ones and itself, and the cache stays as it is.
+        """
         B, q_len, D = x.shape
-        qkv = self.qkv(x).view(B, q_len, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, q, d]
-        first = 0
+        q, k, v = self.project(x)
+        first, own = 0, None
         if cache is not None:
             first = cache.length
-            k, v = cache.append(layer, k, v)
+            if apart:
+                own = (k, v)
+            k, v = cache.filled(layer) if apart else cache.append(layer, k, v)
         n = k.size(2)
         # Without gradients queries go in chunks, so that memory grows with n and not with n^2.
         limit = CHUNK_ELEMENTS.get(x.device.type, 2**23)
-        chunk = q_len if torch.is_grad_enabled() else max(1, limit // (B * self.heads * n))
+        chunk = q_len if torch.is_grad_enabled() else max(1, limit // (B * self.heads * max(n, 1)))
         rows = []
         for start in range(0, q_len, chunk):
             part = q[:, :, start : start + chunk]
             numbers = torch.arange(first + start, first + start + part.size(2), device=x.device)
-            rows.append(self._attend(part, k, v, numbers, sites, visible, relative, top_k))
+            mine = own and tuple(t[:, :, start : start + chunk] for t in own)
+            rows.append(self._attend(part, k, v, mine, numbers, sites, visible, relative, top_k))
         out = torch.cat(rows, dim=2) if len(rows) > 1 else rows[0]
         return self.out(out.transpose(1, 2).reshape(B, q_len, D))
 
-    def _attend(self, q, k, v, numbers, sites, visible, relative, top_k) -> Tensor:
-        """q: [B, heads, q, d], k and v: [B, heads, n, d], numbers: [q]  ->  [B, heads, q, d]."""
+    def project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values.  x: [B, q, D]  ->  [3, B, heads, q, d]"""
+        B, q_len, D = x.shape
+        return self.qkv(x).view(B, q_len, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+
+    def _attend(self, q, k, v, own, numbers, sites, visible, relative, top_k) -> Tensor:
+        """q: [B, heads, q, d], k and v: [B, heads, n, d], own: two [B, heads, q, d] or None  ->  [B, heads, q, d]."""
+        n = k.size(2)
         # The ranking needs more digits than bfloat16 has, so the scores leave autocast.
         with torch.autocast(q.device.type, enabled=False):
             wide = torch.promote_types(q.dtype, torch.float32)
             q, k = q.to(wide), k.to(wide)
             scores = self.content(q @ k.transpose(-1, -2))
             if relative is not None:
-                scores = scores + self.position(relative(q, sites[numbers], sites))
+                scores = scores + self.position(relative(q, sites[numbers], sites[:n]))
+            if own is not None:  # each query's own key as one column more
+                self_scores = (q * own[0].to(wide)).sum(-1, keepdim=True)
+                scores = torch.cat((scores, self_scores if relative is None else self_scores + relative.own(q)), dim=-1)
             scores = scores * self.scale
             if visible is not None:
                 scores = scores.masked_fill(~visible(numbers), -torch.inf)
             scores = self.selected(keep_top_k(self.scores(scores), top_k or self.top_k, self.ties))
             probs = self.probs(scores.softmax(dim=-1))
-        return probs.to(v.dtype) @ v
+        probs = probs.to(v.dtype)
+        return probs @ v if own is None else probs[..., :n] @ v + probs[..., n:] * own[1]
 
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "leaky_relu": lambda: nn.LeakyReLU(0.2)}
@@ -178,19 +198,43 @@ class Stack(nn.Module):
         like = self.blocks[0].norm1.weight
         return KeyValueCache(len(self.blocks), batch, self.heads, capacity, like.numel() // self.heads, like.detach())
 
+    def fill(self, x: Tensor, sites: Tensor, cache: KeyValueCache) -> None:
+        """Runs tokens that all see each other and only keeps what later ones need: of the last block its keys and
+        values.  x: [B, q, D], sites: [q, 2]"""
+        x = self._embed_positions(x, sites)
+        for layer, block in enumerate(self.blocks[:-1]):
+            x = block(x, sites, relative=self._relative(layer), cache=cache, layer=layer)
+        last = len(self.blocks) - 1
+        attention = self.blocks[last].attention
+        _, k, v = attention.project(self.blocks[last].norm1(x))
+        cache.append(last, k, v)
+        cache.length += x.size(1)
+
     def forward(
-        self, x: Tensor, sites: Tensor, visible: Visible | None = None, cache: KeyValueCache | None = None
+        self,
+        x: Tensor,
+        sites: Tensor,
+        visible: Visible | None = None,
+        cache: KeyValueCache | None = None,
+        apart: bool = False,
     ) -> Tensor:
-        """x: [B, q, D] (with a cache: only the new tokens), sites: [n, 2]  ->  [B, q, D]."""
-        if self.absolute:
-            numbers = slice(sites.size(0) - x.size(1), None)
-            x = x + sinusoidal_positions(sites[numbers], x.size(-1)).to(x.dtype)
+        """x: [B, q, D] (with a cache: only the new tokens, see TopKAttention), sites: [n, 2]  ->  [B, q, D]."""
+        x = self._embed_positions(x, sites)
         top_k = self.top_k
         if self.jitter and self.training and top_k is not None:
             top_k = int(torch.randint(max(2, top_k // 2), 2 * top_k, ()))
+        options = dict(visible=visible, top_k=top_k, cache=cache, apart=apart)
         for layer, block in enumerate(self.blocks):
-            relative = self.positions[min(layer, len(self.positions) - 1)] if len(self.positions) else None
-            x = block(x, sites, visible=visible, relative=relative, top_k=top_k, cache=cache, layer=layer)
-        if cache is not None:
+            x = block(x, sites, relative=self._relative(layer), layer=layer, **options)
+        if cache is not None and not apart:
             cache.length += x.size(1)
         return x
+
+    def _relative(self, layer: int) -> RelativePosition | None:
+        return self.positions[min(layer, len(self.positions) - 1)] if len(self.positions) else None
+
+    def _embed_positions(self, x: Tensor, sites: Tensor) -> Tensor:
+        if not self.absolute:
+            return x
+        new = sites[sites.size(0) - x.size(1) :]
+        return x + sinusoidal_positions(new, x.size(-1)).to(x.dtype)

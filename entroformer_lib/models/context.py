@@ -98,14 +98,22 @@ class ParallelContext(nn.Module):
         return tokens.transpose(1, 2).reshape(B, -1, h, w) * ~kept
 
     def code(self, height: int, width: int, exchange: Exchange) -> Tensor:
-        """Two passes: the first slice without context, then all of the second at once.  ->  y_hat: [n, M]"""
+        """Two passes: the first slice without context, then all of the second at once.  ->  y_hat: [n, M]
+
+        No site of the first slice sees one of the second, so the first slice runs through the blocks alone and leaves
+        its keys and values; the second reads them. That is half of what `forward` computes.
+        """
         first = first_slice(height, width).flatten()
         one, two = first.nonzero()[:, 0], (~first).nonzero()[:, 0]
+        sites = grid_sites(height, width, self.embed.weight.device)
         latents = self.embed.weight.new_zeros(height * width, self.embed.in_features)
+        cache = self.stack.cache(batch=1, capacity=len(one))
         if len(one):  # a single site has no first slice
             latents[one] = exchange(one, None)
-        feature = self(latents.T.view(1, -1, height, width))
-        latents[two] = exchange(two, feature.flatten(2)[:, :, two, None])
+            self.stack.fill(self.embed(latents[one])[None], sites[one], cache)
+        unknown = self.embed(latents[two])[None]  # zeros, so this is the bias
+        feature = self.stack(unknown, sites[torch.cat((one, two))], cache=cache, apart=True)  # [1, n - n / 2, D]
+        latents[two] = exchange(two, feature.transpose(1, 2)[..., None])
         return latents
 
 

@@ -57,6 +57,11 @@ class RelativePosition(nn.Module):
         offset = (keys[None] - queries[:, None]).clamp(-ring, ring) + ring  # [q, n, 2]
         return self.lookup[offset[..., 0], offset[..., 1]]
 
+    def own(self, q: Tensor) -> Tensor:
+        """Each query with the vector of offset (0, 0): itself as key.  q: [B, heads, q, d]  ->  [B, heads, q, 1]"""
+        ring = self.radius + 1
+        return (q @ self.table().to(q.dtype)[self.lookup[ring, ring]])[..., None]
+
     def forward(self, q: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
         """q: [B, heads, q, d], queries: [q, 2], keys: [n, 2]  ->  q . p_ij: [B, heads, q, n]."""
         products = q @ self.table().to(q.dtype).T  # [B, heads, q, buckets]
