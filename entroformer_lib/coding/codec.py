@@ -86,8 +86,7 @@ def decode(data: bytes, model: Entroformer | None = None) -> Image.Image:
         raise BitstreamError(
             "This machine computed other latents than the one that wrote the file, so the picture would be wrong."
         )
-    with torch.inference_mode():
-        x_hat = unpad(model.g_s(y_hat).clamp(0, 1), container.height, container.width)
+    x_hat = unpad(model.reconstruct(y_hat), container.height, container.width)
     picture = to_picture(x_hat)
     return picture.convert("L") if container.grey else picture
 

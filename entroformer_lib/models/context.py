@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from entroformer_lib.models.attention import Stack
+from entroformer_lib.models.clock import stage
 from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.position import grid_sites
 
@@ -66,7 +67,8 @@ class SerialContext(nn.Module):
         for i in range(len(sites)):
             coded.append(exchange(torch.tensor([i]), feature.transpose(1, 2)[..., None]))  # [1, M]
             if i + 1 < len(sites):  # the last token predicts nothing
-                feature = self.stack(self.embed(coded[-1])[None], sites[: i + 1], cache=cache)
+                with stage("context"):
+                    feature = self.stack(self.embed(coded[-1])[None], sites[: i + 1], cache=cache)
         return torch.cat(coded)
 
 
@@ -110,9 +112,11 @@ class ParallelContext(nn.Module):
         cache = self.stack.cache(batch=1, capacity=len(one))
         if len(one):  # a single site has no first slice
             latents[one] = exchange(one, None)
-            self.stack.fill(self.embed(latents[one])[None], sites[one], cache)
-        unknown = self.embed(latents[two])[None]  # zeros, so this is the bias
-        feature = self.stack(unknown, sites[torch.cat((one, two))], cache=cache, apart=True)  # [1, n - n / 2, D]
+            with stage("context"):
+                self.stack.fill(self.embed(latents[one])[None], sites[one], cache)
+        with stage("context"):
+            unknown = self.embed(latents[two])[None]  # zeros, so this is the bias
+            feature = self.stack(unknown, sites[torch.cat((one, two))], cache=cache, apart=True)  # [1, n - n / 2, D]
         latents[two] = exchange(two, feature.transpose(1, 2)[..., None])
         return latents
 

@@ -17,6 +17,7 @@ from compressai.registry import register_model
 from torch import Tensor, nn
 
 from entroformer_lib.errors import WeightsError
+from entroformer_lib.models.clock import stage
 from entroformer_lib.models.config import EntroformerConfig, named_config
 from entroformer_lib.models.context import build_context
 from entroformer_lib.models.exact import ExactEntropyModel
@@ -153,8 +154,10 @@ class Entroformer(CompressionModel):
     def latents(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Quantised latents as they are coded.  x: [B, 3, H, W]  ->  y_hat, z (not yet rounded) or None."""
         self._check_size(x)
-        y = self.g_a(x)
-        return torch.floor(y + 0.5), None if self.h_a is None else self.h_a(y)
+        with stage("transforms"):
+            y = self.g_a(x)
+        with stage("hyper"):
+            return torch.floor(y + 0.5), None if self.h_a is None else self.h_a(y)
 
     @torch.inference_mode()
     def compress(self, x: Tensor) -> dict:
@@ -181,7 +184,13 @@ class Entroformer(CompressionModel):
     def decompress(self, strings: list[list[bytes]], shape) -> dict:
         """Inverse of `compress`: {"x_hat": [B, 3, H, W] clamped to [0, 1]}."""
         y_hat, _ = self.decompress_latents(strings, shape)
-        return {"x_hat": self.g_s(y_hat).clamp(0, 1)}
+        return {"x_hat": self.reconstruct(y_hat)}
+
+    @torch.inference_mode()
+    def reconstruct(self, y_hat: Tensor) -> Tensor:
+        """y_hat: [B, M, h, w]  ->  x_hat: [B, 3, H, W] clamped to [0, 1]"""
+        with stage("transforms"):
+            return self.g_s(y_hat).clamp(0, 1)
 
     @torch.inference_mode()
     def decompress_latents(self, strings: list[list[bytes]], shape) -> tuple[Tensor, Tensor | None]:

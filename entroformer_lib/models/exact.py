@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from entroformer_lib.coding.coder import SymbolDecoder, SymbolEncoder
+from entroformer_lib.models.clock import stage
 
 MEAN_STEPS = 256  # means are multiples of 1/256: costs 0.0001 bit at the smallest scale
 SCALE_STEPS = 32  # scales are exp(i / 32), 3% apart: costs less than 0.0002 bit
@@ -61,7 +62,8 @@ class ExactEntropyModel:
             return symbols
 
         self._code(y_hat.shape[-2:], z_hat, write)
-        return encoder.finish()
+        with stage("entropy coding"):
+            return encoder.finish()
 
     @torch.inference_mode()
     def decode(self, string: bytes, z_hat: Tensor | None, size) -> Tensor:
@@ -70,19 +72,23 @@ class ExactEntropyModel:
         device = next(self.entropy_parameters.parameters()).device
 
         def read(sites, means, scales):
-            return torch.from_numpy(decoder.read(means, scales)).to(device, torch.float64)
+            with stage("entropy coding"):
+                symbols = decoder.read(means, scales)
+            return torch.from_numpy(symbols).to(device, torch.float64)
 
         return self._code(size, z_hat, read).T.reshape(1, self.M, *size)
 
     def _code(self, size, z_hat: Tensor | None, symbols_of) -> Tensor:
         """Runs the model's coding steps. `symbols_of(sites, means, scales)` gives latents: [k, M]  ->  [n, M]."""
         h, w = size
-        hyper = None if z_hat is None else self.h_s(z_hat.double()).flatten(2)[..., None]  # [1, D, n, 1]
+        with stage("hyper"):
+            hyper = None if z_hat is None else self.h_s(z_hat.double()).flatten(2)[..., None]  # [1, D, n, 1]
 
         def exchange(sites, context):
-            here = None if hyper is None else hyper[:, :, sites.to(hyper.device)]
-            means, scales = self.entropy_parameters(here, context, sites=len(sites))  # [1, M, k, 1]
-            means, scales = snap(means[0, :, :, 0].T, scales[0, :, :, 0].T)  # [k, M]
+            with stage("parameters"):
+                here = None if hyper is None else hyper[:, :, sites.to(hyper.device)]
+                means, scales = self.entropy_parameters(here, context, sites=len(sites))  # [1, M, k, 1]
+                means, scales = snap(means[0, :, :, 0].T, scales[0, :, :, 0].T)  # [k, M]
             return symbols_of(sites, means, scales)
 
         if self.context_model is None:

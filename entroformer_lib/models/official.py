@@ -186,31 +186,31 @@ def _diamond(table: Tensor) -> Tensor:
 def _tensors(part: "StandIn | dict") -> Iterator[tuple[str, StoredTensor]]:
     """Names and tensors of a part, without the `module.` that DataParallel prepends. What a module keeps outside its
     parameters and buffers, such as GDN's bounds, are constants."""
-    wanted = "" if isinstance(part, dict) else r"\._(parameters|buffers)\.\w+$"
+    wanted = ".*" if isinstance(part, dict) else r"(\._modules\.\w+)*\._(parameters|buffers)\.\w+"
     for name, item in _leaves(part):
-        if isinstance(item, StoredTensor) and re.search(wanted, name):
+        if isinstance(item, StoredTensor) and re.fullmatch(wanted, name):
             yield re.sub(r"\._(modules|parameters|buffers)\b", "", name).removeprefix(".").removeprefix("module."), item
 
 
 def _leaves(part: "StandIn | dict") -> Iterator[tuple[str, object]]:
-    """All that is in a module or dict, by dotted name; no dict twice, so that loops in a damaged file end."""
+    """All that is in a module or dict, by dotted name, level by level; no dict twice, so that a loop ends."""
     waiting, seen = [("", part)], set()
     while waiting:
-        name, item = waiting.pop()
+        name, item = waiting.pop(0)
         item = item.state if isinstance(item, StandIn) else item
         if not isinstance(item, dict):
             yield name, item
         elif id(item) not in seen:
             seen.add(id(item))
-            waiting += [(f"{name}.{key}", value) for key, value in item.items() if isinstance(key, str)]
+            items = dict.items(item)  # not item.items(), an attribute that a pickled OrderedDict can bring along
+            waiting += [(f"{name}.{key}", value) for key, value in items if isinstance(key, str)]
 
 
 # ---- the pickle and the two file formats ---------------------------------------------------------------------------
 
 ALLOWED = {
-    **{"collections.OrderedDict": OrderedDict, "builtins.set": set, "__builtin__.set": set},  # Python 3's and 2's name
-    **{"torch.FloatStorage": torch.float32, "torch.DoubleStorage": torch.float64},
-    **{"torch.HalfStorage": torch.float16, "torch.LongStorage": torch.int64},
+    **{"collections.OrderedDict": OrderedDict, "builtins.set": set, "torch.LongStorage": torch.int64},
+    **{"torch.HalfStorage": torch.float16, "torch.FloatStorage": torch.float32, "torch.DoubleStorage": torch.float64},
 }
 INERT = re.compile(
     r"module\..*|torch\.(device|nn\.parallel\.data_parallel\.DataParallel|nn\.modules\.("
@@ -237,7 +237,7 @@ class RestrictedUnpickler(pickle.Unpickler):
     """
 
     def find_class(self, module: str, name: str):
-        full = f"{module}.{name}"
+        full = f"{module}.{name}".replace("__builtin__.", "builtins.")  # the old protocols write Python 2's name
         rebuild = {"torch._utils._rebuild_tensor_v2": self._tensor, "torch._utils._rebuild_parameter": self._parameter}
         if INERT.fullmatch(full):
             return StandIn
@@ -250,14 +250,14 @@ class RestrictedUnpickler(pickle.Unpickler):
         if pid[0] == "module":
             return StandIn
         _, dtype, key, _, length, *view = pid
-        if not isinstance(dtype, torch.dtype) or not isinstance(length, int) or any(view):
+        if not isinstance(dtype, torch.dtype) or length < 0 or any(view):
             raise ValueError("a storage that is no array of numbers")
         return self.storages.setdefault(key, Storage(dtype, key, length))
 
     def _tensor(self, storage: Storage, offset: int, size: tuple, stride: tuple, *_) -> StoredTensor:
         if not isinstance(storage, Storage) or not all(isinstance(n, int) and n >= 0 for n in (offset, *size, *stride)):
             raise ValueError("a tensor that is no view of an array")
-        return StoredTensor(storage, offset, size, stride)
+        return StoredTensor(storage, offset, tuple(size), tuple(stride))
 
     def _parameter(self, data: StoredTensor, *_) -> StoredTensor:
         return data
