@@ -53,7 +53,7 @@ def load_official(path: str | Path, top_k: int | None = None) -> Entroformer:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except KeyError as error:  # a part, a tensor, an entry of the archive
         raise WeightsError(f"The checkpoint {path} has no '{error.args[0]}'.") from None
-    except (OSError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, NotImplementedError, UnicodeError, zipfile.BadZipFile) as error:
         raise WeightsError(f"The checkpoint {path} cannot be read: {getattr(error, 'strerror', error)}.") from None
     model.name, model.path = path.stem, path
     model.card = {"origin": "the authors' released code", "source_file": path.name, "source_sha256": digest}
@@ -109,7 +109,7 @@ def _build(parts, locate: Locate, top_k: int | None) -> Entroformer:
         for prior in (model.gaussian, model.z_prior):
             prior.bound.bound.fill_(LIKELIHOOD_FLOOR)  # a buffer: it is saved along with the weights
     if tensors:
-        raise WeightsError(f"The checkpoint has a tensor '{min(tensors)}', which has no place in the architecture.")
+        raise WeightsError(f"The checkpoint has a tensor {min(tensors)!r}, which has no place in the architecture.")
     return model
 
 
@@ -242,7 +242,9 @@ class RestrictedUnpickler(pickle.Unpickler):
         if INERT.fullmatch(full):
             return StandIn
         if full not in ALLOWED | rebuild:
-            raise WeightsError(f"The file asks for {full}, which the authors' checkpoints do not need; it is refused.")
+            raise WeightsError(
+                f"The file asks for {full!r}, which the authors' checkpoints do not need; it is refused."
+            )
         return (ALLOWED | rebuild)[full]
 
     def persistent_load(self, pid: tuple):
