@@ -41,11 +41,11 @@ def publish(run: Positional[Path], name: Positional[str], kodak: Path, data: str
     rows = []
     for path in pictures_to_test(kodak):
         row = evaluate_picture(model, path)
-        row["jpeg_psnr_db"] = jpeg_psnr_db(path, row["bytes"])
+        row["jpeg_psnr_db"] = jpeg_psnr_db(path, row["bytes"], optimize=False)
+        row["jpeg_optimised_psnr_db"] = jpeg_psnr_db(path, row["bytes"])
         rows.append(row)
-        print(
-            f"{path.stem}  {row['bpp']:.4f} bpp  {row['psnr_db']:.3f} dB  JPEG {row['jpeg_psnr_db']:.3f} dB", flush=True
-        )
+        shown = ("bpp", "psnr_db", "jpeg_psnr_db", "jpeg_optimised_psnr_db")
+        print(path.stem, *(f"{column} {row[column]:.3f}" for column in shown), flush=True)
     mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0] if isinstance(rows[0][key], float)}
     result = {"images": rows, "mean": mean, "provenance": provenance(model, seed=card["training"]["seed"])}
     write_bytes(data_folder() / "results" / f"{name}-kodak.json", json.dumps(result, indent=1).encode())
@@ -87,7 +87,9 @@ def card_text(name: str, card: dict, rows: list[dict]) -> str:
         "",
         f"Kodak, mean of {kodak['images']} pictures, whole files on disk: **{kodak['psnr_db']:.2f} dB at "
         f"{kodak['bpp']:.3f} bits per pixel** (MS-SSIM {kodak['ms_ssim']:.4f}); JPEG with at least as many bytes for "
-        f"each picture: {kodak['jpeg_psnr_db']:.2f} dB. Mean of per-picture PSNR. Measured {kodak['date'][:10]}.",
+        f"each picture: {kodak['jpeg_psnr_db']:.2f} dB with the standard Huffman tables (as in the published curves), "
+        f"{kodak['jpeg_optimised_psnr_db']:.2f} dB with optimised ones. Mean of per-picture PSNR. "
+        f"Measured {kodak['date'][:10]}.",
         "",
         f"- Architecture: `{training['model']}`, preset `{training['preset']}`",
         f"- Trained on: {card['trained_on']}",
@@ -101,13 +103,13 @@ def card_text(name: str, card: dict, rows: list[dict]) -> str:
         "",
         "## Kodak, picture by picture",
         "",
-        "| picture | bpp | estimated bpp | PSNR dB | MS-SSIM | JPEG PSNR dB |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| picture | bpp | estimated bpp | PSNR dB | MS-SSIM | JPEG dB | JPEG dB, optimised |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in rows:
         lines.append(
             f"| {r['image']} | {r['bpp']:.4f} | {r['bpp_estimated']:.4f} | {r['psnr_db']:.2f} | {r['ms_ssim']:.4f} "
-            f"| {r['jpeg_psnr_db']:.2f} |"
+            f"| {r['jpeg_psnr_db']:.2f} | {r['jpeg_optimised_psnr_db']:.2f} |"
         )
     lines += ["", "## Training", "", "| up to step | lmbda | loss | bpp | PSNR dB |", "| --- | --- | --- | --- | --- |"]
     lines += [
