@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom in a kernel of its own, and writes the figures it should."""
 
+import json
 from pathlib import Path
 
 import papermill
@@ -17,6 +18,9 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
         path, tmp_path / path.name, QUICK.get(path.stem, {}), cwd=ROOT, kernel_name="python3", progress_bar=False
     )
     assert list((tmp_path / "figures").glob("*.png"))
+    cells = json.loads((tmp_path / path.name).read_text())["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in outputs)  # the reader sees a figure
 
 
 def test_quickstart_takes_another_picture(tmp_path):

@@ -61,11 +61,11 @@ def load_official(path: str | Path, top_k: int | None = None) -> Entroformer:
     return model
 
 
-def import_official(src: str | Path, dst: str | Path, force: bool = False, top_k: int | None = None):
+def import_official(src: str | Path, dst: str | Path, force: bool = False, top_k: int | None = None) -> None:
     """Writes a checkpoint of the released code as a weights file of this library, a float32 .safetensors.
 
     Raises:
-        WeightsError: as `load_official`; or `dst` has another ending, exists, or cannot be written.
+        WeightsError: as `load_official`; or `dst` has another ending, exists (without `force`), or cannot be written.
     """
     dst = Path(dst)
     if dst.suffix != ".safetensors":
@@ -242,9 +242,7 @@ class RestrictedUnpickler(pickle.Unpickler):
         if INERT.fullmatch(full):
             return StandIn
         if full not in ALLOWED | rebuild:
-            raise WeightsError(
-                f"The file asks for {full!r}, which the authors' checkpoints do not need; it is refused."
-            )
+            raise WeightsError(f"The file asks for {full!r}, which no checkpoint of the authors needs; it is refused.")
         return (ALLOWED | rebuild)[full]
 
     def persistent_load(self, pid: tuple):

@@ -2,8 +2,8 @@
 
     python -m entroformer_lib.studies.latency --out data/results/latency.json
 
-Weights do not change the time much, so what has no shipped weights is timed with random ones whose latents are spread as
-in a trained model. All rows of one table come from one run on one machine; compare ratios, not seconds.
+Weights do not change the time much, so what has no shipped weights is timed with random ones whose latents are as
+spread as those of a trained model. All rows of a table come from one run on one machine; compare ratios, not seconds.
 """
 
 import json

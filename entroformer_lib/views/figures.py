@@ -4,9 +4,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from entroformer_lib.views.style import SEQUENTIAL, TWO_COLUMNS, new_figure
+from entroformer_lib.views.style import SEQUENTIAL, TWO_COLUMNS, new_figure, styled
 
 
+@styled
 def side_by_side(panels: list[tuple[str, Image.Image]], zoom: tuple[int, int, int] | None = None) -> Figure:
     """Pictures beside each other with a title each; below them the same detail of each, if asked for.
 
@@ -18,7 +19,7 @@ def side_by_side(panels: list[tuple[str, Image.Image]], zoom: tuple[int, int, in
     panel_width = TWO_COLUMNS / len(panels)
     ratios = [height / width, 1] if zoom else [height / width]
     figure, axes = new_figure(
-        TWO_COLUMNS, panel_width * sum(ratios) + 0.35, len(ratios), len(panels), squeeze=False, height_ratios=ratios
+        TWO_COLUMNS, panel_width * sum(ratios) + 0.4, len(ratios), len(panels), squeeze=False, height_ratios=ratios
     )
     for column, (title, picture) in enumerate(panels):
         _picture(axes[0, column], picture, title)
@@ -29,6 +30,7 @@ def side_by_side(panels: list[tuple[str, Image.Image]], zoom: tuple[int, int, in
     return figure
 
 
+@styled
 def bits_map(picture: Image.Image, bits: np.ndarray) -> Figure:
     """Where the bits went: the picture, the map over its 16x16 blocks, and the picture seen through the map.
 
@@ -48,6 +50,7 @@ def bits_map(picture: Image.Image, bits: np.ndarray) -> Figure:
     image = axes[1].imshow(bits, cmap=SEQUENTIAL, extent=extent, vmin=0, interpolation="nearest")
     axes[1].set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
     axes[1].set_title("Bits of each 16 x 16 block")
+    axes[1].spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes[1], shrink=0.9)
     bar.set_label("bits (all channels of one site of y)")
     bar.outline.set_visible(False)
@@ -57,8 +60,7 @@ def bits_map(picture: Image.Image, bits: np.ndarray) -> Figure:
 def _picture(axes, picture: Image.Image, title: str = "") -> None:
     axes.imshow(np.asarray(picture), cmap="gray" if picture.mode == "L" else None, interpolation="nearest")
     axes.set(xticks=[], yticks=[], title=title)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
 
 
 def _frame(left: int, top: int, side: int):

@@ -1,5 +1,7 @@
 """One look for all figures: widths of one and two columns, colours that print and that everybody can tell apart."""
 
+import functools
+import io
 import os
 from pathlib import Path
 
@@ -27,11 +29,31 @@ RC = {
 }
 
 
+def styled(draw):
+    """Decorator: everything that `draw` draws is in this style."""
+
+    @functools.wraps(draw)
+    def in_style(*arguments, **keywords):
+        with matplotlib.rc_context(RC):
+            return draw(*arguments, **keywords)
+
+    return in_style
+
+
+class NotebookFigure(Figure):
+    """A figure that a notebook shows by itself, without pyplot and its global state."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        with matplotlib.rc_context(RC):
+            self.savefig(buffer, format="png", dpi=RC["figure.dpi"])
+        return buffer.getvalue()
+
+
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **subplots):
-    """A figure in this style and its axes. width, height: inches."""
-    with matplotlib.rc_context(RC):
-        figure = Figure(figsize=(width, height))
-        return figure, figure.subplots(rows, columns, **subplots)
+    """A figure and its axes. width, height: inches."""
+    figure = NotebookFigure(figsize=(width, height))
+    return figure, figure.subplots(rows, columns, **subplots)
 
 
 def save(figure: Figure, name: str, formats: tuple[str, ...] = ("png",)) -> list[Path]:
