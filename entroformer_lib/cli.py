@@ -226,6 +226,27 @@ def data(name: Positional[str], to: Path | None = None) -> None:
     print(f"{len(paths)} pictures in {folder}")
 
 
+@app.command(name="import-official")
+def import_official(
+    src: Positional[Path], dst: Positional[Path], force: bool = False, top_k: int | None = None
+) -> None:
+    """Turn a checkpoint of the authors' released code into weights of this library, without running what is in it.
+
+    Example: entroformer import-official serial-0.02.pth released-serial-0.02.safetensors
+
+    Args:
+        src: The checkpoint (.pth), as the authors published it, or a dict of state dicts under the same names.
+        dst: The weights (.safetensors).
+        force: Replace an output that exists.
+        top_k: k of the attention, where the checkpoint does not say (state dicts do not); 32 by default.
+    """
+    _output(dst, dst, force)
+    from entroformer_lib.models.official import import_official as write
+
+    write(src, dst, force, top_k)
+    print(f"{dst}: {dst.stat().st_size / 1e6:.1f} MB")
+
+
 # ---- what the commands share ----
 
 

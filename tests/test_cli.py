@@ -71,7 +71,7 @@ def test_help_answers_in_under_a_second():
         best = min(best, time.perf_counter() - start)
         assert done.returncode == 0
     assert best < 1
-    for command in ("compress", "decompress", "info", "models", "train", "eval", "data"):
+    for command in ("compress", "decompress", "info", "models", "train", "eval", "data", "import-official"):
         assert command in done.stdout
         assert f"entroformer {command} " in call(command, "--help")[0]  # each shows an example
 
@@ -128,6 +128,15 @@ def test_data_samples(tmp_path):
     assert "4 pictures" in call("data", "samples", "--to", tmp_path / "s")[0]
 
 
+def test_import_official(tmp_path):
+    from released import CASES, released, save
+
+    save(released(CASES["parallel"]), tmp_path / "theirs.pth")
+    assert "MB" in call("import-official", tmp_path / "theirs.pth", tmp_path / "ours.safetensors", "--top-k", 6)[0]
+    model = load_model(tmp_path / "ours.safetensors", "cpu")
+    assert model.config.variant == "parallel" and model.config.top_k == 6 and model.config.z_prior == "gaussian"
+
+
 # ---- bad input: one plain sentence, exit code 1 or 2, nothing lost ----
 
 
@@ -168,6 +177,9 @@ def bad(folder, tmp_path):
         (["eval", "micro", "--data", "{bad}/dir.ef"], "no picture"),
         (["train", "--data", "{bad}/nothing", "--out", "{bad}/run", "--devices", "1"], "no training pictures"),
         (["data", "nosuch", "--to", "{bad}/d"], "no data set"),
+        (["import-official", "{bad}/text.safetensors", "{bad}/w.safetensors"], "not a checkpoint"),
+        (["import-official", "{bad}/missing.pth", "{bad}/w.safetensors"], "missing.pth"),
+        (["import-official", "{bad}/there.png", "{bad}/text.safetensors"], "--force"),
     ],
 )
 def test_bad_input(arguments, sentence, folder, bad):

@@ -93,3 +93,25 @@ def test_figures_come_from_make_figures_alone():
     """Every committed figure is one that a notebook saves by name."""
     saved = set(re.findall(r'style\.save\(\w+, \\"(\w+)\\"', "".join(p.read_text() for p in NOTEBOOKS)))
     assert {p.stem for p in (ROOT / "figures").iterdir() if p.suffix in (".png", ".svg")} <= saved
+
+
+def test_numbers_in_the_readme_are_saved_results():
+    mean = json.loads((ROOT / "data" / "results" / "tiny-parallel-kodak.json").read_text())["mean"]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"**{mean['psnr_db']:.2f} dB at {mean['bpp']:.3f} bits per pixel**" in text
+    assert f"{mean['jpeg_psnr_db']:.2f} dB with standard Huffman tables" in text
+    assert f"{mean['jpeg_optimised_psnr_db']:.2f} dB with optimised ones" in text
+    assert f"{mean['encode_s']:.2f} s to encode and {mean['decode_s']:.2f} s to decode" in text
+
+
+def test_cards_and_results_belong_to_the_shipped_weights():
+    """A card's Kodak numbers are those of the saved result, and the result was measured with these very weights."""
+    from entroformer_lib.models.zoo import load_model, weights_digest
+
+    for path in (ROOT / "data" / "weights").glob("*.safetensors"):
+        result = json.loads((ROOT / "data" / "results" / f"{path.stem}-kodak.json").read_text())
+        model = load_model(path, "cpu")
+        assert result["provenance"]["weights_sha256"] == weights_digest(model).hex()
+        assert model.card["kodak"]["psnr_db"] == result["mean"]["psnr_db"]
+        assert len(result["images"]) == 24
+        assert f"{result['mean']['psnr_db']:.2f} dB" in path.with_suffix(".md").read_text()

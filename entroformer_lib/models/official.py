@@ -1,8 +1,7 @@
 """The authors' released checkpoints as models of this library, read without running anything that is in them.
 
-The files are pickles of whole modules; loading one the usual way imports and runs whatever it names. Here a restricted
-unpickler builds nothing but inert records: a `StandIn` for each module, a `StoredTensor` for each tensor. Sizes are
-read off the tensors, every tensor is checked against the architecture, and only then are its numbers read.
+`checkpoint.py` turns the file into inert records: a `StandIn` for each module, a `StoredTensor` for each tensor. Here
+sizes are read off the tensors, every tensor is checked against the architecture, and only then are its numbers read.
 
 The released code clamps symbols to [-128, 127] and gives those two a logistic tail instead of the Gaussian's. Ours are
 not clamped, so the two agree wherever no latent reaches those ends.
@@ -10,18 +9,16 @@ not clamped, so the two agree wherever no latent reaches those ends.
 
 import hashlib
 import math
-import pickle
 import re
 import zipfile
-from collections import OrderedDict, namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from entroformer_lib.errors import ConfigError, WeightsError
+from entroformer_lib.models.checkpoint import Locate, StandIn, StoredTensor, open_checkpoint
 from entroformer_lib.models.config import PRESETS, EntroformerConfig
 from entroformer_lib.models.entroformer import Entroformer
 from entroformer_lib.models.zoo import save_weights
@@ -47,7 +44,7 @@ def load_official(path: str | Path, top_k: int | None = None) -> Entroformer:
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            parts, locate = (_open_zip if file.peek(4).startswith(b"PK\3\4") else _open_legacy)(file)
+            parts, locate = open_checkpoint(file)
             model = _build(parts, locate, top_k)
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -91,10 +88,6 @@ THEIR_NAMES = r"""
     \.attention\.qkv\. -> .layer.0.SelfAttention.qkv.   \.attention\.out\. -> .layer.0.SelfAttention.o.
     \.vectors$ -> .layer.0.SelfAttention.relative_attention_bias.weight
 """
-
-Storage = namedtuple("Storage", "dtype key length")  # a flat array in the file
-StoredTensor = namedtuple("StoredTensor", "storage offset size stride")  # a view of a storage, not read yet
-Locate = Callable[[Storage], tuple[BinaryIO, int]]  # an open file, and where in it the numbers begin
 
 
 def _build(parts, locate: Locate, top_k: int | None) -> Entroformer:
@@ -183,7 +176,7 @@ def _diamond(table: Tensor) -> Tensor:
     return torch.cat((table[inside], table[:1]))
 
 
-def _tensors(part: "StandIn | dict") -> Iterator[tuple[str, StoredTensor]]:
+def _tensors(part: StandIn | dict) -> Iterator[tuple[str, StoredTensor]]:
     """Names and tensors of a part, without the `module.` that DataParallel prepends. What a module keeps outside its
     parameters and buffers, such as GDN's bounds, are constants."""
     wanted = ".*" if isinstance(part, dict) else r"(\._modules\.\w+)*\._(parameters|buffers)\.\w+"
@@ -192,7 +185,7 @@ def _tensors(part: "StandIn | dict") -> Iterator[tuple[str, StoredTensor]]:
             yield re.sub(r"\._(modules|parameters|buffers)\b", "", name).removeprefix(".").removeprefix("module."), item
 
 
-def _leaves(part: "StandIn | dict") -> Iterator[tuple[str, object]]:
+def _leaves(part: StandIn | dict) -> Iterator[tuple[str, object]]:
     """All that is in a module or dict, by dotted name, level by level; no dict twice, so that a loop ends."""
     waiting, seen = [("", part)], set()
     while waiting:
@@ -204,96 +197,3 @@ def _leaves(part: "StandIn | dict") -> Iterator[tuple[str, object]]:
             seen.add(id(item))
             items = dict.items(item)  # not item.items(), an attribute that a pickled OrderedDict can bring along
             waiting += [(f"{name}.{key}", value) for key, value in items if isinstance(key, str)]
-
-
-# ---- the pickle and the two file formats ---------------------------------------------------------------------------
-
-ALLOWED = {
-    **{"collections.OrderedDict": OrderedDict, "builtins.set": set, "torch.LongStorage": torch.int64},
-    **{"torch.HalfStorage": torch.float16, "torch.FloatStorage": torch.float32, "torch.DoubleStorage": torch.float64},
-}
-INERT = re.compile(
-    r"module\..*|torch\.(device|nn\.parallel\.data_parallel\.DataParallel|nn\.modules\.("
-    r"activation\.LeakyReLU|container\.(Sequential|ModuleList)|conv\.(Conv2d|ConvTranspose2d)|dropout\.Dropout|"
-    r"linear\.(Linear|Identity)|normalization\.LayerNorm|pixelshuffle\.PixelShuffle|sparse\.Embedding))"
-)
-
-
-class StandIn:
-    """In place of any object of the authors' classes and of torch's modules: keeps the state, does nothing."""
-
-    state = None
-
-    def __init__(self, *_): ...
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-class RestrictedUnpickler(pickle.Unpickler):
-    """Builds containers, stand-ins and records, and refuses every other name.
-
-    A pickle can call only what `find_class` hands out, and nothing handed out here does more than keep its arguments.
-    """
-
-    def find_class(self, module: str, name: str):
-        full = f"{module}.{name}".replace("__builtin__.", "builtins.")  # the old protocols write Python 2's name
-        rebuild = {"torch._utils._rebuild_tensor_v2": self._tensor, "torch._utils._rebuild_parameter": self._parameter}
-        if INERT.fullmatch(full):
-            return StandIn
-        if full not in ALLOWED | rebuild:
-            raise WeightsError(f"The file asks for {full!r}, which no checkpoint of the authors needs; it is refused.")
-        return (ALLOWED | rebuild)[full]
-
-    def persistent_load(self, pid: tuple):
-        """A storage; or, in the old format, a class with its source."""
-        if pid[0] == "module":
-            return StandIn
-        _, dtype, key, _, length, *view = pid
-        if not isinstance(dtype, torch.dtype) or length < 0 or any(view):
-            raise ValueError("a storage that is no array of numbers")
-        return self.storages.setdefault(key, Storage(dtype, key, length))
-
-    def _tensor(self, storage: Storage, offset: int, size: tuple, stride: tuple, *_) -> StoredTensor:
-        if not isinstance(storage, Storage) or not all(isinstance(n, int) and n >= 0 for n in (offset, *size, *stride)):
-            raise ValueError("a tensor that is no view of an array")
-        return StoredTensor(storage, offset, tuple(size), tuple(stride))
-
-    def _parameter(self, data: StoredTensor, *_) -> StoredTensor:
-        return data
-
-
-def _unpickle(file: BinaryIO) -> tuple[object, dict[str, Storage]]:
-    """The next object in the file, and the storages that it uses."""
-    unpickler = RestrictedUnpickler(file, encoding="utf-8")
-    unpickler.storages = {}
-    try:
-        return unpickler.load(), unpickler.storages
-    except WeightsError:
-        raise
-    except Exception as error:  # a damaged pickle can raise anything
-        raise WeightsError(f"The file is not a checkpoint written by PyTorch, or is damaged ({error}).") from None
-
-
-def _open_zip(file: BinaryIO) -> tuple[object, Locate]:
-    """torch.save since 1.6: a zip archive with the pickle as `data.pkl` and an entry for each storage."""
-    archive = zipfile.ZipFile(file)
-    pickled = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-    if len(pickled) != 1:
-        raise WeightsError("The file is a zip archive, but not a checkpoint written by PyTorch.")
-    folder = pickled[0].removesuffix("data.pkl")
-    content, _ = _unpickle(archive.open(pickled[0]))
-    return content, lambda storage: (archive.open(archive.NameToInfo[f"{folder}data/{storage.key}"]), 0)
-
-
-def _open_legacy(file: BinaryIO) -> tuple[object, Locate]:
-    """torch.save before 1.6: pickles of a magic number, a version, the system, the object and the keys of its storages;
-    then each storage as its length in 8 bytes and its numbers."""
-    if _unpickle(file)[0] != 0x1950A86A20F9469CFC6C:
-        raise WeightsError("The file is a pickle, but not a checkpoint written by PyTorch.")
-    _, _, (content, storages), (keys, _) = (_unpickle(file) for _ in range(4))
-    positions, position = {}, file.tell()
-    for key in keys if isinstance(keys, list) else ():
-        positions[key] = position + 8
-        position += 8 + storages[key].length * storages[key].dtype.itemsize
-    return content, lambda storage: (file, positions[storage.key])

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from entroformer_lib.errors import WeightsError
 from entroformer_lib.files import data_folder, replacing
 from entroformer_lib.models.entroformer import Entroformer
+from entroformer_lib.models.priors import FactorizedPrior
 
 
 def weight_folders() -> list[Path]:
@@ -30,7 +31,7 @@ def save_weights(model: Entroformer, path: Path, card: dict, half: bool = False)
         card: anything JSON; `load_model(...).card` gives it back.
         half: store matrices and kernels in float16, half the size. The tables are made from what will be loaded.
     """
-    model = _copy_for_saving(model, half)
+    model = _prepared_for_saving(model, half)
     tensors = {name: t.contiguous().cpu() for name, t in model.state_dict().items()}
     if half:
         tensors = {name: t.half() if _halved(name, t) else t for name, t in tensors.items()}
@@ -42,7 +43,9 @@ def save_weights(model: Entroformer, path: Path, card: dict, half: bool = False)
         raise WeightsError(f"The weights could not be written to {path}: {error}") from None
 
 
-def _copy_for_saving(model: Entroformer, half: bool) -> Entroformer:
+def _prepared_for_saving(model: Entroformer, half: bool) -> Entroformer:
+    if not half and not isinstance(model.z_prior, FactorizedPrior):
+        return model  # nothing to prepare
     state = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
     if half:
         state = {name: t.half().float() if _halved(name, t) else t for name, t in state.items()}

@@ -1,7 +1,9 @@
 """Where a result comes from: saved beside every number."""
 
 import datetime
+import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -15,7 +17,7 @@ LIBRARIES = ("torch", "compressai", "constriction", "numpy", "pillow")
 def provenance(model=None, seed: int | None = None) -> dict:
     """command, revision, date, device, library versions, seed; model name and SHA-256 of its weights."""
     record = {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(sys.argv),
         "revision": git_revision(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -27,6 +29,11 @@ def provenance(model=None, seed: int | None = None) -> dict:
         record["weights_sha256"] = weights_digest(model).hex()
         record["device"] = device_name(model.g_s[0].weight.device)
     return record
+
+
+def command_line(words: list[str]) -> str:
+    """The command that runs, without the folders of this machine: of an absolute path only its last name stays."""
+    return shlex.join(Path(word).name if os.path.isabs(word) else word for word in words)
 
 
 def git_revision() -> str | None:
