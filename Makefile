@@ -3,7 +3,7 @@ FITS := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do $$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 READY := .venv/ready
-ENTROFORMER_DATA ?= $(wildcard ../shared/data)
+ENTROFORMER_DATA ?= $(abspath $(wildcard ../shared/data))
 export ENTROFORMER_DATA
 
 .PHONY: help setup figures test lint lab train-tiny clean

@@ -35,7 +35,7 @@ def any_variant(request) -> Entroformer:
 
 def pictures_folder(part: str) -> Path | None:
     """`kodak` or `train` under ENTROFORMER_DATA, or None."""
-    folder = Path(os.environ.get("ENTROFORMER_DATA", "/nowhere")) / part
+    folder = Path(os.environ.get("ENTROFORMER_DATA", "/nowhere")).resolve() / part
     return folder if folder.is_dir() else None
 
 
