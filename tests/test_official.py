@@ -167,7 +167,7 @@ EVIL = {
     f"{os.system.__module__}.system": lambda marker: Calls(os.system, f"touch {marker}"),
     "builtins.eval": lambda marker: Calls(eval, f"open({str(marker)!r}, 'w')"),
     "builtins.getattr": lambda marker: Calls(getattr, marker, "touch"),
-    "io.open": lambda marker: Calls(open, str(marker), "w"),
+    f"{open.__module__}.open": lambda marker: Calls(open, str(marker), "w"),
     "torch.serialization.load": lambda marker: Calls(torch.load, str(marker)),
 }
 
