@@ -44,7 +44,8 @@ def compress(
 
     picture = codec.open_picture(image)
     _say_what_is_lost(picture)
-    data = codec.encode(_load(model, device), picture)
+    with _progress():
+        data = codec.encode(_load(model, device), picture)
     write_bytes(output, data)
     bpp = 8 * len(data) / (picture.width * picture.height)
     print(f"{output}: {len(data):,} bytes, {bpp:.3f} bits per pixel")
@@ -79,7 +80,8 @@ def decompress(
     Image.init()
     if output.suffix.lower() not in Image.EXTENSION:
         raise UserError(f"The ending of {output} is not that of a picture format that can be written.")
-    picture = codec.decode(data, None if model is None else _load(model, device))
+    with _progress():
+        picture = codec.decode(data, None if model is None else _load(model, device))
     write_bytes(output, _picture_bytes(picture, output))
     print(f"{output}: {picture.width} x {picture.height}")
 
@@ -254,6 +256,24 @@ def _load(model: str, device: str):
     from entroformer_lib.models.zoo import load_model
 
     return load_model(model, device)
+
+
+def _progress():
+    """Shows on a terminal how far the work has come, once it takes longer than a second."""
+    import time
+    from contextlib import nullcontext
+
+    from entroformer_lib.models.clock import listening
+
+    if not sys.stderr.isatty():
+        return nullcontext()
+    start = time.monotonic()
+
+    def show(what: str, done: int, total: int) -> None:
+        if time.monotonic() - start > 1:
+            print(f"\r{done} of {total} {what}   ", end="\r" if done == total else "", file=sys.stderr, flush=True)
+
+    return listening(show)
 
 
 def _output(output: Path | None, default: Path, force: bool) -> Path:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from entroformer_lib.models.clock import tell
 from entroformer_lib.models.position import RelativePosition, sinusoidal_positions
 
 # Which keys may a query see? Maps query numbers [q] to a mask, True = visible: [q, n] or [B, 1, q, n].
@@ -109,7 +110,7 @@ class TopKAttention(nn.Module):
         n = k.size(2)
         # Without gradients queries go in chunks, so that memory grows with n and not with n^2.
         limit = CHUNK_ELEMENTS.get(x.device.type, 2**23)
-        chunk = q_len if torch.is_grad_enabled() else max(1, limit // (B * self.heads * max(n, 1)))
+        chunk = q_len if torch.is_grad_enabled() else max(4, limit // (B * self.heads * max(n, 1)))
         rows = []
         for start in range(0, q_len, chunk):
             part = q[:, :, start : start + chunk]
@@ -204,6 +205,7 @@ class Stack(nn.Module):
         x = self._embed_positions(x, sites)
         for layer, block in enumerate(self.blocks[:-1]):
             x = block(x, sites, relative=self._relative(layer), cache=cache, layer=layer)
+            tell("blocks", layer + 1, len(self.blocks))
         last = len(self.blocks) - 1
         attention = self.blocks[last].attention
         _, k, v = attention.project(self.blocks[last].norm1(x))
@@ -226,6 +228,8 @@ class Stack(nn.Module):
         options = dict(visible=visible, top_k=top_k, cache=cache, apart=apart)
         for layer, block in enumerate(self.blocks):
             x = block(x, sites, relative=self._relative(layer), layer=layer, **options)
+            if x.size(1) > 1:
+                tell("blocks", layer + 1, len(self.blocks))
         if cache is not None and not apart:
             cache.length += x.size(1)
         return x

@@ -1,4 +1,4 @@
-"""Where the time of coding goes: stages mark themselves, and a study that wants to know switches the clock on.
+"""Where the time of coding goes, and how far it has come: stages mark themselves for whoever wants to know.
 
 with stage_times() as seconds:
     codec.encode(model, picture)
@@ -6,12 +6,13 @@ seconds  # {"transforms": 0.31, "hyper": 0.12, "context": 0.40, "entropy coding"
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
 
 _running: dict[str, float] | None = None
+_listener: Callable[[str, int, int], None] | None = None
 _idle = nullcontext()
 
 
@@ -41,6 +42,23 @@ def _timed(name: str) -> Iterator[None]:
         _wait()
         if _running is not None:
             _running[name] = _running.get(name, 0.0) + time.perf_counter() - start
+
+
+@contextmanager
+def listening(listener: Callable[[str, int, int], None]) -> Iterator[None]:
+    """Calls `listener(what, done, total)` as long work inside the block goes on."""
+    global _listener
+    before, _listener = _listener, listener
+    try:
+        yield
+    finally:
+        _listener = before
+
+
+def tell(what: str, done: int, total: int) -> None:
+    """Says how far some work has come, if anybody listens."""
+    if _listener is not None:
+        _listener(what, done, total)
 
 
 def _wait() -> None:

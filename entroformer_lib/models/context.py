@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from entroformer_lib.models.attention import Stack
-from entroformer_lib.models.clock import stage
+from entroformer_lib.models.clock import stage, tell
 from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.position import grid_sites
 
@@ -69,6 +69,7 @@ class SerialContext(nn.Module):
             if i + 1 < len(sites):  # the last token predicts nothing
                 with stage("context"):
                     feature = self.stack(self.embed(coded[-1])[None], sites[: i + 1], cache=cache)
+            tell("sites", i + 1, len(sites))
         return torch.cat(coded)
 
 

@@ -48,6 +48,10 @@ class ExactEntropyModel:
             None if part is None else copy.deepcopy(part).eval().double()
             for part in (model.h_s, model.context_model, model.entropy_parameters)
         )
+        for part in (self.h_s, self.context_model, self.entropy_parameters):
+            for layer in [] if part is None else part.modules():
+                if isinstance(layer, torch.nn.Linear):  # input-major in memory: one token is then 1.5 times as fast
+                    layer.weight.data = layer.weight.data.T.contiguous().T
         self.M = model.config.M
 
     @torch.inference_mode()
