@@ -80,13 +80,14 @@ def test_cached_steps_equal_one_pass(position, share):
     torch.testing.assert_close(torch.cat(steps, 1), whole)
 
 
-def test_chunks_change_nothing(monkeypatch):
+@pytest.mark.parametrize("tile", [1, 500, 5000])
+def test_tiles_change_nothing(monkeypatch, tile):
     config = EntroformerConfig(**MICRO)
     stack = Stack(config, layers=2, top_k=4, radius=3).double().eval()
-    x, sites = torch.randn(2, 24, 24, dtype=torch.float64), grid_sites(4, 6)
+    x, sites = torch.randn(2, 160, 24, dtype=torch.float64), grid_sites(10, 16)
     with torch.no_grad():
         whole = stack(x, sites)
-        monkeypatch.setitem(stack.blocks[0].attention.__class__.forward.__globals__["CHUNK_ELEMENTS"], "cpu", 500)
+        monkeypatch.setitem(stack.blocks[0].attention.__class__.forward.__globals__["TILE_ELEMENTS"], "cpu", tile)
         torch.testing.assert_close(stack(x, sites), whole)
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from entroformer_lib.models import position
 from entroformer_lib.models.position import RelativePosition, grid_sites, sinusoidal_positions
 
 KINDS = ("relative_1d", "relative_2d", "diamond")
@@ -29,6 +30,19 @@ def test_gathered_positions_equal_a_double_loop(kind, radius):
         for j, (s, t) in enumerate(sites.tolist()):
             naive[:, :, i, j] = q[:, :, i] @ naive_vector(relative, s - r, t - c)
     torch.testing.assert_close(relative(q, sites, sites), naive)
+
+
+def test_both_ways_through_the_diamond_give_the_same_bits(monkeypatch):
+    """Also for keys that are a part of the grid in any order, and queries that are not among them."""
+    relative = RelativePosition("diamond", 3, head_dim=6)
+    sites = grid_sites(7, 9)[torch.randperm(63)]
+    for keys, queries in [(sites, sites), (sites[:30], sites[30:]), (sites[:1], sites[5:20])]:
+        q = torch.randn(2, 2, len(queries), 6)
+        ways = []
+        for few in (0, 99):
+            monkeypatch.setattr(position, "FEW_QUERIES", few)
+            ways.append(relative(q, queries, keys))
+        assert torch.equal(*ways)
 
 
 def test_diamond_has_26_vectors_at_radius_3():

@@ -5,6 +5,7 @@ want to look at passes through a module that does nothing (`nn.Identity`): a hoo
 hook it costs nothing.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -18,8 +19,8 @@ Visible = Callable[[Tensor], Tensor]
 
 SCORE_GRID = 2.0**16  # float64 scores are ranked after rounding to this grid
 MAX_KEYS = 2**20
-# Scores held at a time when no gradient is wanted; 2 MiB of float64 stay in a CPU's cache.
-CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
+# Scores held at a time when no gradient is wanted; 4 MiB of float64 stay in a CPU's cache.
+TILE_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 
 
 def keep_top_k(scores: Tensor, k: int | None, ties: str = "index") -> Tensor:
@@ -70,8 +71,8 @@ class TopKAttention(nn.Module):
 
         softmax(f_k(Q (K + P)^T / sqrt(d_k))) V
 
-    Points to look at, each [B, heads, q, n]: `content` = Q K^T and `position` = Q P^T (before scaling), `scores`
-    (scaled, -inf where not visible), `selected` (after f_k) and `probs`.
+    Points to look at, each [B, heads, q, n]: `content` = Q K^T / sqrt(d_k) and `position` = Q P^T / sqrt(d_k),
+    their sum `scores` (-inf where not visible), `selected` (after f_k) and `probs`.
     """
 
     def __init__(self, dim: int, heads: int, top_k: int | None, scale: str, ties: str):
@@ -107,38 +108,43 @@ class TopKAttention(nn.Module):
             if apart:
                 own = (k, v)
             k, v = cache.filled(layer) if apart else cache.append(layer, k, v)
-        n = k.size(2)
-        # Without gradients queries go in chunks, so that memory grows with n and not with n^2.
-        limit = CHUNK_ELEMENTS.get(x.device.type, 2**23)
-        chunk = q_len if torch.is_grad_enabled() else max(4, limit // (B * self.heads * max(n, 1)))
-        rows = []
-        for start in range(0, q_len, chunk):
-            part = q[:, :, start : start + chunk]
-            numbers = torch.arange(first + start, first + start + part.size(2), device=x.device)
-            mine = own and tuple(t[:, :, start : start + chunk] for t in own)
-            rows.append(self._attend(part, k, v, mine, numbers, sites, visible, relative, top_k))
-        out = torch.cat(rows, dim=2) if len(rows) > 1 else rows[0]
+        look = functools.partial(self._attend, sites=sites, visible=visible, relative=relative, top_k=top_k)
+        numbers = torch.arange(first, first + q_len, device=x.device)
+        if torch.is_grad_enabled():
+            out = look(q, k, v, own, numbers)
+        else:  # in tiles of heads and queries, so that memory grows with n and not with n^2
+            out = torch.empty_like(q, dtype=v.dtype)
+            heads, queries = self._tile(B, q_len, k.size(2), x.device.type)
+            for h in (slice(i, i + heads) for i in range(0, self.heads, heads)):
+                for i in (slice(j, j + queries) for j in range(0, q_len, queries)):
+                    mine = own and (own[0][:, h, i], own[1][:, h, i])
+                    out[:, h, i] = look(q[:, h, i], k[:, h], v[:, h], mine, numbers[i])
         return self.out(out.transpose(1, 2).reshape(B, q_len, D))
+
+    def _tile(self, B: int, q_len: int, n: int, device: str) -> tuple[int, int]:
+        """Heads and queries at a time: few scores, but enough queries for a matrix product to pay."""
+        limit = TILE_ELEMENTS.get(device, 2**23) // (B * max(n, 1))
+        queries = min(q_len, max(64, limit // self.heads))
+        return min(self.heads, max(1, limit // queries)), queries
 
     def project(self, x: Tensor) -> Tensor:
         """Queries, keys and values.  x: [B, q, D]  ->  [3, B, heads, q, d]"""
         B, q_len, D = x.shape
         return self.qkv(x).view(B, q_len, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
 
-    def _attend(self, q, k, v, own, numbers, sites, visible, relative, top_k) -> Tensor:
+    def _attend(self, q, k, v, own, numbers, *, sites, visible, relative, top_k) -> Tensor:
         """q: [B, heads, q, d], k and v: [B, heads, n, d], own: two [B, heads, q, d] or None  ->  [B, heads, q, d]."""
         n = k.size(2)
         # The ranking needs more digits than bfloat16 has, so the scores leave autocast.
         with torch.autocast(q.device.type, enabled=False):
             wide = torch.promote_types(q.dtype, torch.float32)
-            q, k = q.to(wide), k.to(wide)
+            q, k = q.to(wide) * self.scale, k.to(wide)
             scores = self.content(q @ k.transpose(-1, -2))
             if relative is not None:
                 scores = scores + self.position(relative(q, sites[numbers], sites[:n]))
             if own is not None:  # each query's own key as one column more
                 self_scores = (q * own[0].to(wide)).sum(-1, keepdim=True)
                 scores = torch.cat((scores, self_scores if relative is None else self_scores + relative.own(q)), dim=-1)
-            scores = scores * self.scale
             if visible is not None:
                 scores = scores.masked_fill(~visible(numbers), -torch.inf)
             scores = self.selected(keep_top_k(self.scores(scores), top_k or self.top_k, self.ties))

@@ -18,6 +18,9 @@ def grid_sites(height: int, width: int, device=None) -> Tensor:
     return torch.stack((rows, columns), dim=-1)
 
 
+FEW_QUERIES = 4  # up to here looking up every pair is quicker than finding neighbours
+
+
 class RelativePosition(nn.Module):
     """Position part of the attention scores, q . p_ij, for one kind of relative encoding.
 
@@ -65,8 +68,24 @@ class RelativePosition(nn.Module):
     def forward(self, q: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
         """q: [B, heads, q, d], queries: [q, 2], keys: [n, 2]  ->  q . p_ij: [B, heads, q, n]."""
         products = q @ self.table().to(q.dtype).T  # [B, heads, q, buckets]
+        if self.kind == "diamond" and len(queries) > FEW_QUERIES:
+            return self._diamond(products, queries, keys)
         index = self.buckets(queries, keys).expand(*q.shape[:2], -1, -1)  # a view, no copy
         return products.gather(-1, index)
+
+    def _diamond(self, products: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+        """The same numbers, found the other way round: nearly all keys lie outside of the diamond, so every key gets
+        the product of outside, and then the 2h(h+1) + 1 neighbours of each query get theirs."""
+        n, h = len(keys), self.radius
+        # Which key is at a site, with a border of h around the grid; n where there is none.
+        height, width = (int(i) + 1 + 2 * h for i in torch.maximum(keys.amax(0), queries.amax(0)))
+        number = torch.full((height, width), n, device=keys.device)
+        number[keys[:, 0] + h, keys[:, 1] + h] = torch.arange(n, device=keys.device)
+        inside = (self.lookup < self.lookup.amax()).nonzero() - 1  # offsets + h, in the order of their buckets
+        near = queries[:, None] + inside  # [q, 25, 2]
+        near = number[near[..., 0], near[..., 1]].expand(*products.shape[:2], -1, -1)
+        everywhere = products[..., -1:].expand(*products.shape[:3], n + 1)  # one column more for "none"
+        return everywhere.scatter(-1, near, products[..., :-1])[..., :n]
 
 
 def _bucket_of_offset(kind: str, radius: int) -> Tensor:
