@@ -6,12 +6,13 @@ READY := .venv/ready
 ENTROFORMER_DATA ?= $(abspath $(wildcard ../shared/data))
 export ENTROFORMER_DATA
 
-.PHONY: help setup figures test lint lab train-tiny clean
+.PHONY: help setup figures test lint lab bench train-tiny clean
 
 help:
 	@echo "make figures     run every notebook on the shipped weights, write figures/"
 	@echo "make test        lint and test"
 	@echo "make lab         open JupyterLab on the notebooks"
+	@echo "make bench       time coding beside CompressAI's models, write data/results/latency.json"
 	@echo "make train-tiny  repeat the training of the shipped model (set ENTROFORMER_DATA; about an hour on two cores)"
 
 setup: $(READY)
@@ -35,6 +36,9 @@ lint: $(READY)
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir notebooks
+
+bench: $(READY)
+	$(BIN)/python -m entroformer_lib.studies.latency --out data/results/latency.json
 
 train-tiny: $(READY)
 	@test -d "$(ENTROFORMER_DATA)/train" || { echo "Set ENTROFORMER_DATA to a folder with train/ (pictures or tars) in it."; exit 1; }
