@@ -145,6 +145,15 @@ def test_bfloat16_trains_close_to_float32(config, tmp_path):
         assert b["rd_loss"] == pytest.approx(a["rd_loss"], rel=0.05)
 
 
+def test_ms_ssim_can_be_the_goal(photo_folder, config):
+    train(replace(config, steps=2, metric="ms-ssim", crop=192, batch=1, lmbda=30.0), progress=False)
+    rows = log_of(config)
+    assert len(rows) == 2
+    for row in rows:
+        lmbda = 0.1 if row["step"] <= 1 else 30.0  # 40% of two steps are pretraining
+        assert row["rd_loss"] == pytest.approx(lmbda * (1 - row["ms_ssim"]) + row["bpp"], rel=1e-4)
+
+
 def test_schedule_of_the_paper():
     factors = [learning_rate_factor(s, 1000) for s in range(1000)]
     assert factors[0] == 1 / 50 and factors[49] == 1 and factors[199] == 1
