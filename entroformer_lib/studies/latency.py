@@ -105,7 +105,8 @@ def main(
     """
     picture = sample_picture("astronaut").resize((width, height))
     table = run(models, picture, repeats)
-    result = {"rows": table.to_dict("records"), "provenance": {**provenance(), "threads": torch.get_num_threads()}}
+    rows = [{name: v for name, v in row.items() if v == v} for row in table.to_dict("records")]  # NaN is no JSON
+    result = {"rows": rows, "provenance": {**provenance(), "threads": torch.get_num_threads()}}
     write_bytes(out, json.dumps(result, indent=1).encode())
     print(table.groupby(["model", "direction"]).seconds.median().unstack().round(3).to_string())
 
