@@ -50,7 +50,7 @@ train-tiny: $(READY)
 		--kodak "$(ENTROFORMER_DATA)/kodak" --data "$(TINY_DATA)" --limits "$(TINY_LIMITS)"
 
 TINY_DATA = 1,172 photographs: 250 of CID22 (CC BY-SA 4.0) and 922 of ImageNet and BSDS500 (for research use)
-TINY_LIMITS = a small model trained for under an hour on two CPU cores, for one rate; fine texture is smoothed away
+TINY_LIMITS = a small model trained for about an hour on two CPU cores, for one rate; fine texture is smoothed away
 
 clean:
 	rm -rf .venv build runs

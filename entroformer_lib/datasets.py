@@ -23,19 +23,21 @@ class Remote:
 
 
 def _kodak() -> list[Remote]:
+    """24 photographs of 768x512, the field's test set. Test only: never train on them."""
     lines = (data_folder() / "reference" / "kodak.sha256").read_text().split("\n")
     pairs = [line.split() for line in lines if line and not line.startswith("#")]
     return [Remote(f"http://r0k.us/graphics/kodak/kodak/{name}", name, f"sha256:{digest}") for digest, name in pairs]
 
 
 def _clic2020() -> list[Remote]:
+    """Professional photographs, the validation set of CLIC 2020."""
     name = "professional_valid_2020.zip"
     return [Remote(f"https://data.vision.ee.ethz.ch/cvl/clic/{name}", name, "md5:7111ee240435911db04dbc5f40d50272")]
 
 
 DATASETS = {
-    "kodak": ("24 photographs of 768x512, the field's test set; 15 MB. Test only: never train on them.", _kodak),
-    "clic2020": ("41 professional photographs, CLIC 2020 validation; 130 MB.", _clic2020),
+    "kodak": _kodak,
+    "clic2020": _clic2020,
 }
 SAMPLES = ("astronaut", "chelsea", "coffee", "rocket")  # photographs inside scikit-image, no network needed
 
@@ -57,7 +59,7 @@ def fetch(name: str, folder: Path) -> list[Path]:
     if name not in DATASETS:
         raise DataError(f"There is no data set '{name}'; there are samples, {', '.join(DATASETS)}.")
     folder.mkdir(parents=True, exist_ok=True)
-    remotes = DATASETS[name][1]()
+    remotes = DATASETS[name]()
     for number, remote in enumerate(remotes, 1):
         print(f"{number}/{len(remotes)} {remote.name}", file=sys.stderr)
         fetch_file(remote, folder)

@@ -89,6 +89,15 @@ def test_info_and_models_as_json(folder):
     assert "micro" in call("models")[0]
 
 
+def test_models_that_are_none_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("ENTROFORMER_WEIGHTS", str(tmp_path))
+    save_weights(micro_model("context"), tmp_path / "alone.safetensors", {})
+    rows = {row["name"]: row["variant"] for row in json.loads(call("models", "--json")[0])}
+    assert rows["alone"] == "context-serial"
+    (tmp_path / "foreign.safetensors").write_text("something else")
+    assert "foreign.safetensors" in call("models", expect=1)[1]
+
+
 def test_eval_goes_through_real_bytes(folder, photo_folder, tmp_path):
     out, _ = call("eval", "micro", "--data", photo_folder, "--limit", 2, "--json", tmp_path / "r.json")
     assert "mean" in out

@@ -76,7 +76,7 @@ def test_what_cannot_be_reached_names_the_folder(address, tmp_path):
 
 def test_kodak_already_there_is_recognised(tmp_path):
     """All 24 checksums are those of the real pictures, so nothing is fetched when the folder is filled by hand."""
-    remotes = datasets.DATASETS["kodak"][1]()
+    remotes = datasets.DATASETS["kodak"]()
     assert [r.name for r in remotes] == [f"kodim{i:02}.png" for i in range(1, 25)]
     kodak = pictures_folder("kodak")
     if kodak:

@@ -21,7 +21,7 @@ def test_stages_add_up_and_progress_is_told(any_variant):
 
 def test_table_of_latencies():
     table = run(["tiny-parallel", "bmshj2018-hyperprior"], sample_picture("chelsea").resize((64, 64)), repeats=1)
-    assert len(table) == 4 and (table.seconds > 0).all() and (table.peak_mb > 100).all()
+    assert len(table) == 4 and (table.seconds > 0).all()
     ours = table[table.model == "tiny-parallel"]
     parts = ours[[f"{name.replace(' ', '_')}_s" for name in STAGES] + ["other_s"]].sum(axis=1)
     assert (abs(parts - ours.seconds) < 1e-6).all()

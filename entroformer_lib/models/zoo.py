@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from entroformer_lib.errors import WeightsError
 from entroformer_lib.files import data_folder, replacing
+from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.entroformer import Entroformer
 from entroformer_lib.models.priors import FactorizedPrior
 
@@ -140,15 +141,18 @@ def list_models() -> list[dict]:
 
 
 def _describe(path: Path) -> dict:
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        config = json.loads(bytes(file.get_tensor("_extra_state").tolist()))
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            config = EntroformerConfig.from_json(bytes(file.get_tensor("_extra_state").tolist()).decode())
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} among the models is not a weights file of this library: {error}.") from None
     card = json.loads(metadata.get("card", "{}"))
     kodak = card.get("kodak", {})
     return {
         "name": path.stem,
         "preset": card.get("training", {}).get("model"),
-        "variant": card.get("variant") or ("hyperprior" if config["context"] == "none" else config["context"]),
+        "variant": config.variant,
         "lmbda": card.get("lmbda"),
         "metric": card.get("metric"),
         "bytes": path.stat().st_size,

@@ -2,12 +2,12 @@
 
     python -m entroformer_lib.studies.latency --out data/results/latency.json
 
-Weights do not change the time much, so what has no shipped weights is timed with random ones whose latents are as
-spread as those of a trained model. All rows of a table come from one run on one machine; compare ratios, not seconds.
+Weights are random; our models' latents are spread as those of a trained model, so that the coder has something to do.
+All rows of a table come from one run on one machine; compare ratios, not seconds.
+CompressAI's models have plain random weights: their coder's time hangs on the number of symbols, not on their values.
 """
 
 import json
-import resource
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -67,7 +67,7 @@ def measure_compressai(model, picture, direction: str) -> dict:
 
 
 def run(names: Iterable[str], picture, repeats: int = 3) -> pd.DataFrame:
-    """One row per model, direction and repeat: model, direction, width, height, seconds, the stages, peak_mb."""
+    """One row per model, direction and repeat: model, direction, width, height, seconds and, for ours, the stages."""
     rows = []
     for name in names:
         torch.manual_seed(0)
@@ -81,14 +81,9 @@ def run(names: Iterable[str], picture, repeats: int = 3) -> pd.DataFrame:
             for repeat in range(repeats):
                 row = one(model, picture, direction)
                 rows.append({"model": name, "direction": direction, "repeat": repeat, **row})
-                rows[-1].update(width=picture.width, height=picture.height, peak_mb=peak_megabytes())
+                rows[-1].update(width=picture.width, height=picture.height)
                 print(f"{name:22} {direction} {row['seconds']:8.3f} s", flush=True)
     return pd.DataFrame(rows)
-
-
-def peak_megabytes() -> float:
-    """Largest memory this process has had so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main(

@@ -112,7 +112,7 @@ class Run:
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         bar = tqdm(total=c.steps, initial=first, disable=not progress, unit="step", file=sys.stderr)
         begin = saved_at = time.monotonic()
-        since_log = time.monotonic()
+        logged_at, logged = begin, first
         steps = range(first, c.steps)
         try:
             for step, x in zip(steps, crops.batches(self.samples(s) for s in steps), strict=True):
@@ -121,8 +121,8 @@ class Run:
                 now = time.monotonic()
                 if (step + 1) % c.log_every == 0 or step + 1 == c.steps:
                     seconds = self.seconds + now - begin
-                    speed = c.log_every * c.batch / (now - since_log)
-                    since_log = now
+                    speed = (step + 1 - logged) * c.batch / (now - logged_at)
+                    logged_at, logged = now, step + 1
                     row = self._log(step + 1, terms, seconds, speed)
                     bar.set_postfix({k: f"{row[k]:.3f}" for k in ("rd_loss", "bpp", "psnr_db", "ms_ssim") if k in row})
                 stop = self._stopped()
