@@ -22,6 +22,7 @@ def compress(
     image: Positional[Path],
     output: Output = None,
     model: str = "tiny-parallel",
+    bpp: float | None = None,
     force: bool = False,
     device: str = "auto",
 ) -> None:
@@ -35,6 +36,7 @@ def compress(
         image: The picture: PNG, JPEG, WebP, TIFF and what else Pillow reads.
         output: The .ef file; by default beside the picture.
         model: A name from `entroformer models`, or a .safetensors file.
+        bpp: The most bits per pixel the file may have; takes a model of variable rate.
         force: Replace an output that exists.
         device: cpu, cuda, or auto.
     """
@@ -45,7 +47,7 @@ def compress(
     picture = codec.open_picture(image)
     _say_what_is_lost(picture)
     with _progress():
-        data = codec.encode(_load(model, device), picture)
+        data = codec.encode(_load(model, device), picture, bpp)
     write_bytes(output, data)
     bpp = 8 * len(data) / (picture.width * picture.height)
     print(f"{output}: {len(data):,} bytes, {bpp:.3f} bits per pixel")
@@ -107,6 +109,7 @@ def info(file: Positional[Path], as_json: Annotated[bool, arg(name="json")] = Fa
         "height": c.height,
         "grey": c.grey,
         "model": c.model or None,
+        "level": c.level,
         "weights": c.weights.hex(),
         "bytes": len(data),
         "bytes_y": len(c.y_string),

@@ -23,3 +23,7 @@ class DataError(UserError):
 
 class TrainingError(UserError):
     """A training run that cannot start or cannot go on."""
+
+
+class RateError(UserError):
+    """A rate that a model cannot give."""

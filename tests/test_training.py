@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import MICRO
 
-from entroformer_lib.errors import TrainingError
+from entroformer_lib.errors import TrainingError, UserError
 from entroformer_lib.models.zoo import load_model
 from entroformer_lib.training import loop
 from entroformer_lib.training.config import TrainConfig
@@ -91,6 +91,67 @@ def test_resume_equals_uninterrupted(config, tmp_path, variant, preset, monkeypa
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_resume_with_muon_mean_and_variable_rate(config, tmp_path, monkeypatch):
+    """What these add to the state is in the checkpoint too; the crop grows after the cut."""
+    more = dict(optimizer="muon", ema=0.9, lmbdas=(0.01, 0.1), last_crop=128, schedule="linear")
+    config = replace(config, steps=5, pretrain_lmbda=None, **more)
+    weights = train(config, progress=False)
+    cut = replace(config, out=str(tmp_path / "cut"), checkpoint_seconds=0.0)
+    monkeypatch.setattr(loop.Run, "_stopped", lambda run: (Path(cut.out) / "checkpoint.pt").exists())
+    with pytest.raises(TrainingError, match="Stopped"):
+        train(cut, progress=False)
+    assert len(log_of(cut)) < 5
+    monkeypatch.undo()
+    from entroformer_lib.models import config as model_config
+
+    monkeypatch.setitem(model_config.SIZES, "tiny", MICRO)
+    again = train(cut, progress=False)
+    assert losses(cut) == losses(config)
+    ours, theirs = load_model(again, "cpu").state_dict(), load_model(weights, "cpu").state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_too_large_a_batch_names_one_that_fits(config, monkeypatch):
+    """The memory of a GPU, imitated: no more than three crops at a time."""
+    forward = loop.TrainingStep.forward
+
+    def small_memory(self, x, *rest):
+        if len(x) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, x, *rest)
+
+    train(replace(config, steps=2), progress=False)  # leaves a checkpoint
+    longer = replace(config, steps=2, batch=8, out=config.out + "2")
+    monkeypatch.setattr(loop.TrainingStep, "forward", small_memory)
+    with pytest.raises(TrainingError, match="--batch 2 goes on"):
+        train(longer, progress=False)
+    train(replace(longer, batch=2), progress=False)
+    assert log_of(longer)[-1]["step"] == 2
+
+
+def test_watch_sees_every_row_of_the_log(config):
+    seen = []
+
+    def watch(row, model):
+        model.eval()
+        seen.append(row["step"])
+
+    train(replace(config, steps=4, log_every=2), progress=False, watch=watch)
+    assert seen == [2, 4]
+
+
+def test_variable_rate_from_weights_of_one_rate(config):
+    """Gains start at 1 for the lambda of the weights, so that rate codes as before."""
+    one = train(replace(config, steps=2, pretrain=0, lmbda=0.02), progress=False)
+    several = replace(config, init=str(one), lmbdas=(0.005, 0.02, 0.08), pretrain_lmbda=None, out=config.out + "2")
+    start, several = load_model(one, "cpu"), loop._initial_model(several).eval()
+    several.level = several.gain.level_of(0.02)
+    x = torch.rand(1, 3, 64, 64)
+    assert torch.equal(start(x)["x_hat"], several(x)["x_hat"])
+    y = torch.rand(1, 1, 4, 4).expand(1, several.config.M, 4, 4)
+    assert torch.equal(several.scaled(y), y) and (several.scaled(y, 2) > 1.9 * y).all()  # sqrt(0.08 / 0.02) = 2
+
+
 def test_a_finished_run_is_not_repeated(config):
     config = replace(config, steps=2)
     train(config, progress=False)
@@ -109,9 +170,9 @@ def test_a_loss_that_is_no_number_names_the_step(config, monkeypatch):
     config = replace(config, steps=6, checkpoint_seconds=0.0)
     forward = loop.TrainingStep.forward
 
-    def forward_with_nan(self, x, lmbda, noise, kept):
+    def forward_with_nan(self, x, *rest):
         self.calls = getattr(self, "calls", 0) + 1
-        return forward(self, x * (float("nan") if self.calls == 4 else 1), lmbda, noise, kept)
+        return forward(self, x * (float("nan") if self.calls == 4 else 1), *rest)
 
     monkeypatch.setattr(loop.TrainingStep, "forward", forward_with_nan)
     with pytest.raises(TrainingError, match="step 4"):
@@ -124,9 +185,12 @@ def test_a_loss_that_is_no_number_names_the_step(config, monkeypatch):
     (dict(crop=100), "multiple of 64"),
     (dict(metric="ms-ssim"), "160"),
     (dict(steps=0), "at least one step"),
+    (dict(lmbdas=(0.1, 0.01), pretrain_lmbda=None), "rise"),
+    (dict(lmbdas=(0.01, 0.1)), "pretrain_lmbda"),
+    (dict(ema=1.5), "below 1"),
 ])  # fmt: skip
 def test_runs_that_cannot_start(config, changes, sentence):
-    with pytest.raises(TrainingError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         train(replace(config, **changes), progress=False)
 
 

@@ -3,8 +3,9 @@
     bytes  what
     3      93 45 46, that is \\x93 "EF"
     1      version, 1
-    1      flags: 1 = the picture is grey
+    1      flags: 1 = the picture is grey, 2 = the rate is variable
     1-5    width, then height, each as LEB128 (7 bits a byte, low bits first, high bit = more follow)
+    0 or 2 level of a variable rate in 1/256 (`models/gain.py`), where the flag says so
     1 + n  length and UTF-8 name of the model
     4      first bytes of the SHA-256 of its decoder weights (`zoo.weights_digest`)
     4      CRC-32 of the latents, so that a decoder that differs is noticed
@@ -24,12 +25,13 @@ from entroformer_lib.errors import BitstreamError
 MAGIC = b"\x93EF"
 VERSION = 1
 LARGEST_SIDE = 2**16 - 1
-_U32 = struct.Struct("<I")
+LEVEL_STEPS = 256
+_U16, _U32 = struct.Struct("<H"), struct.Struct("<I")
 
 
 @dataclass(frozen=True)
 class Container:
-    """One coded picture. Sizes in pixels; `weights` and `latents_crc` as described above."""
+    """One coded picture. Sizes in pixels; `weights`, `latents_crc` and `level` as described above."""
 
     width: int
     height: int
@@ -39,15 +41,17 @@ class Container:
     latents_crc: int
     z_string: bytes
     y_string: bytes
+    level: float | None = None
 
     def pack(self) -> bytes:
         name = self.model.encode()
         data = b"".join(
             [
                 MAGIC,
-                bytes([VERSION, int(self.grey)]),
+                bytes([VERSION, int(self.grey) + 2 * (self.level is not None)]),
                 _varint(self.width),
                 _varint(self.height),
+                b"" if self.level is None else _U16.pack(round(self.level * LEVEL_STEPS)),
                 _varint(len(name)),
                 name,
                 self.weights[:4],
@@ -73,15 +77,16 @@ class Container:
         reader = _Reader(data[:-4], start=4)
         flags = reader.take(1)[0]
         width, height = reader.varint(), reader.varint()
-        if not (1 <= width <= LARGEST_SIDE and 1 <= height <= LARGEST_SIDE) or flags > 1:
+        if not (1 <= width <= LARGEST_SIDE and 1 <= height <= LARGEST_SIDE) or flags > 3:
             raise BitstreamError("The .ef file has a header that makes no sense.")
+        level = _U16.unpack(reader.take(2))[0] / LEVEL_STEPS if flags & 2 else None
         try:
             name = reader.take(reader.varint()).decode()
         except UnicodeDecodeError:
             raise BitstreamError("The .ef file has a header that makes no sense.") from None
         weights, (crc,) = reader.take(4), _U32.unpack(reader.take(4))
         z_string = reader.take(reader.varint())
-        return cls(width, height, bool(flags), name, weights, crc, z_string, reader.rest())
+        return cls(width, height, bool(flags & 1), name, weights, crc, z_string, reader.rest(), level)
 
 
 class _Reader:

@@ -4,6 +4,7 @@ encode: picture -> RGB -> pad to the model's blocks -> latents -> strings -> con
 decode: the same backwards; every way it can fail is a BitstreamError, never a wrong picture
 """
 
+import math
 import os
 import zlib
 from pathlib import Path
@@ -14,29 +15,42 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from entroformer_lib.coding.bitstream import LARGEST_SIDE, Container
-from entroformer_lib.errors import BitstreamError, DataError, WeightsError
+from entroformer_lib.coding.bitstream import LARGEST_SIDE, LEVEL_STEPS, Container
+from entroformer_lib.errors import BitstreamError, DataError, RateError, WeightsError
 from entroformer_lib.models.entroformer import Entroformer
 from entroformer_lib.models.zoo import load_model, weights_digest
 
+CONTAINER_BYTES = 45  # about what surrounds the coded strings
 
-def encode(model: Entroformer, image) -> bytes:
+
+def encode(model: Entroformer, image, bpp: float | None = None) -> bytes:
     """A picture as the bytes of an `.ef` file.
 
     Args:
-        model: from `load_model` (its name goes into the file), or any model (then `decode` must be given it).
+        model: from `load_model` (its name goes into the file), or any model (then `decode` must be given it). One of
+            variable rate codes at its `level`.
+        bpp: the most bits per pixel that the whole file may have; takes a model of variable rate, see `_encode_within`.
         image: a PIL image, a path, or an array [H, W], [H, W, 3] or [H, W, 4] of uint8 or uint16. See `to_rgb` for what
             happens to grey, palettes, 16 bits and transparency.
 
     Raises:
         DataError: the picture cannot be read, or is larger than 65,535 pixels on a side.
+        RateError: the wanted size cannot be had.
     """
     picture, grey = to_rgb(open_picture(image))
     width, height = picture.size
     if max(width, height) > LARGEST_SIDE:
         raise DataError(f"The picture has {width} x {height} pixels; .ef files hold up to {LARGEST_SIDE} on a side.")
     model.eval()
-    y_hat, z = model.latents(to_tensor(picture, model))
+    x = to_tensor(picture, model)
+    if bpp is not None:
+        return _encode_within(model, x, picture.size, grey, bpp)
+    level = None if model.gain is None else round(model.level * LEVEL_STEPS) / LEVEL_STEPS
+    return _encode_at(model, x, picture.size, grey, level)
+
+
+def _encode_at(model: Entroformer, x: Tensor, size: tuple[int, int], grey: bool, level: float | None) -> bytes:
+    y_hat, z = model.latents(x, level)
     coded = model.compress_latents(y_hat, z)
     strings = coded["strings"]
     if z is None:
@@ -45,15 +59,40 @@ def encode(model: Entroformer, image) -> bytes:
         z_string = strings[1][0]
         z_hat = model.z_prior.decompress([z_string], coded["shape"])
     return Container(
-        width,
-        height,
+        *size,
         grey,
         getattr(model, "name", ""),
         weights_digest(model),
         latents_checksum(y_hat, z_hat),
         z_string,
         strings[0][0],
+        level,
     ).pack()
+
+
+@torch.inference_mode()
+def _encode_within(model: Entroformer, x: Tensor, size: tuple[int, int], grey: bool, bpp: float) -> bytes:
+    """Rate control: the highest level whose file has at most `bpp` bits per pixel.
+
+    Bisection on the estimated rate, which needs no coding, finds the level; a file that is a little too large after
+    all goes down in small steps.
+    """
+    if model.gain is None:
+        raise RateError("A wanted size takes a model of variable rate, and this one has a single rate.")
+    most = math.floor(bpp * size[0] * size[1] / 8)
+    y = model.g_a(x)
+    low, high = 0, (len(model.config.lmbdas) - 1) * LEVEL_STEPS
+    while low < high:
+        middle = (low + high + 1) // 2
+        bits = model.estimated_bits(model.scaled(y, middle / LEVEL_STEPS))
+        fits = sum(float(b.sum()) for b in bits.values()) / 8 + CONTAINER_BYTES <= most
+        low, high = (middle, high) if fits else (low, middle - 1)
+    for step in sorted({max(low - less, 0) for less in (0, 2, 8, 32, low)}, reverse=True):
+        data = _encode_at(model, x, size, grey, step / LEVEL_STEPS)
+        if len(data) <= most:
+            return data
+    smallest = 8 * len(data) / (size[0] * size[1])
+    raise RateError(f"This picture takes at least {smallest:.3f} bits per pixel with this model; {bpp:g} were allowed.")
 
 
 def decode(data: bytes, model: Entroformer | None = None) -> Image.Image:
@@ -86,7 +125,10 @@ def decode(data: bytes, model: Entroformer | None = None) -> Image.Image:
         raise BitstreamError(
             "This machine computed other latents than the one that wrote the file, so the picture would be wrong."
         )
-    x_hat = unpad(model.reconstruct(y_hat), container.height, container.width)
+    rates = len(model.config.lmbdas)
+    if (container.level is None) == bool(rates) or (rates and container.level > rates - 1):
+        raise BitstreamError("The file has a rate that this model does not know.")
+    x_hat = unpad(model.reconstruct(y_hat, container.level), container.height, container.width)
     picture = to_picture(x_hat)
     return picture.convert("L") if container.grey else picture
 

@@ -5,6 +5,7 @@ odd default comes from. `paper` follows the text, `official` the code the author
 """
 
 import dataclasses
+import itertools
 import json
 from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -52,6 +53,9 @@ class EntroformerConfig:
     z_prior: Literal["factorized", "gaussian"] = "factorized"  # the authors call the paper's "factorized" an erratum
     scale_floor: float = 0.11  # smallest sigma of y; CompressAI's bound. Released: exp(-7)
 
+    # Variable rate (ours, see gain.py): the lambdas one model serves, low to high; none: one rate, no gains
+    lmbdas: tuple[float, ...] = ()
+
     def __post_init__(self):
         for name, hint in get_type_hints(type(self)).items():
             value = getattr(self, name)
@@ -70,6 +74,8 @@ class EntroformerConfig:
             raise ConfigError("top_k must be at least 2, or None for dense attention.")
         if not self.scale_floor > 0:
             raise ConfigError(f"scale_floor must be above 0, and is {self.scale_floor}.")
+        if self.lmbdas and not (len(self.lmbdas) > 1 and self.lmbdas[0] > 0 and _rises(self.lmbdas)):
+            raise ConfigError(f"lmbdas must be two or more positive numbers that rise, and are {self.lmbdas}.")
 
     @property
     def downsampling(self) -> int:
@@ -85,7 +91,10 @@ class EntroformerConfig:
 
     def to_json(self) -> str:
         """The config as JSON with sorted keys, so that equal configs give equal text."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        values = dataclasses.asdict(self)
+        if not self.lmbdas:  # younger than the first weights, whose digest must not change
+            del values["lmbdas"]
+        return json.dumps(values, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "EntroformerConfig":
@@ -113,12 +122,18 @@ def _fits(value, hint) -> bool:
     if origin is Literal:
         return value in args
     if origin is tuple:
+        if args[1:] == (...,):
+            args = args[:1] * len(value) if isinstance(value, tuple) else args
         return isinstance(value, tuple) and len(value) == len(args) and all(map(_fits, value, args))
     if args:  # int | None
         return any(_fits(value, arg) for arg in args)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _rises(values: tuple[float, ...]) -> bool:
+    return all(a < b for a, b in itertools.pairwise(values))
 
 
 def _describe(hint) -> str:

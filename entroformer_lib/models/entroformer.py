@@ -5,9 +5,11 @@ x --g_a--> y --round--> y_hat --g_s--> x_hat          (the picture's way)
           h_a         context model
            |              |
            z --round--> z_hat --h_s--+--> entropy parameters --> means, scales of y
+
+A model with several lambdas also scales y behind g_a and scales y_hat back before g_s: gain.py.
 """
 
-import json
+import dataclasses
 import math
 
 import torch
@@ -21,6 +23,7 @@ from entroformer_lib.models.clock import stage
 from entroformer_lib.models.config import EntroformerConfig, named_config
 from entroformer_lib.models.context import build_context
 from entroformer_lib.models.exact import ExactEntropyModel
+from entroformer_lib.models.gain import RateGain
 from entroformer_lib.models.hyperprior import HyperAnalysis, HyperSynthesis, per_site
 from entroformer_lib.models.priors import FactorizedPrior, GaussianConditional, GaussianPrior, ste_round
 from entroformer_lib.models.transforms import Analysis, Synthesis
@@ -70,6 +73,9 @@ class Entroformer(CompressionModel):
 
     Each part can be called on its own: `g_a(x)`, `h_a(y)`, `h_s(z_hat)`, `context_model(y_hat)`,
     `entropy_parameters(hyper, context)`, `g_s(y_hat)`.
+
+    A variable-rate model (`config.lmbdas`) codes at its `level` unless a call names another one: 0 is the lowest rate,
+    `len(config.lmbdas) - 1` the highest, and anything between.
     """
 
     def __init__(self, config: EntroformerConfig | str = "base-serial", **overrides):
@@ -80,6 +86,8 @@ class Entroformer(CompressionModel):
             raise TypeError("overrides go with a name, not with a whole config")
         c = self.config = config
         self.g_a, self.g_s = Analysis(c.N, c.M), Synthesis(c.N, c.M)
+        self.gain = RateGain(c.lmbdas, c.M) if c.lmbdas else None
+        self.level = (len(c.lmbdas) - 1) / 2  # the middle
         self.h_a = HyperAnalysis(c) if c.hyperprior else None
         self.h_s = HyperSynthesis(c) if c.hyperprior else None
         self.context_model = build_context(c)
@@ -101,7 +109,13 @@ class Entroformer(CompressionModel):
 
     # ---- training and analysis ----
 
-    def forward(self, x: Tensor, noise: dict[str, Tensor] | None = None, kept: Tensor | None = None) -> dict:
+    def forward(
+        self,
+        x: Tensor,
+        noise: dict[str, Tensor] | None = None,
+        kept: Tensor | None = None,
+        level: Tensor | None = None,
+    ) -> dict:
         """Reconstruction and likelihoods; while training with noise for the rate and rounding for the picture.
 
         The rate is trained on y + U(-0.5, 0.5), which has a useful gradient in the likelihood's argument; g_s, h_s and
@@ -112,18 +126,29 @@ class Entroformer(CompressionModel):
             x: [B, 3, H, W] in [0, 1]; H and W multiples of `downsampling_factor`.
             noise: {"y": [B, M, H/16, W/16], "z": [B, Z, H/64, W/64]} in [-0.5, 0.5]; drawn here when not given.
             kept: bool [B, 1, H/16, W/16] for the random-mask pretraining, see the context models.
+            level: [B] levels of a variable-rate model; by default `self.level` for all.
 
         Returns:
             {"x_hat": [B, 3, H, W], "likelihoods": {"y": [B, M, H/16, W/16], "z": [B, Z, H/64, W/64]}}; no "z" without
             hyperprior. x_hat is not clamped.
         """
         self._check_size(x)
-        y = self.g_a(x)
+        gain, inverse = self._gains(level)
+        likelihoods, y_hat = self.likelihoods(self.g_a(x) * gain, noise, kept)
+        return {"x_hat": float_or_wider(self.g_s(y_hat * inverse)), "likelihoods": likelihoods}
+
+    def likelihoods(
+        self, y: Tensor, noise: dict[str, Tensor] | None = None, kept: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The entropy model alone, without g_a and g_s: what `forward` does with the latents.
+
+        y: [B, M, H/16, W/16], not yet rounded  ->  likelihoods as `forward` returns them, and y_hat.
+        """
         likelihoods = {}
         hyper = None
         if self.h_a is not None:
             z = self.h_a(y)
-            with torch.autocast(x.device.type, enabled=False):
+            with torch.autocast(y.device.type, enabled=False):
                 z = float_or_wider(z)
                 z_hat = self.z_prior.quantize_z(z)
                 likelihoods["z"] = self.z_prior.likelihood(self._noisy(z, z_hat, noise, "z"))
@@ -131,9 +156,20 @@ class Entroformer(CompressionModel):
         y_hat = ste_round(float_or_wider(y))
         context = None if self.context_model is None else self.context_model(y_hat, kept)
         means, scales = self.entropy_parameters(hyper, context)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(y.device.type, enabled=False):
             likelihoods["y"] = self.gaussian(self._noisy(float_or_wider(y), y_hat, noise, "y"), means, scales)
-        return {"x_hat": float_or_wider(self.g_s(y_hat)), "likelihoods": likelihoods}
+        return likelihoods, y_hat
+
+    def scaled(self, y: Tensor, level: float | None = None) -> Tensor:
+        """y of g_a times the gain of a level, as it is rounded and coded; unchanged in a model of one rate."""
+        return y * self._gains(level)[0]
+
+    def _gains(self, level: Tensor | float | None) -> tuple[Tensor, Tensor] | tuple[float, float]:
+        """Gain and inverse, [B or 1, M, 1, 1]; both 1 in a model of one rate."""
+        if self.gain is None:
+            return 1.0, 1.0
+        like = self.gain.log_gain
+        return self.gain(torch.as_tensor(self.level if level is None else level, device=like.device).view(-1).to(like))
 
     def _noisy(self, v: Tensor, v_hat: Tensor, noise: dict[str, Tensor] | None, key: str) -> Tensor:
         if not self.training:
@@ -148,14 +184,20 @@ class Entroformer(CompressionModel):
                 "coding.codec pads pictures of any size"
             )
 
+    @torch.inference_mode()
+    def estimated_bits(self, y: Tensor) -> dict[str, Tensor]:
+        """Where the bits go, by the likelihoods: {"y": [B, H/16, W/16], "z": [B, H/64, W/64]}, summed over channels,
+        in float64.  y: [B, M, H/16, W/16], scaled by the gain where there is one; see `latents`."""
+        return {name: -p.double().log2().sum(1) for name, p in self.likelihoods(y)[0].items()}
+
     # ---- real bytes ----
 
     @torch.inference_mode()
-    def latents(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def latents(self, x: Tensor, level: float | None = None) -> tuple[Tensor, Tensor | None]:
         """Quantised latents as they are coded.  x: [B, 3, H, W]  ->  y_hat, z (not yet rounded) or None."""
         self._check_size(x)
         with stage("transforms"):
-            y = self.g_a(x)
+            y = self.scaled(self.g_a(x), level)
         with stage("hyper"):
             return torch.floor(y + 0.5), None if self.h_a is None else self.h_a(y)
 
@@ -187,10 +229,10 @@ class Entroformer(CompressionModel):
         return {"x_hat": self.reconstruct(y_hat)}
 
     @torch.inference_mode()
-    def reconstruct(self, y_hat: Tensor) -> Tensor:
+    def reconstruct(self, y_hat: Tensor, level: float | None = None) -> Tensor:
         """y_hat: [B, M, h, w]  ->  x_hat: [B, 3, H, W] clamped to [0, 1]"""
         with stage("transforms"):
-            return self.g_s(y_hat).clamp(0, 1)
+            return self.g_s(y_hat * self._gains(level)[1]).clamp(0, 1)
 
     @torch.inference_mode()
     def decompress_latents(self, strings: list[list[bytes]], shape) -> tuple[Tensor, Tensor | None]:
@@ -231,11 +273,11 @@ class Entroformer(CompressionModel):
         return torch.tensor(list(self.config.to_json().encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        theirs, ours = json.loads(bytes(state.tolist())), json.loads(self.config.to_json())
-        for name in ours:
-            if theirs.get(name) != ours[name]:
+        theirs = EntroformerConfig.from_json(bytes(state.tolist()).decode())
+        for name, ours in dataclasses.asdict(self.config).items():
+            if getattr(theirs, name) != ours:
                 raise WeightsError(
-                    f"These weights were made with {name} = {theirs.get(name)}, this model has {name} = {ours[name]}."
+                    f"These weights were made with {name} = {getattr(theirs, name)}, this model has {name} = {ours}."
                 )
 
     def load_state_dict(self, state_dict, strict: bool = True):

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from entroformer_lib.errors import WeightsError
+from entroformer_lib.errors import RateError, WeightsError
 from entroformer_lib.files import data_folder, replacing
 from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.entroformer import Entroformer
@@ -64,7 +64,8 @@ def load_model(name_or_path: str | os.PathLike, device: str = "auto") -> Entrofo
     """A model in eval mode.
 
     Args:
-        name_or_path: a name from `list_models()` or a .safetensors file.
+        name_or_path: a name from `list_models()` or a .safetensors file. Behind one of variable rate may stand @ and
+            the lambda to code at, such as `tiny-rates@0.013`.
         device: "auto" takes a GPU where there is one.
 
     Returns:
@@ -73,14 +74,26 @@ def load_model(name_or_path: str | os.PathLike, device: str = "auto") -> Entrofo
     Raises:
         WeightsError: nothing of that name, or a file that is damaged or not ours.
     """
-    path = find_weights(name_or_path)
+    name, _, lmbda = os.fspath(name_or_path).partition("@")
+    path = find_weights(name)
     tensors, card = read_weights(path)
     model = Entroformer.from_state_dict(tensors)
+    if lmbda:
+        model.level = _level(model, name, lmbda)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
     model.name, model.card, model.path = path.stem, card, path
     return model
+
+
+def _level(model: Entroformer, name: str, lmbda: str) -> float:
+    if model.gain is None:
+        raise RateError(f"The model '{name}' has one rate; load it without @{lmbda}.")
+    try:
+        return model.gain.level_of(float(lmbda))
+    except ValueError as error:
+        raise RateError(f"The model '{name}' cannot code at @{lmbda}: {error}") from None
 
 
 def find_weights(name_or_path: str | os.PathLike) -> Path:
@@ -128,19 +141,18 @@ def weights_digest(model: Entroformer) -> bytes:
 
 
 def list_models() -> list[dict]:
-    """One row per model that `load_model` finds by name.
+    """One row per model that `load_model` finds by name; of a variable-rate model one for each of its lambdas.
 
     Keys: name, size (preset), variant, lmbda, metric, bytes, sha256 (of the file), kodak_bpp, kodak_psnr_db (None where
     not measured), path.
     """
-    rows = {}
+    found = {}
     for folder in reversed(weight_folders()):  # own folders come last and win
-        for path in sorted(folder.glob("*.safetensors")):
-            rows[path.stem] = _describe(path)
-    return [rows[name] for name in sorted(rows)]
+        found.update({path.stem: path for path in folder.glob("*.safetensors")})
+    return [row for name in sorted(found) for row in _describe(found[name])]
 
 
-def _describe(path: Path) -> dict:
+def _describe(path: Path) -> list[dict]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -148,19 +160,24 @@ def _describe(path: Path) -> dict:
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} among the models is not a weights file of this library: {error}.") from None
     card = json.loads(metadata.get("card", "{}"))
-    kodak = card.get("kodak", {})
-    return {
-        "name": path.stem,
+    row = {
         "preset": card.get("training", {}).get("model"),
         "variant": config.variant,
-        "lmbda": card.get("lmbda"),
         "metric": card.get("metric"),
         "bytes": path.stat().st_size,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "kodak_bpp": kodak.get("bpp"),
-        "kodak_psnr_db": kodak.get("psnr_db"),
         "path": str(path),
     }
+    kodak = card.get("kodak", {})
+    points = (
+        [(f"{path.stem}@{lmbda:g}", lmbda, kodak.get(f"{lmbda:g}", {})) for lmbda in config.lmbdas]
+        if config.lmbdas
+        else [(path.stem, card.get("lmbda"), kodak)]
+    )
+    return [
+        {"name": name, "lmbda": lmbda, **row, "kodak_bpp": mean.get("bpp"), "kodak_psnr_db": mean.get("psnr_db")}
+        for name, lmbda, mean in points
+    ]
 
 
 def device_name(device: torch.device) -> str:

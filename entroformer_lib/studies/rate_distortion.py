@@ -65,8 +65,8 @@ def evaluate_picture(model: Entroformer, path: Path) -> dict:
 @torch.inference_mode()
 def bit_maps(model: Entroformer, picture: Image.Image) -> dict[str, np.ndarray]:
     """Where the bits go: {"y": [H/16, W/16], "z": [H/64, W/64]} in bits, summed over channels; padding included."""
-    likelihoods = model.eval()(codec.to_tensor(picture, model))["likelihoods"]
-    return {name: -p[0].double().log2().sum(0).cpu().numpy() for name, p in likelihoods.items()}
+    y = model.eval().scaled(model.g_a(codec.to_tensor(picture, model)))
+    return {name: bits[0].cpu().numpy() for name, bits in model.estimated_bits(y).items()}
 
 
 def estimated_bits(model: Entroformer, picture: Image.Image) -> float:

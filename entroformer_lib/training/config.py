@@ -20,15 +20,25 @@ class TrainConfig:
     preset: Literal["paper", "official"] = "paper"
     lmbda: float = 0.0035
     """Weight of the distortion: 255^2 * MSE, or 1 - MS-SSIM."""
+    lmbdas: tuple[float, ...] = ()
+    """Several weights, rising: one model of variable rate, every crop with one of them. Replaces lmbda."""
     metric: Literal["mse", "ms-ssim"] = "mse"
     steps: int = 20_000
     batch: int = 8
     """Pictures per step, over all processes together."""
     crop: int = 128
     """Side of a crop in pixels."""
+    last_crop: int | None = None
+    """Side of a crop over the last fifth of the steps; default: crop."""
+    optimizer: Literal["adam", "muon"] = "adam"
+    """muon: orthogonalised momentum for matrices and kernels, Adam for the rest; far fewer steps (docs/training.md)."""
     lr: float = 1e-4
+    schedule: Literal["steps", "linear"] = "steps"
+    """After the warm-up: steps of `decay` (the paper), or constant and then linearly down to 0 over the last 60%."""
     decay: float = 0.75
     """Factor on the learning rate at every fifth of the steps; the released code has 0.5."""
+    ema: float = 0.0
+    """Decay of a running mean of the weights that is kept instead of the last ones, such as 0.999; 0: none."""
     clip: float = 1.0
     """Largest norm of the gradient; longer ones are shortened to it."""
     pretrain: float = 0.0
@@ -51,11 +61,22 @@ class TrainConfig:
     log_every: int = 50
 
     def lmbda_at(self, step: int) -> float:
-        return self.pretrain_lmbda if self.pretraining(step) and self.pretrain_lmbda is not None else self.lmbda
+        """The weight of the distortion at a step; of variable rate, the middle one."""
+        if self.pretraining(step) and self.pretrain_lmbda is not None:
+            return self.pretrain_lmbda
+        return self.lmbdas[len(self.lmbdas) // 2] if self.lmbdas else self.lmbda
 
     def pretraining(self, step: int) -> bool:
         return step < round(self.pretrain * self.steps)
 
+    @property
+    def crops(self) -> list[tuple[range, int]]:
+        """Which steps have which crop."""
+        if self.last_crop in (None, self.crop):
+            return [(range(self.steps), self.crop)]
+        change = self.steps - self.steps // 5
+        return [(range(change), self.crop), (range(change, self.steps), self.last_crop)]
 
-# These may differ when a run is continued.
-RUNTIME_FIELDS = {"out", "data", "accelerator", "devices", "checkpoint_seconds", "log_every"}
+
+# These may differ when a run is continued. (With another batch it goes on, but not as if it had never stopped.)
+RUNTIME_FIELDS = {"out", "data", "batch", "accelerator", "devices", "checkpoint_seconds", "log_every"}

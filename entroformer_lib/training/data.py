@@ -137,7 +137,7 @@ class PreloadedCrops:
 
     Args:
         source: see `find_sources`.
-        crop: side of a crop in pixels.
+        crop: side of a crop in pixels; the largest one, where `batches` is asked for several.
         seed: with the sample's number it decides everything random.
         downscale: see `crop_of`.
 
@@ -160,14 +160,14 @@ class PreloadedCrops:
         if small:
             warnings.warn(f"left out {small} pictures smaller than the crop of {crop} pixels", stacklevel=2)
 
-    def batches(self, ranges: Iterable[range]) -> Iterator[Tensor]:
+    def batches(self, ranges: Iterable[range], crop: int | None = None) -> Iterator[Tensor]:
         """For each range of sample numbers its crops: float32 [B, 3, crop, crop] in [0, 1]."""
         for samples in ranges:
-            yield torch.stack([self._sample(g) for g in samples])
+            yield torch.stack([self._sample(g, crop or self.crop) for g in samples])
 
-    def _sample(self, g: int) -> Tensor:
+    def _sample(self, g: int, crop: int) -> Tensor:
         picture = self.pictures[picture_number(g, len(self.pictures), self.seed)]
-        return crop_of(picture, self.crop, self.downscale, np.random.default_rng((self.seed, g)))
+        return crop_of(picture, crop, self.downscale, np.random.default_rng((self.seed, g)))
 
 
 class StreamedCrops:
@@ -185,13 +185,14 @@ class StreamedCrops:
             )
         self.crop, self.seed, self.downscale, self.device, self.workers = crop, seed, downscale, device, workers
 
-    def batches(self, ranges: Iterable[range]) -> Iterator[Tensor]:
+    def batches(self, ranges: Iterable[range], crop: int | None = None) -> Iterator[Tensor]:
         """As PreloadedCrops.batches; the ranges must go up."""
+        crop = crop or self.crop
         if self.files:
-            dataset = _FileSamples(self.files, self.crop, self.seed, self.downscale)
+            dataset = _FileSamples(self.files, crop, self.seed, self.downscale)
             loader = DataLoader(dataset, batch_sampler=map(list, ranges), num_workers=self.workers)
         else:
-            dataset = _TarSamples(self.tars, self.crop, self.seed, self.downscale, ranges)
+            dataset = _TarSamples(self.tars, crop, self.seed, self.downscale, ranges)
             loader = DataLoader(dataset, batch_size=None, num_workers=min(1, self.workers))
         for batch in loader:
             yield batch.to(self.device)
@@ -289,3 +290,9 @@ def random_kept(samples: range, size: tuple[int, int], fraction: float, seed: in
         order = np.random.default_rng((seed, 3, g)).permutation(h * w)
         masks.append(torch.from_numpy(order >= round(fraction * h * w)).view(1, h, w))
     return torch.stack(masks).to(device)
+
+
+def random_levels(samples: range, count: int, seed: int) -> list[int]:
+    """Which of `count` rates each sample of a variable-rate run has. All come up equally often in every `count`
+    samples, so that the mean of a batch's losses jumps less."""
+    return [int(np.random.default_rng((seed, 5, g // count)).permutation(count)[g % count]) for g in samples]

@@ -11,6 +11,7 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,16 +21,24 @@ from tqdm import tqdm
 
 from entroformer_lib.errors import TrainingError
 from entroformer_lib.files import replacing
+from entroformer_lib.memory import keep_freed_memory
 from entroformer_lib.models.entroformer import Entroformer, build_model
+from entroformer_lib.models.gain import RateGain
 from entroformer_lib.models.zoo import device_name, load_model, save_weights
 from entroformer_lib.training.config import RUNTIME_FIELDS, TrainConfig
-from entroformer_lib.training.data import PreloadedCrops, StreamedCrops, random_kept, uniform_noise
+from entroformer_lib.training.data import PreloadedCrops, StreamedCrops, random_kept, random_levels, uniform_noise
 from entroformer_lib.training.loss import TrainingStep
+from entroformer_lib.training.optimizer import build_optimizer
 from entroformer_lib.training.schedule import learning_rate_factor
 
 
-def train(config: TrainConfig, progress: bool = True) -> Path:
+def train(config: TrainConfig, progress: bool = True, watch: Callable[[dict, Entroformer], None] | None = None) -> Path:
     """Trains, or continues, a run.  ->  path of its weights.
+
+    Args:
+        progress: show a bar.
+        watch: called with each row of the log and the model, to draw or test while it trains; it must leave the model
+            as it is but for train() and eval().
 
     Raises:
         TrainingError: the run cannot start, met a loss that is no number, or was stopped by a signal.
@@ -43,42 +52,50 @@ def train(config: TrainConfig, progress: bool = True) -> Path:
     )
     fabric.launch()
     _check(config, out, fabric)
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(config.seed)
     model = _initial_model(config)
-    optimizer = build_optimizer(model, config.lr)
+    optimizer = build_optimizer(model, config.optimizer, config.lr)
     for part in (model.g_a, model.g_s):
         part.to(memory_format=torch.channels_last)
     step_module, optimizer = fabric.setup(TrainingStep(model, config.metric, config.precision == "bfloat16"), optimizer)
     step_module.train()
     run = Run(config, fabric, model, step_module, optimizer)
     first = run.resume()
-    crops = (PreloadedCrops if config.preload else StreamedCrops)(config.data, config.crop, config.seed, fabric.device)
-    return run.go(crops, first, progress and fabric.is_global_zero)
-
-
-def build_optimizer(model: Entroformer, lr: float) -> torch.optim.Adam:
-    """Adam as in A.5; the quantiles of the factorized prior in a group of their own with CompressAI's 1e-3."""
-    groups = {False: [], True: []}
-    for name, parameter in model.named_parameters():
-        groups[name.endswith(".quantiles")].append(parameter)
-    return torch.optim.Adam(
-        [{"params": groups[False], "lr": lr}, {"params": groups[True], "lr": 1e-3}], betas=(0.9, 0.999), eps=1e-8
-    )
+    largest = max(crop for _, crop in config.crops)
+    crops = (PreloadedCrops if config.preload else StreamedCrops)(config.data, largest, config.seed, fabric.device)
+    return run.go(crops, first, progress and fabric.is_global_zero, watch)
 
 
 def _initial_model(config: TrainConfig) -> Entroformer:
+    lmbdas = tuple(config.lmbdas)
     if config.init is None:
-        return build_model(config.model, config.preset)
-    return load_model(config.init, device="cpu")
+        return build_model(config.model, config.preset, lmbdas=lmbdas)
+    model = load_model(config.init, device="cpu")
+    if lmbdas in ((), model.config.lmbdas):
+        return model
+    if model.gain is not None:
+        raise TrainingError(f"The weights {config.init} were made for the lmbdas {model.config.lmbdas}.")
+    variable = Entroformer(dataclasses.replace(model.config, lmbdas=lmbdas))
+    variable.gain = RateGain(lmbdas, model.config.M, reference=model.card.get("lmbda"))
+    state = {name: t for name, t in model.state_dict().items() if name != "_extra_state"}
+    variable.load_state_dict({**variable.state_dict(), **state})
+    return variable
 
 
 def _check(config: TrainConfig, out: Path, fabric: Fabric) -> None:
     if config.batch % fabric.world_size:
         raise TrainingError(f"A batch of {config.batch} cannot be shared by {fabric.world_size} processes.")
-    if config.metric == "ms-ssim" and config.crop <= 160:
-        raise TrainingError(f"MS-SSIM needs crops above 160 pixels, and the crop is {config.crop}.")
-    if config.crop % 64:
-        raise TrainingError(f"The crop must be a multiple of 64 pixels, and is {config.crop}.")
+    for _, crop in config.crops:
+        if config.metric == "ms-ssim" and crop <= 160:
+            raise TrainingError(f"MS-SSIM needs crops above 160 pixels, and the crop is {crop}.")
+        if crop < 64 or crop % 64:
+            raise TrainingError(f"The crop must be a multiple of 64 pixels, and is {crop}.")
+    if config.lmbdas and config.pretrain_lmbda is not None:
+        raise TrainingError("pretrain_lmbda goes with one lmbda; with lmbdas the high rates are trained all along.")
+    if not 0 <= config.ema < 1:
+        raise TrainingError(f"The ema must be at least 0 and below 1, and is {config.ema}.")
     if config.steps < 1 or config.batch < 1:
         raise TrainingError("A run needs at least one step and a batch of at least one.")
     text = json.dumps(dataclasses.asdict(config), indent=1)
@@ -97,6 +114,24 @@ def _check(config: TrainConfig, out: Path, fabric: Fabric) -> None:
     fabric.barrier()
 
 
+class Mean:
+    """Exponential running mean of the weights. It follows quickly at first: the decay grows as (1 + t) / (10 + t)."""
+
+    def __init__(self, model: Entroformer, decay: float):
+        self.model, self.decay = model, decay
+        self.values = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.values.values()), [p for _, p in self.model.named_parameters()], weight)
+
+    @torch.no_grad()
+    def give_to(self, model: Entroformer) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.copy_(self.values[name])
+
+
 class Run:
     """One run under way: its step, its checkpoint, its log."""
 
@@ -104,18 +139,18 @@ class Run:
         self.config, self.fabric, self.model = config, fabric, model
         self.step_module, self.optimizer = step_module, optimizer
         self.out = Path(config.out)
+        self.mean = Mean(model, config.ema) if config.ema else None
         self.signal: int | None = None
         self.seconds = 0.0  # training time of earlier starts
 
-    def go(self, crops: PreloadedCrops | StreamedCrops, first: int, progress: bool) -> Path:
+    def go(self, crops: PreloadedCrops | StreamedCrops, first: int, progress: bool, watch=None) -> Path:
         c = self.config
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         bar = tqdm(total=c.steps, initial=first, disable=not progress, unit="step", file=sys.stderr)
         begin = saved_at = time.monotonic()
         logged_at, logged = begin, first
-        steps = range(first, c.steps)
         try:
-            for step, x in zip(steps, crops.batches(self.samples(s) for s in steps), strict=True):
+            for step, x in self._crops(crops, first):
                 terms = self.step(x, step)
                 bar.update()
                 now = time.monotonic()
@@ -125,6 +160,9 @@ class Run:
                     logged_at, logged = now, step + 1
                     row = self._log(step + 1, terms, seconds, speed)
                     bar.set_postfix({k: f"{row[k]:.3f}" for k in ("rd_loss", "bpp", "psnr_db", "ms_ssim") if k in row})
+                    if watch is not None and self.fabric.is_global_zero:
+                        watch(row, self.model)
+                        self.step_module.train()
                 stop = self._stopped()
                 if stop or now - saved_at > c.checkpoint_seconds or step + 1 == c.steps:
                     self.save(step + 1, self.seconds + now - begin)
@@ -140,6 +178,13 @@ class Run:
                 signal.signal(s, handler)
         return self._finish()
 
+    def _crops(self, crops: PreloadedCrops | StreamedCrops, first: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Step and batch, from step `first` on."""
+        for all_steps, crop in self.config.crops:
+            steps = range(max(first, all_steps.start), all_steps.stop)
+            if steps:
+                yield from zip(steps, crops.batches((self.samples(s) for s in steps), crop), strict=True)
+
     def samples(self, step: int) -> range:
         """Numbers of the samples that are this process's share of a step's batch."""
         share = self.config.batch // self.fabric.world_size
@@ -147,11 +192,11 @@ class Run:
         return range(start, start + share)
 
     def step(self, x: torch.Tensor, step: int) -> dict:
-        """One step on crops [B, 3, crop, crop].  ->  the terms of the loss"""
+        """One step on crops [B, 3, h, w].  ->  the terms of the loss"""
         c, device, samples = self.config, self.fabric.device, self.samples(step)
         torch.manual_seed(hash((c.seed, step)) % 2**63)  # what is left to chance inside the model: k's jitter
         x = x.contiguous(memory_format=torch.channels_last)
-        h = w = c.crop // 16
+        h, w = x.size(2) // 16, x.size(3) // 16
         shapes = {"y": (self.model.config.M, h, w)}
         if self.model.config.hyperprior:
             shapes["z"] = (self.model.config.Z, h // 4, w // 4)
@@ -159,19 +204,48 @@ class Run:
         masked = c.pretraining(step) and self.model.context_model is not None
         kept = random_kept(samples, (h, w), c.pretrain_mask, c.seed, device) if masked else None
 
-        self.optimizer.param_groups[0]["lr"] = c.lr * learning_rate_factor(step, c.steps, decay=c.decay)
-        terms = self.step_module(x, c.lmbda_at(step), noise, kept)
+        lmbda, level = c.lmbda_at(step), None
+        if c.lmbdas:
+            level = torch.tensor(random_levels(samples, len(c.lmbdas), c.seed), device=device)
+            lmbda = torch.tensor(c.lmbdas, device=device)[level]
+
+        lr = c.lr * learning_rate_factor(step, c.steps, decay=c.decay, schedule=c.schedule)
+        for group in self.optimizer.param_groups:
+            if not group["fixed"]:
+                group["lr"] = lr
+        try:
+            terms = self.step_module(x, lmbda, noise, kept, level)
+            self.fabric.backward(terms["loss"])
+        except torch.OutOfMemoryError:
+            raise TrainingError(self._too_large(x)) from None
         if not math.isfinite(terms["loss"].detach()):
             raise TrainingError(
                 f"The loss at step {step + 1} is not a finite number; the run stopped there, and the checkpoint "
                 "before it is kept. A smaller lr or clip usually helps."
             )
-        self.fabric.backward(terms["loss"])
-        main = self.optimizer.param_groups[0]["params"]
+        main = [p for group in self.optimizer.param_groups if not group["fixed"] for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(main, c.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.mean is not None:
+            self.mean.update(step)
         return terms
+
+    def _too_large(self, x: torch.Tensor) -> str:
+        """Finds by trying which batch fits.  ->  the sentence to stop with"""
+        batch = len(x) // 2
+        while batch:
+            self.optimizer.zero_grad()
+            try:
+                self.fabric.backward(self.step_module(x[:batch], self.config.lmbda)["loss"])
+                break
+            except torch.OutOfMemoryError:
+                batch //= 2
+        c, fits, size = self.config, batch * self.fabric.world_size, x.size(2)
+        advice = "not even one fits; a smaller --crop may"
+        if fits:
+            advice = f"{fits} fit, and the same command with --batch {fits} goes on from the checkpoint"
+        return f"The memory of {device_name(self.fabric.device)} is too small for {c.batch} crops of {size}: {advice}."
 
     # ---- checkpoint and log ----
 
@@ -183,6 +257,7 @@ class Run:
                 "optimizer": self.optimizer.state_dict(),
                 "step": step,
                 "seconds": seconds,
+                "mean": self.mean and self.mean.values,
             }
             path = self.out / "checkpoint.pt"
             try:
@@ -206,6 +281,8 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.seconds = state["seconds"]
+        if self.mean is not None:
+            self.mean.values = state["mean"]
         log = self.out / "log.jsonl"
         if self.fabric.is_global_zero and log.exists():  # forget what was logged after the checkpoint
             rows = [row for row in log.read_text().splitlines() if json.loads(row)["step"] <= state["step"]]
@@ -226,9 +303,11 @@ class Run:
         path = self.out / "weights.safetensors"
         if self.fabric.is_global_zero:
             seconds = torch.load(self.out / "checkpoint.pt", weights_only=True)["seconds"]
+            if self.mean is not None:
+                self.mean.give_to(self.model)
             card = {
                 "training": dataclasses.asdict(self.config),
-                "lmbda": self.config.lmbda,
+                "lmbda": None if self.config.lmbdas else self.config.lmbda,
                 "metric": self.config.metric,
                 "train_seconds": round(seconds, 1),
                 "device": device_name(self.fabric.device),

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from compressai.losses import RateDistortionLoss
+from pytorch_msssim import ms_ssim
 from torch import Tensor, nn
 
 
@@ -15,8 +15,9 @@ def psnr_db(mse: Tensor) -> Tensor:
 class TrainingStep(nn.Module):
     """A model with its loss in one module, so that data parallelism sees a single forward pass.
 
-    L = R + lmbda * 255^2 * MSE  (or  lmbda * (1 - MS-SSIM)), R in bits per pixel: CompressAI's RateDistortionLoss. To
-    it comes the auxiliary loss of the factorized prior, which moves nothing but that prior's quantiles.
+    L = R + lmbda * 255^2 * MSE  (or  lmbda * (1 - MS-SSIM)), R in bits per pixel, each crop with a lmbda of its own
+    where the rate is variable. To it comes the auxiliary loss of the factorized prior, which moves nothing but that
+    prior's quantiles.
 
     With `bf16`, convolutions and linear layers run in bfloat16. (Lightning's own bf16-mixed also rounds the inputs, and
     with them the pixels and the noise, to 8 bits of mantissa.)
@@ -26,19 +27,34 @@ class TrainingStep(nn.Module):
         super().__init__()
         self.model, self.metric, self.bf16 = model, metric, bf16
 
-    def forward(self, x: Tensor, lmbda: float, noise: dict | None = None, kept: Tensor | None = None) -> dict:
-        """x: [B, 3, H, W] in [0, 1]  ->  scalars: `loss` (to minimise), `rd_loss`, `bpp`, `bpp_y`, `bpp_z` and
-        `psnr_db`, or `ms_ssim`."""
+    def forward(
+        self,
+        x: Tensor,
+        lmbda: float | Tensor,
+        noise: dict | None = None,
+        kept: Tensor | None = None,
+        level: Tensor | None = None,
+    ) -> dict:
+        """x: [B, 3, H, W] in [0, 1], lmbda: one number or [B], level: [B] where the rate is variable.
+
+        ->  scalars: `loss` (to minimise), `rd_loss`, `bpp`, `bpp_y`, `bpp_z` and `psnr_db`, or `ms_ssim`.
+        """
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            out = self.model(x, noise=noise, kept=kept)
-        terms = RateDistortionLoss(lmbda, self.metric)(out, x)
-        aux = self.model.aux_loss()
-        pixels = x.size(0) * x.size(2) * x.size(3)
-        result = {"loss": terms["loss"] + aux, "rd_loss": terms["loss"].detach(), "bpp": terms["bpp_loss"].detach()}
-        for name, likelihoods in out["likelihoods"].items():
-            result[f"bpp_{name}"] = likelihoods.detach().log().sum() / (-math.log(2) * pixels)
+            out = self.model(x, noise=noise, kept=kept, level=level)
+        pixels = x.size(2) * x.size(3)
+        bpp = {f"bpp_{k}": p.log().flatten(1).sum(1) / (-math.log(2) * pixels) for k, p in out["likelihoods"].items()}
+        rate = sum(bpp.values())  # [B]
+        mse = (out["x_hat"] - x).square().flatten(1).mean(1)  # [B]
         if self.metric == "mse":
-            result["psnr_db"] = psnr_db(terms["mse_loss"].detach())
+            distortion, quality = 255**2 * mse, {"psnr_db": psnr_db(mse.detach().mean())}
         else:
-            result["ms_ssim"] = terms["ms_ssim_loss"].detach()
-        return result
+            similarity = ms_ssim(out["x_hat"], x, data_range=1.0, size_average=False)  # [B]
+            distortion, quality = 1 - similarity, {"ms_ssim": similarity.detach().mean()}
+        rd_loss = (rate + lmbda * distortion).mean()
+        return {
+            "loss": rd_loss + self.model.aux_loss(),
+            "rd_loss": rd_loss.detach(),
+            "bpp": rate.detach().mean(),
+            **{name: value.detach().mean() for name, value in bpp.items()},
+            **quality,
+        }

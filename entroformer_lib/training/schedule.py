@@ -1,10 +1,17 @@
-"""The paper's learning-rate schedule (appendix A.5)."""
+"""How the learning rate goes over a run."""
+
+COOL_DOWN = 0.6  # share of the steps over which the linear schedule goes to zero
 
 
-def learning_rate_factor(step: int, total: int, warmup: float = 0.05, decay: float = 0.75) -> float:
-    """Factor on the base learning rate: linear warm-up over 5% of the steps, then `decay` at every fifth of them.
+def learning_rate_factor(
+    step: int, total: int, warmup: float = 0.05, decay: float = 0.75, schedule: str = "steps"
+) -> float:
+    """Factor on the base learning rate: linear warm-up over 5% of the steps, then
 
-    The released code decays by 0.5 instead of the paper's 0.75.
+    `steps`: times `decay` at every fifth of the steps (appendix A.5; the released code has 0.5 instead of 0.75);
+    `linear`: constant, and over the last 60% of the steps linearly down to 0 (ours, for short budgets).
     """
-    warm = max(1, round(warmup * total))
-    return min(1.0, (step + 1) / warm) * decay ** (5 * step // total)
+    warm = min(1.0, (step + 1) / max(1, round(warmup * total)))
+    if schedule == "linear":
+        return warm * min(1.0, (total - step) / (COOL_DOWN * total))
+    return warm * decay ** (5 * step // total)

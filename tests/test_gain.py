@@ -1,0 +1,110 @@
+"""Variable rate: gains, levels, files of any rate, and rate control."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import micro_model
+
+from entroformer_lib.coding import codec
+from entroformer_lib.coding.bitstream import Container
+from entroformer_lib.errors import BitstreamError, RateError
+from entroformer_lib.models.gain import RateGain
+from entroformer_lib.models.zoo import list_models, load_model, save_weights
+
+LMBDAS = (0.01, 0.04, 0.16)
+
+
+@pytest.fixture
+def model():
+    return micro_model("parallel", lmbdas=LMBDAS)
+
+
+def test_gains_start_at_the_square_root_and_undo_each_other():
+    gain, inverse = RateGain(LMBDAS, 5, reference=0.04)(torch.tensor([0.0, 1.0, 2.0, 1.5]))
+    assert gain.shape == inverse.shape == (4, 5, 1, 1)
+    assert torch.allclose(gain[:, 0, 0, 0], torch.tensor([0.5, 1.0, 2.0, 2**0.5]))  # geometric between levels
+    assert torch.allclose(gain * inverse, torch.ones_like(gain))
+
+
+def test_levels_and_lambdas_are_inverse():
+    gain = RateGain(LMBDAS, 2)
+    assert [gain.level_of(v) for v in LMBDAS] == [0, 1, 2]
+    assert gain.level_of(0.02) == pytest.approx(0.5)
+    assert gain.lmbda_of(gain.level_of(0.1)) == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="0.01 to 0.16"):
+        gain.level_of(0.2)
+
+
+def test_each_picture_of_a_batch_has_its_own_rate(model, photo):
+    x = codec.to_tensor(photo, model)
+    both = model(torch.cat((x, x)), level=torch.tensor([0, 1.7]))
+    for i, level in enumerate((0, 1.7)):
+        alone = model(x, level=torch.tensor([level]))
+        assert torch.allclose(both["x_hat"][i], alone["x_hat"][0], atol=1e-5)
+        assert torch.allclose(both["likelihoods"]["y"][i], alone["likelihoods"]["y"][0], atol=1e-4)
+
+
+@pytest.mark.parametrize("level", [0, 0.3, 2])
+def test_files_of_any_level_come_back(model, photo, level):
+    model.level = level
+    data = codec.encode(model, photo)
+    assert Container.unpack(data).level == pytest.approx(level, abs=1 / 512)
+    model.level = 1  # the file knows its level; the model's does not matter
+    decoded = np.asarray(codec.decode(data, model)).astype(int)
+    exact = Container.unpack(data).level
+    y_hat, _ = model.latents(codec.to_tensor(photo, model), exact)
+    expected = codec.unpad(model.reconstruct(y_hat, exact), photo.height, photo.width)
+    assert np.abs(decoded - np.asarray(codec.to_picture(expected))).max() <= 1
+    wrong = codec.unpad(model.reconstruct(y_hat, 1.5), photo.height, photo.width)
+    assert np.abs(decoded - np.asarray(codec.to_picture(wrong))).max() > 1
+
+
+def test_a_level_the_model_does_not_have(model, photo):
+    container = Container.unpack(codec.encode(model, photo))
+    for level in (2.5, None):
+        with pytest.raises(BitstreamError, match="rate"):
+            codec.decode(dataclasses.replace(container, level=level).pack(), model)
+    fixed = micro_model("parallel")
+    container = Container.unpack(codec.encode(fixed, photo))
+    with pytest.raises(BitstreamError, match="rate"):
+        codec.decode(dataclasses.replace(container, level=1.0).pack(), fixed)
+
+
+def test_rate_control_gives_the_largest_file_that_fits(model, photo):
+    pixels = photo.width * photo.height
+    sizes = []
+    for level in (0, 2):
+        model.level = level
+        sizes.append(8 * len(codec.encode(model, photo)) / pixels)
+    assert sizes[0] < sizes[1]
+    for bpp in np.linspace(*sizes, 4) + 1e-9:
+        got = 8 * len(codec.encode(model, photo, bpp=bpp)) / pixels
+        assert bpp * 0.8 < got <= bpp  # an untrained model estimates badly
+    assert codec.encode(model, photo, bpp=100) == codec.encode(model, photo)  # the highest level, set above
+    with pytest.raises(RateError, match="at least"):
+        codec.encode(model, photo, bpp=0.01)
+    with pytest.raises(RateError, match="single rate"):
+        codec.encode(micro_model("parallel"), photo, bpp=1)
+
+
+def test_names_with_a_lambda(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("ENTROFORMER_WEIGHTS", str(tmp_path))
+    save_weights(model, tmp_path / "several.safetensors", {"kodak": {"0.04": {"bpp": 0.5, "psnr_db": 30.0}}})
+    save_weights(micro_model("parallel"), tmp_path / "one.safetensors", {"lmbda": 0.3})
+    rows = {row["name"]: row for row in list_models() if row["path"].startswith(str(tmp_path))}
+    assert list(rows) == ["one", "several@0.01", "several@0.04", "several@0.16"]
+    assert rows["several@0.04"]["kodak_bpp"] == 0.5 and rows["several@0.16"]["kodak_bpp"] is None
+    assert rows["one"]["lmbda"] == 0.3
+    assert load_model("several@0.08", "cpu").level == pytest.approx(1.5)
+    assert load_model("several", "cpu").level == 1
+    assert load_model("several@0.16", "cpu").name == "several"
+    for name, sentence in (("several@1", "outside"), ("several@x", "could not"), ("one@0.3", "one rate")):
+        with pytest.raises(RateError, match=sentence):
+            load_model(name, "cpu")
+
+
+def test_digests_of_models_of_one_rate_are_as_before_there_were_gains():
+    assert "lmbdas" not in micro_model("parallel").config.to_json()
+    assert "lmbdas" in micro_model("parallel", lmbdas=LMBDAS).config.to_json()

@@ -1,0 +1,51 @@
+"""Muon: its steps are orthogonal, its other half is Adam, and every parameter has one group."""
+
+import torch
+from conftest import MICRO
+
+from entroformer_lib.models.config import named_config
+from entroformer_lib.models.entroformer import Entroformer
+from entroformer_lib.training.optimizer import Muon, build_optimizer, orthogonal
+
+
+def test_orthogonal_keeps_the_directions_and_evens_their_lengths():
+    torch.manual_seed(0)
+    for shape in ((8, 40), (40, 8), (12, 12)):
+        u, _, vt = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+        skewed = u @ torch.diag(torch.logspace(0, -1, u.size(1))) @ vt  # singular values from 1 to 0.1
+        out = orthogonal(skewed)
+        inside = u.T @ out @ vt.T  # diagonal where the singular directions are kept
+        assert (inside - torch.diag(inside.diag())).abs().max() < 0.1
+        assert inside.diag().min() > 0.6 and inside.diag().max() < 1.3
+
+
+def test_batched_equals_one_by_one():
+    matrices = torch.randn(3, 5, 9, generator=torch.Generator().manual_seed(0))
+    together = orthogonal(matrices)
+    assert torch.allclose(together, torch.stack([orthogonal(m) for m in matrices]), atol=0.02)  # bfloat16
+
+
+def test_the_rest_is_adam():
+    torch.manual_seed(0)
+    start, target = torch.randn(7), torch.randn(7)
+    ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
+    muon = Muon([{"params": [ours]}], lr=0.1)
+    adam = torch.optim.Adam([theirs], lr=0.1)
+    for _ in range(20):
+        for p, optimizer in ((ours, muon), (theirs, adam)):
+            optimizer.zero_grad()
+            (p - target).square().sum().backward()
+            optimizer.step()
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_every_parameter_is_in_one_group():
+    model = Entroformer(named_config("tiny-parallel", **MICRO))
+    groups = build_optimizer(model, "muon", 1e-3).param_groups
+    members = [id(p) for group in groups for p in group["params"]]
+    assert sorted(members) == sorted(id(p) for p in model.parameters())
+    orthogonal_ones = {id(p) for group in groups if group["orthogonal"] for p in group["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in orthogonal_ones}
+    assert "g_a.0.weight" in names and "h_s.embed.weight" in names
+    assert not any("z_prior" in name or "norm" in name or "positions" in name for name in names)
+    assert [g["lr"] for g in groups if g["fixed"]] == [1e-3]
