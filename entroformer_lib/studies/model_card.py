@@ -5,6 +5,7 @@ python -m entroformer_lib.studies.model_card runs/tiny-parallel tiny-parallel --
 
 import dataclasses
 import json
+import math
 import shlex
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from entroformer_lib.studies.provenance import provenance
 from entroformer_lib.studies.rate_distortion import evaluate_picture, jpeg_psnr_db, pictures_to_test
 from entroformer_lib.training.config import TrainConfig
 
-CURVE_POINTS = 24
+CURVE_POINTS = 60
 
 
 def publish(run: Positional[Path], name: Positional[str], kodak: Path, data: str = "", limits: str = "") -> None:
@@ -78,7 +79,8 @@ def training_curve(log: Path) -> list[dict]:
         means = {
             k: round(sum(r[k] for r in part) / len(part), 4) for k in ("rd_loss", "bpp", "psnr_db") if k in part[0]
         }
-        curve.append({"step": part[-1]["step"], "lmbda": part[-1]["lmbda"], **means})
+        minutes = round(part[-1]["seconds"] / 60, 2)
+        curve.append({"step": part[-1]["step"], "minutes": minutes, "lmbda": part[-1]["lmbda"], **means})
     return curve
 
 
@@ -135,11 +137,11 @@ def card_text(name: str, card: dict, rows: list[dict]) -> str:
             f"| {r['psnr_db']:.2f} | {r['ms_ssim']:.4f} "
             f"| {r['jpeg_psnr_db']:.2f} | {r['jpeg_optimised_psnr_db']:.2f} |"
         )
-    lines += ["", "## Training", "", "| up to step | lmbda | loss | bpp | PSNR dB |", "| --- | --- | --- | --- | --- |"]
-    lines += [
-        f"| {p['step']} | {p['lmbda']} | {p['rd_loss']:.3f} | {p['bpp']:.3f} | {p.get('psnr_db', float('nan')):.2f} |"
-        for p in card["curve"]
-    ]
+    heading = "| up to step | minutes | loss | bpp | PSNR dB |"
+    lines += ["", "## Training", "", heading, "| --- | --- | --- | --- | --- |"]
+    for p in card["curve"]:
+        minutes, psnr = p.get("minutes", math.nan), p.get("psnr_db", math.nan)
+        lines.append(f"| {p['step']} | {minutes:.1f} | {p['rd_loss']:.3f} | {p['bpp']:.3f} | {psnr:.2f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from entroformer_lib.views.style import SEQUENTIAL, TWO_COLUMNS, new_figure, styled
+from entroformer_lib.views.style import COLOURS, GREYS, SEQUENTIAL, TWO_COLUMNS, NotebookFigure, new_figure, styled
 
 
 @styled
@@ -54,6 +54,100 @@ def bits_map(picture: Image.Image, bits: np.ndarray) -> Figure:
     bar = figure.colorbar(image, ax=axes[1], shrink=0.9)
     bar.set_label("bits (all channels of one site of y)")
     bar.outline.set_visible(False)
+    return figure
+
+
+@styled
+def training(rows: list[dict], pictures: list[tuple[int, Image.Image]] = (), xlabel: str = "step") -> Figure:
+    """A run so far: loss, rate and PSNR over the steps, and below it reconstructions with the step they are from.
+
+    Args:
+        rows: of the log: step, rd_loss, bpp, psnr_db.
+        pictures: (step, picture); at most five are shown, spread over the run.
+        xlabel: what the rows' `step` counts.
+    """
+    chosen = [pictures[i] for i in np.linspace(0, len(pictures) - 1, min(5, len(pictures))).round().astype(int)]
+    figure = NotebookFigure(figsize=(TWO_COLUMNS, 1.9 + (1.5 if chosen else 0)))
+    upper, *lower = figure.subfigures(
+        2 if chosen else 1, 1, squeeze=False, height_ratios=[1.9, 1.5][: 1 + bool(chosen)]
+    )[:, 0]
+    steps = [row["step"] for row in rows]
+    panels = (("rd_loss", "loss: bpp + lmbda 255² MSE", "log"), ("bpp", "rate, bits per pixel", "linear"))
+    for axes, (key, label, scale), colour in zip(
+        upper.subplots(1, 3), (*panels, ("psnr_db", "PSNR, dB", "linear")), COLOURS, strict=False
+    ):
+        axes.plot(steps, [row[key] for row in rows], color=colour)
+        axes.set(xlabel=xlabel, title=label, yscale=scale)
+    if chosen:
+        for axes, (step, picture) in zip(lower[0].subplots(1, len(chosen), squeeze=False)[0], chosen, strict=True):
+            _picture(axes, picture, f"step {step}")
+    return figure
+
+
+@styled
+def rate_distortion(measured: list, published: list, quality: str = "PSNR, dB") -> Figure:
+    """Rate against quality: measured here with points and full lines, published ones thin and dashed.
+
+    The range is that of the measured ones.
+
+    Args:
+        measured, published: curves with label, bpp and quality (`studies.bd.Curve`).
+        quality: label of the upright axis.
+    """
+    figure, axes = new_figure(TWO_COLUMNS * 0.75, 3.6)
+    most = 1.15 * max(max(curve.bpp) for curve in measured)
+    least_quality = min(min(curve.quality) for curve in measured) - 1
+    for i, curve in enumerate(published):
+        colour = GREYS[i % len(GREYS)]
+        bpp = np.array(curve.bpp)
+        inside = bpp <= most
+        axes.plot(bpp[inside], np.array(curve.quality)[inside], "--", color=colour, linewidth=0.9)
+        end = inside.nonzero()[0][-1]
+        axes.annotate(
+            f"{curve.label} (published)",
+            (bpp[end], curve.quality[end]),
+            xytext=(4, 0),
+            textcoords="offset points",
+            color=colour,
+            fontsize=6.5,
+            va="center",
+            annotation_clip=False,
+        )
+    for curve, colour, marker in zip(measured, COLOURS, "osD^v", strict=False):
+        axes.plot(
+            curve.bpp, curve.quality, marker=marker, color=colour, label=f"{curve.label} (measured)", markersize=4
+        )
+    axes.set(xlim=(0, most), xlabel="bits per pixel (whole files)", ylabel=quality)
+    axes.set_ylim(bottom=least_quality)
+    axes.grid(alpha=0.25, linewidth=0.5)
+    axes.legend(loc="upper left")
+    return figure
+
+
+@styled
+def differences(names: list[str], percent: list[float], spread: float | None = None, label: str = "") -> Figure:
+    """Horizontal bars of differences from a baseline in percent; the grey band is what another seed changes."""
+    figure, axes = new_figure(TWO_COLUMNS * 0.75, 0.25 * len(names) + 0.7)
+    order = np.argsort(percent)[::-1]
+    values = [percent[i] for i in order]
+    axes.barh(range(len(names)), values, color=[COLOURS[1] if v > 0 else COLOURS[0] for v in values], height=0.65)
+    for row, value in enumerate(values):
+        axes.annotate(
+            f"{value:+.1f}%",
+            (value, row),
+            xytext=(3 if value >= 0 else -3, 0),
+            textcoords="offset points",
+            va="center",
+            ha="left" if value >= 0 else "right",
+            fontsize=7,
+        )
+    if spread is not None:
+        axes.axvspan(-abs(spread), abs(spread), color="0.85", zorder=0, label="another seed")
+        axes.legend(loc="lower right")
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(names)), [names[i] for i in order])
+    axes.margins(x=0.15)
+    axes.set_xlabel(label)
     return figure
 
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 ONE_COLUMN, TWO_COLUMNS = 3.5, 7.2  # inches
 # Okabe and Ito's palette, dark ones first
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+GREYS = ("0.25", "0.45", "0.6", "0.35", "0.55")  # for what is not ours
 SEQUENTIAL = "cividis"  # for maps: even in grey, the same to colour-blind readers
 
 RC = {

@@ -1,0 +1,56 @@
+"""The delta between curves, checked on published ones and on cases with a known answer."""
+
+import pytest
+
+from entroformer_lib.errors import DataError
+from entroformer_lib.studies.bd import Curve, compare, decibels, measured_curve, published_curves
+
+
+@pytest.mark.parametrize("test, anchor, percent", [
+    ("VTM 9.1 (VVC)", "BPG 4:4:4", -18.02),
+    ("Entroformer, serial (authors)", "BPG 4:4:4", -18.04),
+    ("Entroformer, serial (authors)", "VTM 9.1 (VVC)", 1.42),
+    ("Entroformer, serial (authors)", "JPEG", -64.70),
+])  # fmt: skip
+def test_published_curves(test, anchor, percent):
+    curves = published_curves()
+    assert compare(curves[test], curves[anchor]).rate_percent == pytest.approx(percent, abs=0.01)
+
+
+def test_known_answers():
+    curve = Curve("a", (0.1, 0.2, 0.4, 0.8), (28.0, 30.0, 32.0, 34.0))
+    assert compare(curve, curve).rate_percent == pytest.approx(0)
+    dearer = Curve("b", tuple(1.1 * v for v in curve.bpp), curve.quality)
+    result = compare(dearer, curve)
+    assert result.rate_percent == pytest.approx(10) and (result.low, result.high) == (28, 34)
+    better = Curve("c", curve.bpp, tuple(v + 1 for v in curve.quality))
+    assert compare(better, curve).quality_db == pytest.approx(1)
+    assert "c against a" in str(compare(better, curve)) and "pchip, 29.00 to 34.00 dB" in str(compare(better, curve))
+
+
+@pytest.mark.parametrize("curve, sentence", [
+    (Curve("few", (0.1, 0.2, 0.3), (20, 21, 22)), "few has 3 points"),
+    (Curve("folded", (0.1, 0.2, 0.3, 0.4), (30, 31, 30.5, 33)), "quality of folded does not rise from its point 2"),
+    (Curve("back", (0.1, 0.3, 0.2, 0.4), (30, 31, 32, 33)), "rate of back does not rise"),
+    (Curve("far", (0.1, 0.2, 0.3, 0.4), (50, 51, 52, 53)), "no quality and rate in common"),
+])  # fmt: skip
+def test_curves_without_an_answer(curve, sentence):
+    anchor = Curve("anchor", (0.1, 0.2, 0.4, 0.8), (28.0, 30.0, 32.0, 34.0))
+    with pytest.raises(DataError, match=sentence):
+        compare(curve, anchor)
+
+
+def test_every_published_curve_has_a_source_and_rises():
+    for metric in ("psnr", "ms_ssim"):
+        for curve in published_curves(metric=metric, optimised_for=("mse", "ms-ssim", "codec")).values():
+            assert curve.source and list(curve.bpp) == sorted(curve.bpp)
+
+
+def test_measured_points():
+    rows = {
+        "0.02": {"bpp": 0.5, "psnr_db": 32.0, "ms_ssim": 0.99},
+        "0.01": {"bpp": 0.3, "psnr_db": 30.0, "ms_ssim": 0.9},
+    }
+    assert measured_curve("ours", rows).quality == (30.0, 32.0)
+    assert measured_curve("ours", rows, "ms_ssim").quality == pytest.approx((10.0, 20.0))
+    assert decibels(0.999) == pytest.approx(30)
