@@ -13,7 +13,7 @@ from entroformer_lib.models.config import named_config
 from entroformer_lib.models.entroformer import Entroformer
 
 MICRO = dict(N=16, M=24, Z=12, dim=24, heads=2, top_k=6, hyper_top_k=(6, 6, 6), context_layers=2)
-VARIANTS = ("serial", "parallel", "hyperprior", "context")
+VARIANTS = ("serial", "parallel", "hyperprior", "context", "cnn")
 
 
 def micro_model(variant: str = "parallel", preset: str = "paper", seed: int = 0, **overrides) -> Entroformer:

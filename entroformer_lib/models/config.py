@@ -12,7 +12,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from entroformer_lib.errors import ConfigError
 
-Context = Literal["serial", "parallel", "none"]
+Context = Literal["serial", "parallel", "cnn", "none"]
 Position = Literal["none", "absolute", "relative_1d", "relative_2d", "diamond"]
 
 
@@ -24,7 +24,8 @@ class EntroformerConfig:
         ConfigError: a value outside its field's type, or a combination that cannot be built.
     """
 
-    context: Context = "serial"  # serial: causal, one site a step; parallel: checkerboard, two passes (section 3.4)
+    # serial: causal, one site a step; parallel: checkerboard, two passes (section 3.4); cnn: a masked 5x5 convolution
+    context: Context = "serial"
     hyperprior: bool = True  # False leaves only the context model (Figure 5, right)
 
     # Sizes (Table 5)
@@ -84,7 +85,7 @@ class EntroformerConfig:
 
     @property
     def variant(self) -> str:
-        """`serial`, `parallel`, `hyperprior` (no context), or `context-serial` / `context-parallel` (no hyperprior)."""
+        """`serial`, `parallel`, `cnn`, `hyperprior` (no context), or `context-serial` and so on (no hyperprior)."""
         if self.context == "none":
             return "hyperprior"
         return self.context if self.hyperprior else f"context-{self.context}"
@@ -151,6 +152,7 @@ SIZES = {
 VARIANTS = {
     "serial": dict(context="serial"),
     "parallel": dict(context="parallel"),
+    "cnn": dict(context="cnn"),
     "hyperprior": dict(context="none"),
     "context": dict(context="serial", hyperprior=False),
 }
@@ -173,7 +175,7 @@ def named_config(name: str, preset: str = "paper", **overrides) -> EntroformerCo
     """Config of a name such as `base-serial` or `tiny-parallel`, with fields replaced by keyword.
 
     Args:
-        name: `{base, study, tiny}-{serial, parallel, hyperprior, context}`.
+        name: `{base, study, tiny}-{serial, parallel, cnn, hyperprior, context}`.
         preset: `paper` (as written) or `official` (as released).
         overrides: any fields of EntroformerConfig.
 
@@ -194,3 +196,23 @@ def named_config(name: str, preset: str = "paper", **overrides) -> EntroformerCo
         values.update(hyper_top_k=(k, k // 2, max(2, k // 4)), hyper_radius=(3, 2, 2))
     values.update(_known(overrides, EntroformerConfig))
     return EntroformerConfig(**values)
+
+
+def parse_fields(words: tuple[str, ...]) -> dict:
+    """Fields of a config as typed: ("position=none", "top_k=64")  ->  {"position": "none", "top_k": 64}.
+
+    A value is JSON where it can be (`top_k=null` is dense attention), and a plain word otherwise.
+
+    Raises:
+        ConfigError: a word without "=".
+    """
+    values = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals:
+            raise ConfigError(f"A field of the config is given as name=value, not as '{word}'.")
+        try:
+            values[name] = json.loads(text)
+        except ValueError:
+            values[name] = text
+    return values

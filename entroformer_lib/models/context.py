@@ -3,15 +3,24 @@
 Serial (section 3.1): sites in raster order, each sees those before it. Parallel (section 3.4, Figure 4): a
 checkerboard, its first half known from the hyperprior alone, its second half sees all of the first.
 
-Both offer `forward`, which computes the features of all sites at once, for training and for study, and `code`, the
+CNN (the baseline of Table 1): a masked 5x5 convolution in the place of the serial transformer.
+
+All offer `forward`, which computes the features of all sites at once, for training and for study, and `code`, the
 steps that encoder and decoder take together. In `code` a callback `exchange(sites, hyper, context)` stands for the
 entropy coder: it turns the features of some sites into their latents, either by decoding them or, in the encoder, by
 writing down those it knows. Both sides run the same lines, so they cannot come apart.
+
+`forward` also takes `missing`: sites whose latents nobody may use. Their token enters as zero and no other token sees
+it, in any layer; they are still predicted. (Hiding an offset from every query instead, layer by layer, does not hide
+it: other tokens have seen the latent and pass it on, and in the serial model the query's own token carries the latent
+before its site.)
 """
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
+from compressai.layers import MaskedConv2d
 from torch import Tensor, nn
 
 from entroformer_lib.models.attention import Stack
@@ -45,15 +54,17 @@ class SerialContext(nn.Module):
         nn.init.trunc_normal_(self.start, std=0.02)
         self.stack = Stack(c, c.context_layers, c.top_k, c.radius)
 
-    def forward(self, y_hat: Tensor, kept: Tensor | None = None) -> Tensor:
+    def forward(self, y_hat: Tensor, kept: Tensor | None = None, missing: Tensor | None = None) -> Tensor:
         """kept: bool [B, 1, h, w], for the random-mask pretraining (A.5). Latents that are not kept enter as zero and
-        get no context feature: the hyperprior alone predicts them."""
+        get no context feature: the hyperprior alone predicts them. missing: bool [B, 1, h, w], see above."""
         B, M, h, w = y_hat.shape
         if kept is not None:
             y_hat = y_hat * kept
+        if missing is not None:
+            y_hat = y_hat * ~missing
         tokens = self.embed(y_hat.flatten(2).transpose(1, 2))  # [B, n, D]
         number = torch.arange(h * w, device=y_hat.device)
-        tokens = self.stack(tokens, grid_sites(h, w, y_hat.device), visible=lambda i: number <= i[:, None])
+        tokens = self.stack(tokens, grid_sites(h, w, y_hat.device), visible=_causal(number, missing))
         feature = torch.cat((self.start.expand(B, -1, -1), tokens[:, :-1]), dim=1)  # the shift
         feature = feature.transpose(1, 2).reshape(B, -1, h, w)
         return feature if kept is None else feature * kept
@@ -88,15 +99,17 @@ class ParallelContext(nn.Module):
         self.embed = nn.Linear(c.M, c.dim)
         self.stack = Stack(c, c.context_layers, c.top_k, c.radius)
 
-    def forward(self, y_hat: Tensor, kept: Tensor | None = None) -> Tensor:
+    def forward(self, y_hat: Tensor, kept: Tensor | None = None, missing: Tensor | None = None) -> Tensor:
         """kept: bool [B, 1, h, w], the sites that serve as context instead of the checkerboard's; for the random-mask
-        pretraining (A.5, carried over to the parallel model: the kept half is predicted by the hyperprior alone)."""
+        pretraining (A.5, carried over to the parallel model: the kept half is predicted by the hyperprior alone).
+        missing: bool [B, 1, h, w], see above."""
         B, M, h, w = y_hat.shape
         if kept is None:
             kept = first_slice(h, w, y_hat.device).expand(1, 1, h, w)
-        tokens = self.embed((y_hat * kept).flatten(2).transpose(1, 2))  # [B, n, D]
+        known = kept if missing is None else kept & ~missing
+        tokens = self.embed((y_hat * known).flatten(2).transpose(1, 2))  # [B, n, D]
         number = torch.arange(h * w, device=y_hat.device)
-        context = kept.flatten(2)[:, :, None]  # [B or 1, 1, 1, n]
+        context = known.flatten(2)[:, :, None]  # [B or 1, 1, 1, n]
         tokens = self.stack(tokens, grid_sites(h, w, y_hat.device), visible=lambda i: context | (number == i[:, None]))
         return tokens.transpose(1, 2).reshape(B, -1, h, w) * ~kept
 
@@ -122,6 +135,57 @@ class ParallelContext(nn.Module):
         return latents
 
 
+def _causal(number: Tensor, missing: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """Token i sees those up to itself; of the missing ones only itself.  number: [n], missing: [B, 1, h, w] or None"""
+    if missing is None:
+        return lambda i: number <= i[:, None]
+    there = ~missing.flatten(2)[:, :, None]  # [B, 1, 1, n]
+    return lambda i: (number < i[:, None]) & there | (number == i[:, None])
+
+
+class CnnContext(nn.Module):
+    """The context model of Minnen et al. 2018: a 5x5 convolution that sees the 12 sites before its own.
+
+    The baseline of Table 1. It stands in the transformer's place, so its feature has D channels (Minnen: 2 M).
+
+    y_hat: [B, M, h, w]  ->  context feature: [B, D, h, w]
+    """
+
+    def __init__(self, c: EntroformerConfig):
+        super().__init__()
+        self.convolution = MaskedConv2d(c.M, c.dim, kernel_size=5, padding=2)  # mask type A: its own site is hidden
+
+    def forward(self, y_hat: Tensor, kept: Tensor | None = None, missing: Tensor | None = None) -> Tensor:
+        """kept, missing: bool [B, 1, h, w], see SerialContext; a missing latent enters as zero, as the border does."""
+        if kept is not None:
+            y_hat = y_hat * kept
+        if missing is not None:
+            y_hat = y_hat * ~missing
+        feature = F.conv2d(y_hat, self._weight(), self.convolution.bias, padding=2)
+        return feature if kept is None else feature * kept
+
+    def code(self, height: int, width: int, exchange: Exchange) -> Tensor:
+        """One site at a time.  ->  y_hat: [n, M]"""
+        weight, bias = self._weight(), self.convolution.bias  # [D, M, 5, 5]
+        M = weight.size(1)
+        known = weight.new_zeros(1, M, height + 4, width + 4)  # with the border
+        coded = []
+        for i in range(height * width):
+            row, column = divmod(i, width)
+            with stage("context"):
+                feature = F.conv2d(known[:, :, row : row + 5, column : column + 5], weight, bias)  # [1, D, 1, 1]
+            coded.append(exchange(torch.tensor([i]), feature))  # [1, M]
+            known[0, :, row + 2, column + 2] = coded[-1][0]
+            tell("sites", i + 1, height * width)
+        return torch.cat(coded)
+
+    def _weight(self) -> Tensor:
+        """The kernel with its mask. (CompressAI's forward overwrites the weights instead, and lets the hidden taps have
+        a gradient, which an optimizer of whole matrices would mix into the others.)"""
+        return self.convolution.weight * self.convolution.mask
+
+
 def build_context(c: EntroformerConfig) -> nn.Module | None:
     """The context model a config asks for, or None."""
-    return {"serial": SerialContext, "parallel": ParallelContext, "none": lambda c: None}[c.context](c)
+    kinds = {"serial": SerialContext, "parallel": ParallelContext, "cnn": CnnContext, "none": lambda c: None}
+    return kinds[c.context](c)

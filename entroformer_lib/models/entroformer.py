@@ -138,11 +138,16 @@ class Entroformer(CompressionModel):
         return {"x_hat": float_or_wider(self.g_s(y_hat * inverse)), "likelihoods": likelihoods}
 
     def likelihoods(
-        self, y: Tensor, noise: dict[str, Tensor] | None = None, kept: Tensor | None = None
+        self,
+        y: Tensor,
+        noise: dict[str, Tensor] | None = None,
+        kept: Tensor | None = None,
+        missing: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The entropy model alone, without g_a and g_s: what `forward` does with the latents.
 
-        y: [B, M, H/16, W/16], not yet rounded  ->  likelihoods as `forward` returns them, and y_hat.
+        y: [B, M, H/16, W/16], not yet rounded; missing: bool [B, 1, H/16, W/16], latents that nobody may use as
+        context, see the context models  ->  likelihoods as `forward` returns them, and y_hat.
         """
         likelihoods = {}
         hyper = None
@@ -154,7 +159,7 @@ class Entroformer(CompressionModel):
                 likelihoods["z"] = self.z_prior.likelihood(self._noisy(z, z_hat, noise, "z"))
             hyper = self.h_s(z_hat)
         y_hat = ste_round(float_or_wider(y))
-        context = None if self.context_model is None else self.context_model(y_hat, kept)
+        context = None if self.context_model is None else self.context_model(y_hat, kept, missing)
         means, scales = self.entropy_parameters(hyper, context)
         with torch.autocast(y.device.type, enabled=False):
             likelihoods["y"] = self.gaussian(self._noisy(float_or_wider(y), y_hat, noise, "y"), means, scales)

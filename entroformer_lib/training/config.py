@@ -12,11 +12,13 @@ class TrainConfig:
     """
 
     data: str
-    """Pictures to train on: a folder, a .txt list, a .tar, a glob of tars."""
+    """Pictures to train on: a folder, a .txt list, a .tar, a glob of tars. On latents: only a word for the card."""
     out: str
     """Folder of the run. The same command again continues it."""
     model: str = "tiny-parallel"
-    """Size and variant: {base, study, tiny}-{serial, parallel, hyperprior, context}."""
+    """Size and variant: {base, study, tiny}-{serial, parallel, cnn, hyperprior, context}."""
+    architecture: tuple[str, ...] = ()
+    """Fields of the architecture to change, such as: position=none top_k=64."""
     preset: Literal["paper", "official"] = "paper"
     lmbda: float = 0.0035
     """Weight of the distortion: 255^2 * MSE, or 1 - MS-SSIM."""
@@ -47,6 +49,14 @@ class TrainConfig:
     """Weight of the distortion meanwhile, for a high-rate start; default: lmbda."""
     pretrain_mask: float = 0.5
     """Share of the latents masked meanwhile."""
+    transforms: str | None = None
+    """A model whose g_a, g_s and gains are taken and kept frozen; with @ and a lambda, at that rate alone. Only the
+    entropy model is trained, on `latents`, by its rate."""
+    latents: str | None = None
+    """Folder of the latents of these transforms, written by python -m entroformer_lib.training.latents."""
+    missing: float = 0.0
+    """Each crop hides a random share of its latents, up to this one, from all the others: for what a position is worth.
+    Only on latents."""
     init: str | None = None
     """Weights to finetune from: a name of `entroformer models` or a .safetensors file."""
     seed: int = 0
@@ -79,4 +89,4 @@ class TrainConfig:
 
 
 # These may differ when a run is continued. (With another batch it goes on, but not as if it had never stopped.)
-RUNTIME_FIELDS = {"out", "data", "batch", "accelerator", "devices", "checkpoint_seconds", "log_every"}
+RUNTIME_FIELDS = {"out", "data", "latents", "batch", "accelerator", "devices", "checkpoint_seconds", "log_every"}

@@ -292,6 +292,16 @@ def random_kept(samples: range, size: tuple[int, int], fraction: float, seed: in
     return torch.stack(masks).to(device)
 
 
+def random_missing(samples: range, size: tuple[int, int], largest: float, seed: int, device="cpu") -> Tensor:
+    """Latents hidden from the others as context, True = hidden: bool [B, 1, h, w]. Each sample has a share of its own,
+    uniform in [0, largest], so that the model knows whole context, single gaps and many."""
+    masks = []
+    for g in samples:
+        rng = np.random.default_rng((seed, 6, g))
+        masks.append(torch.from_numpy(rng.random((1, *size)) < rng.uniform(0, largest)))
+    return torch.stack(masks).to(device)
+
+
 def random_levels(samples: range, count: int, seed: int) -> list[int]:
     """Which of `count` rates each sample of a variable-rate run has. All come up equally often in every `count`
     samples, so that the mean of a batch's losses jumps less."""

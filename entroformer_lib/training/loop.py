@@ -22,14 +22,25 @@ from tqdm import tqdm
 from entroformer_lib.errors import TrainingError
 from entroformer_lib.files import replacing
 from entroformer_lib.memory import keep_freed_memory
+from entroformer_lib.models.config import parse_fields
 from entroformer_lib.models.entroformer import Entroformer, build_model
 from entroformer_lib.models.gain import RateGain
 from entroformer_lib.models.zoo import device_name, load_model, save_weights
 from entroformer_lib.training.config import RUNTIME_FIELDS, TrainConfig
-from entroformer_lib.training.data import PreloadedCrops, StreamedCrops, random_kept, random_levels, uniform_noise
-from entroformer_lib.training.loss import TrainingStep
+from entroformer_lib.training.data import (
+    PreloadedCrops,
+    StreamedCrops,
+    random_kept,
+    random_levels,
+    random_missing,
+    uniform_noise,
+)
+from entroformer_lib.training.latents import LatentCrops, frozen_transforms, trained_lmbda, with_transforms
+from entroformer_lib.training.loss import RateStep, TrainingStep
 from entroformer_lib.training.optimizer import build_optimizer
 from entroformer_lib.training.schedule import learning_rate_factor
+
+Crops = PreloadedCrops | StreamedCrops | LatentCrops
 
 
 def train(config: TrainConfig, progress: bool = True, watch: Callable[[dict, Entroformer], None] | None = None) -> Path:
@@ -59,19 +70,29 @@ def train(config: TrainConfig, progress: bool = True, watch: Callable[[dict, Ent
     optimizer = build_optimizer(model, config.optimizer, config.lr)
     for part in (model.g_a, model.g_s):
         part.to(memory_format=torch.channels_last)
-    step_module, optimizer = fabric.setup(TrainingStep(model, config.metric, config.precision == "bfloat16"), optimizer)
+    bf16 = config.precision == "bfloat16"
+    goal = RateStep(model, bf16) if config.transforms else TrainingStep(model, config.metric, bf16)
+    step_module, optimizer = fabric.setup(goal, optimizer)
     step_module.train()
     run = Run(config, fabric, model, step_module, optimizer)
     first = run.resume()
+    return run.go(_pictures(config, model, fabric), first, progress and fabric.is_global_zero, watch)
+
+
+def _pictures(config: TrainConfig, model: Entroformer, fabric: Fabric) -> Crops:
+    if config.transforms:
+        return LatentCrops(Path(config.latents), model, config.crop, config.seed, fabric.device)
     largest = max(crop for _, crop in config.crops)
-    crops = (PreloadedCrops if config.preload else StreamedCrops)(config.data, largest, config.seed, fabric.device)
-    return run.go(crops, first, progress and fabric.is_global_zero, watch)
+    return (PreloadedCrops if config.preload else StreamedCrops)(config.data, largest, config.seed, fabric.device)
 
 
 def _initial_model(config: TrainConfig) -> Entroformer:
     lmbdas = tuple(config.lmbdas)
     if config.init is None:
-        return build_model(config.model, config.preset, lmbdas=lmbdas)
+        fields = {"lmbdas": lmbdas, **parse_fields(config.architecture)}
+        if config.transforms is None:
+            return build_model(config.model, config.preset, **fields)
+        return with_transforms(frozen_transforms(config.transforms), config.model, config.preset, **fields)
     model = load_model(config.init, device="cpu")
     if lmbdas in ((), model.config.lmbdas):
         return model
@@ -92,6 +113,14 @@ def _check(config: TrainConfig, out: Path, fabric: Fabric) -> None:
             raise TrainingError(f"MS-SSIM needs crops above 160 pixels, and the crop is {crop}.")
         if crop < 64 or crop % 64:
             raise TrainingError(f"The crop must be a multiple of 64 pixels, and is {crop}.")
+    if (config.transforms is None) != (config.latents is None):
+        raise TrainingError("Frozen transforms and the latents they gave go together: set both or none of the two.")
+    if config.transforms and (config.init or config.last_crop or config.pretrain_lmbda is not None):
+        raise TrainingError("On latents of frozen transforms there is no init, last_crop or pretrain_lmbda.")
+    if config.init and config.architecture:
+        raise TrainingError("The architecture of init's weights cannot be changed.")
+    if config.missing and not config.transforms or not 0 <= config.missing < 1:
+        raise TrainingError("missing is a share below 1, and goes with the latents of frozen transforms.")
     if config.lmbdas and config.pretrain_lmbda is not None:
         raise TrainingError("pretrain_lmbda goes with one lmbda; with lmbdas the high rates are trained all along.")
     if not 0 <= config.ema < 1:
@@ -103,7 +132,8 @@ def _check(config: TrainConfig, out: Path, fabric: Fabric) -> None:
         out.mkdir(parents=True, exist_ok=True)
         saved = out / "config.json"
         if saved.exists():
-            was = json.loads(saved.read_text())
+            young = {"architecture": [], "missing": 0.0}  # fields that runs of earlier versions do not have
+            was = {**young, **json.loads(saved.read_text())}
             changed = [k for k, v in json.loads(text).items() if was.get(k) != v and k not in RUNTIME_FIELDS]
             if changed:
                 raise TrainingError(
@@ -143,7 +173,7 @@ class Run:
         self.signal: int | None = None
         self.seconds = 0.0  # training time of earlier starts
 
-    def go(self, crops: PreloadedCrops | StreamedCrops, first: int, progress: bool, watch=None) -> Path:
+    def go(self, crops: Crops, first: int, progress: bool, watch=None) -> Path:
         c = self.config
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         bar = tqdm(total=c.steps, initial=first, disable=not progress, unit="step", file=sys.stderr)
@@ -178,7 +208,7 @@ class Run:
                 signal.signal(s, handler)
         return self._finish()
 
-    def _crops(self, crops: PreloadedCrops | StreamedCrops, first: int) -> Iterator[tuple[int, torch.Tensor]]:
+    def _crops(self, crops: Crops, first: int) -> Iterator[tuple[int, torch.Tensor]]:
         """Step and batch, from step `first` on."""
         for all_steps, crop in self.config.crops:
             steps = range(max(first, all_steps.start), all_steps.stop)
@@ -192,11 +222,11 @@ class Run:
         return range(start, start + share)
 
     def step(self, x: torch.Tensor, step: int) -> dict:
-        """One step on crops [B, 3, h, w].  ->  the terms of the loss"""
+        """One step on crops [B, 3, h, w], or latents [B, M, h / 16, w / 16].  ->  the terms of the loss"""
         c, device, samples = self.config, self.fabric.device, self.samples(step)
         torch.manual_seed(hash((c.seed, step)) % 2**63)  # what is left to chance inside the model: k's jitter
         x = x.contiguous(memory_format=torch.channels_last)
-        h, w = x.size(2) // 16, x.size(3) // 16
+        h, w = (side // (1 if c.transforms else 16) for side in x.shape[2:])
         shapes = {"y": (self.model.config.M, h, w)}
         if self.model.config.hyperprior:
             shapes["z"] = (self.model.config.Z, h // 4, w // 4)
@@ -204,17 +234,21 @@ class Run:
         masked = c.pretraining(step) and self.model.context_model is not None
         kept = random_kept(samples, (h, w), c.pretrain_mask, c.seed, device) if masked else None
 
-        lmbda, level = c.lmbda_at(step), None
-        if c.lmbdas:
-            level = torch.tensor(random_levels(samples, len(c.lmbdas), c.seed), device=device)
-            lmbda = torch.tensor(c.lmbdas, device=device)[level]
+        lmbda, level, lmbdas = c.lmbda_at(step), None, self.model.config.lmbdas
+        if lmbdas:
+            level = torch.tensor(random_levels(samples, len(lmbdas), c.seed), device=device)
+            lmbda = torch.tensor(lmbdas, device=device)[level]
 
         lr = c.lr * learning_rate_factor(step, c.steps, decay=c.decay, schedule=c.schedule)
         for group in self.optimizer.param_groups:
             if not group["fixed"]:
                 group["lr"] = lr
         try:
-            terms = self.step_module(x, lmbda, noise, kept, level)
+            if c.transforms:
+                missing = random_missing(samples, (h, w), c.missing, c.seed, device) if c.missing else None
+                terms = self.step_module(x, noise, kept, level, missing)
+            else:
+                terms = self.step_module(x, lmbda, noise, kept, level)
             self.fabric.backward(terms["loss"])
         except torch.OutOfMemoryError:
             raise TrainingError(self._too_large(x)) from None
@@ -237,7 +271,8 @@ class Run:
         while batch:
             self.optimizer.zero_grad()
             try:
-                self.fabric.backward(self.step_module(x[:batch], self.config.lmbda)["loss"])
+                words = () if self.config.transforms else (self.config.lmbda,)
+                self.fabric.backward(self.step_module(x[:batch], *words)["loss"])
                 break
             except torch.OutOfMemoryError:
                 batch //= 2
@@ -305,9 +340,12 @@ class Run:
             seconds = torch.load(self.out / "checkpoint.pt", weights_only=True)["seconds"]
             if self.mean is not None:
                 self.mean.give_to(self.model)
+            lmbda = None if self.model.config.lmbdas else self.config.lmbda
+            if self.config.transforms and lmbda:
+                lmbda = trained_lmbda(self.config.transforms)
             card = {
                 "training": dataclasses.asdict(self.config),
-                "lmbda": None if self.config.lmbdas else self.config.lmbda,
+                "lmbda": lmbda,
                 "metric": self.config.metric,
                 "train_seconds": round(seconds, 1),
                 "device": device_name(self.fabric.device),

@@ -12,6 +12,39 @@ def psnr_db(mse: Tensor) -> Tensor:
     return -10 * torch.log10(mse)
 
 
+def rates(likelihoods: dict[str, Tensor], pixels: int) -> dict[str, Tensor]:
+    """Bits per pixel of each picture, {"bpp_y": [B], "bpp_z": [B]}."""
+    return {f"bpp_{k}": p.log().flatten(1).sum(1) / (-math.log(2) * pixels) for k, p in likelihoods.items()}
+
+
+class RateStep(nn.Module):
+    """The entropy model alone on given latents, where the transforms are frozen: the loss is the rate."""
+
+    def __init__(self, model: nn.Module, bf16: bool = False):
+        super().__init__()
+        self.model, self.bf16 = model, bf16
+
+    def forward(
+        self,
+        y: Tensor,
+        noise: dict | None = None,
+        kept: Tensor | None = None,
+        level: Tensor | None = None,
+        missing: Tensor | None = None,
+    ) -> dict:
+        """y: [B, M, h, w] of g_a, before the gain  ->  scalars `loss`, `rd_loss` = `bpp`, `bpp_y`, `bpp_z`."""
+        with torch.autocast(y.device.type, torch.bfloat16, enabled=self.bf16):
+            likelihoods, _ = self.model.likelihoods(self.model.scaled(y, level), noise, kept, missing)
+        bpp = rates(likelihoods, pixels=256 * y.size(2) * y.size(3))
+        rate = sum(bpp.values()).mean()
+        return {
+            "loss": rate + self.model.aux_loss(),
+            "rd_loss": rate.detach(),
+            "bpp": rate.detach(),
+            **{name: value.detach().mean() for name, value in bpp.items()},
+        }
+
+
 class TrainingStep(nn.Module):
     """A model with its loss in one module, so that data parallelism sees a single forward pass.
 
@@ -42,7 +75,7 @@ class TrainingStep(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             out = self.model(x, noise=noise, kept=kept, level=level)
         pixels = x.size(2) * x.size(3)
-        bpp = {f"bpp_{k}": p.log().flatten(1).sum(1) / (-math.log(2) * pixels) for k, p in out["likelihoods"].items()}
+        bpp = rates(out["likelihoods"], pixels)
         rate = sum(bpp.values())  # [B]
         mse = (out["x_hat"] - x).square().flatten(1).mean(1)  # [B]
         if self.metric == "mse":

@@ -12,6 +12,8 @@ def build_optimizer(model: nn.Module, kind: str, lr: float) -> torch.optim.Optim
     """The optimizer of a run. The quantiles of the factorized prior form a group with a `fixed` learning rate."""
     matrices, others, quantiles = [], [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if name.endswith(".quantiles"):
             quantiles.append(parameter)
         elif kind == "muon" and _is_matrix(name, parameter):

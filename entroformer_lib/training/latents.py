@@ -1,0 +1,180 @@
+"""Latents computed once: training entropy models on equal terms, in minutes instead of hours.
+
+An entropy model learns from latents, and g_a costs more time than a small entropy model. So where only entropy models
+are compared, one model gives its transforms; they stay frozen, the latents of the training photographs are computed
+once and kept on disk, and every variant sees the same latents in the same order:
+
+    python -m entroformer_lib.training.latents --transforms tiny-parallel --data pictures/train --out runs/latents
+    entroformer train --transforms tiny-parallel --latents runs/latents --crop 256 --model tiny-serial \\
+        --architecture position=none ...
+
+What comes out is an ordinary model with these g_a and g_s. The difference to the paper: there, transforms and entropy
+model adapt to each other; here, the transforms have adapted to the entropy model they were first trained with.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from entroformer_lib.errors import DataError
+from entroformer_lib.files import replacing, write_bytes
+from entroformer_lib.models.config import named_config
+from entroformer_lib.models.entroformer import Entroformer
+from entroformer_lib.models.zoo import load_model
+from entroformer_lib.training.data import crop_of, picture_number, pictures_in
+
+DOWNSCALE = 0.5  # as in training on pictures
+
+
+def frozen_transforms(name: str) -> Entroformer:
+    """The model that gives g_a, g_s and its gains. A rate behind @ (`tiny-rates@0.013`) is worked into the kernels of
+    the last layer of g_a and the first of g_s, which makes transforms of one rate."""
+    model = load_model(name, device="cpu")
+    if "@" not in name:
+        return model
+    with torch.no_grad():
+        gain, inverse = (g[0] for g in model.gain(torch.tensor([model.level])))  # [M, 1, 1]
+        model.g_a[-1].weight.mul_(gain[..., None])  # [M, N, 5, 5]
+        model.g_a[-1].bias.mul_(gain[:, 0, 0])
+        model.g_s[0].weight.mul_(inverse[..., None])  # [M, N, 5, 5], input first
+    model.gain = None
+    return model
+
+
+def with_transforms(source: Entroformer, name: str, preset: str = "paper", **fields) -> Entroformer:
+    """A new model with an untrained entropy model behind the frozen transforms of another one.
+
+    Args:
+        source: gives g_a, g_s and gains, and with them N, M and lmbdas.
+        name, preset, fields: as `named_config` takes them.
+    """
+    c = source.config
+    fields = {**fields, "N": c.N, "M": c.M, "lmbdas": c.lmbdas if source.gain is not None else ()}
+    model = Entroformer(named_config(name, preset, **fields))
+    for part in ("g_a", "g_s", "gain"):
+        theirs = getattr(source, part)
+        if theirs is not None:
+            getattr(model, part).load_state_dict(theirs.state_dict())
+            getattr(model, part).requires_grad_(False)
+    return model
+
+
+def trained_lmbda(name: str) -> float | None:
+    """The lambda that transforms were trained for; None: several."""
+    _, _, lmbda = name.partition("@")
+    return float(lmbda) if lmbda else load_model(name, device="cpu").card.get("lmbda")
+
+
+def transforms_digest(model: Entroformer) -> str:
+    """SHA-256 over the weights of g_a and g_s. (Gains come after the latents, so they do not count.)"""
+    digest = hashlib.sha256()
+    for part in (model.g_a, model.g_s):
+        for name, tensor in sorted(part.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_latents(transforms: str, data: str, out: Path, crop: int = 256, per_picture: int = 4, seed: int = 0) -> Path:
+    """Computes y of random crops of every picture and keeps them in half precision. A finished cache is left as it is.
+
+    Args:
+        transforms: The model whose g_a is used; with @ and a lambda, at that rate.
+        data: Pictures, as for training.
+        out: Folder of the cache: latents.npy, [pictures, per_picture, M, h, w], and latents.json.
+        crop: Side of a crop in pixels. Pictures that are smaller are left out.
+        per_picture: Crops of each picture.
+        seed: Decides which crops.
+
+    Raises:
+        DataError: no picture is large enough, or the folder holds a cache of something else.
+    """
+    model = frozen_transforms(transforms)
+    wanted = {"transforms_sha256": transforms_digest(model), "crop": crop, "per_picture": per_picture, "seed": seed}
+    note = out / "latents.json"
+    if note.exists():
+        _check_note(note, wanted)
+        return out
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = [p for p in pictures_in(data) if min(p.shape[:2]) >= crop]
+    if not pictures:
+        raise DataError(f"No picture at {data} has {crop} pixels on both sides.")
+    shape = (len(pictures), per_picture, model.config.M, crop // 16, crop // 16)
+    with replacing(out / "latents.npy") as part:
+        table = np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=shape)
+        for i, picture in enumerate(tqdm(pictures, unit="picture")):
+            table[i] = latents_of(model, picture, crop, [(seed, i, j) for j in range(per_picture)])
+        table.flush()
+    words = {"transforms": transforms, "pictures": len(pictures), "shape": shape}
+    write_bytes(note, json.dumps({**wanted, **words}, indent=1).encode())
+    return out
+
+
+@torch.inference_mode()
+def latents_of(model: Entroformer, picture: np.ndarray, crop: int, seeds: list[tuple[int, ...]]) -> np.ndarray:
+    """y of one random crop for each seed.  picture: uint8 [H, W, 3]  ->  float16 [len(seeds), M, crop/16, crop/16]"""
+    pixels = torch.from_numpy(picture.transpose(2, 0, 1).copy())
+    crops = [crop_of(pixels, crop, DOWNSCALE, np.random.default_rng(s)) for s in seeds]
+    return model.g_a(torch.stack(crops)).half().numpy()
+
+
+def _check_note(note: Path, wanted: dict) -> dict:
+    """The cache's note, if it says what is wanted."""
+    try:
+        found = json.loads(note.read_text())
+    except (OSError, ValueError):
+        raise DataError(f"There is no whole cache of latents in {note.parent}.") from None
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            what = "transforms" if name == "transforms_sha256" else name
+            raise DataError(
+                f"The latents in {note.parent} were made with other {what} ({str(found.get(name))[:12]}, "
+                f"and not {str(value)[:12]}); choose another folder."
+            )
+    return found
+
+
+class LatentCrops:
+    """Latents from the cache, in the place of training pictures: sample g takes a picture as elsewhere, and one of its
+    crops. The order depends on the seed and g alone, so all variants see the same.
+
+    Args:
+        folder: written by `write_latents`.
+        model: its transforms must be those of the cache.
+        crop: must be the cache's.
+
+    Raises:
+        DataError: no cache there, or one of other transforms or another crop.
+    """
+
+    def __init__(self, folder: Path, model: Entroformer, crop: int, seed: int = 0, device="cpu"):
+        note = _check_note(folder / "latents.json", {"transforms_sha256": transforms_digest(model), "crop": crop})
+        self.seed, self.device = seed, device
+        try:
+            self.table = np.load(folder / "latents.npy", mmap_mode="r")  # [pictures, per_picture, M, h, w]
+        except (OSError, ValueError):
+            raise DataError(f"There is no whole cache of latents in {folder}.") from None
+        if list(self.table.shape) != note["shape"]:
+            raise DataError(f"The latents in {folder} are not those that their latents.json describes.")
+
+    def batches(self, ranges: Iterable[range], crop: int | None = None) -> Iterator[Tensor]:
+        """For each range of sample numbers its latents: float32 [B, M, h, w]."""
+        for samples in ranges:
+            batch = np.stack([self._sample(g) for g in samples])
+            yield torch.from_numpy(batch).to(self.device).float()
+
+    def _sample(self, g: int) -> np.ndarray:
+        pictures, per_picture = self.table.shape[:2]
+        which = np.random.default_rng((self.seed, 7, g)).integers(per_picture)
+        return self.table[picture_number(g, pictures, self.seed), which]
+
+
+if __name__ == "__main__":
+    tyro.cli(write_latents)

@@ -1,0 +1,194 @@
+"""Latents computed once, and entropy models trained on them on equal terms."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import MICRO, micro_model
+
+from entroformer_lib.coding import codec
+from entroformer_lib.errors import ConfigError, DataError, TrainingError
+from entroformer_lib.models import config as model_config
+from entroformer_lib.models.zoo import load_model, save_weights
+from entroformer_lib.training import latents, loop
+from entroformer_lib.training.config import TrainConfig
+from entroformer_lib.training.data import random_missing
+from entroformer_lib.training.latents import LatentCrops, frozen_transforms, transforms_digest, write_latents
+from entroformer_lib.training.loop import train
+from entroformer_lib.training.variants import Variant, train_all
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's advice
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> str:
+    """Weights that give the transforms."""
+    path = tmp_path_factory.mktemp("source") / "source.safetensors"
+    save_weights(micro_model("parallel"), path, {"lmbda": 0.02})
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def cache(source, photo_folder, tmp_path_factory) -> Path:
+    return write_latents(source, str(photo_folder), tmp_path_factory.mktemp("cache"), crop=128, per_picture=2)
+
+
+@pytest.fixture
+def config(source, cache, tmp_path, monkeypatch) -> TrainConfig:
+    monkeypatch.setitem(model_config.SIZES, "tiny", MICRO)
+    return TrainConfig(
+        data="DATA",
+        out=str(tmp_path / "run"),
+        model="tiny-serial",
+        transforms=source,
+        latents=str(cache),
+        steps=6,
+        batch=2,
+        crop=128,
+        lr=1e-3,
+        optimizer="muon",
+        missing=0.4,
+        log_every=1,
+        accelerator="cpu",
+        devices=1,
+    )
+
+
+def losses(config: TrainConfig, name: str = "loss") -> list[float]:
+    return [json.loads(line)[name] for line in (Path(config.out) / "log.jsonl").read_text().splitlines()]
+
+
+def test_cache_holds_y_of_crops_in_half_precision(cache, source):
+    table, note = np.load(cache / "latents.npy", mmap_mode="r"), json.loads((cache / "latents.json").read_text())
+    assert table.dtype == np.float16 and list(table.shape) == note["shape"]
+    assert table.shape[1:] == (2, MICRO["M"], 8, 8)
+    assert not np.array_equal(table[0, 0], table[0, 1])  # another crop of the same picture
+    before = (cache / "latents.npy").stat().st_mtime_ns
+    write_latents(source, "/nowhere", cache, crop=128, per_picture=2)  # finished: not repeated
+    assert (cache / "latents.npy").stat().st_mtime_ns == before
+
+
+def test_cache_of_other_transforms_or_crops_is_refused(cache, source, tmp_path):
+    other = tmp_path / "other.safetensors"
+    save_weights(micro_model("parallel", seed=1), other, {})
+    with pytest.raises(DataError, match="other transforms"):
+        LatentCrops(cache, load_model(other, "cpu"), crop=128)
+    with pytest.raises(DataError, match="other crop"):
+        LatentCrops(cache, load_model(source, "cpu"), crop=256)
+    with pytest.raises(DataError, match="other per_picture"):
+        write_latents(source, "/nowhere", cache, crop=128, per_picture=3)
+    with pytest.raises(DataError, match="no whole cache"):
+        LatentCrops(tmp_path, load_model(source, "cpu"), crop=128)
+
+
+def test_order_of_data_is_a_function_of_seed_and_sample(cache, source):
+    model = load_model(source, "cpu")
+    whole = next(LatentCrops(cache, model, 128).batches([range(4, 8)]))
+    parts = torch.cat(list(LatentCrops(cache, model, 128).batches([range(4, 6), range(6, 8)])))
+    assert torch.equal(whole, parts) and whole.dtype == torch.float32
+    assert not torch.equal(whole, next(LatentCrops(cache, model, 128, seed=1).batches([range(4, 8)])))
+
+
+def test_result_is_a_whole_model_with_the_same_transforms(config, source, photo):
+    config = replace(config, architecture=("position=none",))
+    model = load_model(train(config, progress=False), "cpu")
+    assert transforms_digest(model) == transforms_digest(load_model(source, "cpu"))
+    assert model.config.position == "none" and model.config.context == "serial"
+    assert model.card["lmbda"] == 0.02  # of the transforms
+    data = codec.encode(model, photo)
+    assert np.asarray(codec.decode(data, model)).shape == np.asarray(photo).shape
+
+
+def test_resume_is_exact(config, tmp_path, monkeypatch):
+    train(config, progress=False)
+    halves = replace(config, out=str(tmp_path / "halves"), checkpoint_seconds=0.0)
+    step = loop.Run.step
+    monkeypatch.setattr(loop.Run, "step", lambda self, x, i: step(self, x, i) if i < 3 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(halves, progress=False)
+    monkeypatch.undo()
+    monkeypatch.setitem(model_config.SIZES, "tiny", MICRO)
+    train(halves, progress=False)
+    assert losses(halves) == losses(config)
+
+
+def test_training_lowers_the_rate(config):
+    config = replace(config, steps=40, lr=5e-3, missing=0.0)
+    train(config, progress=False)
+    rates = losses(config, "rd_loss")
+    assert np.mean(rates[-5:]) < 0.9 * np.mean(rates[:5])
+
+
+def test_variants_share_everything_but_what_they_name(config, tmp_path):
+    base = replace(config, out=str(tmp_path / "runs"), steps=2)
+    variants = [Variant("square", {"position": "relative_2d"}), Variant("cnn", {}, {"model": "tiny-cnn"})]
+    square, cnn = train_all(variants, base, progress=False)
+    assert (square.name, square.config.position) == ("square", "relative_2d")
+    assert (cnn.name, cnn.config.context) == ("cnn", "cnn")
+    assert transforms_digest(square) == transforms_digest(cnn)
+    stamp = (tmp_path / "runs" / "cnn" / "weights.safetensors").stat().st_mtime_ns
+    train_all(variants, base, progress=False)
+    assert (tmp_path / "runs" / "cnn" / "weights.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_variable_rate_transforms(tmp_path, photo_folder, config, monkeypatch):
+    """With a rate the gains are worked into the kernels; without one they stay, frozen."""
+    path = tmp_path / "rates.safetensors"
+    save_weights(micro_model("parallel", lmbdas=(0.01, 0.02, 0.04)), path, {})
+    load = load_model(path, "cpu")
+    real = latents.load_model
+
+    def by_name(name, device="auto"):  # @ belongs to names, and this is a path
+        name, _, lmbda = name.partition("@")
+        model = real(name, device)
+        if lmbda:
+            model.level = model.gain.level_of(float(lmbda))
+        return model
+
+    monkeypatch.setattr(latents, "load_model", by_name)
+    one_rate = frozen_transforms(f"{path}@0.02")
+    x = torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        y = load.scaled(load.g_a(x), 1.0)
+        assert one_rate.gain is None
+        torch.testing.assert_close(one_rate.g_a(x), y)
+        torch.testing.assert_close(one_rate.g_s(y), load.g_s(y * load._gains(1.0)[1]), atol=1e-4, rtol=1e-4)
+    folder = write_latents(str(path), str(photo_folder), tmp_path / "latents", crop=128, per_picture=1)
+    config = replace(config, transforms=str(path), latents=str(folder), steps=2)
+    model = load_model(train(config, progress=False), "cpu")
+    assert model.config.lmbdas == (0.01, 0.02, 0.04) and torch.equal(model.gain.log_gain, load.gain.log_gain)
+
+
+def test_random_missing_belongs_to_the_sample():
+    whole = random_missing(range(0, 6), (16, 16), 0.8, seed=0)
+    assert torch.equal(whole[2:4], random_missing(range(2, 4), (16, 16), 0.8, seed=0))
+    shares = whole.flatten(1).float().mean(1)
+    assert shares.max() < 0.85 and shares.std() > 0.05  # each crop has a share of its own
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(latents=None), dict(transforms=None, missing=0.0), dict(init="x"), dict(missing=1.0), dict(last_crop=192)],
+    ids=lambda change: next(iter(change)),
+)
+def test_combinations_that_cannot_be_are_refused(config, change):
+    with pytest.raises(TrainingError):
+        train(replace(config, **change), progress=False)
+
+
+def test_missing_needs_latents(photo_folder, tmp_path):
+    with pytest.raises(TrainingError, match="missing"):
+        train(TrainConfig(data=str(photo_folder), out=str(tmp_path), missing=0.5, accelerator="cpu"), progress=False)
+
+
+def test_fields_are_typed_as_json_or_words():
+    words = ("position=none", "top_k=null", "hyper_top_k=[4, 4, 4]", "hyperprior=false")
+    config = model_config.named_config("tiny-serial", **model_config.parse_fields(words))
+    assert (config.position, config.top_k, config.hyper_top_k, config.hyperprior) == ("none", None, (4, 4, 4), False)
+    with pytest.raises(ConfigError):
+        model_config.parse_fields(("position",))
+    with pytest.raises(ConfigError):
+        model_config.named_config("tiny-serial", **model_config.parse_fields(("positions=none",)))
