@@ -27,3 +27,7 @@ class TrainingError(UserError):
 
 class RateError(UserError):
     """A rate that a model cannot give."""
+
+
+class StudyError(UserError):
+    """A study asked of a model or picture that cannot answer it."""

@@ -1,0 +1,159 @@
+"""The masking study against one mask at a time, and what it refuses."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import micro_model
+
+from entroformer_lib.datasets import sample_picture
+from entroformer_lib.errors import StudyError
+from entroformer_lib.models.context import first_slice
+from entroformer_lib.studies import position_masking as pm
+
+CONTEXTS = ("serial", "parallel", "context", "cnn")
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return sample_picture("astronaut").crop((100, 0, 228, 128))  # 8 x 8 latents
+
+
+def naive(scene: pm.Scene, offset: tuple[int, int], spacing: int) -> tuple[int, float, float]:
+    """Sites, bits with all context, bits without the position: one site, one mask, one pass at a time."""
+    (h, w), (dy, dx) = scene.size, offset
+    count, whole, masked = 0, 0.0, 0.0
+    for row in range(h):
+        for column in range(w):
+            y, x = row + dy, column + dx
+            if not (0 <= y < h and 0 <= x < w and scene.predicted()[row, column]):
+                continue
+            missing = torch.zeros(1, 1, h, w, dtype=torch.bool)
+            missing[..., y % spacing :: spacing, x % spacing :: spacing] = True
+            with torch.inference_mode():
+                likelihoods, _ = scene.model.likelihoods(scene.y_hat, missing=missing)
+                full, _ = scene.model.likelihoods(scene.y_hat)
+            count += 1
+            masked -= float(likelihoods["y"][0, :, row, column].double().log2().sum())
+            whole -= float(full["y"][0, :, row, column].double().log2().sum())
+    return count, whole, masked
+
+
+@pytest.mark.parametrize("spacing", [3, 8])  # 8: one gap in the whole picture
+@pytest.mark.parametrize("variant", CONTEXTS)
+def test_equals_one_mask_at_a_time(variant, spacing, picture):
+    scene = pm.scene_of(micro_model(variant), picture)
+    if scene.hyper is not None:  # the reference rounds y before h_a, the study has h_a(y): take the same
+        with torch.inference_mode():
+            scene.hyper = scene.model.h_s(scene.model.z_prior.quantize_z(scene.model.h_a(scene.y_hat)))
+        scene.bits = pm.site_bits(scene, torch.zeros(1, 1, *scene.size, dtype=torch.bool))[0]
+    offsets = pm.neighbourhood(scene.model, 3)
+    for row in pm.mask_positions(scene, offsets, spacing):
+        count, whole, masked = naive(scene, (row["dy"], row["dx"]), spacing)
+        assert row["sites"] == count
+        assert row["bpp_all"] == pytest.approx(whole / count / 256, rel=1e-5)
+        assert row["ratio"] == pytest.approx(masked / whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("variant", CONTEXTS)
+def test_a_missing_latent_has_no_influence(variant, picture):
+    """Its value changes no feature of any site, its own included; and it is missed: known, it would matter."""
+    scene = pm.scene_of(micro_model(variant), picture)
+    missing = torch.zeros(1, 1, *scene.size, dtype=torch.bool)
+    missing[..., 3, 4] = True  # first slice of the checkerboard
+    assert first_slice(*scene.size)[3, 4]
+    changed = scene.y_hat.clone()
+    changed[..., 3, 4] += 7
+    context = scene.model.context_model
+    with torch.inference_mode():
+        assert torch.equal(context(scene.y_hat, None, missing), context(changed, None, missing))
+        assert not torch.allclose(context(scene.y_hat), context(changed))
+        assert not torch.allclose(context(scene.y_hat), context(scene.y_hat, None, missing))
+        nothing = torch.zeros_like(missing)
+        assert torch.equal(context(scene.y_hat), context(scene.y_hat, None, nothing))
+
+
+@pytest.mark.parametrize("variant", CONTEXTS)
+@pytest.mark.parametrize("position", ["none", "diamond"])
+def test_beyond_distance(variant, position, picture):
+    """A patch as large as the picture sees what the picture sees; and what lies beyond has no influence."""
+    scene = pm.scene_of(micro_model(variant, position=position, top_k=None), picture)
+    centre = torch.tensor([[4, 4]])
+    with torch.inference_mode():
+        near = pm._bits_in_patches(scene, centre, 2)
+        far = scene.y_hat.clone()
+        rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+        far[..., (rows - 4).abs() + (columns - 4).abs() > 2] += 5
+        other = pm.Scene(scene.model, far, scene.hyper, scene.bits)
+        assert torch.equal(pm._bits_in_patches(other, centre, 2), near)
+        if variant == "cnn":
+            torch.testing.assert_close(pm._bits_in_patches(scene, centre, 4), scene.bits[4:5, 4])
+        elif variant != "parallel":  # all of the picture but what the square patch of radius 4 cuts off
+            missing = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+            missing[..., (rows - 4).abs() + (columns - 4).abs() <= 4] = False
+            torch.testing.assert_close(
+                pm._bits_in_patches(scene, centre, 4), pm.site_bits(scene, missing)[:, 4, 4], rtol=1e-3, atol=1e-3
+            )
+
+
+def test_rows_of_the_table(picture):
+    models = [micro_model("serial"), micro_model("parallel")]
+    models[0].name, models[1].name = "one", "two"
+    table = pm.run(models, [("a", picture), ("b", picture.rotate(90))], side=5)
+    assert list(table.columns) == ["model", "image", "dy", "dx", "sites", "bpp_all", "bpp_masked", "ratio"]
+    assert len(table) == 2 * (12 + 12)
+    serial = table[table.model == "one"]
+    assert ((serial.dy < 0) | ((serial.dy == 0) & (serial.dx < 0))).all()
+    assert ((table[table.model == "two"][["dy", "dx"]].abs().sum(axis=1) % 2) == 1).all()
+    assert np.allclose(table.ratio, table.bpp_masked / table.bpp_all)
+
+
+def made_up(rate) -> pd.DataFrame:
+    offsets = [(dy, dx) for dy in range(-3, 1) for dx in range(-3, 4) if (dy, dx) < (0, 0)]
+    return pd.DataFrame([{"model": "m", "image": "i", "dy": y, "dx": x, "ratio": 1 + rate(y, x)} for y, x in offsets])
+
+
+def test_the_fit_finds_the_distance():
+    for norm, distance in pm.NORMS.items():
+        fits = pm.distance_fits(made_up(lambda dy, dx, d=distance: 0.1 * np.exp(-d(dy, dx) / 1.5))).set_index("norm")
+        assert fits["r2"].idxmax() == norm and fits.loc[norm, "r2"] > 0.999
+        assert fits.loc[norm, "b"] == pytest.approx(1.5, rel=1e-3) and fits.loc[norm, "a"] == pytest.approx(
+            10, rel=1e-3
+        )
+        assert fits.loc[norm, "spearman"] == pytest.approx(-1)
+
+
+def test_bad_questions_are_answered_in_a_sentence(picture):
+    serial, parallel = micro_model("serial"), micro_model("parallel")
+    with pytest.raises(StudyError, match="no context"):
+        pm.run([micro_model("hyperprior")], [("a", picture)])
+    with pytest.raises(StudyError, match="larger than the latents"):
+        pm.run([serial], [("a", picture)], side=9)
+    with pytest.raises(StudyError, match="odd side"):
+        pm.run([serial], [("a", picture)], side=4)
+    scene = pm.scene_of(serial, picture)
+    with pytest.raises(StudyError, match="outside of latents"):
+        pm.mask_positions(scene, [(-8, 0)])
+    with pytest.raises(StudyError, match="no context of the model"):
+        pm.mask_positions(scene, [(0, 1)])
+    with pytest.raises(StudyError, match="no context of the model"):
+        pm.mask_positions(pm.scene_of(parallel, picture), [(-1, -1)])
+    with pytest.raises(StudyError, match="too close"):
+        pm.mask_positions(scene, [(-3, 0)], spacing=2)
+    with pytest.raises(StudyError, match="larger than latents"):
+        pm.mask_beyond(scene, (8,))
+
+
+def test_saved_result_is_whole(picture, tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(pm, "data_folder", lambda: tmp_path)
+    model = micro_model("serial")
+    model.name = "one"
+    table = pm.run([model], [("a", picture)], side=3)
+    path = pm.save(table, pm.run_beyond([model], [("a", picture)], (0, 1, 2)), table, [model], {"side": 3, "crop": 128})
+    saved = json.loads(path.read_text())
+    assert len(saved["rows"]) == 4 and len(saved["beyond"]) == 3 and len(saved["fits"]) == 3
+    assert saved["models"]["one"]["weights_sha256"] and saved["provenance"]["revision"]
+    assert saved["models"]["one"]["position"] == "diamond"
