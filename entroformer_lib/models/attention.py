@@ -121,6 +121,16 @@ class TopKAttention(nn.Module):
                     out[:, h, i] = look(q[:, h, i], k[:, h], v[:, h], mine, numbers[i])
         return self.out(out.transpose(1, 2).reshape(B, q_len, D))
 
+    def cache(self, layers: int, batch: int, capacity: int) -> KeyValueCache:
+        """An empty cache for up to `capacity` tokens."""
+        like = self.out.weight.detach()
+        return KeyValueCache(layers, batch, self.heads, capacity, len(like) // self.heads, like)
+
+    def remember(self, x: Tensor, cache: KeyValueCache, layer: int) -> None:
+        """Keeps keys and values of tokens x: [B, q, D]."""
+        _, k, v = self.project(x)
+        cache.append(layer, k, v)
+
     def _tile(self, B: int, q_len: int, n: int, device: str) -> tuple[int, int]:
         """Heads and queries at a time: few scores, but enough queries for a matrix product to pay."""
         limit = TILE_ELEMENTS.get(device, 2**23) // (B * max(n, 1))
@@ -202,8 +212,7 @@ class Stack(nn.Module):
 
     def cache(self, batch: int, capacity: int) -> KeyValueCache:
         """An empty cache for up to `capacity` tokens."""
-        like = self.blocks[0].norm1.weight
-        return KeyValueCache(len(self.blocks), batch, self.heads, capacity, like.numel() // self.heads, like.detach())
+        return self.blocks[0].attention.cache(len(self.blocks), batch, capacity)
 
     def fill(self, x: Tensor, sites: Tensor, cache: KeyValueCache) -> None:
         """Runs tokens that all see each other and only keeps what later ones need: of the last block its keys and
@@ -212,10 +221,8 @@ class Stack(nn.Module):
         for layer, block in enumerate(self.blocks[:-1]):
             x = block(x, sites, relative=self._relative(layer), cache=cache, layer=layer)
             tell("blocks", layer + 1, len(self.blocks))
-        last = len(self.blocks) - 1
-        attention = self.blocks[last].attention
-        _, k, v = attention.project(self.blocks[last].norm1(x))
-        cache.append(last, k, v)
+        last = self.blocks[-1]
+        last.attention.remember(last.norm1(x), cache, len(self.blocks) - 1)
         cache.length += x.size(1)
 
     def forward(

@@ -16,6 +16,7 @@ it: other tokens have seen the latent and pass it on, and in the serial model th
 before its site.)
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -96,6 +97,7 @@ class ParallelContext(nn.Module):
 
     def __init__(self, c: EntroformerConfig):
         super().__init__()
+        self.M = c.M
         self.embed = nn.Linear(c.M, c.dim)
         self.stack = Stack(c, c.context_layers, c.top_k, c.radius)
 
@@ -121,8 +123,10 @@ class ParallelContext(nn.Module):
         """
         first = first_slice(height, width).flatten()
         one, two = first.nonzero()[:, 0], (~first).nonzero()[:, 0]
-        sites = grid_sites(height, width, self.embed.weight.device)
-        latents = self.embed.weight.new_zeros(height * width, self.embed.in_features)
+        like = next(itertools.chain(self.embed.parameters(), self.embed.buffers()))
+        dtype = like.dtype if like.is_floating_point() else torch.float32
+        sites = grid_sites(height, width, like.device)
+        latents = torch.zeros(height * width, self.M, device=like.device, dtype=dtype)
         cache = self.stack.cache(batch=1, capacity=len(one))
         if len(one):  # a single site has no first slice
             latents[one] = exchange(one, None)

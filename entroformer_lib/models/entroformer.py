@@ -49,18 +49,20 @@ class EntropyParameters(nn.Module):
         # Below the floor the gradient may still pull a scale up: LowerBound, not clamp.
         self.floor = LowerBound(math.log(c.scale_floor))
 
-    def forward(self, hyper: Tensor | None, context: Tensor | None, sites: int = 0) -> tuple[Tensor, Tensor]:
-        """sites: number of sites, needed only when both features are None (context-only model, first slice)."""
-        known = next((f for f in (hyper, context) if f is not None), None)
-        if known is None:
-            known = self.layers[0].weight.new_empty(1, self.dim, sites, 1)
+    def forward(self, hyper: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        means, log_scales = self.raw(hyper, context)
+        return means, log_scales.exp()
+
+    def raw(self, hyper: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same with the logarithms of the scales."""
+        known = next(f for f in (hyper, context) if f is not None)
         joined = [
             torch.zeros_like(known) if feature is None else feature
             for feature, wanted in zip((hyper, context), self.sources, strict=True)
             if wanted
         ]
         log_scales, means = float_or_wider(per_site(self.layers, torch.cat(joined, dim=1))).chunk(2, dim=1)
-        return means, self.floor(log_scales).clamp(max=LARGEST_LOG_SCALE).exp()
+        return means, self.floor(log_scales).clamp(max=LARGEST_LOG_SCALE)
 
 
 @register_model("entroformer")
@@ -97,6 +99,7 @@ class Entroformer(CompressionModel):
         if c.hyperprior:
             self.z_prior = FactorizedPrior(c.Z) if c.z_prior == "factorized" else GaussianPrior(c.Z)
         self._tables_stale = True
+        self._exact_made = None
 
     @property
     def downsampling_factor(self) -> int:
@@ -218,7 +221,7 @@ class Entroformer(CompressionModel):
     @torch.inference_mode()
     def compress_latents(self, y_hat: Tensor, z: Tensor | None) -> dict:
         """Second half of `compress`. y_hat: [B, M, h, w] integers, z: [B, Z, h/4, w/4] or None."""
-        exact = ExactEntropyModel(self)
+        exact = self._exact()
         if z is None:
             return {"strings": [[exact.encode(y[None], None) for y in y_hat]], "shape": y_hat.shape[-2:]}
         self.refresh_tables()
@@ -242,7 +245,7 @@ class Entroformer(CompressionModel):
     @torch.inference_mode()
     def decompress_latents(self, strings: list[list[bytes]], shape) -> tuple[Tensor, Tensor | None]:
         """First half of `decompress`: y_hat [B, M, h, w] and z_hat or None."""
-        exact = ExactEntropyModel(self)
+        exact = self._exact()
         like = self.g_s[0].weight
         if self.h_a is None:
             y_hat = [exact.decode(s, None, tuple(shape)) for s in strings[0]]
@@ -252,6 +255,13 @@ class Entroformer(CompressionModel):
         size = (4 * shape[0], 4 * shape[1])
         y_hat = [exact.decode(s, z[None], size) for s, z in zip(strings[0], z_hat, strict=True)]
         return torch.cat(y_hat).to(like), z_hat
+
+    def _exact(self) -> ExactEntropyModel:
+        """The entropy model as the coder runs it; made anew when a weight has changed."""
+        state = fingerprint(self.entropy_model_parts())
+        if self._exact_made != state:
+            self._exact_model, self._exact_made = ExactEntropyModel(self), state
+        return self._exact_model
 
     # ---- the factorized prior's tables: nobody needs to remember `update()` ---------------------------------------
 
@@ -306,6 +316,12 @@ class Entroformer(CompressionModel):
         except RuntimeError as error:
             raise WeightsError(f"These weights do not fit their config: {str(error).splitlines()[1].strip()}") from None
         return model
+
+
+def fingerprint(modules: list[nn.Module]) -> tuple:
+    """Something that changes when a weight of the modules does, however it is changed; for use inside one process."""
+    weights = (t for module in modules for t in (*module.parameters(), *module.buffers()))
+    return tuple((t.data_ptr(), None if t.is_inference() else t._version, float(t.detach().sum())) for t in weights)
 
 
 def float_or_wider(v: Tensor) -> Tensor:

@@ -60,17 +60,24 @@ class RelativePosition(nn.Module):
         offset = (keys[None] - queries[:, None]).clamp(-ring, ring) + ring  # [q, n, 2]
         return self.lookup[offset[..., 0], offset[..., 1]]
 
+    @property
+    def own_bucket(self) -> int:
+        """The bucket of offset (0, 0): a query itself as key."""
+        return int(self.lookup[self.radius + 1, self.radius + 1])
+
     def own(self, q: Tensor) -> Tensor:
-        """Each query with the vector of offset (0, 0): itself as key.  q: [B, heads, q, d]  ->  [B, heads, q, 1]"""
-        ring = self.radius + 1
-        return (q @ self.table().to(q.dtype)[self.lookup[ring, ring]])[..., None]
+        """Each query with the vector of offset (0, 0).  q: [B, heads, q, d]  ->  [B, heads, q, 1]"""
+        return (q @ self.table().to(q.dtype)[self.own_bucket])[..., None]
 
     def forward(self, q: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
         """q: [B, heads, q, d], queries: [q, 2], keys: [n, 2]  ->  q . p_ij: [B, heads, q, n]."""
-        products = q @ self.table().to(q.dtype).T  # [B, heads, q, buckets]
+        return self.spread(q @ self.table().to(q.dtype).T, queries, keys)
+
+    def spread(self, products: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+        """Products with every distinct vector: [B, heads, q, buckets]  ->  those of every pair: [B, heads, q, n]."""
         if self.kind == "diamond" and len(queries) > FEW_QUERIES:
             return self._diamond(products, queries, keys)
-        index = self.buckets(queries, keys).expand(*q.shape[:2], -1, -1)  # a view, no copy
+        index = self.buckets(queries, keys).expand(*products.shape[:2], -1, -1)  # a view, no copy
         return products.gather(-1, index)
 
     def _diamond(self, products: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
@@ -104,8 +111,9 @@ def sinusoidal_positions(sites: Tensor, dim: int) -> Tensor:
     """Absolute encoding: half of the width for the row, half for the column, sines and cosines as in Vaswani 2017.
 
     The paper does not say which absolute encoding it used; fixed sines need no largest picture size (our choice).
-    sites: [n, 2]  ->  [n, dim], float32
+    Rounded to multiples of 2^-16, so that they are the same on every machine. sites: [n, 2]  ->  [n, dim], float32
     """
-    frequencies = 10000 ** (-torch.arange(0, dim // 2, 2, device=sites.device) / (dim // 2))  # [dim / 4]
-    angles = sites[..., None] * frequencies  # [n, 2, dim / 4]
-    return torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(1)
+    exponents = torch.arange(0, dim // 2, 2, device=sites.device, dtype=torch.float64) / (dim // 2)  # [dim / 4]
+    angles = sites[..., None] * 10000**-exponents  # [n, 2, dim / 4]
+    waves = torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(1)
+    return (torch.round(waves * 2**16) / 2**16).float()

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from entroformer_lib.errors import RateError, WeightsError
 from entroformer_lib.files import data_folder, replacing
 from entroformer_lib.models.config import EntroformerConfig
-from entroformer_lib.models.entroformer import Entroformer
+from entroformer_lib.models.entroformer import Entroformer, fingerprint
 from entroformer_lib.models.priors import FactorizedPrior
 
 
@@ -132,6 +132,13 @@ def weights_digest(model: Entroformer) -> bytes:
     It is taken from the weights in memory, so it does not depend on the file they came from.
     """
     model.refresh_tables()
+    state = fingerprint([model])
+    if getattr(model, "_digest_of", None) != state:
+        model._digest, model._digest_of = _digest(model), state
+    return model._digest
+
+
+def _digest(model: Entroformer) -> bytes:
     digest = hashlib.sha256(model.config.to_json().encode())
     for name, tensor in sorted(model.state_dict().items()):
         if name != "_extra_state" and not name.startswith(("g_a.", "h_a.")):
