@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from compressai.layers import MaskedConv2d
 from conftest import micro_model
 
 from entroformer_lib.datasets import sample_picture
@@ -96,6 +97,16 @@ def test_beyond_distance(variant, position, picture):
             torch.testing.assert_close(
                 pm._bits_in_patches(scene, centre, 4), pm.site_bits(scene, missing)[:, 4, 4], rtol=1e-3, atol=1e-3
             )
+
+
+def test_cnn_is_compressais_masked_convolution(picture):
+    scene = pm.scene_of(micro_model("cnn"), picture)
+    context, M = scene.model.context_model, scene.y_hat.size(1)
+    masked = MaskedConv2d(M, context.taps.out_features, kernel_size=5, padding=2)
+    with torch.no_grad():
+        masked.weight.flatten(2)[:, :, :12] = context.taps.weight.view(-1, M, 12)
+        masked.bias.copy_(context.taps.bias)
+        torch.testing.assert_close(context(scene.y_hat), masked(scene.y_hat))
 
 
 def test_rows_of_the_table(picture):

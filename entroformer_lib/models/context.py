@@ -21,7 +21,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from compressai.layers import MaskedConv2d
 from torch import Tensor, nn
 
 from entroformer_lib.models.attention import Stack
@@ -150,14 +149,17 @@ def _causal(number: Tensor, missing: Tensor | None) -> Callable[[Tensor], Tensor
 class CnnContext(nn.Module):
     """The context model of Minnen et al. 2018: a 5x5 convolution that sees the 12 sites before its own.
 
-    The baseline of Table 1. It stands in the transformer's place, so its feature has D channels (Minnen: 2 M).
+    The baseline of Table 1. It computes what CompressAI's `MaskedConv2d` does, but holds only the 12 taps in use, as a
+    linear layer: the coder takes one site at a time, and no optimizer sees hidden taps. It stands in the transformer's
+    place, so its feature has D channels (Minnen: 2 M).
 
     y_hat: [B, M, h, w]  ->  context feature: [B, D, h, w]
     """
 
     def __init__(self, c: EntroformerConfig):
         super().__init__()
-        self.convolution = MaskedConv2d(c.M, c.dim, kernel_size=5, padding=2)  # mask type A: its own site is hidden
+        self.M = c.M
+        self.taps = nn.Linear(12 * c.M, c.dim)  # channel by channel, each in raster order
 
     def forward(self, y_hat: Tensor, kept: Tensor | None = None, missing: Tensor | None = None) -> Tensor:
         """kept, missing: bool [B, 1, h, w], see SerialContext; a missing latent enters as zero, as the border does."""
@@ -165,28 +167,25 @@ class CnnContext(nn.Module):
             y_hat = y_hat * kept
         if missing is not None:
             y_hat = y_hat * ~missing
-        feature = F.conv2d(y_hat, self._weight(), self.convolution.bias, padding=2)
+        kernel = F.pad(self.taps.weight.unflatten(1, (self.M, 12)), (0, 13)).unflatten(2, (5, 5))  # [D, M, 5, 5]
+        feature = F.conv2d(y_hat, kernel, self.taps.bias, padding=2)
         return feature if kept is None else feature * kept
 
     def code(self, height: int, width: int, exchange: Exchange) -> Tensor:
         """One site at a time.  ->  y_hat: [n, M]"""
-        weight, bias = self._weight(), self.convolution.bias  # [D, M, 5, 5]
-        M = weight.size(1)
-        known = weight.new_zeros(1, M, height + 4, width + 4)  # with the border
+        like = next(itertools.chain(self.taps.parameters(), self.taps.buffers()))
+        dtype = like.dtype if like.is_floating_point() else torch.float32
+        known = torch.zeros(self.M, height + 4, width + 4, device=like.device, dtype=dtype)  # with the border
         coded = []
         for i in range(height * width):
             row, column = divmod(i, width)
             with stage("context"):
-                feature = F.conv2d(known[:, :, row : row + 5, column : column + 5], weight, bias)  # [1, D, 1, 1]
-            coded.append(exchange(torch.tensor([i]), feature))  # [1, M]
-            known[0, :, row + 2, column + 2] = coded[-1][0]
+                patch = known[:, row : row + 5, column : column + 5].flatten(1)[:, :12]  # [M, 12]
+                feature = self.taps(patch.reshape(1, 1, -1))  # [1, 1, D]
+            coded.append(exchange(torch.tensor([i]), feature.transpose(1, 2)[..., None]))  # [1, M]
+            known[:, row + 2, column + 2] = coded[-1][0]
             tell("sites", i + 1, height * width)
         return torch.cat(coded)
-
-    def _weight(self) -> Tensor:
-        """The kernel with its mask. (CompressAI's forward overwrites the weights instead, and lets the hidden taps have
-        a gradient, which an optimizer of whole matrices would mix into the others.)"""
-        return self.convolution.weight * self.convolution.mask
 
 
 def build_context(c: EntroformerConfig) -> nn.Module | None:
