@@ -62,8 +62,13 @@ def save(figure: Figure, name: str, formats: tuple[str, ...] = ("png",)) -> list
     folder = os.environ.get("ENTROFORMER_FIGURES")
     if not folder:
         return []
-    paths = [Path(folder) / f"{name}.{ending}" for ending in formats]
     Path(folder).mkdir(parents=True, exist_ok=True)
+    return write(figure, Path(folder), name, formats)
+
+
+def write(figure: Figure, folder: Path, name: str, formats: tuple[str, ...]) -> list[Path]:
+    """Writes a figure into a folder; the same figure gives the same files."""
+    paths = [folder / f"{name}.{ending}" for ending in formats]
     with matplotlib.rc_context(RC):
         for path in paths:
             metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
