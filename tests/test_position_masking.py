@@ -12,6 +12,7 @@ from conftest import micro_model
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.errors import StudyError
 from entroformer_lib.models.context import first_slice
+from entroformer_lib.models.zoo import save_weights
 from entroformer_lib.studies import position_masking as pm
 
 CONTEXTS = ("serial", "parallel", "context", "cnn")
@@ -83,19 +84,22 @@ def test_beyond_distance(variant, position, picture):
     scene = pm.scene_of(micro_model(variant, position=position, top_k=None), picture)
     centre = torch.tensor([[4, 4]])
     with torch.inference_mode():
-        near = pm._bits_in_patches(scene, centre, 2)
+        near = pm._bits_in_patches(scene, centre, pm._distances(2) <= 2)
         far = scene.y_hat.clone()
         rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
         far[..., (rows - 4).abs() + (columns - 4).abs() > 2] += 5
         other = pm.Scene(scene.model, far, scene.hyper, scene.bits)
-        assert torch.equal(pm._bits_in_patches(other, centre, 2), near)
+        assert torch.equal(pm._bits_in_patches(other, centre, pm._distances(2) <= 2), near)
         if variant == "cnn":
-            torch.testing.assert_close(pm._bits_in_patches(scene, centre, 4), scene.bits[4:5, 4])
+            torch.testing.assert_close(pm._bits_in_patches(scene, centre, pm._distances(4) <= 4), scene.bits[4:5, 4])
         elif variant != "parallel":  # all of the picture but what the square patch of radius 4 cuts off
             missing = torch.ones(1, 1, 8, 8, dtype=torch.bool)
             missing[..., (rows - 4).abs() + (columns - 4).abs() <= 4] = False
             torch.testing.assert_close(
-                pm._bits_in_patches(scene, centre, 4), pm.site_bits(scene, missing)[:, 4, 4], rtol=1e-3, atol=1e-3
+                pm._bits_in_patches(scene, centre, pm._distances(4) <= 4),
+                pm.site_bits(scene, missing)[:, 4, 4],
+                rtol=1e-3,
+                atol=1e-3,
             )
 
 
@@ -157,14 +161,43 @@ def test_bad_questions_are_answered_in_a_sentence(picture):
         pm.mask_beyond(scene, (8,))
 
 
-def test_saved_result_is_whole(picture, tmp_path, monkeypatch):
+@pytest.mark.parametrize("variant", CONTEXTS)
+def test_one_position_alone(variant, picture):
+    """The same as masking all others in the whole picture, where no token but the query's own is left."""
+    scene = pm.scene_of(micro_model(variant, position="diamond", top_k=None), picture)
+    for row in pm.only_positions(scene, [(-1, 0), (0, -1)], stride=4):
+        bits = {"bpp_none": 0.0, "bpp_only": 0.0}
+        for y in (0, 4):
+            for x in (0, 4):
+                if y + row["dy"] >= 0 and x + row["dx"] >= 0:
+                    missing = torch.ones(1, 1, *scene.size, dtype=torch.bool)
+                    bits["bpp_none"] += float(pm.site_bits(scene, missing)[0, y, x])
+                    missing[..., y + row["dy"], x + row["dx"]] = False
+                    bits["bpp_only"] += float(pm.site_bits(scene, missing)[0, y, x])
+        for key, value in bits.items():
+            assert row[key] == pytest.approx(value / row["sites"] / 256, rel=1e-4)
+
+
+def test_measured_models_are_kept(picture, tmp_path, monkeypatch):
+    """More models join the saved result; those measured with the same weights are not measured again."""
     (tmp_path / "results").mkdir()
+    (tmp_path / "kodak").mkdir()
+    picture.save(tmp_path / "kodak" / "a.png")
     monkeypatch.setattr(pm, "data_folder", lambda: tmp_path)
-    model = micro_model("serial")
-    model.name = "one"
-    table = pm.run([model], [("a", picture)], side=3)
-    path = pm.save(table, pm.run_beyond([model], [("a", picture)], (0, 1, 2)), table, [model], {"side": 3, "crop": 128})
-    saved = json.loads(path.read_text())
-    assert len(saved["rows"]) == 4 and len(saved["beyond"]) == 3 and len(saved["fits"]) == 3
-    assert saved["models"]["one"]["weights_sha256"] and saved["provenance"]["revision"]
-    assert saved["models"]["one"]["position"] == "diamond"
+    monkeypatch.setattr(pm, "RADII", (0, 1))
+    monkeypatch.setattr(pm.run_beyond, "__defaults__", ((0, 1),))
+    calls = []
+    run = pm.run
+    monkeypatch.setattr(
+        pm, "run", lambda models, *rest, **words: calls.append(models[0].name) or run(models, *rest, **words)
+    )
+    for name, seed in (("none", 0), ("cnn", 1)):
+        save_weights(micro_model("serial", seed=seed), tmp_path / "runs" / name / "weights.safetensors", {})
+        pm.measure(tmp_path / "runs", tmp_path / "kodak", side=3, crop=128)
+    assert calls == ["none", "none", "cnn", "cnn"]  # each with its check by a wider lattice
+    saved = json.loads((tmp_path / "results" / "position_masking.json").read_text())
+    assert list(saved["models"]) == ["cnn", "none"]  # in the order of VARIANTS
+    assert len(saved["rows"]) == len(saved["alone"]) == 8 and len(saved["beyond"]) == 4
+    assert len(saved["fits"]) == len(saved["alone_fits"]) == 6
+    assert saved["models"]["cnn"]["weights_sha256"] and saved["provenance"]["revision"]
+    assert saved["models"]["cnn"]["position"] == "diamond"

@@ -20,6 +20,10 @@ in 49 batched passes for 7 x 7 instead of one pass for each of 1,536 latents. Wh
 away. In the convolution that changes nothing; for transformers a wider lattice says how much (`spacing=14`; the saved
 result has that check).
 
+**Alone.** "A corresponding mask, which are set to 1 except position i", says section 3.2, and that can also mean the
+reverse: only position i is known. A gap is small news where its neighbours say nearly the same; so we measure this too:
+what one position saves against no context at all. It is exact, from a small patch around each site.
+
 **Beyond distance r.** Each site is predicted alone from a small patch in which everything farther than r (L1) is
 missing. The model does the same as in a whole picture, so nothing can leak in over several layers. (Absolute positions
 then count from the patch's corner.)
@@ -49,7 +53,7 @@ from entroformer_lib.errors import StudyError
 from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.models.context import first_slice
 from entroformer_lib.models.entroformer import Entroformer
-from entroformer_lib.models.zoo import load_model
+from entroformer_lib.models.zoo import load_model, weights_digest
 from entroformer_lib.studies.provenance import provenance
 from entroformer_lib.studies.rate_distortion import pictures_to_test
 from entroformer_lib.training.config import TrainConfig
@@ -225,7 +229,7 @@ def _seen_from(gaps: Tensor, offset: Offset) -> Tensor:
 
 
 @torch.inference_mode()
-def mask_beyond(scene: Scene, radii: Sequence[int] = RADII, stride: int = 2) -> list[dict]:
+def mask_beyond(scene: Scene, radii: Sequence[int] = RADII, stride: int = 3) -> list[dict]:
     """The rate when only context up to an L1 distance is known.
 
     Args:
@@ -248,7 +252,8 @@ def mask_beyond(scene: Scene, radii: Sequence[int] = RADII, stride: int = 2) -> 
     rows = []
     for radius in radii:
         step = max(1, BATCH_SITES // (2 * radius + 1) ** 2)
-        bits = sum(float(_bits_in_patches(scene, part, radius).sum()) for part in sites.split(step))
+        inside = _distances(radius) <= radius
+        bits = sum(float(_bits_in_patches(scene, part, inside).sum()) for part in sites.split(step))
         bpp_all, bpp = float(at) / len(sites) / 256, bits / len(sites) / 256
         rows.append(
             {"radius": radius, "sites": len(sites), "bpp_all": bpp_all, "bpp_masked": bpp, "ratio": bpp / bpp_all}
@@ -256,13 +261,53 @@ def mask_beyond(scene: Scene, radii: Sequence[int] = RADII, stride: int = 2) -> 
     return rows
 
 
-def _bits_in_patches(scene: Scene, sites: Tensor, radius: int) -> Tensor:
-    """Bits of sites [n, 2], each predicted from a patch of its own around it: [n]."""
-    model, (h, w), side = scene.model, scene.size, 2 * radius + 1
+@torch.inference_mode()
+def only_positions(scene: Scene, offsets: Sequence[Offset], stride: int = 3) -> list[dict]:
+    """The other way round: the rate with one position known and all others missing, against no context at all. What
+    many positions know together, no single gap can show; this does.
+
+    Args:
+        offsets: (dy, dx) of each position.
+        stride: measured at every stride-th site in both directions.
+
+    Returns:
+        A row for each offset: dy, dx, sites, and over these sites bpp_none, bpp_only, ratio.
+    """
+    h, w = scene.size
+    reach = max(max(map(abs, offset)) for offset in offsets)
+    lattice = torch.zeros(h, w, dtype=torch.bool)
+    lattice[::stride, ::stride] = True
+    sites = (lattice & scene.predicted()).nonzero()  # [n, 2]
+    nothing = torch.zeros(2 * reach + 1, 2 * reach + 1, dtype=torch.bool)
+    none = _bits_in_patches(scene, sites, nothing)
+    rows = []
+    for dy, dx in offsets:
+        position = sites + torch.tensor((dy, dx))
+        there = ((position >= 0) & (position < torch.tensor((h, w)))).all(1)
+        known = nothing.clone()
+        known[reach + dy, reach + dx] = True
+        n, before = int(there.sum()), float(none[there].sum())
+        after = float(_bits_in_patches(scene, sites[there], known).sum())
+        row = {"dy": dy, "dx": dx, "sites": n, "bpp_none": before / n / 256, "bpp_only": after / n / 256}
+        rows.append({**row, "ratio": after / before})
+    return rows
+
+
+def _distances(radius: int) -> Tensor:
+    """L1 distances from the centre: [2 radius + 1, 2 radius + 1]"""
+    line = torch.arange(-radius, radius + 1).abs()
+    return line[:, None] + line
+
+
+def _bits_in_patches(scene: Scene, sites: Tensor, known: Tensor) -> Tensor:
+    """Bits of sites [n, 2], each predicted from a patch of its own, of which only what is known: bool [side, side],
+    its middle the site  ->  [n]"""
+    model, (h, w), side = scene.model, scene.size, len(known)
+    radius = side // 2
     height = side if model.config.context == "parallel" else radius + 1  # nothing below is seen by causal models
     down, right = torch.meshgrid(torch.arange(height) - radius, torch.arange(side) - radius, indexing="ij")
     rows, columns = sites[:, 0, None, None] + down, sites[:, 1, None, None] + right  # [n, height, side]
-    known = (rows >= 0) & (rows < h) & (columns >= 0) & (columns < w) & (down.abs() + right.abs() <= radius)
+    known = (rows >= 0) & (rows < h) & (columns >= 0) & (columns < w) & known[:height]
     patches = scene.y_hat[0][:, rows.clamp(0, h - 1), columns.clamp(0, w - 1)].transpose(0, 1)  # [n, M, height, side]
     missing = ~known[:, None].to(patches.device)
     context = model.context_model(patches, None, missing)[:, :, radius : radius + 1, radius : radius + 1]
@@ -318,19 +363,34 @@ def run_beyond(
     models: Iterable[Entroformer], pictures: Iterable[tuple[str, Image.Image]], radii: Sequence[int] = RADII
 ) -> pd.DataFrame:
     """`mask_beyond` for each model and picture: model, image, radius, sites, bpp_all, bpp_masked, ratio."""
+    return _table(models, pictures, lambda scene: mask_beyond(scene, radii))
+
+
+def run_alone(
+    models: Iterable[Entroformer], pictures: Iterable[tuple[str, Image.Image]], side: int = 7
+) -> pd.DataFrame:
+    """`only_positions` for each model and picture: model, image, dy, dx, sites, bpp_none, bpp_only, ratio."""
+    return _table(models, pictures, lambda scene: only_positions(scene, neighbourhood(scene.model, side)))
+
+
+def _table(models, pictures, rows_of) -> pd.DataFrame:
     pictures = list(pictures)
     return pd.DataFrame(
         {"model": _name(model), "image": name, **row}
         for model in models
         for name, picture in pictures
-        for row in mask_beyond(scene_of(model, picture), radii)
+        for row in rows_of(scene_of(model, picture))
     )
 
 
 def over_pictures(table: pd.DataFrame) -> pd.DataFrame:
     """Mean and spread over the pictures: model, dy, dx, percent, spread (standard deviation), pictures, and the
-    distances L1, L2, L-infinity.  table: of `run`"""
-    percent = table.assign(percent=100 * (table["ratio"] - 1)).groupby(["model", "dy", "dx"], sort=False)["percent"]
+    distances L1, L2, L-infinity. Percent is the increase when the position is missing, for a table of `run`, and what
+    the position saves alone, for one of `run_alone`."""
+    sign = -1 if "bpp_only" in table else 1
+    percent = table.assign(percent=sign * 100 * (table["ratio"] - 1)).groupby(["model", "dy", "dx"], sort=False)[
+        "percent"
+    ]
     mean = percent.agg(["mean", "std", "count"]).reset_index()
     mean.columns = ["model", "dy", "dx", "percent", "spread", "pictures"]
     for norm, distance in NORMS.items():
@@ -343,7 +403,7 @@ def distance_fits(table: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         model, norm, a (percent), b (latents), r2 (share of the variance over positions explained by the fit), spearman
-        (rank correlation of increase and distance). None where nothing can be fitted.  table: of `run`
+        (rank correlation of percent and distance). None where nothing can be fitted.  table: of `run` or `run_alone`
     """
     rows = []
     for model, part in over_pictures(table).groupby("model", sort=False):
@@ -434,31 +494,53 @@ def measure(
         raise StudyError(f"There is no finished run in {runs}.")
     paths = pictures_to_test(kodak, limit)
     pictures = [(path.stem, middle(codec.to_rgb(codec.open_picture(path))[0], crop)) for path in paths]
-    table = run(loaded, pictures, side, progress=True)
-    wider = run(loaded, pictures[:4], side, spacing=2 * side, progress=True)
-    save(table, run_beyond(loaded, pictures), wider, loaded, settings={"side": side, "crop": crop})
+    settings = {"side": side, "crop": crop, "pictures": len(pictures)}
+    measured = already_measured(settings)
+    for model in loaded:
+        if measured["models"].get(_name(model), {}).get("weights_sha256") == weights_digest(model).hex():
+            continue
+        tables = {
+            "rows": run([model], pictures, side, progress=True),
+            "alone": run_alone([model], pictures, side),
+            "beyond": run_beyond([model], pictures),
+            "wider_lattice": run([model], pictures[:1], side, spacing=2 * side, progress=True),
+        }
+        measured["models"][_name(model)] = {**_description(model), **provenance(model, seed=_seed(model))}
+        for key, table in tables.items():
+            measured[key] = [row for row in measured[key] if row["model"] != _name(model)] + _rounded(table)
+        save(measured, [_name(m) for m in loaded])
 
 
-def save(
-    table: pd.DataFrame, beyond: pd.DataFrame, wider: pd.DataFrame, models: Iterable[Entroformer], settings: dict
-) -> Path:
-    """Writes data/results/position_masking.json.
+TABLES = ("beyond", "wider_lattice", "rows", "alone")
+
+
+def already_measured(settings: dict) -> dict:
+    """The saved result, to which more models are added; an empty one where there is none with these settings."""
+    path = data_folder() / "results" / "position_masking.json"
+    saved = json.loads(path.read_text()) if path.is_file() else {}
+    if saved.get("settings") == settings:
+        return saved
+    return {"settings": settings, "models": {}, **{key: [] for key in TABLES}}
+
+
+def save(measured: dict, order: Sequence[str]) -> Path:
+    """Writes data/results/position_masking.json: the tables, and what follows from them.
 
     Args:
-        table, beyond: of `run` and `run_beyond`.
-        wider: of `run` with a wider lattice, as a check.
-        models: what they are of.
-        settings: side of the neighbourhood and the pictures' crop.
+        measured: settings, models (with the provenance of each) and the rows of TABLES.
+        order: names of the models, as they shall be drawn.
     """
-    fits = distance_fits(table)
+    order = [name for name in order if name in measured["models"]]
+    tables = {key: sorted(measured[key], key=lambda row: order.index(row["model"])) for key in TABLES}
+    missing, alone = pd.DataFrame(tables["rows"]), pd.DataFrame(tables["alone"])
     result = {
-        "models": {_name(m): {**_description(m), **provenance(m, seed=_seed(m))} for m in models},
-        "settings": settings,
-        "over_pictures": _rounded(over_pictures(table)),
-        "fits": _rounded(fits.astype(object).where(fits.notna(), None)),
-        "beyond": _rounded(beyond),
-        "wider_lattice": _rounded(wider),
-        "rows": _rounded(table),
+        "settings": measured["settings"],
+        "models": {name: measured["models"][name] for name in order},
+        "over_pictures": _rounded(over_pictures(missing)),
+        "alone_over_pictures": _rounded(over_pictures(alone)),
+        "fits": _rounded(distance_fits(missing)),
+        "alone_fits": _rounded(distance_fits(alone)),
+        **tables,
         "provenance": provenance(),
     }
     path = data_folder() / "results" / "position_masking.json"
@@ -483,7 +565,9 @@ def _seed(model: Entroformer) -> int | None:
 
 
 def _rounded(table: pd.DataFrame) -> list[dict]:
-    return [{k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in table.to_dict("records")]
+    """Rows as JSON has them: six digits behind the point, None for what is not a number."""
+    rows = table.astype(object).where(table.notna(), None).to_dict("records")
+    return [{k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
 
 
 def _lines(result: dict) -> str:
