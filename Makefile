@@ -9,7 +9,7 @@ export ENTROFORMER_DATA
 .PHONY: help setup figures test lint lab bench train-tiny clean
 
 help:
-	@echo "make figures     run every notebook on the shipped weights, write figures/"
+	@echo "make figures     run every notebook on the shipped weights, draw the paper's figures, write figures/"
 	@echo "make test        lint and test"
 	@echo "make lab         open JupyterLab on the notebooks"
 	@echo "make bench       time coding beside CompressAI's models, write data/results/latency.json"
@@ -26,6 +26,7 @@ $(READY): pyproject.toml
 
 figures: $(READY)
 	$(BIN)/python notebooks/run_all.py
+	$(BIN)/python -m entroformer_lib.views.paper
 
 test: $(READY) lint
 	$(BIN)/python -m pytest

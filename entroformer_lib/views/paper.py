@@ -37,6 +37,7 @@ from entroformer_lib.views.style import COLOURS, GREYS, ONE_COLUMN, SEQUENTIAL, 
 AUTHORS = "Entroformer, serial (authors)"
 # Drawn in figures 5, 11 and 12 beside ours: published curves, darkest first
 FEW_CURVES = (AUTHORS, "VTM 9.1 (VVC)", "BPG 4:4:4", "Minnen 2018 context + hyperprior (paper)", "JPEG")
+MODEL_COLOURS, MARKERS = (*COLOURS, "0.5"), "osD^vPX*"  # of the models in figure 3
 MORE_CURVES = (
     *FEW_CURVES,
     "Minnen 2020 channel-wise (paper)",
@@ -107,15 +108,26 @@ def ablation(grid: str) -> pd.DataFrame | None:
 # ---- figure 3 ----
 
 
-def masking_data() -> pd.DataFrame | None:
-    """model, dy, dx, percent (mean over the pictures), spread, pictures, L1, L2, L-infinity."""
+def masking_data(key: str = "over_pictures") -> pd.DataFrame | None:
+    """model, dy, dx, percent (mean over the pictures), spread, pictures, L1, L2, L-infinity.
+
+    key: over_pictures (the position missing) or alone_over_pictures (the position alone known).
+    """
     saved = result("position_masking")
-    return None if saved is None else pd.DataFrame(saved["over_pictures"])
+    return None if saved is None else pd.DataFrame(saved[key])
+
+
+def masking_by_distance_data() -> pd.DataFrame | None:
+    """Both, one below the other: measure ("missing" or "alone"), and the columns of `masking_data`."""
+    if result("position_masking") is None:
+        return None
+    parts = (("missing", masking_data()), ("alone", masking_data("alone_over_pictures")))
+    return pd.concat([part.assign(measure=name) for name, part in parts], ignore_index=True)
 
 
 @styled
-def masking_maps(data: pd.DataFrame) -> Figure:
-    """A map of the rate increase for each model; positions that are no context stay empty."""
+def masking_maps(data: pd.DataFrame, label: str = "rate increase, %") -> Figure:
+    """A map for each model; positions that are no context stay empty."""
     models = list(dict.fromkeys(data["model"]))
     columns = min(4, len(models))
     rows = -(-len(models) // columns)
@@ -140,7 +152,7 @@ def masking_maps(data: pd.DataFrame) -> Figure:
     bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.01)
     ticks = [t for t in (0, 0.1, 1, 3, 10, 30, 100) if t <= largest]
     bar.set_ticks([_logarithm(t) for t in ticks], labels=[f"{t:g}" for t in ticks])
-    bar.set_label("rate increase, %")
+    bar.set_label(label)
     bar.outline.set_visible(False)
     return figure
 
@@ -149,34 +161,42 @@ def _logarithm(percent):
     return np.log10(0.1 + np.maximum(percent, 0))
 
 
+def alone_maps(data: pd.DataFrame) -> Figure:
+    """`masking_maps` of what a position saves alone."""
+    return masking_maps(data, "rate saved against no context, %")
+
+
 @styled
 def masking_by_distance(data: pd.DataFrame) -> Figure:
-    """Rate increase against the three distances, a colour for each model, with the mean at each distance as a line."""
+    """Percent against the three distances, a colour for each model, with the mean at each distance as a line."""
     norms = ("L1", "L2", "L-infinity")
-    figure, axes = new_figure(TWO_COLUMNS, 2.6, 1, 3, sharey=True)
-    for ax, norm in zip(axes, norms, strict=True):
-        for i, (model, part) in enumerate(data.groupby("model", sort=False)):
-            colour, marker = COLOURS[i % len(COLOURS)], "osD^vPX*"[i % 8]
-            mean = part.groupby(norm)["percent"].mean()
-            ax.plot(part[norm], part["percent"], marker, color=colour, markersize=2.5, alpha=0.5)
-            ax.plot(mean.index, mean, color=colour, linewidth=1, label=model, marker=marker, markersize=3)
-        ax.set(xlabel=f"{norm} distance, latents", yscale="symlog")
-        ax.set_yscale("symlog", linthresh=0.1)
-        ax.axhline(0, color="0.7", linewidth=0.6)
-    axes[0].set_ylabel("rate increase, %")
-    axes[-1].legend(loc="upper right", fontsize=6)
+    figure, axes = new_figure(TWO_COLUMNS, 4.4, 2, 3, sharey="row", sharex="col")
+    labels = {"missing": "rate increase when missing, %", "alone": "rate saved alone, %"}
+    for row, (measure, label) in zip(axes, labels.items(), strict=True):
+        row[0].set_ylabel(label)
+        for ax, norm in zip(row, norms, strict=True):
+            for i, (model, part) in enumerate(data[data["measure"] == measure].groupby("model", sort=False)):
+                colour, marker = MODEL_COLOURS[i % len(MODEL_COLOURS)], MARKERS[i % len(MARKERS)]
+                mean = part.groupby(norm)["percent"].mean()
+                ax.plot(part[norm], part["percent"], marker, color=colour, markersize=2, alpha=0.4)
+                ax.plot(mean.index, mean, color=colour, linewidth=1, label=model, marker=marker, markersize=3)
+            ax.set_yscale("symlog", linthresh=0.1 if measure == "missing" else 2)
+            ax.axhline(0, color="0.7", linewidth=0.6)
+    for ax, norm in zip(axes[1], norms, strict=True):
+        ax.set_xlabel(f"{norm} distance, latents")
+    axes[0, -1].legend(loc="upper right", fontsize=5.5)
     return figure
 
 
 def masking_comparison(data: pd.DataFrame) -> list[Comparison]:
-    """Spearman's rank correlation of increase and L1 distance; the paper gives a picture and no number."""
-    fits = pd.DataFrame(result("position_masking")["fits"])
-    rows = fits[fits["norm"] == "L1"]
-    return [
-        Comparison(f"Spearman of increase and L1 distance, {row.model}", None, row.spearman)
-        for row in rows.itertuples()
-        if row.spearman is not None
-    ]
+    """Spearman's rank correlation of percent and L1 distance; the paper gives a picture and no number."""
+    found = []
+    for key, measure in (("fits", "increase when missing"), ("alone_fits", "saving alone")):
+        for fit in result("position_masking")[key]:
+            if fit["norm"] == "L1" and fit["spearman"] is not None:
+                words = f"Spearman of {measure} and L1 distance, {fit['model']}"
+                found.append(Comparison(words, None, fit["spearman"]))
+    return found
 
 
 def beyond_data() -> pd.DataFrame | None:
@@ -196,7 +216,7 @@ def beyond_curve(data: pd.DataFrame) -> Figure:
     """Rate when everything beyond a distance is masked, against that distance."""
     figure, ax = new_figure(ONE_COLUMN * 1.4, 2.8)
     for i, (model, part) in enumerate(data.groupby("model", sort=False)):
-        colour, marker = COLOURS[i % len(COLOURS)], "osD^vPX*"[i % 8]
+        colour, marker = MODEL_COLOURS[i % len(MODEL_COLOURS)], MARKERS[i % len(MARKERS)]
         ax.plot(part["radius"], part["percent"], color=colour, marker=marker, markersize=3.5, label=model)
     ax.axhline(0, color="0.6", linewidth=0.8)
     ax.set(xlabel="L1 distance up to which the context is known, latents", ylabel="rate against all context, %")
@@ -563,7 +583,9 @@ MASKING = "position_masking.json"
 ITEMS = (
     Item("figure03_position_masking", "Rate increase when one context position is missing", MASKING, masking_data,
          masking_maps, claim="the closer, the more; in the shape of a diamond"),
-    Item("figure03_distance", "The same against three distances", MASKING, masking_data, masking_by_distance,
+    Item("figure03_alone", "Rate saved by one context position alone", MASKING,
+         lambda: masking_data("alone_over_pictures"), alone_maps, claim="not in the paper, or the other reading of it"),
+    Item("figure03_distance", "Both against three distances", MASKING, masking_by_distance_data, masking_by_distance,
          masking_comparison, claim="falls with L1 distance"),
     Item("figure03_beyond", "Rate when everything beyond a distance is missing", MASKING, beyond_data, beyond_curve,
          claim="not in the paper"),

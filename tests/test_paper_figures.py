@@ -1,0 +1,149 @@
+"""The paper's figures and tables: the data drawn is that of the saved results; later results are drawn too."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from entroformer_lib.files import data_folder
+from entroformer_lib.views import paper
+from entroformer_lib.views.style import ONE_COLUMN, TWO_COLUMNS
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> tuple[Path, dict[str, pd.DataFrame]]:
+    folder = tmp_path_factory.mktemp("figures")
+    return folder, paper.regenerate(folder)
+
+
+@pytest.fixture
+def other_results(tmp_path, monkeypatch) -> Path:
+    """A copy of the data folder without weights, to put results into."""
+    for part in ("results", "reference"):
+        shutil.copytree(data_folder() / part, tmp_path / "data" / part)
+    monkeypatch.setattr(paper, "data_folder", lambda: tmp_path / "data")
+    return tmp_path / "data" / "results"
+
+
+def test_committed_data_is_what_the_saved_results_give(drawn):
+    folder, _ = drawn
+    ours = {path.name: path.read_text() for path in folder.iterdir() if path.suffix in (".csv", ".md")}
+    committed = {name: (ROOT / "figures" / name) for name in ours}
+    for name, path in committed.items():
+        assert path.is_file() and path.read_text() == ours[name], f"{name} is not of these results: make figures"
+
+
+def test_every_item_has_all_its_files(drawn):
+    folder, data = drawn
+    assert {"figure05_rate_distortion", "table2_latency", "table6_sizes"} <= set(data)
+    for item in paper.ITEMS:
+        assert re.fullmatch(r"(figure\d\d|table\d)_\w+", item.name)
+        endings = {"png", "svg", "csv"} | ({"md"} if item.table else set())
+        found = {path.suffix[1:] for path in folder.glob(f"{item.name}.*")}
+        assert found == (endings if item.name in data else set())
+        assert f"{item.name}" in (folder / "README.md").read_text()  # drawn, or said not to be measured
+
+
+def test_figures_draw_the_data(drawn):
+    """Points of the curves, read back from the axes."""
+    _, data = drawn
+    for item in paper.ITEMS:
+        if item.name in data and "rate_distortion" in item.name:
+            figure = item.draw(data[item.name])
+            lines = [line.get_xydata() for line in figure.axes[0].lines]
+            for _, part in data[item.name].groupby("label"):
+                points = part[["bpp", "quality"]].to_numpy()
+                assert any(len(line) == len(points) and np.allclose(line, points) for line in lines)
+
+
+def test_columns_have_the_widths_of_the_style_sheet(drawn):
+    _, data = drawn
+    for item in paper.ITEMS:
+        if item.name in data:
+            assert ONE_COLUMN <= item.draw(data[item.name]).get_figwidth() <= TWO_COLUMNS
+
+
+def test_the_same_results_give_the_same_files(drawn, tmp_path):
+    folder, _ = drawn
+    paper.regenerate(tmp_path)
+    for path in folder.iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
+
+
+def test_published_numbers_stand_beside_ours(drawn):
+    folder, data = drawn
+    text = (folder / "README.md").read_text()
+    sizes = data["table6_sizes"].set_index("model")
+    assert sizes.loc["base-serial", "published_mb"] == 142.7
+    assert sizes.loc["base-serial", "megabytes"] == pytest.approx(142.7, abs=0.1)
+    assert "| base-serial, entropy model | 142.7 MB | 142.6 MB | -0.1% |" in text
+
+
+def made_up_ablation() -> list[dict]:
+    rows = []
+    for seed in (0, 1):
+        noise = 0.001 * seed
+        for context, position, bpp in [("cnn", "none", 0.6), *(("serial", p, 0.55) for p in paper.POSITIONS)]:
+            rows.append({"grid": "table1", "context": context, "position": position, "seed": seed, "bpp": bpp + noise})
+        for radius, position, bpp in (
+            (1, "none", 0.6),
+            (1, "diamond", 0.5),
+            (3, "diamond", 0.4),
+            (None, "diamond", 0.45),
+        ):
+            rows.append({"grid": "figure6", "radius": radius, "position": position, "seed": seed, "bpp": bpp + noise})
+        for k in (8, 64, None):
+            for step in (100, 200):
+                rows.append({"grid": "figure7", "top_k": k, "step": step, "seed": seed, "bpp": 60 / step + noise})
+        for kind, bpp in (
+            ("hyperprior only", 0.4),
+            ("hyperprior + unidirectional", 0.3),
+            ("hyperprior + bidirectional", 0.27),
+        ):
+            rows.append({"grid": "table3", "context": kind, "seed": seed, "bpp": bpp + noise})
+        for size in (300, 600, 900, 1200):
+            for position, bpp in (("absolute", 0.5), ("diamond", 0.4)):
+                rows.append({"grid": "table4", "size": size, "position": position, "seed": seed, "bpp": bpp})
+    return rows
+
+
+def test_results_that_come_later_are_drawn(other_results, tmp_path):
+    (other_results / "ablation-all.json").write_text(json.dumps({"rows": made_up_ablation()}))
+    maps = [
+        {"figure": n, "title": f"{n} {i}", "query": [1, 2], "probs": [[0.1, 0.2, 0.3, 0.4]] * 3}
+        for n in (8, 9, 10)
+        for i in range(3)
+    ]
+    (other_results / "attention.json").write_text(json.dumps({"maps": maps}))
+    rates = {f"{r:g}": {"bpp": r, "psnr_db": 30 + r, "ms_ssim": 0.9 + r / 20} for r in (0.2, 0.4, 0.8)}
+    (other_results / "tiny-rates-kodak.json").write_text(json.dumps({"mean": rates}))
+    drawn = paper.regenerate(tmp_path / "figures", ROOT / "notebooks")
+    assert {item.name for item in paper.ITEMS} - set(drawn) <= {i.name for i in paper.ITEMS if i.needs == paper.MASKING}
+    table1 = drawn["table1_position_encoding"].set_index("position")
+    assert table1.loc["none", "saving_percent"] == pytest.approx(100 * (1 - 0.5505 / 0.6005))
+    assert (table1["seeds"] == 2).all()
+    assert drawn["figure06_clipping_distance"].groupby("radius")["bpp"].mean().idxmin() == 3
+    curves = drawn["figure05_rate_distortion"]
+    assert list(curves[curves["label"] == "tiny-rates"]["bpp"]) == [0.2, 0.4, 0.8]
+    text = (tmp_path / "figures" / "README.md").read_text()
+    assert "| best clipping distance h | 3 | 3 | +0.0% |" in text
+    assert "saving of bidirectional over unidirectional | 4.283 % |" in text
+
+
+def test_what_is_not_measured_is_left_out_and_said(other_results, tmp_path):
+    for path in other_results.iterdir():
+        path.unlink()
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "table2_latency.png").write_bytes(b"of results that are gone")
+    assert paper.regenerate(tmp_path / "figures", ROOT / "notebooks") == {}
+    assert [p.name for p in (tmp_path / "figures").iterdir()] == ["README.md"]
+    assert (
+        "table2_latency: latency of the entropy model (latency.json)"
+        in (tmp_path / "figures" / "README.md").read_text()
+    )
