@@ -201,3 +201,19 @@ def test_measured_models_are_kept(picture, tmp_path, monkeypatch):
     assert len(saved["fits"]) == len(saved["alone_fits"]) == 6
     assert saved["models"]["cnn"]["weights_sha256"] and saved["provenance"]["revision"]
     assert saved["models"]["cnn"]["position"] == "diamond"
+
+
+def test_interactive_map_has_every_model_and_picture(picture):
+    from entroformer_lib.views.explore_positions import ALL, interactive
+
+    models = [micro_model("serial"), micro_model("cnn")]
+    models[0].name, models[1].name = "one", "two"
+    table = pm.run(models, [("a", picture), ("b", picture.rotate(90))], side=3)
+    figure = interactive(table)
+    by_model, by_image = figure.layout.updatemenus
+    assert [b.label for b in by_model.buttons] == ["one", "two"]
+    assert [b.label for b in by_image.buttons] == [ALL, "a", "b"]
+    assert [trace.visible for trace in figure.data[:3]] == [True, False, False]
+    texts = by_model.buttons[1].args[0]["text"]
+    row = table[(table.model == "two") & (table.image == "b")].iloc[0]
+    assert f"rate {row.bpp_all:.4f} to {row.bpp_masked:.4f} bpp" in texts[2][0] and "rank" in texts[2][0]

@@ -53,7 +53,7 @@ from entroformer_lib.errors import StudyError
 from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.models.context import first_slice
 from entroformer_lib.models.entroformer import Entroformer
-from entroformer_lib.models.zoo import load_model, weights_digest
+from entroformer_lib.models.zoo import load_model, save_weights, weights_digest
 from entroformer_lib.studies.provenance import provenance
 from entroformer_lib.studies.rate_distortion import pictures_to_test
 from entroformer_lib.training.config import TrainConfig
@@ -511,6 +511,21 @@ def measure(
         save(measured, [_name(m) for m in loaded])
 
 
+def ship(runs: Path, only: tuple[str, ...] = ("none", "diamond")) -> None:
+    """Puts models of the study into data/weights/position_masking, in half precision, for the notebook.
+
+    Args:
+        runs: Folder of the runs.
+        only: Names of the models.
+    """
+    for name in only:
+        model = load_model(runs / name / "weights.safetensors", "cpu")
+        limits = "made for the study of context positions, with gaps in its context; other models compress better"
+        training = {**model.card["training"], "out": f"runs/{name}", "latents": "runs/latents"}
+        card = {**model.card, "training": training, "limits": limits}
+        save_weights(model, data_folder() / "weights" / "position_masking" / f"{name}.safetensors", card, half=True)
+
+
 TABLES = ("beyond", "wider_lattice", "rows", "alone")
 
 
@@ -583,4 +598,4 @@ def _lines(result: dict) -> str:
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"train": train_models, "measure": measure})
+    tyro.extras.subcommand_cli_from_dict({"train": train_models, "measure": measure, "ship": ship})

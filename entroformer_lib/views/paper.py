@@ -131,12 +131,20 @@ def masking_maps(data: pd.DataFrame, label: str = "rate increase, %") -> Figure:
     models = list(dict.fromkeys(data["model"]))
     columns = min(4, len(models))
     rows = -(-len(models) // columns)
-    figure, axes = new_figure(TWO_COLUMNS, 1.75 * rows + 0.3, rows, columns, squeeze=False)
-    largest = data["percent"].max()
-    reach = int(data[["dy", "dx"]].abs().max().max())
+    largest, reach = data["percent"].max(), int(data[["dy", "dx"]].abs().max().max())
+    lowest = [
+        data[data["model"].isin(models[i : i + columns])]["dy"].max() + 0.5 for i in range(0, len(models), columns)
+    ]
+    panel = min(1.6, (TWO_COLUMNS - 0.8) / columns) if columns > 2 else 2.7  # inches wide
+    heights = [panel * (reach + 0.5 + low) / (2 * reach + 1) for low in lowest]  # causal models have no lower half
+    width = max(ONE_COLUMN, columns * panel + 0.8)
+    size = 4.5 if columns > 2 else 6
+    figure, axes = new_figure(
+        width, max(1.6, sum(heights) + 0.28 * rows), rows, columns, squeeze=False, height_ratios=heights
+    )
     for ax in axes.flat[len(models) :]:
         ax.set_visible(False)
-    for ax, model in zip(axes.flat, models, strict=False):
+    for i, (ax, model) in enumerate(zip(axes.flat, models, strict=False)):
         part = data[data["model"] == model]
         grid = np.full((2 * reach + 1, 2 * reach + 1), np.nan)
         grid[part["dy"] + reach, part["dx"] + reach] = part["percent"]
@@ -144,12 +152,12 @@ def masking_maps(data: pd.DataFrame, label: str = "rate increase, %") -> Figure:
         for dy, dx, percent in zip(part["dy"], part["dx"], part["percent"], strict=True):
             bright = _logarithm(percent) > 0.6 * _logarithm(largest)
             text = f"{percent:.1f}" if abs(percent) >= 0.995 else f"{percent:.2f}".replace("0.", ".", 1)
-            ax.text(dx + reach, dy + reach, text, ha="center", va="center", fontsize=4.5, color="k" if bright else "w")
+            text = "0" if abs(percent) < 0.005 else text
+            ax.text(dx + reach, dy + reach, text, ha="center", va="center", fontsize=size, color="k" if bright else "w")
         ax.plot(reach, reach, marker="x", color=COLOURS[1], markersize=5)
-        bottom = max(0.5, part["dy"].max() + 0.5) + reach
-        ax.set(xticks=[], yticks=[], title=model, ylim=(bottom, -0.5))
+        ax.set(xticks=[], yticks=[], title=model, ylim=(lowest[i // columns] + reach, -0.5))
         ax.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.01)
+    bar = figure.colorbar(image, ax=axes, pad=0.01)
     ticks = [t for t in (0, 0.1, 1, 3, 10, 30, 100) if t <= largest]
     bar.set_ticks([_logarithm(t) for t in ticks], labels=[f"{t:g}" for t in ticks])
     bar.set_label(label)
