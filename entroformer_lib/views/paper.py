@@ -140,7 +140,7 @@ def masking_maps(data: pd.DataFrame, label: str = "rate increase, %") -> Figure:
     width = max(ONE_COLUMN, columns * panel + 0.8)
     size = 4.5 if columns > 2 else 6
     figure, axes = new_figure(
-        width, max(1.6, sum(heights) + 0.28 * rows), rows, columns, squeeze=False, height_ratios=heights
+        width, max(1.9, sum(heights) + 0.28 * rows), rows, columns, squeeze=False, height_ratios=heights
     )
     for ax in axes.flat[len(models) :]:
         ax.set_visible(False)
@@ -171,7 +171,7 @@ def _logarithm(percent):
 
 def alone_maps(data: pd.DataFrame) -> Figure:
     """`masking_maps` of what a position saves alone."""
-    return masking_maps(data, "rate saved against no context, %")
+    return masking_maps(data, "rate saved alone, %")
 
 
 @styled
