@@ -256,8 +256,10 @@ def import_official(
 
 
 def _load(model: str, device: str):
+    from entroformer_lib.memory import keep_freed_memory
     from entroformer_lib.models.zoo import load_model
 
+    keep_freed_memory()
     return load_model(model, device)
 
 
