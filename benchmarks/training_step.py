@@ -23,7 +23,7 @@ from entroformer_lib.training.data import PreloadedCrops, StreamedCrops
 from entroformer_lib.training.loss import TrainingStep
 from entroformer_lib.training.optimizer import build_optimizer
 
-ROWS = ("plain", "pictures in memory", "bfloat16", "channels last", "freed memory kept", "Muon")
+ROWS = ("plain", "pictures in memory", "bfloat16", "freed memory kept", "channels last", "Muon")
 
 
 def measure(row: str, data: str, model_name: str, batch: int, crop: int, steps: int) -> dict:

@@ -21,7 +21,7 @@ Output = Annotated[Path | None, arg(aliases=["-o"], metavar="FILE")]
 def compress(
     image: Positional[Path],
     output: Output = None,
-    model: str = "tiny-parallel",
+    model: str = "tiny-rates",
     bpp: float | None = None,
     force: bool = False,
     device: str = "auto",
@@ -30,7 +30,7 @@ def compress(
 
     Transparent pixels are laid over white, 16 bits become 8, grey stays grey, colour profiles are dropped.
 
-    Example: entroformer compress photo.png -o photo.ef
+    Example: entroformer compress photo.png -o photo.ef --bpp 0.5
 
     Args:
         image: The picture: PNG, JPEG, WebP, TIFF and what else Pillow reads.
@@ -256,8 +256,10 @@ def import_official(
 
 
 def _load(model: str, device: str):
+    from entroformer_lib.memory import keep_freed_memory
     from entroformer_lib.models.zoo import load_model
 
+    keep_freed_memory()
     return load_model(model, device)
 
 

@@ -17,32 +17,22 @@ from entroformer_lib.models.position import RelativePosition, sinusoidal_positio
 # Which keys may a query see? Maps query numbers [q] to a mask, True = visible: [q, n] or [B, 1, q, n].
 Visible = Callable[[Tensor], Tensor]
 
-SCORE_GRID = 2.0**16  # float64 scores are ranked after rounding to this grid
-MAX_KEYS = 2**20
-# Scores held at a time when no gradient is wanted; 4 MiB of float64 stay in a CPU's cache.
+# Scores held at a time when no gradient is wanted; 2 MiB of float32 stay in a CPU's cache.
 TILE_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 
 
-def keep_top_k(scores: Tensor, k: int | None, ties: str = "index") -> Tensor:
-    """f_k of eq. 7: keeps the k largest scores of each row, sets the rest to -inf.
+def keep_top_k(scores: Tensor, k: int | None) -> Tensor:
+    """f_k of eq. 7: keeps the k largest scores of each row and what equals the k-th, sets the rest to -inf.
 
-    Flat parts of a picture give many *mathematically* equal scores, and then rounding noise, which differs from machine
-    to machine, would choose among them. So in float64, which the coder uses, scores are ranked on a coarse grid
-    (2^-16) and equal ranks are settled by a rule: `index` keeps the first key, `keep` all of them (released code). In
-    float32, which training uses, equal scores are simply all kept.
+    Flat parts of a picture give many *mathematically* equal scores, and then rounding noise chooses among them, here
+    and in the released code. The coder cannot live with that: see `integer.py`.
 
     scores: [..., n] with -inf where a key is not visible  ->  the same shape
     """
-    n = scores.size(-1)
-    if k is None or k >= n:
+    if k is None or k >= scores.size(-1):
         return scores
-    ranks = scores.detach()
-    if ranks.dtype == torch.float64:
-        ranks = torch.round(ranks * SCORE_GRID)
-        if ties == "index":  # exact: |score| < 2^16 and n < 2^20 leave 53 bits enough
-            ranks = ranks * MAX_KEYS - torch.arange(n, device=ranks.device)
-    kth = ranks.topk(k, dim=-1).values[..., -1:]
-    return scores.masked_fill(ranks < kth, -torch.inf)
+    kth = scores.detach().topk(k, dim=-1).values[..., -1:]
+    return scores.masked_fill(scores.detach() < kth, -torch.inf)
 
 
 class KeyValueCache:
@@ -75,9 +65,9 @@ class TopKAttention(nn.Module):
     their sum `scores` (-inf where not visible), `selected` (after f_k) and `probs`.
     """
 
-    def __init__(self, dim: int, heads: int, top_k: int | None, scale: str, ties: str):
+    def __init__(self, dim: int, heads: int, top_k: int | None, scale: str):
         super().__init__()
-        self.heads, self.top_k, self.ties = heads, top_k, ties
+        self.heads, self.top_k = heads, top_k
         self.scale = (dim if scale == "width" else dim // heads) ** -0.5
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
@@ -157,7 +147,7 @@ class TopKAttention(nn.Module):
                 scores = torch.cat((scores, self_scores if relative is None else self_scores + relative.own(q)), dim=-1)
             if visible is not None:
                 scores = scores.masked_fill(~visible(numbers), -torch.inf)
-            scores = self.selected(keep_top_k(self.scores(scores), top_k or self.top_k, self.ties))
+            scores = self.selected(keep_top_k(self.scores(scores), top_k or self.top_k))
             probs = self.probs(scores.softmax(dim=-1))
         probs = probs.to(v.dtype)
         return probs @ v if own is None else probs[..., :n] @ v + probs[..., n:] * own[1]
@@ -172,10 +162,10 @@ class Block(nn.Module):
     x: [B, q, D]  ->  [B, q, D]
     """
 
-    def __init__(self, dim: int, heads: int, top_k: int | None, ffn_ratio: int, scale: str, activation: str, ties: str):
+    def __init__(self, dim: int, heads: int, top_k: int | None, ffn_ratio: int, scale: str, activation: str):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attention = TopKAttention(dim, heads, top_k, scale, ties)
+        self.attention = TopKAttention(dim, heads, top_k, scale)
         self.norm2 = nn.LayerNorm(dim)
         self.feed_forward = nn.Sequential(
             nn.Linear(dim, ffn_ratio * dim), ACTIVATIONS[activation](), nn.Linear(ffn_ratio * dim, dim)
@@ -200,7 +190,7 @@ class Stack(nn.Module):
         self.top_k, self.jitter, self.heads = top_k, c.top_k_jitter, c.heads
         self.absolute = c.position == "absolute"
         self.blocks = nn.ModuleList(
-            Block(c.dim, c.heads, top_k, c.ffn_ratio, c.attention_scale, c.activation, c.ties) for _ in range(layers)
+            Block(c.dim, c.heads, top_k, c.ffn_ratio, c.attention_scale, c.activation) for _ in range(layers)
         )
         tables = 0 if c.position in ("none", "absolute") else 1 if c.share_position else layers
         self.positions = nn.ModuleList(RelativePosition(c.position, radius, c.dim // c.heads) for _ in range(tables))

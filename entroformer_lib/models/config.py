@@ -50,7 +50,6 @@ class EntroformerConfig:
 
     attention_scale: Literal["head", "width"] = "head"  # 1/sqrt(head width) as in eq. 3; released: 1/sqrt(dim)
     activation: Literal["relu", "gelu", "leaky_relu"] = "relu"  # feed-forward "as Vaswani"; released: LeakyReLU(0.2)
-    ties: Literal["index", "keep"] = "index"  # equal scores at rank k: lower index wins, or (released) all are kept
     z_prior: Literal["factorized", "gaussian"] = "factorized"  # the authors call the paper's "factorized" an erratum
     scale_floor: float = 0.11  # smallest sigma of y; CompressAI's bound. Released: exp(-7)
 
@@ -106,6 +105,7 @@ class EntroformerConfig:
             raise ConfigError(f"This is not a config in JSON: {error}.") from None
         if not isinstance(values, dict):
             raise ConfigError("A config in JSON is an object of fields and values.")
+        values.pop("ties", None)  # of the first weights; equal scores are always kept now
         return cls(**_known(values, cls))
 
 
@@ -163,7 +163,6 @@ PRESETS = {
         share_position=True,
         attention_scale="width",
         activation="leaky_relu",
-        ties="keep",
         z_prior="gaussian",
         scale_floor=0.0009118819655545162,  # exp(-7)
         top_k_jitter=True,

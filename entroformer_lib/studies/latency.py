@@ -1,15 +1,19 @@
-"""How long coding takes, and where the time goes: Table 2, split into stages, beside CompressAI's models.
+"""How long coding takes, where the time goes and how much memory it takes: Table 2, beside CompressAI's models.
 
     python -m entroformer_lib.studies.latency --out data/results/latency.json
 
 Weights are random; our models' latents are spread as those of a trained model, so that the coder has something to do.
-All rows of a table come from one run on one machine; compare ratios, not seconds.
-CompressAI's models have plain random weights: their coder's time hangs on the number of symbols, not on their values.
+All rows of a table come from one run on one machine; compare ratios, not seconds. Each model runs in a process of its
+own, which gives its peak memory. Ours run as the command line runs them, with freed memory kept (`memory.py`);
+CompressAI's run as they come, and once more with freed memory kept. Their random weights do not matter: their coder's
+time hangs on the number of symbols.
 """
 
 import json
+import resource
+import subprocess
+import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +25,7 @@ from compressai.zoo import bmshj2018_hyperprior, mbt2018
 from entroformer_lib.coding import codec
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.files import write_bytes
+from entroformer_lib.memory import keep_freed_memory
 from entroformer_lib.models.clock import stage_times
 from entroformer_lib.models.entroformer import Entroformer, build_model
 from entroformer_lib.studies.provenance import provenance
@@ -29,6 +34,8 @@ STAGES = ("transforms", "hyper", "context", "parameters", "entropy coding")
 OURS = ("base-parallel", "base-serial", "study-parallel", "study-serial")
 COMPRESSAI = {"bmshj2018-hyperprior": bmshj2018_hyperprior, "mbt2018": mbt2018}
 QUALITY = 8
+KEPT = " + memory"  # behind the name of a CompressAI model that runs with freed memory kept
+SIDES = (256, 512, 1024, 2048, 4096)  # pixels, for the growth of time and memory
 
 
 def lively(model: Entroformer) -> Entroformer:
@@ -66,43 +73,93 @@ def measure_compressai(model, picture, direction: str) -> dict:
         return {"seconds": time.perf_counter() - start}
 
 
-def run(names: Iterable[str], picture, repeats: int = 3) -> pd.DataFrame:
-    """One row per model, direction and repeat: model, direction, width, height, seconds and, for ours, the stages."""
+def measure_one(name: str, width: int, height: int, repeats: int) -> list[dict]:
+    """One row per direction and repeat: model, direction, width, height, seconds, peak_mb and, for ours, the stages.
+
+    peak_mb is the largest memory of this process so far, weights and libraries included.
+    """
+    picture = sample_picture("astronaut").resize((width, height))
+    plain_name = name.removesuffix(KEPT)
+    if plain_name not in COMPRESSAI or plain_name != name:
+        keep_freed_memory()
+    torch.manual_seed(0)
+    if plain_name in COMPRESSAI:
+        model = COMPRESSAI[plain_name](QUALITY, pretrained=False).eval()
+        model.update(force=True)
+        one = measure_compressai
+    else:
+        model, one = lively(build_model(name)), measure
+        codec.decode(codec.encode(model, picture.resize((64, 64))), model)  # builds the integer copy of the weights
     rows = []
-    for name in names:
-        torch.manual_seed(0)
-        if name in COMPRESSAI:
-            model = COMPRESSAI[name](QUALITY, pretrained=False).eval()
-            model.update(force=True)
-            one = measure_compressai
-        else:
-            model, one = lively(build_model(name)), measure
-        for direction in ("encode", "decode"):
-            for repeat in range(repeats):
-                row = one(model, picture, direction)
-                rows.append({"model": name, "direction": direction, "repeat": repeat, **row})
-                rows[-1].update(width=picture.width, height=picture.height)
-                print(f"{name:22} {direction} {row['seconds']:8.3f} s", flush=True)
-    return pd.DataFrame(rows)
+    for direction in ("encode", "decode"):
+        for repeat in range(repeats):
+            row = one(model, picture, direction)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+            size = dict(width=width, height=height)
+            rows.append({"model": name, "direction": direction, "repeat": repeat, **size, **row, "peak_mb": peak})
+    return rows
+
+
+def in_own_process(name: str, width: int, height: int, repeats: int) -> list[dict]:
+    """`measure_one` in a fresh process."""
+    words = [sys.executable, "-m", "entroformer_lib.studies.latency", "--one", name, "--out", "-"]
+    words += ["--width", str(width), "--height", str(height), "--repeats", str(repeats)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name} failed: {done.stderr.strip().splitlines()[-1]}")
+    rows = json.loads(done.stdout.splitlines()[-1])
+    for row in rows:
+        size, memory = f"{width}x{height}", f"{row['peak_mb']:6.0f} MB"
+        print(f"{name:28} {size} {row['direction']} {row['seconds']:8.3f} s {memory}", flush=True)
+    return rows
+
+
+def growth(table: pd.DataFrame) -> dict[str, float]:
+    """Exponents of a fit a * pixels^b through seconds and through memory above that of the smallest picture."""
+    pixels = table.width * table.height
+    extra = table.peak_mb - table.peak_mb.min()
+    grown = extra > 0
+    fit = np.polynomial.polynomial.polyfit
+    return {
+        "seconds": float(fit(np.log(pixels), np.log(table.seconds), 1)[1]),
+        "memory": float(fit(np.log(pixels[grown]), np.log(extra[grown]), 1)[1]) if grown.sum() > 1 else float("nan"),
+    }
 
 
 def main(
-    out: Path, models: tuple[str, ...] = (*OURS, *COMPRESSAI), repeats: int = 3, width: int = 768, height: int = 512
+    out: str,
+    models: tuple[str, ...] = (*OURS, *COMPRESSAI, *(name + KEPT for name in COMPRESSAI)),
+    repeats: int = 3,
+    width: int = 768,
+    height: int = 512,
+    sides: tuple[int, ...] = SIDES,
+    grown: str = "study-parallel",
+    one: str | None = None,
 ):
-    """Times models on one picture and saves rows with their provenance.
+    """Times models on one picture, then one model on growing pictures, and saves rows with their provenance.
 
     Args:
         out: The JSON file.
         models: Names for `build_model`, and of CompressAI's bmshj2018-hyperprior and mbt2018 (quality 8).
         repeats: How often each is timed.
-        width: Width of the picture in pixels; it is scikit-image's astronaut, enlarged.
+        width: Width of the picture in pixels; it is scikit-image's astronaut, scaled.
         height: Its height.
+        sides: Sides of the square pictures on which growth is measured; none leaves it out.
+        grown: The model for that.
+        one: Measure only this model, in this process, and print its rows.
     """
-    picture = sample_picture("astronaut").resize((width, height))
-    table = run(models, picture, repeats)
-    rows = [{name: v for name, v in row.items() if v == v} for row in table.to_dict("records")]  # NaN is no JSON
-    result = {"rows": rows, "provenance": {**provenance(), "threads": torch.get_num_threads()}}
-    write_bytes(out, json.dumps(result, indent=1).encode())
+    if one is not None:
+        print(json.dumps(measure_one(one, width, height, repeats)))
+        return
+    rows = [row for name in models for row in in_own_process(name, width, height, repeats)]
+    larger = [row for side in sides for row in in_own_process(grown, side, side, 1)]
+    result = {"rows": rows, "growth": larger, "provenance": {**provenance(), "threads": torch.get_num_threads()}}
+    if larger:
+        decode = pd.DataFrame(larger).query("direction == 'decode'")
+        result["exponents"] = growth(decode)
+        print("exponents of decoding against pixels:", result["exponents"])
+    write_bytes(Path(out), json.dumps(result, indent=1).encode())
+    table = pd.DataFrame(rows)
     print(table.groupby(["model", "direction"]).seconds.median().unstack().round(3).to_string())
 
 

@@ -1,6 +1,7 @@
 """Makes a finished training run a shipped model: half-precision weights, measured on Kodak, with a card beside them.
 
-python -m entroformer_lib.studies.model_card runs/tiny-parallel tiny-parallel --kodak pictures/kodak
+python -m entroformer_lib.studies.model_card publish runs/tiny-rates tiny-rates --kodak pictures/kodak
+python -m entroformer_lib.studies.model_card again tiny-rates --kodak pictures/kodak
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import tyro
 from tyro.conf import Positional
 
 from entroformer_lib.files import data_folder, write_bytes
+from entroformer_lib.models.entroformer import Entroformer
 from entroformer_lib.models.zoo import load_model, save_weights
 from entroformer_lib.studies.provenance import provenance
 from entroformer_lib.studies.rate_distortion import evaluate_picture, jpeg_psnr_db, pictures_to_test
@@ -31,13 +33,27 @@ def publish(run: Positional[Path], name: Positional[str], kodak: Path, data: str
         data: What it was trained on, in words.
         limits: A sentence on what it is not good for.
     """
-    weights = data_folder() / "weights" / f"{name}.safetensors"
     trained = load_model(run / "weights.safetensors", "cpu")
     card = {**trained.card, "trained_on": data, "limits": limits}
     card["training"] = {**card["training"], "data": "DATA", "out": f"runs/{name}"}
     card["curve"] = training_curve(run / "log.jsonl")
-    save_weights(trained, weights, card, half=True)
+    _measure_and_write(trained, card, name, kodak)
 
+
+def again(name: Positional[str], kodak: Path) -> None:
+    """Measures a shipped model again, after a change of the coder, and writes its files anew.
+
+    Args:
+        name: Name of the model.
+        kodak: Folder of the 24 Kodak pictures.
+    """
+    model = load_model(name, "cpu")
+    _measure_and_write(model, model.card, name, kodak)
+
+
+def _measure_and_write(trained: Entroformer, card: dict, name: str, kodak: Path) -> None:
+    weights = data_folder() / "weights" / f"{name}.safetensors"
+    save_weights(trained, weights, card, half=True)
     model = load_model(weights)
     rows = []
     for lmbda in model.config.lmbdas or (None,):
@@ -146,4 +162,4 @@ def card_text(name: str, card: dict, rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(publish)
+    tyro.extras.subcommand_cli_from_dict({"publish": publish, "again": again})

@@ -36,7 +36,6 @@ CHOICES: dict[str, dict] = {
     "random mask first": dict(pretrain=0.25),
     "high rate first": dict(pretrain=0.4, pretrain_lmbda=0.1, pretrain_mask=0.0),
     "larger crops last": dict(last_crop=192),
-    "float32": dict(precision="float32"),
     "half the learning rate": dict(lr=1e-3),
     "lmbda 0.0035": dict(lmbda=0.0035),
     "lmbda 0.025": dict(lmbda=0.025),
@@ -64,13 +63,11 @@ def compare(train_on: str, held_out: str, runs: Path, steps: int = 1000, model: 
         if not (out / "weights.safetensors").exists():
             train(config, progress=False)
         trained = load_model(out / "weights.safetensors")
-        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         for lmbda in EXTRA_POINTS.get(name, (config.lmbda,)):
             if config.lmbdas:
                 trained.level = trained.gain.level_of(lmbda)
             measured = rate_and_distortion(trained, pictures, lmbda)
-            seconds = trained.card["train_seconds"]
-            rows.append({"choice": name, "lmbda": lmbda, **measured, "seconds": seconds, "steps": log[-1]["step"]})
+            rows.append({"choice": name, "lmbda": lmbda, **measured, "steps": trained.card["training"]["steps"]})
             print(rows[-1], flush=True)
     settings = {"base": BASE, "changes": CHOICES, "steps": steps, "model": model, "held_out": count}
     result = {"rows": rows, "settings": settings, "provenance": provenance(seed=0)}

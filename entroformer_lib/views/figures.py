@@ -151,6 +151,65 @@ def differences(names: list[str], percent: list[float], spread: float | None = N
     return figure
 
 
+STAGES = {  # column of the latency table: what it says in a figure
+    "transforms_s": "g_a or g_s",
+    "hyper_s": "hyperprior",
+    "context_s": "context model",
+    "parameters_s": "entropy parameters",
+    "entropy_coding_s": "entropy coder",
+    "other_s": "other",
+}
+
+
+@styled
+def latency(rows: list[dict]) -> Figure:
+    """Seconds to encode and decode, medians over repeats: ours split into stages, others in grey, on a log scale below.
+
+    Args:
+        rows: model, direction, seconds and, for ours, the stages' seconds.
+    """
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    figure, panels = new_figure(TWO_COLUMNS, 0.28 * len(names) + 1.1, 1, 2, sharey=True)
+    for axes, direction in zip(panels, ("encode", "decode"), strict=True):
+        longest = 0.0
+        for y, name in enumerate(names):
+            mine = [row for row in rows if row["model"] == name and row["direction"] == direction]
+            total = float(np.median([row["seconds"] for row in mine]))
+            longest = max(longest, total)
+            left = 0.0
+            for colour, (column, label) in zip((*COLOURS[:5], "0.75"), STAGES.items(), strict=True):
+                if column in mine[0]:
+                    width = float(np.median([row[column] for row in mine]))
+                    axes.barh(y, width, left=left, color=colour, label=label if y == 0 else None, height=0.65)
+                    left += width
+            if not left:
+                axes.barh(y, total, color="0.55", height=0.65, label="CompressAI, whole")
+            axes.annotate(
+                f"{total:.2f} s", (total, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7
+            )
+        axes.set(title=direction, xlabel="seconds", xlim=(0, 1.18 * longest))
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    handles, labels = panels[1].get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=4)
+    return figure
+
+
+@styled
+def growth(rows: list[dict], exponents: dict[str, float]) -> Figure:
+    """How seconds and memory of decoding grow with the picture, both axes logarithmic, with the fitted exponents."""
+    rows = [row for row in rows if row["direction"] == "decode"]
+    megapixels = np.array([row["width"] * row["height"] / 1e6 for row in rows])
+    figure, panels = new_figure(TWO_COLUMNS, 2.4, 1, 2)
+    shown = (("seconds", "seconds to decode", "seconds"), ("peak_mb", "peak memory, MB", "memory"))
+    for axes, (column, label, what), colour in zip(panels, shown, COLOURS, strict=False):
+        axes.loglog(megapixels, [row[column] for row in rows], "o-", color=colour)
+        axes.set(xlabel="megapixels", title=f"{label} (exponent {exponents[what]:.2f})")
+        axes.grid(alpha=0.25, linewidth=0.5)
+    return figure
+
+
 def _picture(axes, picture: Image.Image, title: str = "") -> None:
     axes.imshow(np.asarray(picture), cmap="gray" if picture.mode == "L" else None, interpolation="nearest")
     axes.set(xticks=[], yticks=[], title=title)
