@@ -27,3 +27,7 @@ class TrainingError(UserError):
 
 class RateError(UserError):
     """A rate that a model cannot give."""
+
+
+class AttentionError(UserError):
+    """A point, layer, head or latent that a model does not have, or a model without attention."""
