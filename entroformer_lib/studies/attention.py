@@ -682,6 +682,7 @@ def main(
     out = out or data_folder() / "results" / "attention.json"
     loaded = load_model(model)
     paths = pictures_to_test(images, limit)
+    record = provenance(loaded, seed=seed)
     heads = head_profile(loaded, paths)
     print(heads.groupby(["layer", "head"]).mean(numeric_only=True).round(3).to_string(), flush=True)
     explained = attention_against_cost(loaded, paths, queries=queries, seed=seed)
@@ -693,7 +694,7 @@ def main(
         "explained": _records(explained),
         "images": [path.stem for path in paths],
         "queries": queries,
-        "provenance": provenance(loaded, seed=seed),
+        "provenance": record,
     }
     write_bytes(out, (json.dumps(result, indent=1) + "\n").encode())
 
