@@ -11,6 +11,7 @@ absence costs in bits, and asks whether attention has the same order.
 """
 
 import fnmatch
+import functools
 import json
 import math
 from collections import OrderedDict
@@ -276,34 +277,30 @@ class RowServer:
         if point not in POINTS:
             raise AttentionError(f"There is no point '{point}'; there are {', '.join(POINTS)}.")
         empty = {"probs": 0.0, "scores": -np.inf, "selected": -np.inf}.get(point, np.nan)
-        if self.kind == "serial" and site == 0:
-            return np.full((self.layers, self.heads, self.n), empty)
         return self._look([site], k, point, empty)[1][0].cpu().numpy()
 
-    def many_rows(self, sites: Sequence[int], k: int | None) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """`rows` of many latents in batches: (sites [q], probs [q, layers, heads, n], bits with context [q]) each."""
-        for start in range(0, len(sites), QUERIES_AT_ONCE):
-            part = list(sites[start : start + QUERIES_AT_ONCE])
+    def many(self, sites: Sequence[int], k: int | None) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Many latents in batches: (sites [q], probs [q, layers, heads, n], facts [q, 2 + 5 groups]).
+
+        A line of facts: bits, bits with the hyperprior only, and of each channel group what `facts` says of it, in the
+        order value, mean, scale, bits, hyper_bits.
+        """
+        for part in _parts(sites):
             feature, probs = self._look(part, k, "probs", 0.0)
-            yield np.array(part), probs.cpu().numpy(), self._cost_of(part, feature).cpu().numpy()
+            yield np.array(part), probs.cpu().numpy(), self._facts_of(part, feature)
 
     def latent(self, site: int, k: int | None) -> Latent:
         """Values, predictions and bits of one latent, with all context and with the hyperprior alone."""
         self._check(site, k)
-        where = torch.tensor([site])
-        hyper = [part[site] for part in self._hyper_guess]
-        with_context = hyper
-        if self.has_context(site) or self.kind == "serial":
-            with_context = [part[0] for part in self._guess(where, self._look([site], k)[0])]
-        return Latent(*(v.cpu().numpy() for v in (self._values[site], *with_context, *hyper)))
+        predicted = self._predict([site], self._look([site], k)[0])
+        hyper = (part[[site]] for part in self._hyper_guess)
+        return Latent(*(v[0].cpu().numpy() for v in (self._values[[site]], *predicted, *hyper)))
 
     def bits(self, k: int | None) -> dict[str, np.ndarray]:
         """Bits of every latent, summed over its channels: {"context": [h, w], "hyper": [h, w]}."""
         hyper = self._hyper_guess[2].sum(1)
         context = hyper.clone()
-        sites = range(self.n) if self.kind == "serial" else self.predicted().tolist()
-        for start in range(0, len(sites), QUERIES_AT_ONCE):
-            part = list(sites[start : start + QUERIES_AT_ONCE])
+        for part in _parts(range(self.n) if self.kind == "serial" else self.predicted().tolist()):
             context[part] = self._cost_of(part, self._look(part, k)[0])
         return {
             name: v.view(self.height, self.width).cpu().numpy() for name, v in (("context", context), ("hyper", hyper))
@@ -330,13 +327,12 @@ class RowServer:
             attended[self.origin(site)] = False
             positions = attended.nonzero()[0]
         positions = np.asarray(positions, dtype=np.int64)
-        bits = np.empty(len(positions))
         usual = float(self._cost_of([site], self._look([site], k)[0]))
-        for start in range(0, len(positions), QUERIES_AT_ONCE):
-            part = positions[start : start + QUERIES_AT_ONCE]
+        bits = [np.empty(0)]
+        for part in _parts(positions):
             sites = [site] * len(part)
-            bits[start : start + len(part)] = self._cost_of(sites, self._look(sites, k, hide=part)[0]).cpu() - usual
-        return positions, bits
+            bits.append(self._cost_of(sites, self._look(sites, k, hide=part)[0]).cpu().numpy() - usual)
+        return positions, np.concatenate(bits)
 
     @torch.inference_mode()
     def total_bits(self, k: int | None, without: tuple[int, int] | None = None) -> float:
@@ -360,6 +356,7 @@ class RowServer:
             hook.remove()
             self._held = held
 
+    @functools.cached_property
     def channel_groups(self) -> list[np.ndarray]:
         """Channels in groups of equal size, from those with the largest values in this picture to the smallest."""
         order = self._values.abs().mean(0).argsort(descending=True, stable=True).cpu().numpy()
@@ -368,19 +365,29 @@ class RowServer:
     def facts(self, site: int, k: int | None) -> dict:
         """The side panel: bits with all context and with the hyperprior only, and per channel group root mean squares
         of values, predicted means and scales, and bits."""
-        latent = self.latent(site, k)
+        self._check(site, k)
+        bits, hyper_bits, *rest = self._facts_of([site], self._look([site], k)[0])[0].tolist()
+        names = ("value", "mean", "scale", "bits", "hyper_bits")
         groups = [
-            {
-                "channels": len(group),
-                "value": _rms(latent.values[group]),
-                "mean": _rms(latent.means[group]),
-                "scale": _rms(latent.scales[group]),
-                "bits": float(latent.bits[group].sum()),
-                "hyper_bits": float(latent.hyper_bits[group].sum()),
-            }
-            for group in self.channel_groups()
+            {"channels": len(group), **dict(zip(names, rest[5 * i : 5 * i + 5], strict=True))}
+            for i, group in enumerate(self.channel_groups)
         ]
-        return {"bits": float(latent.bits.sum()), "hyper_bits": float(latent.hyper_bits.sum()), "groups": groups}
+        return {"bits": bits, "hyper_bits": hyper_bits, "groups": groups}
+
+    def _facts_of(self, sites: Sequence[int], feature: Tensor) -> np.ndarray:
+        means, scales, bits = self._predict(sites, feature)
+        hyper_bits = self._hyper_guess[2][list(sites)]
+        columns = [bits.sum(1), hyper_bits.sum(1)]
+        for group in self.channel_groups:
+            for v in (self._values[list(sites)], means, scales):
+                columns.append(v[:, group].square().mean(1).sqrt())
+            columns += [bits[:, group].sum(1), hyper_bits[:, group].sum(1)]
+        return torch.stack(columns, dim=1).cpu().numpy()
+
+    @staticmethod
+    def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+        """`spearman`, for views, which know of no study."""
+        return spearman(a, b)
 
     def check_layer(self, layer: int, head: int = 0) -> None:
         """A sentence for a layer or head that does not exist.
@@ -430,6 +437,7 @@ class RowServer:
         return self._held[stack.top_k]
 
     @torch.inference_mode()
+    @torch.inference_mode()
     def _look(
         self, sites: Sequence[int], k: int | None, point: str | None = None, empty: float = 0.0, hide=None
     ) -> tuple[Tensor, Tensor | None]:
@@ -466,9 +474,12 @@ class RowServer:
                 self._context.embed(values)[None], torch.cat((self._sites[carriers], self._sites[own])), **options
             )
         feature = feature[0]
-        if self.kind == "serial":  # the first latent is predicted by the start token
-            feature = torch.where(torch.tensor(sites, device=device)[:, None] == 0, self._context.start[0], feature)
-        return feature, None if point is None else self._on_grid(maps, point, mask, carriers, own, empty)
+        rows = None if point is None else self._on_grid(maps, point, mask, carriers, own, empty)
+        if self.kind == "serial":  # the first latent is predicted by the start token and has no row
+            start = torch.tensor(sites, device=device) == 0
+            feature = torch.where(start[:, None], self._context.start[0], feature)
+            rows = None if rows is None else rows.masked_fill(start[:, None, None, None], empty)
+        return feature, rows
 
     def _on_grid(self, maps, point: str, mask: Tensor, carriers: Tensor, own: Tensor, empty: float) -> Tensor:
         """Columns of the maps at their sites: [q, layers, heads, n]."""
@@ -493,9 +504,24 @@ class RowServer:
         mass = gaussian_mass(self._values[sites], means, scales).clamp(min=LIKELIHOOD_FLOOR)
         return means, scales, -mass.log2()
 
+    def _predict(self, sites: Sequence[int], feature: Tensor) -> tuple[Tensor, ...]:
+        """`_guess` with the context feature, where the coder has one, and without it in the first slice."""
+        sites = torch.tensor(list(sites))
+        guess = self._guess(sites, feature)
+        if self.kind == "serial":
+            return guess
+        first = self._first[sites][:, None]
+        return tuple(torch.where(first, alone[sites], g) for alone, g in zip(self._hyper_guess, guess, strict=True))
+
     def _cost_of(self, sites: Sequence[int], feature: Tensor) -> Tensor:
         """Bits of some latents, summed over channels: [q]."""
-        return self._guess(torch.tensor(list(sites)), feature)[2].sum(1)
+        return self._predict(sites, feature)[2].sum(1)
+
+
+def _parts(items: Sequence[int]) -> Iterator[list[int]]:
+    """Stretches of up to QUERIES_AT_ONCE."""
+    for start in range(0, len(items), QUERIES_AT_ONCE):
+        yield [int(i) for i in items[start : start + QUERIES_AT_ONCE]]
 
 
 @dataclass(frozen=True)
@@ -503,10 +529,6 @@ class _Holder:
     """A context model in the place where `capture` looks for one."""
 
     context_model: torch.nn.Module
-
-
-def _rms(values: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(values**2)))
 
 
 # ---- what each head looks at ----
@@ -543,7 +565,7 @@ def head_profile(model, pictures: Sequence, k: int | str | None = "own", masking
 def _profile_of_picture(server: RowServer, k: int | None) -> list[dict]:
     sums: dict[str, np.ndarray | float] = {}
     sites = server.predicted()
-    for part, probs, _ in server.many_rows(sites, k):
+    for part, probs, _ in server.many(sites, k):
         distance = _distances(server, part)[:, None, None]  # [q, 1, 1, n]
         visible = np.stack([server.visible(site) for site in part])[:, None, None]
         alike = visible / visible.sum(-1, keepdims=True)
