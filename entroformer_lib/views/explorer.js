@@ -40,7 +40,7 @@ Only the <b>k</b> best-matching positions take part.</p>
 <ul>
 <li>The <b style="color:#D55E00">orange square</b> is the latent that is predicted. Click another block, or move it with the arrow keys.</li>
 <li>Yellow blocks get much attention, dark blue ones little; the colour goes with the square root. White frames: the k positions that take part.</li>
-<li>Shaded blocks are <b>not decoded yet</b>: the prediction may not look at them.</li>
+<li>Shaded, crossed-out blocks are <b>not decoded yet</b>: the prediction may not look at them.</li>
 <li>The dashed diamond holds the neighbours whose exact offset the model knows. Outside, all offsets are alike to it.</li>
 <li>Bits: what storing this latent costs. The difference of the two numbers is what the context saved.</li>
 </ul>`;
@@ -54,10 +54,10 @@ const ABOUT_KIND = {
 const STYLE = `
 .ef-explorer { font: 14px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; padding: 4px; max-width: 1500px; }
 .ef-explorer * { box-sizing: border-box; }
-.ef-controls { display: flex; flex-wrap: wrap; gap: 6px 22px; align-items: center; margin: 6px 0; }
+.ef-controls { display: flex; flex-wrap: wrap; gap: 6px 16px; align-items: center; margin: 6px 0; }
 .ef-controls label { display: inline-flex; gap: 8px; align-items: center; white-space: nowrap; }
-.ef-controls output { min-width: 9.5em; }
-.ef-controls input[type=range] { width: 110px; accent-color: ${BLUE}; }
+.ef-controls output { min-width: 8em; } .ef-layer + output { min-width: 4em !important; }
+.ef-controls input[type=range] { width: 100px; accent-color: ${BLUE}; }
 .ef-modes { display: inline-flex; border: 1px solid #777; border-radius: 4px; overflow: hidden; }
 .ef-modes button { border: 0; background: #fff; color: #1a1a1a; padding: 4px 10px; font: inherit; cursor: pointer; }
 .ef-modes button + button { border-left: 1px solid #777; }
@@ -65,7 +65,7 @@ const STYLE = `
 .ef-caption { font-weight: 600; min-height: 1.5em; }
 .ef-note { color: #444; margin: 2px 0 6px; }
 .ef-body { display: flex; flex-wrap: wrap; gap: 16px; align-items: flex-start; }
-.ef-panels { flex: 3 1 480px; display: grid; gap: 10px; min-width: 0; }
+.ef-panels { flex: 3 1 480px; display: grid; gap: 10px; align-items: end; min-width: 0; }
 .ef-panel { margin: 0; min-width: 0; }
 .ef-panel figcaption { font-size: 13px; display: flex; justify-content: space-between; align-items: center; gap: 2px 8px; flex-wrap: wrap; }
 .ef-legend { display: inline-flex; gap: 5px; align-items: center; font-size: 12px; color: #333; white-space: nowrap; }
@@ -84,7 +84,7 @@ const STYLE = `
 .ef-side td:first-child, .ef-side th:first-child { text-align: left; }
 .ef-side small { color: #444; display: block; }
 .ef-about { margin: 6px 0; } .ef-about summary { cursor: pointer; font-weight: 600; }
-.ef-about > div { max-width: 85ch; } .ef-about ul { margin: 4px 0; padding-left: 20px; }
+.ef-about > div { columns: 2 420px; column-gap: 36px; } .ef-about p { margin: 4px 0; } .ef-about ul { margin: 4px 0; padding-left: 20px; }
 `;
 
 // ---- colours ----
@@ -100,11 +100,11 @@ function cividis(t) {
 }
 
 function colourOf(kind, value) {
-  if (kind === "attention") return value ? `rgba(${cividis(value / 255).join()},${0.55 + (0.4 * value) / 255})` : null;
+  if (kind === "attention") return value ? `rgba(${cividis(value / 255).join()},${0.75 + (0.25 * value) / 255})` : null;
   const strength = (value - 128) / 127; // cost: the middle is zero
   if (!strength) return null;
   const colour = strength > 0 ? "213,94,0" : "0,114,178";
-  return `rgba(${colour},${0.25 + 0.7 * Math.abs(strength)})`;
+  return `rgba(${colour},${0.45 + 0.55 * Math.abs(strength)})`;
 }
 
 // ---- drawing ----
@@ -114,17 +114,17 @@ function drawPanel(canvas, meta, picture, panel, values, flags, large) {
   const [w, h] = [meta.width * cell, meta.height * cell];
   if (canvas.width !== w || canvas.height !== h) Object.assign(canvas, { width: w, height: h });
   const g = canvas.getContext("2d");
-  g.filter = "grayscale(1) contrast(0.75) brightness(1.1)"; // the colours are for the map
+  g.filter = "grayscale(1) contrast(0.7) brightness(1.2)"; // the colours are for the map
   g.drawImage(picture, 0, 0, w, h);
   g.filter = "none";
   const each = (paint) => {
     for (let i = 0; i < values.length; i++) paint(i, (i % meta.width) * cell, Math.floor(i / meta.width) * cell);
   };
-  g.strokeStyle = "rgba(0,0,0,0.5)";
-  g.lineWidth = Math.max(1, cell / 16);
+  g.strokeStyle = `rgba(0,0,0,${large ? 0.4 : 0.25})`;
+  g.lineWidth = Math.max(1, cell / 24);
   each((i, x, y) => {
     if (!(flags[i] & DECODED)) {
-      g.fillStyle = "rgba(40,40,40,0.42)";
+      g.fillStyle = "rgba(30,30,30,0.3)";
       g.fillRect(x, y, cell, cell);
       g.beginPath(); // a stroke through it, so that the difference does not hang on brightness
       g.moveTo(x, y + cell);
@@ -142,7 +142,7 @@ function drawPanel(canvas, meta, picture, panel, values, flags, large) {
   for (let c = 1; c < meta.width; c++) line(g, c * cell, 0, c * cell, h);
   for (let r = 1; r < meta.height; r++) line(g, 0, r * cell, w, r * cell);
   g.strokeStyle = "#fff";
-  g.lineWidth = Math.max(1, cell / 12);
+  g.lineWidth = Math.max(1, cell / (large ? 14 : 10));
   each((i, x, y) => {
     if (flags[i] & SELECTED) g.strokeRect(x + 1, y + 1, cell - 2, cell - 2);
   });
@@ -203,7 +203,7 @@ function stairs(g, left, right, step, y) {
 
 export function number(value) {
   const size = Math.abs(value);
-  return size >= 100 ? value.toFixed(0) : size >= 1 ? value.toFixed(1) : value.toFixed(2);
+  return value.toFixed(size >= 1 ? 1 : 2);
 }
 
 const percent = (value) => (value >= 0.0995 ? `${(100 * value).toFixed(0)}%` : `${(100 * value).toPrecision(2)}%`);
@@ -231,7 +231,7 @@ function sideOf(facts, scatter, several) {
       const saved = f.hyper_bits - f.bits;
       const rows = f.groups.map(
         (g, i) =>
-          `<tr><td>${i + 1}${i === 0 ? " (strongest)" : ""}</td><td>${number(g.value)}</td><td>${number(g.mean)}</td>` +
+          `<tr><td>${i + 1}</td><td>${number(g.value)}</td><td>${number(g.mean)}</td>` +
           `<td>${number(g.scale)}</td><td>${number(g.bits)}</td><td>${number(g.hyper_bits)}</td></tr>`,
       );
       const counts = [...new Set(f.groups.map((g) => g.channels))].sort((a, b) => a - b).join(" or ");
@@ -241,7 +241,7 @@ function sideOf(facts, scatter, several) {
         `<span>hyperprior only</span><b>${number(f.hyper_bits)} bits</b><span></span>${bar(f.hyper_bits, "alone")}` +
         `<span>context ${saved >= 0 ? "saves" : "costs"}</span><b>${number(Math.abs(saved))} bits</b></div>` +
         `<table><thead><tr><th>channel group</th><th>actual value</th><th>predicted mean</th><th>predicted scale</th><th>bits</th><th>bits, hyper&shy;prior only</th></tr></thead>` +
-        `<tbody>${rows.join("")}</tbody></table><small>Groups of ${counts} channels, ordered by how large they are in this picture. ` +
+        `<tbody>${rows.join("")}</tbody></table><small>Groups of ${counts} channels, group 1 holds those with the largest values in this picture. ` +
         `Values, means and scales as root mean squares over the group. Scale: how unsure the prediction is.</small>`
       );
     })
@@ -265,7 +265,7 @@ function scatterOf({ attention, bits, rho }) {
     `<path d="M${pad} 8V${h - 24}M${pad} ${y(0)}H${w - 6}" stroke="#555" fill="none"/>${dots.join("")}` +
     `<text x="${pad - 4}" y="${y(reach) + 8}" text-anchor="end">+${number(reach)}</text><text x="${pad - 4}" y="${y(0) + 4}" text-anchor="end">0</text>` +
     `<text x="${pad - 4}" y="${y(-reach)}" text-anchor="end">${number(-reach)}</text><text x="${w - 6}" y="${y(0) + 13}" text-anchor="end">${percent(top)}</text>` +
-    `<text x="${(w + pad) / 2}" y="${h - 4}" text-anchor="middle">attention received (square-root axis)</text>` +
+    `<text x="${(w + pad) / 2}" y="${h - 4}" text-anchor="middle">attention received (both axes square-root)</text>` +
     `<text transform="translate(10 ${h / 2 - 8}) rotate(-90)" text-anchor="middle">bits its absence costs</text></svg>` +
     `<small>${attention.length} positions; ${words}.</small>`
   );
@@ -289,9 +289,9 @@ export function mount(root, source) {
   const picture = new Image();
   let last = null;
   const scales = {
-    layer: { values: [...Array(meta.layers).keys()], words: (v) => `${v} of 0 to ${meta.layers - 1}` },
-    head: { values: [MEAN, ...Array(meta.heads).keys()], words: (v) => (v === MEAN ? "mean over heads" : `${v} of 0 to ${meta.heads - 1}`) },
-    k: { values: meta.ks, words: (v) => kInWords(v) + (v === meta.own_k ? " (the model's own)" : "") },
+    layer: { values: [...Array(meta.layers).keys()], words: (v) => `${v} (0 to ${meta.layers - 1})` },
+    head: { values: [MEAN, ...Array(meta.heads).keys()], words: (v) => (v === MEAN ? "mean over heads" : `${v} (0 to ${meta.heads - 1})`) },
+    k: { values: meta.ks, words: (v) => kInWords(v) + (v === meta.own_k ? " (its own)" : "") },
   };
   for (const [name, { values }] of Object.entries(scales)) {
     const slider = find(`.ef-${name}`);
@@ -335,7 +335,7 @@ export function mount(root, source) {
     const box = find(".ef-panels");
     while (box.children.length < panels.length) box.append(panelFigure(box.children.length));
     while (box.children.length > panels.length) box.lastChild.remove();
-    box.style.gridTemplateColumns = `repeat(${panels.length > 2 ? Math.min(3, panels.length) : panels.length}, minmax(0, 1fr))`;
+    box.style.gridTemplateColumns = `repeat(${panels.length <= 4 ? Math.min(2, panels.length) : 3}, minmax(0, 1fr))`;
     const n = meta.height * meta.width;
     panels.forEach((panel, i) => {
       const figure = box.children[i];

@@ -14,8 +14,10 @@ import base64
 import gzip
 import html
 import json
+import webbrowser
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from string import Template
 
 import numpy as np
@@ -195,6 +197,35 @@ def _costs(server, sites: list[int], k: int, blob: _Blob, tell) -> dict:
         "positions": blob.add(np.concatenate([positions for positions, _ in found]), "<u2"),
         "bits": blob.add(np.concatenate([bits for _, bits in found]), "<f4"),
     }
+
+
+def page_server(text: str, port: int = 0) -> ThreadingHTTPServer:
+    """A server of one page on the loopback address; port 0 takes a free one."""
+    body = text.encode()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            found = self.path == "/"
+            self.send_response(200 if found else 404)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("Content-Length", str(len(body) if found else 0))
+            self.end_headers()
+            if found:
+                self.wfile.write(body)
+
+        def log_message(self, *arguments):
+            pass
+
+    return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+
+
+def serve_page(text: str, opened: Callable[[str], object] = webbrowser.open) -> None:
+    """Opens a page in the browser and serves it until Ctrl+C."""
+    with page_server(text) as server:
+        address = f"http://127.0.0.1:{server.server_port}/"
+        print(f"{address}  (Ctrl+C stops)", flush=True)
+        opened(address)
+        server.serve_forever()
 
 
 # The policy forbids the browser every request: nothing is fetched, whatever the script says.
