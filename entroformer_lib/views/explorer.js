@@ -121,7 +121,7 @@ function drawPanel(canvas, meta, picture, panel, values, flags, large) {
     for (let i = 0; i < values.length; i++) paint(i, (i % meta.width) * cell, Math.floor(i / meta.width) * cell);
   };
   g.strokeStyle = `rgba(0,0,0,${large ? 0.4 : 0.25})`;
-  g.lineWidth = Math.max(1, cell / 24);
+  g.lineWidth = Math.min(Math.max(1, cell / 24), 2);
   each((i, x, y) => {
     if (!(flags[i] & DECODED)) {
       g.fillStyle = "rgba(30,30,30,0.3)";
@@ -142,7 +142,7 @@ function drawPanel(canvas, meta, picture, panel, values, flags, large) {
   for (let c = 1; c < meta.width; c++) line(g, c * cell, 0, c * cell, h);
   for (let r = 1; r < meta.height; r++) line(g, 0, r * cell, w, r * cell);
   g.strokeStyle = "#fff";
-  g.lineWidth = Math.max(1, cell / (large ? 14 : 10));
+  g.lineWidth = Math.min(Math.max(1, cell / (large ? 14 : 10)), 3);
   each((i, x, y) => {
     if (flags[i] & SELECTED) g.strokeRect(x + 1, y + 1, cell - 2, cell - 2);
   });
@@ -159,7 +159,8 @@ function line(g, x0, y0, x1, y1) {
 }
 
 function frame(g, [row, column], cell, colour) {
-  for (const [stroke, width] of [["#fff", cell / 2.6], [colour, cell / 4.5]]) {
+  const thick = Math.min(cell, 26);
+  for (const [stroke, width] of [["#fff", thick / 2.6], [colour, thick / 4.5]]) {
     g.strokeStyle = stroke;
     g.lineWidth = Math.max(2, width);
     g.strokeRect(column * cell, row * cell, cell, cell);
@@ -169,7 +170,7 @@ function frame(g, [row, column], cell, colour) {
 function drawDiamond(g, [row, column], radius, cell) {
   g.strokeStyle = "#fff";
   g.setLineDash([cell / 3, cell / 4]);
-  g.lineWidth = Math.max(1, cell / 10);
+  g.lineWidth = Math.min(Math.max(1, cell / 10), 3);
   g.beginPath();
   for (let dy = -radius; dy <= radius; dy++) {
     const reach = radius - Math.abs(dy);
@@ -285,6 +286,9 @@ export function mount(root, source) {
     ["layer", "head", "k"].map((n) => `<label>${n} <input type="range" class="ef-${n}" aria-label="${n}"><output></output></label>`).join("") +
     `</div><div class="ef-caption" aria-live="polite"></div><div class="ef-note"></div>` +
     `<div class="ef-body"><div class="ef-panels"></div><div class="ef-side"></div></div></div>`;
+  root.addEventListener("keydown", (event) => {
+    if (/^(Arrow|Page|Home|End)/.test(event.key)) event.stopPropagation(); // else JupyterLab takes them
+  });
   const find = (name) => root.querySelector(name);
   const picture = new Image();
   let last = null;
@@ -323,7 +327,6 @@ export function mount(root, source) {
       const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
       if (!step || !last) return;
       event.preventDefault();
-      event.stopPropagation(); // a notebook would go to the next cell
       source.send({ by: step });
     });
     return figure;

@@ -16,6 +16,7 @@ import html
 import json
 import webbrowser
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from string import Template
@@ -225,7 +226,8 @@ def serve_page(text: str, opened: Callable[[str], object] = webbrowser.open) -> 
         address = f"http://127.0.0.1:{server.server_port}/"
         print(f"{address}  (Ctrl+C stops)", flush=True)
         opened(address)
-        server.serve_forever()
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
 
 
 # The policy forbids the browser every request: nothing is fetched, whatever the script says.
