@@ -1,4 +1,4 @@
-"""The explorer in a real browser: in JupyterLab and as an exported page. Collected only where Chromium is installed.
+"""The explorer in a real browser: in JupyterLab and as an exported page. Collected only where a browser is installed.
 
 Screenshots stay in build/screenshots. EXPLORER_CUT=1 cuts the click handler, to see that the tests then fail.
 """
@@ -7,7 +7,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import micro_model
+from conftest import browser_path, micro_model
 
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.models.zoo import load_model, save_weights
@@ -28,7 +27,6 @@ from entroformer_lib.views.explorer_page import explorer_page
 
 ROOT = Path(__file__).parents[1]
 SCREENSHOTS = ROOT / "build" / "screenshots"
-BROWSERS = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))][:1]
 FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync"),
@@ -51,12 +49,12 @@ def exploration(folder, kind) -> Exploration:
     return Exploration(RowServer(load_model(folder / f"{kind}.safetensors", "cpu"), folder / "photo.png"))
 
 
-@pytest.fixture(scope="module", params=BROWSERS)
-def browser(request):
+@pytest.fixture(scope="module")
+def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=request.param, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=browser_path(), args=FLAGS)
         yield browser
         browser.close()
 
@@ -140,7 +138,7 @@ def test_exported_page(watched, folder, kind):
     text = explorer_page(view.servers[0], "astronaut").text
     if os.environ.get("EXPLORER_CUT"):
         assert CLICK in text
-        text = text.replace(CLICK, "void ((name, handler) => handler)(")
+        text = text.replace(CLICK, "((name, handler) => name)('click'")
     (folder / f"{kind}.html").write_text(text)
     watched.goto((folder / f"{kind}.html").as_uri())
     as_the_user_does(watched, view, f"page-{kind}")
@@ -156,7 +154,7 @@ from entroformer_lib.views.explorer_model import Exploration
 Explorer(Exploration(RowServer(load_model("{kind}.safetensors", "cpu"), "photo.png")))"""
 CUT = """
 from entroformer_lib.views import explorer
-explorer.Explorer._esm = explorer.SCRIPT.read_text().replace({click!r}, "void ((name, handler) => handler)(")
+explorer.Explorer._esm = explorer.SCRIPT.read_text().replace({click!r}, "((name, handler) => name)('click'")
 """
 RUN_ALL = """async () => {
   const app = window.jupyterapp;
