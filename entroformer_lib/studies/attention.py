@@ -618,9 +618,9 @@ def attention_against_cost(
 
     Returns:
         One row per image, k, layer and head; layer and head -1 stand for the mean attention over all of them. rho: mean
-        over latents; rho_std: its spread over latents; rho_magnitude: with the absolute change in bits; rho_nearness:
-        of the cost with nearness (minus the L1 distance) instead of attention, the same for all heads; latents: how
-        many had both ranks; positions: hidden per latent, on average; cost_bits: mean cost of one position; saved_bits:
+        over latents; rho_std: its spread over latents; rho_magnitude: with the absolute change in bits; rho_nearness
+        and rho_magnitude_nearness: the same two with nearness (minus the L1 distance) instead of attention, the same
+        for all heads; latents: how many had both ranks; positions: hidden per latent, on average; cost_bits: mean cost of one position; saved_bits:
         hyperprior-only bits minus bits with context, mean over the latents.
     """
     rows = []
@@ -633,14 +633,16 @@ def attention_against_cost(
 
 
 def _explained(server: RowServer, sites: np.ndarray, k: int | None) -> list[dict]:
-    rho, magnitude, nearness, counts, costs, saved = [], [], [], [], [], []
+    rho, magnitude, near, near_magnitude, counts, costs, saved = [], [], [], [], [], [], []
     for site in sites.tolist():
         positions, bits = server.costs(site, k)
         probs = server.rows(site, k)
         maps = np.concatenate((probs.reshape(-1, server.n), probs.mean((0, 1))[None]))[:, positions]
         rho.append([spearman(row, bits) for row in maps])
         magnitude.append([spearman(row, np.abs(bits)) for row in maps])
-        nearness.append(spearman(-_distances(server, [site])[0, positions], bits))
+        nearness = -_distances(server, [site])[0, positions]
+        near.append(spearman(nearness, bits))
+        near_magnitude.append(spearman(nearness, np.abs(bits)))
         counts.append(len(positions))
         costs.append(bits.mean() if len(bits) else math.nan)
         facts = server.facts(site, k)
@@ -654,7 +656,8 @@ def _explained(server: RowServer, sites: np.ndarray, k: int | None) -> list[dict
             "rho": _mean(rho[:, i]),
             "rho_std": _mean((rho[:, i] - _mean(rho[:, i])) ** 2) ** 0.5,
             "rho_magnitude": _mean(magnitude[:, i]),
-            "rho_nearness": _mean(np.array(nearness)),
+            "rho_nearness": _mean(np.array(near)),
+            "rho_magnitude_nearness": _mean(np.array(near_magnitude)),
             "latents": int(np.isfinite(rho[:, i]).sum()),
             "positions": _mean(np.array(counts)),
             "cost_bits": _mean(np.array(costs)),
@@ -709,7 +712,12 @@ def main(
     print(heads.groupby(["layer", "head"]).mean(numeric_only=True).round(3).to_string(), flush=True)
     explained = attention_against_cost(loaded, paths, queries=queries, seed=seed)
     overall = explained[explained["layer"] == -1].groupby("k", dropna=False)
-    print(overall[["rho", "rho_std", "rho_magnitude", "rho_nearness", "cost_bits"]].mean().round(3).to_string())
+    print(
+        overall[["rho", "rho_std", "rho_magnitude", "rho_nearness", "rho_magnitude_nearness", "cost_bits"]]
+        .mean()
+        .round(3)
+        .to_string()
+    )
     result = json.loads(out.read_text()) if out.exists() else {"models": {}}
     result["models"][loaded.name] = {
         "heads": _records(heads),
