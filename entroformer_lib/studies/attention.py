@@ -620,7 +620,8 @@ def attention_against_cost(
         One row per image, k, layer and head; layer and head -1 stand for the mean attention over all of them. rho: mean
         over latents; rho_std: its spread over latents; rho_magnitude: with the absolute change in bits; rho_nearness
         and rho_magnitude_nearness: the same two with nearness (minus the L1 distance) instead of attention, the same
-        for all heads; latents: how many had both ranks; positions: hidden per latent, on average; cost_bits: mean cost of one position; saved_bits:
+        for all heads; latents: how many had both ranks; positions: hidden per latent, on average; cost_bits: mean
+        cost of one position; saved_bits:
         hyperprior-only bits minus bits with context, mean over the latents.
     """
     rows = []
