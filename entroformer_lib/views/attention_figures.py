@@ -169,6 +169,7 @@ def attention_against_cost(table: pd.DataFrame, own_k: int | None = None) -> Fig
         ("rho_nearness", "nearness and cost", "^"),
         ("rho_magnitude_nearness", "nearness and size of the change", "D"),
     )
+    shown = [line for line in shown if line[0] in table]  # the oldest saved result lacks the last
     for number, (column, label, marker) in enumerate(shown):
         per_k = [_of_k(over_all, k)[column].dropna() for k in ks]
         _spread(left, np.arange(len(ks)) + 0.12 * (number - 1.5), per_k, COLOURS[number], marker, label)
