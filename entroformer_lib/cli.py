@@ -213,6 +213,53 @@ def evaluate(
 
 
 @app.command
+def explore(
+    image: Positional[Path],
+    output: Output = None,
+    model: str = "tiny-parallel",
+    layer: int | None = None,
+    head: int | None = None,
+    serve: bool = False,
+    force: bool = False,
+    device: str = "auto",
+) -> None:
+    """Write a page that shows what the entropy model looks at when it predicts each block of a picture.
+
+    One HTML file, for lectures and supplements: click a block, choose layer, head and k. It needs no network and no
+    Python; up to 25 MB.
+
+    Example: entroformer explore photo.png --model tiny-parallel -o page.html
+
+    Args:
+        image: The picture.
+        output: The page; by default beside the picture.
+        model: A name from `entroformer models`, or a .safetensors file.
+        layer: Layer to begin with; by default the last.
+        head: Head to begin with; by default the mean over all.
+        serve: Open the page in the browser at an address of this machine, until Ctrl+C; written only with -o.
+        force: Replace an output that exists.
+        device: cpu, cuda, or auto.
+    """
+    if output is not None or not serve:
+        output = _output(output, image.with_suffix(".html"), force)
+    from entroformer_lib.coding import codec
+    from entroformer_lib.files import write_bytes
+    from entroformer_lib.studies.attention import RowServer
+    from entroformer_lib.views.explorer_page import explorer_page, serve_page
+
+    picture = codec.open_picture(image)
+    rows = RowServer(_load(model, device), picture)
+    start = {name: value for name, value in (("layer", layer), ("head", head)) if value is not None}
+    rows.check_layer(**{"layer": 0, **start})
+    page = explorer_page(rows, image.stem, _counter(), **start)
+    if output is not None:
+        write_bytes(output, page.text.encode())
+    print(f"{output or image}: {page.in_words()}")
+    if serve:
+        serve_page(page.text)
+
+
+@app.command
 def data(name: Positional[str], to: Path | None = None) -> None:
     """Fetch a set of test pictures, with checksums; a broken download is continued.
 
@@ -279,6 +326,17 @@ def _progress():
             print(f"\r{done} of {total} {what}   ", end="\r" if done == total else "", file=sys.stderr, flush=True)
 
     return listening(show)
+
+
+def _counter():
+    """What `explorer_page` calls as it goes on; None where no terminal shows it."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(what: str, done: int, total: int) -> None:
+        print(f"\r{done} of {total} {what}   ", end="\r" if done == total else "", file=sys.stderr, flush=True)
+
+    return show
 
 
 def _output(output: Path | None, default: Path, force: bool) -> Path:

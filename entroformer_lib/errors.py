@@ -31,3 +31,7 @@ class RateError(UserError):
 
 class StudyError(UserError):
     """A study asked of a model or picture that cannot answer it."""
+
+
+class AttentionError(UserError):
+    """A point, layer, head or latent that a model does not have, or a model without attention."""

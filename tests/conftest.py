@@ -1,6 +1,7 @@
 """Shared fixtures: small models with lively latents, and real photographs."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,14 @@ from PIL import Image
 from entroformer_lib.datasets import SAMPLES, sample_picture
 from entroformer_lib.models.config import named_config
 from entroformer_lib.models.entroformer import Entroformer
+
+
+def browser_path() -> str | None:
+    """Chromium, or a browser made of it, where one is installed."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+collect_ignore = [] if browser_path() else ["test_browser.py"]
 
 MICRO = dict(N=16, M=24, Z=12, dim=24, heads=2, top_k=6, hyper_top_k=(6, 6, 6), context_layers=2)
 VARIANTS = ("serial", "parallel", "hyperprior", "context", "cnn")

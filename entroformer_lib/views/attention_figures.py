@@ -1,0 +1,204 @@
+"""Static figures of attention: figures 8 to 10 of the paper, the head profile, and attention against cost.
+
+Pure functions from panels (`explorer_model.Panel`) and tables (`studies.attention`) to figures.
+"""
+
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import PatchCollection
+from matplotlib.colors import FuncNorm, Normalize, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from entroformer_lib.views.explorer_model import Panel
+from entroformer_lib.views.style import COLOURS, SEQUENTIAL, TWO_COLUMNS, NotebookFigure, new_figure, styled
+
+QUERY, ORIGIN = COLOURS[1], COLOURS[4]
+DEARER, CHEAPER = COLOURS[1], COLOURS[0]  # when a position is hidden
+SIGNED_ROOT = (lambda v: np.sign(v) * np.sqrt(np.abs(v)), lambda v: np.sign(v) * np.square(v))
+ROOT = (lambda v: np.sqrt(np.maximum(v, 0)), np.square)  # the scale of colours, and back
+
+
+@styled
+def attention_maps(
+    picture: Image.Image, panels: list[Panel], columns: int = 3, titles: list[str] | None = None
+) -> Figure:
+    """Maps of attention over the picture, each on a scale of its own; its largest value stands in the title.
+
+    Orange frame: the latent that is predicted; sky blue, if elsewhere: the token that predicts it. White frames: the
+    top k. Darker: not decoded yet.
+
+    Args:
+        picture: padded to the latent grid, see `RowServer.picture`.
+        titles: instead of the panels' own.
+    """
+    rows = -(-len(panels) // columns)
+    height, width = panels[0].values.shape
+    inches = TWO_COLUMNS / columns * height / width + 0.3
+    figure, axes = new_figure(TWO_COLUMNS, rows * inches + 0.45, rows, columns, squeeze=False)
+    titles = titles or [panel.title for panel in panels]
+    for axis, panel, title in zip(axes.flat, panels, titles, strict=False):
+        _map(axis, picture, panel, f"{title} (up to {panel.values.max():.0%})")
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.set_visible(False)
+    scale = ScalarMappable(FuncNorm(ROOT, 0, 1), SEQUENTIAL)
+    bar = figure.colorbar(scale, ax=axes, location="bottom", fraction=0.04, aspect=40, shrink=0.5)
+    bar.set_ticks([0, 0.1, 0.25, 0.5, 1], labels=["0", "10%", "25%", "50%", "100%"])
+    bar.set_label("attention, as a share of the largest in its map")
+    bar.outline.set_visible(False)
+    return figure
+
+
+def _map(axis, picture: Image.Image, panel: Panel, title: str) -> None:
+    height, width = panel.values.shape
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    grey = 0.25 + 0.7 * np.asarray(picture.convert("L")) / 255  # pale, the colours are for the map
+    axis.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=extent)
+    for colours in (_veil(panel.decoded), _colours(panel)):
+        axis.imshow(colours, extent=extent, interpolation="nearest")
+    axis.add_collection(_frames(panel.selected, "white", 0.5))
+    for (row, column), colour in ((panel.origin, ORIGIN), (panel.query, QUERY)):
+        for edge, line in (("white", 2.6), (colour, 1.4)):
+            axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=edge, linewidth=line))
+    axis.set(xlim=extent[:2], ylim=extent[2:], xticks=[], yticks=[])
+    axis.set_title(title, fontsize=7)
+    axis.spines[:].set_visible(False)
+
+
+def _veil(decoded: np.ndarray) -> np.ndarray:
+    """Shade over what is not decoded yet: [h, w, 4]."""
+    return np.stack([np.zeros(decoded.shape)] * 3 + [0.22 * ~decoded], axis=-1)
+
+
+def _colours(panel: Panel) -> np.ndarray:
+    """The values as colours, square-root scale, clear where there is nothing: [h, w, 4]."""
+    strength = np.sqrt(np.abs(panel.values) / (np.abs(panel.values).max() or 1))
+    if panel.kind == "cost":
+        colours = np.where((panel.values > 0)[..., None], to_rgba(DEARER), to_rgba(CHEAPER))
+        colours[..., 3] = np.where(panel.selected, 0.25 + 0.75 * strength, 0)
+        return colours
+    colours = colormaps[SEQUENTIAL](strength)
+    colours[..., 3] = np.where(panel.values > 0, 0.9, 0)
+    return colours
+
+
+def _frames(where: np.ndarray, colour: str, width: float) -> PatchCollection:
+    squares = [Rectangle((c - 0.5, r - 0.5), 1, 1) for r, c in zip(*where.nonzero(), strict=True)]
+    return PatchCollection(squares, facecolors="none", edgecolors=colour, linewidths=width)
+
+
+@styled
+def attention_and_cost(picture: Image.Image, panels: list[Panel], scatter: dict) -> Figure:
+    """One latent: its attention, what hiding each position costs, and the two against each other.
+
+    Args:
+        panels: the two of the mode `cost`; scatter: `Exploration.scatter`.
+    """
+    attention, cost = panels
+    figure, axes = new_figure(TWO_COLUMNS, 2.0, 1, 3, width_ratios=[1.25, 1.25, 1])
+    most = np.abs(cost.values).max()
+    _map(axes[0], picture, attention, attention.title.replace("attention, ", "attention\n"))
+    _map(axes[1], picture, cost, f"cost of its absence\norange: up to +{most:.1f} bits, blue: it hurt")
+    received, bits = np.asarray(scatter["attention"]), np.asarray(scatter["bits"])
+    colours = np.where(bits > 0, DEARER, CHEAPER)
+    axes[2].scatter(received, bits, s=7, c=colours, alpha=0.6, linewidth=0)
+    axes[2].axhline(0, color="black", linewidth=0.6)
+    axes[2].set_xscale("function", functions=ROOT)
+    axes[2].set_yscale("function", functions=SIGNED_ROOT)
+    end = float(f"{0.7 * most:.1g}") if most else 1.0
+    axes[2].set_yticks([-end, 0, end])
+    axes[2].xaxis.set_major_locator(MaxNLocator(3))
+    axes[2].set(xlabel="attention received", ylabel="bits its absence costs", xlim=(0, None))
+    axes[2].set_ylim(-1.15 * most or -1, 1.15 * most or 1)
+    rho = scatter["rho"]
+    axes[2].set_title("no rank correlation" if rho is None else f"rank correlation {rho:.2f}", fontsize=7)
+    return figure
+
+
+@styled
+def head_profile(table: pd.DataFrame) -> Figure:
+    """Every head of every layer: how far it looks, how much of it stays in the diamond, and what masking it costs.
+
+    Args:
+        table: of `studies.attention.head_profile`; the numbers are means over its images.
+    """
+    means = table.groupby(["layer", "head"]).mean(numeric_only=True)
+    columns = (
+        ("distance_sites", "mean distance, sites", "{:.1f}"),
+        ("share_diamond", "inside the diamond", "{:.0%}"),
+        ("share_far", "more than 8 sites away", "{:.0%}"),
+        ("masked_percent", "bits when masked", "{:+.1f}%"),
+    )
+    layers, heads = (means.index.get_level_values(i).max() + 1 for i in (0, 1))
+    figure, axes = new_figure(TWO_COLUMNS, 0.3 * layers + 0.7, 1, len(columns), sharey=True)
+    for axis, (column, title, form) in zip(axes, columns, strict=True):
+        values = means[column].unstack("head").to_numpy()
+        norm = Normalize(min(values.min(), 0), values.max())
+        axis.imshow(values, cmap=SEQUENTIAL, norm=norm, aspect="auto")
+        for (layer, head), value in np.ndenumerate(values):
+            colour = "black" if norm(value) > 0.55 else "white"
+            axis.text(head, layer, form.format(value), ha="center", va="center", color=colour, fontsize=6.5)
+        axis.set(title=title, xlabel="head", xticks=range(heads), yticks=range(layers))
+        axis.spines[:].set_visible(False)
+        axis.tick_params(length=0)
+    axes[0].set_ylabel("layer")
+    return figure
+
+
+@styled
+def attention_against_cost(table: pd.DataFrame, own_k: int | None = None) -> Figure:
+    """Does attention explain the bits? Rank correlations over k, and per layer and head at one k.
+
+    Points are means over images, bars the spread over images (least to most).
+
+    Args:
+        table: of `studies.attention.attention_against_cost`.
+        own_k: the model's k, for the second panel; by default the least in the table.
+    """
+    figure = NotebookFigure(figsize=(TWO_COLUMNS, 2.5))
+    left, right = figure.subplots(1, 2)
+    over_all = table[table["layer"] < 0]
+    ks = sorted(over_all["k"].dropna().unique()) + [np.nan] * bool(over_all["k"].isna().any())
+    shown = (
+        ("rho", "attention and cost", "o"),
+        ("rho_magnitude", "attention and size of the change", "s"),
+        ("rho_nearness", "nearness and cost", "^"),
+        ("rho_magnitude_nearness", "nearness and size of the change", "D"),
+    )
+    shown = [line for line in shown if line[0] in table]  # the oldest saved result lacks the last
+    for number, (column, label, marker) in enumerate(shown):
+        per_k = [_of_k(over_all, k)[column].dropna() for k in ks]
+        _spread(left, np.arange(len(ks)) + 0.12 * (number - 1.5), per_k, COLOURS[number], marker, label)
+    left.set_xticks(range(len(ks)), ["dense" if np.isnan(k) else f"{k:.0f}" for k in ks])
+    left.set(xlabel="k", ylabel="Spearman's rank correlation", ylim=(-0.25, 1.6), title="mean over layers and heads")
+    left.legend(loc="upper center", ncols=1, handletextpad=0.2, fontsize=6.5)
+    own = _of_k(table[table["layer"] >= 0], min(ks) if own_k is None else own_k)
+    for head, group in own.groupby("head"):
+        layers = sorted(group["layer"].unique())
+        values = [group[group["layer"] == layer]["rho"].dropna() for layer in layers]
+        marker = "osD^vP*X"[int(head) % 8]
+        offsets = np.array(layers) + 0.1 * (head - 1)
+        _spread(right, offsets, values, COLOURS[int(head) % len(COLOURS)], marker, f"head {head}")
+    right.set(xlabel="layer", title=f"attention and cost, each head, k = {own['k'].iloc[0]:.0f}")
+    right.legend(ncols=3, loc="upper center", handletextpad=0.2)
+    right.set_ylim(*(v * 1.35 for v in right.get_ylim()))
+    for axis in (left, right):
+        axis.axhline(0, color="black", linewidth=0.6)
+        axis.grid(axis="y", alpha=0.25, linewidth=0.5)
+    return figure
+
+
+def _of_k(table: pd.DataFrame, k: float | None) -> pd.DataFrame:
+    return table[table["k"].isna()] if k is None or np.isnan(k) else table[table["k"] == k]
+
+
+def _spread(axis, x, values: list, colour: str, marker: str, label: str) -> None:
+    """Mean, least and most of each list."""
+    means = np.array([np.mean(v) if len(v) else np.nan for v in values])
+    ends = np.array([[np.min(v), np.max(v)] if len(v) else [np.nan] * 2 for v in values])
+    bars = np.abs(ends.T - means)
+    axis.errorbar(x, means, yerr=bars, fmt=marker, color=colour, label=label, markersize=3.5, linewidth=0.9)

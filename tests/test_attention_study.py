@@ -1,0 +1,300 @@
+"""The points inside attention, the row server and the two studies on it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import micro_model
+
+from entroformer_lib.coding import codec
+from entroformer_lib.errors import AttentionError
+from entroformer_lib.models import attention as attention_module
+from entroformer_lib.models.exact import ExactEntropyModel
+from entroformer_lib.models.zoo import save_weights
+from entroformer_lib.studies import attention as study
+from entroformer_lib.studies import rate_distortion as rd
+from entroformer_lib.studies.attention import RowServer, capture
+
+KINDS = ("serial", "parallel")
+
+
+@pytest.fixture(params=KINDS)
+def model(request):
+    return micro_model(request.param)
+
+
+@pytest.fixture
+def server(model, photo):
+    return RowServer(model, photo)
+
+
+def hooks_of(model) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+# ---- capture ----
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_capture_changes_nothing(any_variant, photo, grad):
+    x = codec.to_tensor(photo, any_variant)
+    with torch.set_grad_enabled(grad):
+        before = any_variant(x)
+        with capture(any_variant, "*") as maps:
+            during = any_variant(x)
+    assert maps and hooks_of(any_variant) == 0
+    assert torch.equal(before["x_hat"], during["x_hat"])
+    for name, likelihood in before["likelihoods"].items():
+        assert torch.equal(likelihood, during["likelihoods"][name])
+
+
+def test_tiles_are_put_together(model, photo, monkeypatch):
+    """Small tiles of heads and queries give the same maps as one piece."""
+    x = codec.to_tensor(photo, model)
+    with torch.inference_mode():
+        with capture(model, "context.*.probs", "h_a.0.scores") as whole:
+            model(x)
+        monkeypatch.setitem(attention_module.TILE_ELEMENTS, "cpu", 96 * 30)
+        with capture(model, "context.*.probs", "h_a.0.scores") as tiled:
+            model(x)
+    assert sorted(whole) == sorted(tiled) == ["context.0.probs", "context.1.probs", "h_a.0.scores"]
+    for name, map_ in whole.items():
+        assert map_.shape == (1, 2, 96, 96)
+        torch.testing.assert_close(tiled[name], map_)
+
+
+def test_points_fit_together(model, photo):
+    with torch.inference_mode(), capture(model, "context.1.*") as maps:
+        model(codec.to_tensor(photo, model))
+    scores, selected, probs = (maps[f"context.1.{p}"] for p in ("scores", "selected", "probs"))
+    seen = scores > -torch.inf
+    together = maps["context.1.content"] + maps["context.1.position"]
+    torch.testing.assert_close(scores[seen], together[seen])
+    assert ((probs > 0).sum(-1) <= 6).all() and ((probs > 0) == (selected > -torch.inf)).all()
+    torch.testing.assert_close(probs, selected.softmax(-1))
+
+
+def test_keep_reduces_every_tile(model, photo):
+    def keep(tile, queries):
+        return torch.cat((tile.amax(-1, keepdim=True), queries.expand(*tile.shape[:2], -1)[..., None]), -1)
+
+    with torch.inference_mode(), capture(model, "context.0.probs", keep=keep) as maps:
+        model(codec.to_tensor(photo, model))
+    assert maps["context.0.probs"].shape == (1, 2, 96, 2)
+    assert torch.equal(maps["context.0.probs"][0, 0, :, 1], torch.arange(96.0))
+
+
+def test_hooks_are_gone_after_an_exception(model):
+    with pytest.raises(RuntimeError, match="stop"), capture(model, "*"):
+        assert hooks_of(model) > 0
+        raise RuntimeError("stop")
+    assert hooks_of(model) == 0
+
+
+@pytest.mark.parametrize("pattern", ["context.9.probs", "context.0.prob", "g_a.0.probs", ""])
+def test_a_pattern_that_matches_nothing(model, pattern):
+    possible = r"context\.0 to context\.1, h_a\.0 to h_a\.2.*\.probs"
+    with pytest.raises(AttentionError, match=possible), capture(model, "context.*.probs", pattern):
+        pass
+    assert hooks_of(model) == 0
+
+
+def test_models_without_attention():
+    with pytest.raises(AttentionError, match="no attention"), capture(torch.nn.Linear(2, 2), "*"):
+        pass
+    names = study.attention_points(micro_model("parallel", position="none"))
+    assert "context.0.content" in names and "context.0.position" not in names
+    assert not any(n.startswith("context") for n in study.attention_points(micro_model("hyperprior")))
+
+
+# ---- the row server ----
+
+
+def exact_maps(server, k) -> dict:
+    """All maps of the context model as one run over all sites, in float64."""
+    context = server._context
+    context.stack.top_k = k or server.n
+    y = server._values.T.reshape(1, -1, server.height, server.width)
+    with torch.inference_mode(), capture(study._Holder(context), "*") as maps:
+        feature = context(y)
+    return {"feature": feature, **maps}
+
+
+@pytest.mark.parametrize("k", [2, 6, None])
+@pytest.mark.parametrize("point", study.POINTS)
+def test_rows_are_those_of_the_whole_map(server, k, point):
+    maps = exact_maps(server, k)
+    for site in (0, 1, 5, 11, 12, 40, server.n - 1):
+        rows = server.rows(site, k, point)
+        if server.kind == "serial" and site == 0:
+            assert np.isnan(rows).all() or not np.isfinite(rows).any() or not rows.any()
+            continue
+        seen = server.visible(site)
+        for layer in range(server.layers):
+            theirs = maps[f"context.{layer}.{point}"][0, :, server.origin(site)].numpy()
+            used = seen.copy()
+            if server.has_context(site):  # the own key has a column of its own, see `rows`
+                used[server.origin(site)] &= point not in ("content", "position")
+            np.testing.assert_allclose(rows[layer][:, used], theirs[:, used], atol=1e-9)
+            assert not np.isfinite(rows[layer][:, ~used]).any() or not rows[layer][:, ~used].any()
+
+
+def test_serial_row_belongs_to_the_next_latent(photo):
+    server = RowServer(micro_model("serial"), photo)
+    for site in (1, 2, 12, 13):
+        row = server.rows(site, None).sum((0, 1))
+        assert (row[:site] > 0).all() and not row[site:].any()
+    assert not server.rows(0, None).any() and server.origin(12) == 11 and not server.has_context(0)
+
+
+def test_parallel_row_sees_the_first_slice_and_itself(photo):
+    server = RowServer(micro_model("parallel"), photo)
+    rows, columns = np.divmod(np.arange(server.n), server.width)
+    first = (rows + columns) % 2 == 1
+    row = server.rows(26, None).sum((0, 1))  # row 2, column 2
+    assert (row[first] > 0).all() and row[26] > 0 and not np.delete(row, first.nonzero()[0].tolist() + [26]).any()
+    assert server.has_context(26) and not server.has_context(27)
+    assert (server.decoded(26) == first).all() and not server.decoded(27).any()
+    assert len(server.costs(27, 6)[0]) == 0
+
+
+def test_bits_are_those_of_the_model(server, model, photo):
+    k = model.config.top_k
+    bits = server.bits(k)
+    theirs = rd.bit_maps(model, photo)["y"]  # in float32, where nearly equal scores may let another key in
+    assert np.isclose(bits["context"], theirs, rtol=1e-3, atol=1e-2).mean() > 0.97
+    assert bits["context"].sum() == pytest.approx(theirs.sum(), rel=1e-3)
+    for site in (0, 1, 50):
+        latent = server.latent(site, k)
+        row, column = divmod(site, server.width)
+        assert latent.bits.sum() == pytest.approx(bits["context"][row, column])
+        assert latent.hyper_bits.sum() == pytest.approx(bits["hyper"][row, column])
+        facts = server.facts(site, k)
+        assert facts["bits"] == pytest.approx(sum(g["bits"] for g in facts["groups"]))
+        assert sum(g["channels"] for g in facts["groups"]) == model.config.M
+        if not server.has_context(site) and server.kind == "parallel":
+            assert facts["bits"] == facts["hyper_bits"]
+    assert server.total_bits(k) == pytest.approx(bits["context"].sum())
+
+
+def test_predictions_are_what_the_coder_uses(server, model, photo):
+    """Means of single latents equal those of the model run with another k, built for it."""
+    other = micro_model(server.kind, top_k=3)
+    y_hat, z = model.latents(codec.to_tensor(photo, model))
+    seen = {}
+
+    def exchange(sites, means, scales):
+        seen.update(zip(sites.tolist(), means, strict=True))
+        return server._values[sites]
+
+    with torch.inference_mode():
+        ExactEntropyModel(other)._code(y_hat.shape[-2:], model.z_prior.quantize_z(z), exchange)
+    for site in (0, 1, 14, 60):
+        np.testing.assert_allclose(server.latent(site, 3).means, seen[site], atol=1 / 500)
+
+
+def test_costs_are_those_of_hiding_one_by_one(server):
+    site = 50
+    positions, bits = server.costs(site, 6)
+    attended = (server.rows(site, 6) > 0).any((0, 1))
+    attended[server.origin(site)] = False
+    assert (positions == attended.nonzero()[0]).all()
+    usual = server.latent(site, 6).bits.sum()
+    for position, cost in list(zip(positions, bits, strict=True))[:4]:
+        feature, rows = server._look([site], 6, "probs", hide=[int(position)])
+        assert not rows[..., position].any()
+        assert float(server._cost_of([site], feature)[0]) - usual == pytest.approx(cost, abs=1e-9)
+    unattended = np.flatnonzero(server.visible(site) & ~attended)[:3]
+    unattended = unattended[unattended != server.origin(site)]
+    if len(unattended):  # hiding what no head attends to changes nothing
+        np.testing.assert_allclose(server.costs(site, 6, unattended)[1], 0, atol=1e-9)
+
+
+def test_another_k_is_kept(server):
+    first = server.rows(50, 6)
+    server.rows(50, None)
+    held = dict(server._held)
+    assert np.array_equal(server.rows(50, 6), first)
+    assert all(server._held[k] is cache for k, cache in held.items())
+    for k in range(1, 12):
+        server.rows(50, k)
+    assert len(server._held) <= study.K_HELD
+
+
+def test_a_silent_head_is_silent(server):
+    """Zeroing a head by hook equals zeroing its columns of the output matrix."""
+    cost = server.total_bits(6, without=(1, 0))
+    width = server.config.dim // server.heads
+    with torch.inference_mode():
+        server._context.stack.blocks[1].attention.out.weight[:, :width] = 0
+    server._held.clear()
+    assert server.total_bits(6) == pytest.approx(cost)
+
+
+@pytest.mark.parametrize("call", [lambda s: s.rows(96, 6), lambda s: s.rows(-1, 6), lambda s: s.rows(3, 0)])
+def test_what_does_not_exist(server, call):
+    with pytest.raises(AttentionError):
+        call(server)
+
+
+def test_sentences(server, photo):
+    with pytest.raises(AttentionError, match="layers 0 to 1"):
+        server.check_layer(2)
+    with pytest.raises(AttentionError, match="heads 0 to 1"):
+        server.total_bits(6, (0, 5))
+    with pytest.raises(AttentionError, match="hyperprior alone"):
+        RowServer(micro_model("hyperprior"), photo)
+    with pytest.raises(AttentionError, match="no attention"):
+        RowServer(torch.nn.Linear(2, 2), photo)
+
+
+def test_context_only_and_released_presets_work(photo):
+    for model in (
+        micro_model("context"),
+        micro_model("parallel", "official"),
+        micro_model("serial", position="absolute"),
+    ):
+        server = RowServer(model, photo)
+        np.testing.assert_allclose(server.rows(50, 6).sum(-1), 1)
+        assert np.isfinite(server.facts(0, 6)["bits"])
+
+
+# ---- the studies ----
+
+
+def test_head_profile(model, photo):
+    table = study.head_profile(model, [photo])
+    assert len(table) == 4 and set(zip(table.layer, table["head"], strict=True)) == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    assert (table.entropy_bits <= np.log2(6) + 1e-9).all() and (table.entropy_bits >= 0).all()
+    assert ((table.share_own <= table.share_diamond) & (table.share_diamond + table.share_far <= 1 + 1e-9)).all()
+    assert table.masked_bits.abs().max() > 0
+    server = RowServer(model, photo)
+    row = np.mean([server.rows(s, 6)[1, 0] @ study._distances(server, [s])[0] for s in server.predicted()])
+    assert table.distance_sites[2] == pytest.approx(row)
+
+
+def test_spearman():
+    scipy = pytest.importorskip("scipy.stats")
+    a, b = np.array([0.0, 0, 1, 3, 2]), np.array([5.0, 1, 2, 2, 9])
+    assert study.spearman(a, b) == pytest.approx(scipy.spearmanr(a, b).statistic)
+    assert np.isnan(study.spearman(np.ones(4), b[:4])) and np.isnan(study.spearman(a[:2], b[:2]))
+
+
+def test_attention_against_cost(model, photo):
+    table = study.attention_against_cost(model, [photo], ks=(2, 6, None), queries=4, seed=1)
+    assert len(table) == 3 * 5 and table["k"].isna().sum() == 5
+    assert table.rho.dropna().between(-1, 1).all() and (table.positions > 0).all()
+    again = study.attention_against_cost(model, [photo], ks=(2, 6, None), queries=4, seed=1)
+    assert table.equals(again)
+
+
+def test_saved_with_provenance(tmp_path, photo_folder, monkeypatch, capsys):
+    for kind in KINDS:
+        save_weights(micro_model(kind), tmp_path / f"{kind}.safetensors", {})
+        study.main(str(tmp_path / f"{kind}.safetensors"), photo_folder, limit=1, queries=2, out=tmp_path / "a.json")
+    saved = json.loads((tmp_path / "a.json").read_text())["models"]
+    assert sorted(saved) == ["parallel", "serial"] and "NaN" not in (tmp_path / "a.json").read_text()
+    assert saved["serial"]["images"] == ["astronaut"] and len(saved["serial"]["provenance"]["weights_sha256"]) == 64
+    tables = study.read_results(tmp_path / "a.json")
+    assert len(tables["serial"]["heads"]) == 4 and len(tables["serial"]["explained"]) == 5 * 5

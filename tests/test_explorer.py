@@ -1,0 +1,352 @@
+"""The explorer's view model, widget and exported page, without a browser; see test_browser.py for one."""
+
+import ast
+import base64
+import gzip
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import micro_model
+
+from entroformer_lib import cli
+from entroformer_lib.errors import AttentionError
+from entroformer_lib.models.zoo import save_weights
+from entroformer_lib.studies.attention import RowServer
+from entroformer_lib.views import explorer_page as page_module
+from entroformer_lib.views.explorer import SCRIPT, Explorer, bytes_of, frame_of
+from entroformer_lib.views.explorer_model import DENSE, MEAN, MODES, Exploration
+from entroformer_lib.views.explorer_page import explorer_page, lattice, page_server, to_bytes
+
+VIEWS = Path(cli.__file__).parent / "views"
+KINDS = ("serial", "parallel")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def server(request, photo):
+    return RowServer(micro_model(request.param), photo)
+
+
+@pytest.fixture
+def view(server):
+    return Exploration(server)
+
+
+# ---- the view model ----
+
+
+def test_view_model_knows_no_widget_and_no_network():
+    source = (VIEWS / "explorer_model.py").read_text()
+    names = {n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in ast.walk(ast.parse(source))
+             if isinstance(n, ast.Import | ast.ImportFrom)}  # fmt: skip
+    assert names == {"dataclasses", "numpy", "traitlets", "entroformer_lib.errors"}
+    heavy = {"torch", "compressai", "anywidget"}
+    code = f"import sys, entroformer_lib.views.explorer_model; print({heavy} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=VIEWS.parents[1]
+    )
+    assert done.stdout.strip() == "set()"
+
+
+def test_selection_is_clipped_and_counted(view):
+    assert (view.layer, view.head, view.k, view.row, view.column) == (1, MEAN, 6, 4, 6)
+    view.layer, view.head, view.k, view.row, view.column = 99, -7, 10**6, -3, 99
+    assert (view.layer, view.head, view.k, view.row, view.column) == (1, MEAN, view.servers[0].n, 0, 11)
+    before = view.revision
+    view.update(row=5, column=5, layer=0, nonsense=3)
+    assert view.revision == before + 1 and view.site == 65
+    view.update(row=5, column=5)
+    assert view.revision == before + 1
+    view.mode = "heads"
+    assert view.revision == before + 2
+    assert view.ks == [6, 8, 16, 32, 64, DENSE]
+
+
+def test_panels_of_every_mode(view, server):
+    view.update(row=4, column=6, layer=1, head=0)
+    rows = server.rows(view.site, 6)[1]
+    (panel,) = view.panels()
+    assert np.array_equal(panel.values.ravel(), rows[0]) and (panel.selected.sum() == (rows[0] > 0).sum())
+    assert panel.query == (4, 6) and panel.origin == ((4, 5) if server.kind == "serial" else (4, 6))
+    assert np.array_equal(panel.decoded.ravel(), server.decoded(view.site))
+    view.mode = "heads"
+    maps = [p.values.ravel() for p in view.panels()]
+    assert len(maps) == 3 and np.allclose(np.mean(maps[:2], 0), maps[2])
+    view.mode = "ks"
+    counts = [int((p.values > 0).sum()) for p in view.panels()]
+    assert len(counts) == 6 and counts == sorted(counts) and not view.panels()[-1].selected.any()
+    view.mode = "cost"
+    attention, cost = view.panels()
+    positions, bits = server.costs(view.site, 6)
+    assert np.array_equal(cost.values.ravel()[positions], bits) and cost.kind == "cost"
+    scatter = view.scatter()
+    assert np.array_equal(scatter["attention"], rows[0][positions]) and -1 <= scatter["rho"] <= 1
+
+
+def test_caption_says_the_selection(view, server):
+    view.update(row=4, column=6)
+    bits = server.facts(view.site, 6)
+    assert view.caption().startswith("Latent row 4, column 6: ")
+    assert "Layer 1, mean over heads, k = 6." in view.caption() and f"{bits['bits']:.1f} bits with" in view.caption()
+    captions = {view.caption()}
+    for change in (
+        {"mode": "heads"},
+        {"mode": "ks"},
+        {"mode": "cost"},
+        {"k": 0},
+        {"row": 0, "column": 0},
+        {"layer": 0},
+    ):
+        view.update(**change)
+        captions.add(view.caption())
+    assert len(captions) == 7
+    assert ("nothing is decoded yet" if server.kind == "serial" else "second pass") in view.caption()
+
+
+def test_two_models_side_by_side(photo):
+    one, other = (RowServer(micro_model(kind, heads=h), photo) for kind, h in (("serial", 2), ("parallel", 3)))
+    view = Exploration(one, other, head=2)
+    titles = [panel.title for panel in view.panels()]
+    assert len(titles) == 2 and "head 1" in titles[0] and "head 2" in titles[1] and "untrained serial" in titles[0]
+    assert [fact["name"] for fact in view.facts()] == ["untrained serial", "untrained parallel"]
+    with pytest.raises(AttentionError, match="same grid"):
+        Exploration(one, RowServer(micro_model("serial"), photo.crop((0, 0, 64, 64))))
+
+
+# ---- the widget ----
+
+
+def test_widget_follows_the_view_and_forwards_clicks(view):
+    widget = Explorer(view)
+    assert widget.frame["caption"] == view.caption() and widget.meta["picture"].startswith("data:image/jpeg")
+    before = widget.maps
+    widget._selected(widget, {"row": 3, "column": 2}, [])
+    assert (view.row, view.column) == (3, 2) and widget.frame["caption"] == view.caption() and widget.maps != before
+    view.mode = "heads"
+    assert len(widget.maps) == 3 * 2 * view.servers[0].n and len(widget.frame["panels"]) == 3
+    json.dumps(widget.frame)
+
+
+def test_bytes_of_a_panel(view):
+    for mode in MODES:
+        view.mode = mode
+        frame, data = frame_of(view)
+        n = view.servers[0].n
+        assert len(data) == 2 * n * len(frame["panels"])
+        for panel, meta in zip(view.panels(), frame["panels"], strict=True):
+            values, flags = np.frombuffer(bytes_of(panel), np.uint8).reshape(2, n).astype(float)
+            signed = (values - 128) / 127
+            back = np.sign(signed) * signed**2 if panel.kind == "cost" else (values / 255) ** 2
+            assert np.abs(back * meta["high"] - panel.values.ravel()).max() <= 0.01 * meta["high"]
+            assert np.array_equal(flags.astype(int) & 1, panel.decoded.ravel())
+
+
+# ---- the exported page ----
+
+
+@pytest.fixture(scope="module")
+def page(server):
+    return explorer_page(server, "a <cat> & more")
+
+
+def stored(page) -> tuple[dict, bytes]:
+    meta = re.search(r'<script type="application/json" id="meta">(.*?)</script>', page.text, re.S)[1]
+    data = re.search(r'<script type="text/plain" id="data">(.*?)</script>', page.text, re.S)[1]
+    return json.loads(meta.replace("<\\/", "</")), gzip.decompress(base64.b64decode(data))
+
+
+def test_page_holds_the_rows(page, server):
+    meta, data = stored(page)
+    assert (page.queries, page.layers, page.heads) == (
+        server.n,
+        2,
+        2,
+    ) and "96 latents x 2 layers x 2 heads" in page.in_words()
+    for section in meta["sections"]:
+        k = section["k"] or None
+        sites = section.get("sites", range(server.n))
+        maps = len(sites) * 4
+        facts = np.frombuffer(data, "<f4", len(sites) * meta["facts_width"], section["facts"]).reshape(len(sites), -1)
+        if k is None:
+            codes = np.frombuffer(data, "u1", maps * server.n, section["dense"]).reshape(len(sites), 2, 2, server.n)
+        else:
+            counts = np.frombuffer(data, "<u2", maps, section["counts"]).astype(int)
+            where = np.frombuffer(data, "<u2", counts.sum(), section["positions"])
+            codes = np.zeros((maps, server.n), np.uint8)
+            codes[np.repeat(np.arange(maps), counts), where] = np.frombuffer(data, "u1", counts.sum(), section["bytes"])
+            codes = codes.reshape(len(sites), 2, 2, server.n)
+        for i in (0, 1, 50):
+            rows = server.rows(sites[i], k)
+            assert np.array_equal(codes[i] > 0, rows > 0)
+            assert np.abs((codes[i] / 255) ** 2 - rows).max() < 1 / 250
+            expected = server.facts(sites[i], k)
+            np.testing.assert_allclose(facts[i, :2], [expected["bits"], expected["hyper_bits"]], rtol=1e-5)
+
+
+def test_page_asks_for_nothing(page):
+    """Neither the script nor the page names an address, and the policy forbids requests."""
+    outside = page.text.replace("http-equiv", "")
+    assert not re.search(r"https?://|\bfetch\(|XMLHttpRequest|\bimport\(|src=\"(?!data:)|@import|url\(", outside)
+    assert "default-src 'none'" in page.text and "</script" not in SCRIPT.read_text()
+    assert "<title>What the entropy model looks at: a &lt;cat&gt; &amp; more</title>" in page.text
+
+
+def test_byte_code_keeps_what_is_attended():
+    probs = np.array([0, 1e-9, 0.25, 1.0])
+    assert to_bytes(probs).tolist() == [0, 1, 128, 255]
+
+
+def test_lattice_thins_out(server, monkeypatch):
+    ks = Exploration(server).ks
+    assert lattice(server, ks) == list(range(server.n))
+    monkeypatch.setattr(page_module, "LARGEST_REST", 20_000)
+    some = lattice(server, ks)
+    assert 0 < len(some) < server.n / 3 and all(sum(divmod(site, server.width)) % 2 == 0 for site in some)
+    thin = explorer_page(server)
+    assert thin.queries == server.n and thin.queries_compared == len(some)
+
+
+def test_dense_model_gets_a_page(photo):
+    page = explorer_page(RowServer(micro_model("parallel", top_k=None), photo))
+    meta, _ = stored(page)
+    assert meta["own_k"] == DENSE and meta["ks"] == [8, 16, 32, 64, DENSE]
+
+
+def test_page_is_served_on_the_loopback_address():
+    with page_server("<p>hello") as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert server.server_address[0] == "127.0.0.1"
+        address = f"http://127.0.0.1:{server.server_port}/"
+        assert urllib.request.urlopen(address).read() == b"<p>hello"
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(address + "else")
+        server.shutdown()
+
+
+NODE_SCRIPT = """
+import { PageSource, spearman } from "./explorer.mjs";
+import { readFileSync } from "node:fs";
+const { meta, data, selections, a, b } = JSON.parse(readFileSync(0, "utf8"));
+const source = await PageSource.open(meta, data);
+let frame = null, bytes = null;
+source.listen((f, m) => { frame = f; bytes = m; });
+const frames = [];
+for (const selection of selections) {
+  source.send(selection);
+  frames.push({ ...frame, bytes: Buffer.from(bytes).toString("base64") });
+}
+console.log(JSON.stringify({ frames, rho: spearman(a, b) }));
+"""
+
+
+def page_says_and_shows_what_the_view_model_does(page, server, tmp_path):
+    """Runs the page's script in Node on the page's data."""
+    (tmp_path / "explorer.mjs").write_text(SCRIPT.read_text())
+    (tmp_path / "run.mjs").write_text(NODE_SCRIPT)
+    corner = {"row": 0, "column": server.width - 1}
+    selections = [
+        {"row": 4, "column": 6},
+        {"row": 4, "column": 7, "head": 1},
+        {"layer": 0},
+        {"by": [0, -1]},
+        {"by": [1, 0]},
+        {"k": 0},
+        corner,
+        {"by": [-1, 0]},
+        {"mode": "heads"},
+        {"mode": "ks", "row": 2, "column": 2},
+        {"mode": "cost", "k": 6, "head": -1},
+        {"row": 0, "column": 0},
+    ]
+    a, b = np.array([0.0, 0, 1, 3, 2, 2]), np.array([5.0, 1, 2, 2, 9, -1])
+    meta, _ = stored(page)
+    data = re.search(r'id="data">(.*?)</script>', page.text, re.S)[1]
+    question = {"meta": meta, "data": data, "selections": selections, "a": a.tolist(), "b": b.tolist()}
+    done = subprocess.run([NODE, tmp_path / "run.mjs"], input=json.dumps(question), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["rho"] == pytest.approx(server.rank_correlation(a, b))
+    view = Exploration(server)
+    for change, frame in zip(selections, answer["frames"], strict=True):
+        if "by" in change:
+            change = {"row": view.row + change["by"][0], "column": view.column + change["by"][1]}
+        view.update(**change)
+        expected, maps = frame_of(view)
+        assert frame["caption"] == expected["caption"] and frame["selection"] == view.selection()
+        theirs, ours = (np.frombuffer(m, np.uint8).astype(int) for m in (base64.b64decode(frame["bytes"]), maps))
+        theirs, ours = (m.reshape(len(expected["panels"]), 2, server.n) for m in (theirs, ours))
+        assert np.array_equal(theirs[:, 1], ours[:, 1])  # decoded and selected
+        assert np.abs(theirs[:, 0] - ours[:, 0]).max() <= 12
+        assert [p["title"] for p in frame["panels"]] == [p["title"] for p in expected["panels"]]
+        assert [tuple(p["origin"]) for p in frame["panels"]] == [p["origin"] for p in expected["panels"]]
+        for panel, ours in zip(frame["panels"], expected["panels"], strict=True):
+            assert panel["high"] == pytest.approx(ours["high"], rel=0.03)
+        assert frame["facts"][0]["bits"] == pytest.approx(expected["facts"][0]["bits"], rel=1e-5)
+
+
+NODE = shutil.which("node")
+if NODE:  # not collected elsewhere
+    test_page_says_and_shows_what_the_view_model_does = page_says_and_shows_what_the_view_model_does
+
+
+# ---- the command ----
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, photo):
+    monkeypatch.setenv("ENTROFORMER_WEIGHTS", str(tmp_path / "weights"))
+    for variant in ("parallel", "hyperprior"):
+        save_weights(micro_model(variant), tmp_path / "weights" / f"{variant}.safetensors", {})
+    photo.crop((0, 0, 70, 64)).save(tmp_path / "small.png")
+    return tmp_path
+
+
+def explore(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["entroformer", "explore", *map(str, arguments)])
+    return cli.main()
+
+
+def test_explore_writes_a_page(folder, monkeypatch, capsys):
+    assert explore(monkeypatch, folder / "small.png", "--model", "parallel", "-o", folder / "page.html") == 0
+    assert "32 latents x 2 layers x 2 heads" in capsys.readouterr().out
+    meta, _ = stored(type("Text", (), {"text": (folder / "page.html").read_text()}))
+    assert (meta["height"], meta["width"], meta["name"]) == (4, 8, "parallel")
+
+
+def test_explore_serves(folder, monkeypatch, capsys):
+    pages = []
+    monkeypatch.setattr(page_module, "serve_page", pages.append)
+    assert explore(monkeypatch, folder / "small.png", "--model", "parallel", "--serve") == 0
+    assert "<!doctype html>" in pages[0] and not list(folder.glob("*.html"))
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["small.png", "--model", "hyperprior"], "hyperprior alone"),
+        (["small.png", "--model", "parallel", "--layer", "7"], "layers 0 to 1"),
+        (["small.png", "--model", "parallel", "--head", "2"], "heads 0 to 1"),
+        (["none.png", "--model", "parallel"], "no picture"),
+        (["small.png", "--model", "nosuch"], "no model 'nosuch'"),
+        (["small.png", "--model", "parallel", "-o", "there.html"], "--force"),
+        (["large.png", "--model", "parallel"], "too large for a page"),
+    ],
+)
+def test_explore_bad_input(arguments, sentence, folder, monkeypatch, capsys, photo):
+    (folder / "there.html").write_text("precious")
+    photo.resize((512, 512)).save(folder / "large.png")
+    monkeypatch.setattr(page_module, "LARGEST_OWN", 50_000)
+    monkeypatch.chdir(folder)
+    assert explore(monkeypatch, *arguments) == 1
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1 and errors[0].startswith("entroformer: ") and sentence in errors[0]
+    assert [p.name for p in folder.glob("*.html")] == ["there.html"] and (
+        folder / "there.html"
+    ).read_text() == "precious"
