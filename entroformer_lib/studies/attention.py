@@ -172,9 +172,10 @@ class RowServer:
 
     Sites are numbers in raster order on the latent grid of the *padded* picture: site = row * width + column.
 
-    It runs a float64 copy of the entropy model; the coder's integers agree with it to about 15 bits. For each k, the tokens that serve as context go through all blocks once and leave their keys and
-    values (n x 2D per layer); after that a latent costs a pass of a single token. Another k starts again from the first
-    layer, as if the model had been built with that k.
+    It runs a float64 copy of the entropy model; the coder's integers agree with it to about 15 bits. For each k, the
+    tokens that serve as context go through all blocks once and leave their keys and values (n x 2D per layer); after
+    that a latent costs a pass of a single token. Another k starts again from the first layer, as if the model had been
+    built with that k.
 
     Which row belongs to which latent?
 
