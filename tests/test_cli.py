@@ -64,7 +64,7 @@ def process(*arguments, **keywords):
 
 def test_every_command_has_help_with_an_example():
     overview = call("--help")[0]
-    for command in ("compress", "decompress", "info", "models", "train", "eval", "data", "import-official"):
+    for command in ("compress", "decompress", "info", "models", "train", "eval", "data", "explore", "import-official"):
         assert command in overview
         assert f"entroformer {command} " in call(command, "--help")[0]
 

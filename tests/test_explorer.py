@@ -350,3 +350,22 @@ def test_explore_bad_input(arguments, sentence, folder, monkeypatch, capsys, pho
     assert [p.name for p in folder.glob("*.html")] == ["there.html"] and (
         folder / "there.html"
     ).read_text() == "precious"
+
+
+def test_static_figures(view, tmp_path, monkeypatch):
+    from entroformer_lib.studies import attention as study
+    from entroformer_lib.views import attention_figures as figures
+    from entroformer_lib.views import style
+
+    monkeypatch.setenv("ENTROFORMER_FIGURES", str(tmp_path))
+    picture, drawn = view.servers[0].picture, {}
+    for mode in ("head", "heads", "ks"):
+        view.mode = mode
+        drawn[mode] = figures.attention_maps(picture, view.panels())
+    view.mode = "cost"
+    drawn["cost"] = figures.attention_and_cost(picture, view.panels(), view.scatter())
+    saved = study.read_results()["tiny-parallel"]
+    drawn["profile"] = figures.head_profile(saved["heads"])
+    drawn["explained"] = figures.attention_against_cost(saved["explained"], 16)
+    for name, figure in drawn.items():
+        assert style.save(figure, name)[0].stat().st_size > 3000

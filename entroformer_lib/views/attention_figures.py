@@ -174,6 +174,7 @@ def attention_against_cost(table: pd.DataFrame, own_k: int | None = None) -> Fig
         per_k = [_of_k(over_all, k)[column].dropna() for k in ks]
         _spread(left, np.arange(len(ks)) + 0.12 * (number - 1.5), per_k, COLOURS[number], marker, label)
     left.set_xticks(range(len(ks)), ["dense" if np.isnan(k) else f"{k:.0f}" for k in ks])
+    left.set_yticks([-0.25, 0, 0.25, 0.5, 0.75, 1])
     left.set(xlabel="k", ylabel="Spearman's rank correlation", ylim=(-0.25, 1.6), title="mean over layers and heads")
     left.legend(loc="upper center", ncols=1, handletextpad=0.2, fontsize=6.5)
     own = _of_k(table[table["layer"] >= 0], min(ks) if own_k is None else own_k)
