@@ -186,12 +186,12 @@ def test_predictions_are_what_the_coder_uses(server, model, photo):
 
     def exchange(sites, means, scales):
         seen.update(zip(sites.tolist(), means, strict=True))
-        return server._values[sites]
+        return server._values[sites].float()
 
     with torch.inference_mode():
         ExactEntropyModel(other)._code(y_hat.shape[-2:], model.z_prior.quantize_z(z), exchange)
     for site in (0, 1, 14, 60):
-        np.testing.assert_allclose(server.latent(site, 3).means, seen[site], atol=1 / 500)
+        np.testing.assert_allclose(server.latent(site, 3).means, seen[site], atol=1 / 200)
 
 
 def test_costs_are_those_of_hiding_one_by_one(server):

@@ -209,7 +209,7 @@ class Stack(nn.Module):
         values.  x: [B, q, D], sites: [q, 2]"""
         x = self._embed_positions(x, sites)
         for layer, block in enumerate(self.blocks[:-1]):
-            x = block(x, sites, relative=self._relative(layer), cache=cache, layer=layer)
+            x = block(x, sites, relative=self._relative(layer), top_k=self.top_k, cache=cache, layer=layer)
             tell("blocks", layer + 1, len(self.blocks))
         last = self.blocks[-1]
         last.attention.remember(last.norm1(x), cache, len(self.blocks) - 1)
