@@ -45,14 +45,15 @@ def digits(x: Tensor, scale: Tensor | None = None) -> Digits:
     """Rounds float32 numbers to 15 bits, by default with a scale for each row: [..., K] -> scale [..., 1]."""
     if scale is None:
         scale = step_for(x.abs().amax(-1, keepdim=True))
-    v = (x / scale).round_().clamp_(-PEAK, PEAK).to(torch.int16)  # dividing by a power of two is exact
-    return Digits(*split(v), scale)
+        v = (x / scale).round_()  # dividing by a power of two is exact
+    else:
+        v = (x / scale).round_().clamp_(-PEAK, PEAK)
+    return Digits(*split(v.to(torch.int16)), scale)
 
 
 def split(v: Tensor) -> tuple[Tensor, Tensor]:
     """int16 in [-2^14, 2^14] to its digits high and low, int8."""
-    high = (v + 128) >> 8
-    return high.to(torch.int8), (v - (high << 8)).to(torch.int8)
+    return ((v + 128) >> 8).to(torch.int8), v.to(torch.int8)  # the conversion keeps the low byte, as a signed number
 
 
 def step_for(peak: Tensor) -> Tensor:
@@ -316,7 +317,9 @@ class IntegerAttention(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Digits, Digits, Digits]:
         q, k, v = self.qkv(x[0]).chunk(3, dim=-1)  # [q, D] each
-        return digits(q * self.scale), digits(k), digits(v, self.value_scale)
+        both = digits(torch.stack((q * self.scale, k)))
+        q, k = (Digits(*parts) for parts in zip(*both, strict=True))
+        return q, k, digits(v, self.value_scale)
 
     def _one(self, q, keys, values, own, sites, first, relative, top_k) -> Tensor:
         """A single query; the heads are the rows, each zero outside its own channels.  ->  [1, D]"""
