@@ -44,7 +44,15 @@ CHOICES: dict[str, dict] = {
 EXTRA_POINTS = {"eight rates": (0.0035, 0.013, 0.025)}  # where a run is measured, if not at its own lmbda
 
 
-def compare(train_on: str, held_out: str, runs: Path, steps: int = 1000, model: str = "tiny-parallel", count: int = 48):
+def compare(
+    train_on: str,
+    held_out: str,
+    runs: Path,
+    steps: int = 1000,
+    model: str = "tiny-parallel",
+    count: int = 48,
+    choices: tuple[str, ...] = tuple(CHOICES),
+):
     """Trains and measures every choice.
 
     Args:
@@ -54,10 +62,12 @@ def compare(train_on: str, held_out: str, runs: Path, steps: int = 1000, model: 
         steps: Steps of each run.
         model: What is trained.
         count: Pictures to compare on.
+        choices: Which of them to run.
     """
     pictures = held_out_pictures(held_out, count)
     rows = []
-    for name, changes in CHOICES.items():
+    for name in choices:
+        changes = CHOICES[name]
         out = runs / name.replace(" ", "-").replace(",", "")
         config = TrainConfig(data=train_on, out=str(out), model=model, steps=steps, **{**BASE, **changes})
         if not (out / "weights.safetensors").exists():
