@@ -143,7 +143,7 @@ def differences(names: list[str], percent: list[float], spread: float | None = N
         )
     if spread is not None:
         axes.axvspan(-abs(spread), abs(spread), color="0.85", zorder=0, label="another seed")
-        axes.legend(loc="lower right")
+        axes.legend(loc="upper right")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(names)), [names[i] for i in order])
     axes.margins(x=0.15)
