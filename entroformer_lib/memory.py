@@ -10,7 +10,7 @@ TRIM_THRESHOLD, TOP_PAD, MMAP_MAX, ARENA_MAX = -1, -2, -4, -8
 def keep_freed_memory() -> bool:
     """Lets freed tensors be used again without asking the kernel for fresh, zeroed pages.
 
-    glibc maps every large tensor anew, and touching new pages took 40% of a training step on a CPU (docs/training.md).
+    glibc maps every large tensor anew, and touching new pages takes much of a CPU's training step (docs/training.md).
     Costs: the process never shrinks below its largest size.  ->  whether it worked: only with glibc, on Linux.
     """
     if not sys.platform.startswith("linux"):

@@ -41,7 +41,6 @@ class EntropyParameters(nn.Module):
 
     def __init__(self, c: EntroformerConfig):
         super().__init__()
-        self.dim = c.dim
         self.sources = (c.hyperprior, c.context != "none")
         self.layers = nn.Sequential(
             nn.Linear(sum(self.sources) * c.dim, 4 * c.dim), nn.LeakyReLU(0.2), nn.Linear(4 * c.dim, 2 * c.M)

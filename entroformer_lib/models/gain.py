@@ -59,9 +59,3 @@ class RateGain(nn.Module):
         i = min(bisect.bisect_right(self.lmbdas, lmbda) - 1, len(self.lmbdas) - 2)
         low, high = self.lmbdas[i], self.lmbdas[i + 1]
         return i + math.log(lmbda / low) / math.log(high / low)
-
-    def lmbda_of(self, level: float) -> float:
-        """Inverse of `level_of`."""
-        i = min(int(level), len(self.lmbdas) - 2)
-        low, high = self.lmbdas[i], self.lmbdas[i + 1]
-        return low * (high / low) ** (level - i)

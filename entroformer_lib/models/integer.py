@@ -8,8 +8,8 @@ remove that:
 
        a . b  =  (65536 high.high + 256 (high.low + low.high) + low.low) * scales
 
-   The last term is left out; it lies below the rounding to digits. An int8 matrix unit computes these products many
-   times faster than float64 (20 times, measured with AVX512-VNNI); where there is none, float32 does it, because sums
+   The last term is left out; it lies below the rounding to digits. An int8 matrix unit computes these products of
+   many rows far faster than float64; where there is none, float32 does it, because sums
    of so small integers stay below 2^24 and so are exact too.
 2. **Everything else is elementwise.** IEEE 754 fixes the result of +, -, *, /, sqrt, rounding and comparison of single
    numbers. exp is not among them, so `exp_of_negative` builds it from those that are. No step may be fused into
