@@ -12,18 +12,13 @@ from entroformer_lib.coding import codec
 from entroformer_lib.models import integer
 from entroformer_lib.models.attention import Block, Stack
 from entroformer_lib.models.config import named_config
-from entroformer_lib.models.integer import (
+from entroformer_lib.models.integer import chosen, digits, exp_of_negative, largest, product, step_for
+from entroformer_lib.models.integer_layers import (
     IntegerConv3x3,
     IntegerGELU,
     IntegerLayerNorm,
     IntegerLinear,
-    chosen,
-    digits,
-    exp_of_negative,
     integer_copy,
-    largest,
-    product,
-    step_for,
 )
 from entroformer_lib.models.position import grid_sites
 

@@ -96,6 +96,10 @@ class EntroformerConfig:
             del values["lmbdas"]
         return json.dumps(values, sort_keys=True)
 
+    def replaced(self, **fields) -> "EntroformerConfig":
+        """The config with some fields changed; an unknown one is a ConfigError."""
+        return dataclasses.replace(self, **_known(fields, type(self)))
+
     @classmethod
     def from_json(cls, text: str) -> "EntroformerConfig":
         """Reads `to_json`'s text back; an unknown key is a ConfigError."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from entroformer_lib.coding.coder import SymbolDecoder, SymbolEncoder
 from entroformer_lib.models.clock import stage
-from entroformer_lib.models.integer import integer_copy
+from entroformer_lib.models.integer_layers import integer_copy
 
 MEAN_STEPS = 256  # means are multiples of 1/256: costs 0.0001 bit at the smallest scale
 SCALE_STEPS = 32  # scales are exp(i / 32), 3% apart: costs less than 0.0002 bit

@@ -18,7 +18,7 @@ class TrainConfig:
     model: str = "tiny-parallel"
     """Size and variant: {base, study, tiny}-{serial, parallel, cnn, hyperprior, context}."""
     architecture: tuple[str, ...] = ()
-    """Fields of the architecture to change, such as: position=none top_k=64."""
+    """Fields of the architecture to change, of the model's or of init's, such as: position=none top_k=64."""
     preset: Literal["paper", "official"] = "paper"
     lmbda: float = 0.0035
     """Weight of the distortion: 255^2 * MSE, or 1 - MS-SSIM."""
@@ -58,7 +58,8 @@ class TrainConfig:
     """Each crop hides a random share of its latents, up to this one, from all the others: for what a position is worth.
     Only on latents."""
     init: str | None = None
-    """Weights to finetune from: a name of `entroformer models` or a .safetensors file."""
+    """Weights to go on from: a name of `entroformer models` or a .safetensors file. With architecture or lmbdas, what
+    still fits is taken, tensor by tensor, and the rest begins afresh."""
     seed: int = 0
     preload: bool = True
     """Keep all pictures on the device; --no-preload streams them through worker processes."""

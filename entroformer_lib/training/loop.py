@@ -94,15 +94,31 @@ def _initial_model(config: TrainConfig) -> Entroformer:
             return build_model(config.model, config.preset, **fields)
         return with_transforms(frozen_transforms(config.transforms), config.model, config.preset, **fields)
     model = load_model(config.init, device="cpu")
-    if lmbdas in ((), model.config.lmbdas):
+    fields = parse_fields(config.architecture)
+    if lmbdas:
+        fields["lmbdas"] = lmbdas
+    return changed(model, fields)
+
+
+def changed(model: Entroformer, fields: dict) -> Entroformer:
+    """A model of another architecture that begins with all that fits: every tensor of the same name and shape.
+
+    What does not fit begins afresh. Gains belong to their lambdas: with other lambdas they begin afresh too.
+    """
+    config = model.config.replaced(**fields)
+    if config == model.config:
         return model
-    if model.gain is not None:
-        raise TrainingError(f"The weights {config.init} were made for the lmbdas {model.config.lmbdas}.")
-    variable = Entroformer(dataclasses.replace(model.config, lmbdas=lmbdas))
-    variable.gain = RateGain(lmbdas, model.config.M, reference=model.card.get("lmbda"))
-    state = {name: t for name, t in model.state_dict().items() if name != "_extra_state"}
-    variable.load_state_dict({**variable.state_dict(), **state})
-    return variable
+    new = Entroformer(config)
+    if new.gain is not None and model.gain is None:
+        new.gain = RateGain(config.lmbdas, config.M, reference=model.card.get("lmbda"))
+    state = new.state_dict()
+    skipped = ("gain.",) if config.lmbdas != model.config.lmbdas else ()
+    for name, tensor in model.state_dict().items():
+        fits = name in state and state[name].shape == tensor.shape
+        if fits and name != "_extra_state" and not name.startswith(skipped):
+            state[name] = tensor
+    new.load_state_dict(state)
+    return new
 
 
 def _check(config: TrainConfig, out: Path, fabric: Fabric) -> None:
@@ -117,8 +133,6 @@ def _check(config: TrainConfig, out: Path, fabric: Fabric) -> None:
         raise TrainingError("Frozen transforms and the latents they gave go together: set both or none of the two.")
     if config.transforms and (config.init or config.last_crop or config.pretrain_lmbda is not None):
         raise TrainingError("On latents of frozen transforms there is no init, last_crop or pretrain_lmbda.")
-    if config.init and config.architecture:
-        raise TrainingError("The architecture of init's weights cannot be changed.")
     if config.missing and not config.transforms or not 0 <= config.missing < 1:
         raise TrainingError("missing is a share below 1, and goes with the latents of frozen transforms.")
     if config.lmbdas and config.pretrain_lmbda is not None:

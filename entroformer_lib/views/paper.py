@@ -671,8 +671,8 @@ def readme(drawn: dict[str, pd.DataFrame], notebooks: Path) -> str:
         "# figures\n\nWritten by `make figures`; nothing here is drawn by hand. Each figure and table of the paper is "
         "drawn from\ndata/results alone, as PNG and SVG, with its data as CSV; tables as Markdown too.\n",
         "\n## The paper's figures and tables\n\nOurs are small models, trained for minutes to hours on two CPU cores; "
-        "the authors' are three to four times\nas wide and had about 280,000 steps. Published curves and numbers are marked "
-        "as such in every figure (sources: data/reference).\n\n",
+        "the authors' are three to four times\nas wide and had about 280,000 steps. Published curves and numbers are "
+        "marked as such in every figure (sources: data/reference).\n\n",
         markdown(headings, rows),
         "\n## Not measured yet\n\n" + "".join(missing) if missing else "",
         "\n## The notebooks' figures\n\n" + markdown(["file", "from", "section"], _of_notebooks(notebooks)),
