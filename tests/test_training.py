@@ -13,7 +13,8 @@ import pytest
 import torch
 from conftest import MICRO
 
-from entroformer_lib.errors import TrainingError, UserError
+from entroformer_lib.errors import ConfigError, TrainingError, UserError
+from entroformer_lib.models import config as model_config
 from entroformer_lib.models.zoo import load_model
 from entroformer_lib.training import loop
 from entroformer_lib.training.config import TrainConfig
@@ -26,8 +27,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's ad
 
 @pytest.fixture
 def config(photo_folder, tmp_path, monkeypatch):
-    from entroformer_lib.models import config as model_config
-
     monkeypatch.setitem(model_config.SIZES, "tiny", MICRO)
     return TrainConfig(
         data=str(photo_folder),
@@ -78,13 +77,9 @@ def test_resume_equals_uninterrupted(config, tmp_path, variant, preset, monkeypa
             raise KeyboardInterrupt
         return step(run, x, number)
 
-    monkeypatch.setattr(loop.Run, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop.Run, "step", interrupted)
         train(cut, progress=False)
-    monkeypatch.undo()
-    from entroformer_lib.models import config as model_config
-
-    monkeypatch.setitem(model_config.SIZES, "tiny", MICRO)
     again = train(cut, progress=False)
     assert losses(cut) == losses(config)
     ours, theirs = load_model(again, "cpu").state_dict(), load_model(weights, "cpu").state_dict()
@@ -97,14 +92,10 @@ def test_resume_with_muon_mean_and_variable_rate(config, tmp_path, monkeypatch):
     config = replace(config, steps=5, pretrain_lmbda=None, **more)
     weights = train(config, progress=False)
     cut = replace(config, out=str(tmp_path / "cut"), checkpoint_seconds=0.0)
-    monkeypatch.setattr(loop.Run, "_stopped", lambda run: (Path(cut.out) / "checkpoint.pt").exists())
-    with pytest.raises(TrainingError, match="Stopped"):
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match="Stopped"):
+        patch.setattr(loop.Run, "_stopped", lambda run: (Path(cut.out) / "checkpoint.pt").exists())
         train(cut, progress=False)
     assert len(log_of(cut)) < 5
-    monkeypatch.undo()
-    from entroformer_lib.models import config as model_config
-
-    monkeypatch.setitem(model_config.SIZES, "tiny", MICRO)
     again = train(cut, progress=False)
     assert losses(cut) == losses(config)
     ours, theirs = load_model(again, "cpu").state_dict(), load_model(weights, "cpu").state_dict()
@@ -150,6 +141,19 @@ def test_variable_rate_from_weights_of_one_rate(config):
     assert torch.equal(start(x)["x_hat"], several(x)["x_hat"])
     y = torch.rand(1, 1, 4, 4).expand(1, several.config.M, 4, 4)
     assert torch.equal(several.scaled(y), y) and (several.scaled(y, 2) > 1.9 * y).all()  # sqrt(0.08 / 0.02) = 2
+
+
+def test_another_architecture_begins_with_what_fits(config):
+    one = train(replace(config, steps=2, pretrain=0), progress=False)
+    start = load_model(one, "cpu")
+    wider = loop._initial_model(replace(config, init=str(one), architecture=(f"M={MICRO['M'] + 8}",)))
+    assert wider.config == start.config.replaced(M=MICRO["M"] + 8)
+    before, after = start.state_dict(), wider.state_dict()
+    taken = {n for n in before if before[n].shape == after[n].shape and torch.equal(before[n], after[n])}
+    assert {"g_a.0.weight", "g_s.6.weight", "context_model.stack.blocks.0.attention.qkv.weight"} <= taken
+    assert not taken & {"g_a.6.weight", "g_s.0.weight", "entropy_parameters.layers.2.weight"}
+    with pytest.raises(ConfigError, match="no field 'N2'"):
+        loop._initial_model(replace(config, init=str(one), architecture=("N2=3",)))
 
 
 def test_a_finished_run_is_not_repeated(config):

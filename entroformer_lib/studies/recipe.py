@@ -3,8 +3,9 @@
 python -m entroformer_lib.studies.recipe --train-on DATA/train/cid22-00.tar --held-out DATA/train/photos-01.tar \\
     --runs runs/recipe
 
-All runs have the same pictures, steps, batch and seed unless a row says otherwise. They are compared on pictures that
-no run has seen, with rounding instead of noise. A finished run is not repeated.
+All runs have 96 latents per block (`tiny` has 192 by now), the same pictures, steps, batch and seed unless a row says
+otherwise. They are compared on pictures that no run has seen, with rounding instead of noise. A finished run is not
+repeated.
 """
 
 import itertools
@@ -25,7 +26,16 @@ from entroformer_lib.training.data import pictures_in
 from entroformer_lib.training.loop import train
 
 RATES = (0.001, 0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.05, 0.08)
-BASE = dict(lmbda=0.013, optimizer="muon", lr=2e-3, schedule="linear", precision="bfloat16", batch=8, crop=128)
+BASE = dict(
+    architecture=("M=96",),
+    lmbda=0.013,
+    optimizer="muon",
+    lr=2e-3,
+    schedule="linear",
+    precision="bfloat16",
+    batch=8,
+    crop=128,
+)
 CHOICES: dict[str, dict] = {
     "base": {},
     "other seed": dict(seed=1),

@@ -17,6 +17,12 @@ def rates(likelihoods: dict[str, Tensor], pixels: int) -> dict[str, Tensor]:
     return {f"bpp_{k}": p.log().flatten(1).sum(1) / (-math.log(2) * pixels) for k, p in likelihoods.items()}
 
 
+def evenly(lmbda: Tensor, lmbdas: tuple[float, ...]) -> Tensor:
+    """Weights [B] that let every lambda of a variable rate count alike: R + lmbda D grows about as sqrt(lmbda)."""
+    middle = math.exp(sum(map(math.log, lmbdas)) / len(lmbdas))
+    return (middle / lmbda).sqrt()
+
+
 class RateStep(nn.Module):
     """The entropy model alone on given latents, where the transforms are frozen: the loss is the rate."""
 
@@ -83,9 +89,11 @@ class TrainingStep(nn.Module):
         else:
             similarity = ms_ssim(out["x_hat"], x, data_range=1.0, size_average=False)  # [B]
             distortion, quality = 1 - similarity, {"ms_ssim": similarity.detach().mean()}
-        rd_loss = (rate + lmbda * distortion).mean()
+        losses = rate + lmbda * distortion  # [B]
+        rd_loss = losses.mean()
+        goal = rd_loss if not torch.is_tensor(lmbda) else (losses * evenly(lmbda, self.model.config.lmbdas)).mean()
         return {
-            "loss": rd_loss + self.model.aux_loss(),
+            "loss": goal + self.model.aux_loss(),
             "rd_loss": rd_loss.detach(),
             "bpp": rate.detach().mean(),
             **{name: value.detach().mean() for name, value in bpp.items()},
