@@ -36,19 +36,22 @@ class ExactEntropyModel:
     """Codes the latents of one picture with a copy of a model's entropy model that computes in integers.
 
     Encoder and decoder call the same method, `_code`; they differ only in where the symbols come from.
+
+    A context model that takes one site at a time runs on the CPU, also beside a GPU: starting a GPU's kernels for a
+    single token takes longer than computing it here. The bits are the same either way.
     """
 
     def __init__(self, model):
-        self.h_s, self.context_model, self.entropy_parameters = map(
-            integer_copy, (model.h_s, model.context_model, model.entropy_parameters)
-        )
-        self.device, self.dim = model.g_s[0].weight.device, model.config.dim
-        self.M = model.config.M
+        site_by_site = model.config.context in ("serial", "cnn")
+        self.device = torch.device("cpu") if site_by_site else model.g_s[0].weight.device
+        parts = map(integer_copy, (model.h_s, model.context_model, model.entropy_parameters))
+        self.h_s, self.context_model, self.entropy_parameters = (p and p.to(self.device) for p in parts)
+        self.dim, self.M = model.config.dim, model.config.M
 
     @torch.inference_mode()
     def encode(self, y_hat: Tensor, z_hat: Tensor | None) -> bytes:
         """y_hat: [1, M, h, w] integers, z_hat: [1, Z, h/4, w/4]  ->  the string of y."""
-        known = y_hat[0].float().flatten(1).T.contiguous()  # [n, M]
+        known = y_hat[0].to(self.device, torch.float32).flatten(1).T.contiguous()  # [n, M]
         encoder = SymbolEncoder()
 
         def write(sites, means, scales):
@@ -76,7 +79,9 @@ class ExactEntropyModel:
         """Runs the model's coding steps. `symbols_of(sites, means, scales)` gives latents: [k, M]  ->  [n, M]."""
         h, w = size
         with stage("hyper"):
-            hyper = None if z_hat is None else self.h_s(z_hat.float()).flatten(2)[..., None]  # [1, D, n, 1]
+            hyper = (
+                None if z_hat is None else self.h_s(z_hat.to(self.device, torch.float32)).flatten(2)[..., None]
+            )  # [1, D, n, 1]
 
         def exchange(sites, context):
             with stage("parameters"):

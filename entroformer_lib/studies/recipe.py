@@ -50,8 +50,10 @@ CHOICES: dict[str, dict] = {
     "lmbda 0.0035": dict(lmbda=0.0035),
     "lmbda 0.025": dict(lmbda=0.025),
     "eight rates": dict(lmbdas=RATES),
+    "eight rates, not evenly": dict(lmbdas=RATES, even_rates=False),
 }
-EXTRA_POINTS = {"eight rates": (0.0035, 0.013, 0.025)}  # where a run is measured, if not at its own lmbda
+POINTS = (0.0035, 0.013, 0.025)
+EXTRA_POINTS = {"eight rates": POINTS, "eight rates, not evenly": POINTS}  # where a run is measured, if not at its own
 
 
 def compare(

@@ -24,6 +24,8 @@ class TrainConfig:
     """Weight of the distortion: 255^2 * MSE, or 1 - MS-SSIM."""
     lmbdas: tuple[float, ...] = ()
     """Several weights, rising: one model of variable rate, every crop with one of them. Replaces lmbda."""
+    even_rates: bool = True
+    """Of several lmbdas, weight the loss of each crop by 1 / sqrt(lmbda), so that every rate counts alike."""
     metric: Literal["mse", "ms-ssim"] = "mse"
     steps: int = 20_000
     batch: int = 8

@@ -71,7 +71,8 @@ def train(config: TrainConfig, progress: bool = True, watch: Callable[[dict, Ent
     for part in (model.g_a, model.g_s):
         part.to(memory_format=torch.channels_last)
     bf16 = config.precision == "bfloat16"
-    goal = RateStep(model, bf16) if config.transforms else TrainingStep(model, config.metric, bf16)
+    even = config.even_rates
+    goal = RateStep(model, bf16, even) if config.transforms else TrainingStep(model, config.metric, bf16, even)
     step_module, optimizer = fabric.setup(goal, optimizer)
     step_module.train()
     run = Run(config, fabric, model, step_module, optimizer)
@@ -146,7 +147,8 @@ def _check(config: TrainConfig, out: Path, fabric: Fabric) -> None:
         out.mkdir(parents=True, exist_ok=True)
         saved = out / "config.json"
         if saved.exists():
-            young = {"architecture": [], "missing": 0.0}  # fields that runs of earlier versions do not have
+            # What runs of earlier versions do not have.
+            young = {"architecture": [], "missing": 0.0, "even_rates": False}
             was = {**young, **json.loads(saved.read_text())}
             changed = [k for k, v in json.loads(text).items() if was.get(k) != v and k not in RUNTIME_FIELDS]
             if changed:

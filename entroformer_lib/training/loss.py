@@ -18,7 +18,8 @@ def rates(likelihoods: dict[str, Tensor], pixels: int) -> dict[str, Tensor]:
 
 
 def evenly(lmbda: Tensor, lmbdas: tuple[float, ...]) -> Tensor:
-    """Weights [B] that let every lambda of a variable rate count alike: R + lmbda D grows about as sqrt(lmbda)."""
+    """Weights [B] that let every lambda of a variable rate count alike: R, and so R + lmbda D, grows about as
+    sqrt(lmbda), and without them the high rates would be all that a shared network learns for."""
     middle = math.exp(sum(map(math.log, lmbdas)) / len(lmbdas))
     return (middle / lmbda).sqrt()
 
@@ -26,9 +27,9 @@ def evenly(lmbda: Tensor, lmbdas: tuple[float, ...]) -> Tensor:
 class RateStep(nn.Module):
     """The entropy model alone on given latents, where the transforms are frozen: the loss is the rate."""
 
-    def __init__(self, model: nn.Module, bf16: bool = False):
+    def __init__(self, model: nn.Module, bf16: bool = False, even: bool = True):
         super().__init__()
-        self.model, self.bf16 = model, bf16
+        self.model, self.bf16, self.even = model, bf16, even
 
     def forward(
         self,
@@ -42,11 +43,14 @@ class RateStep(nn.Module):
         with torch.autocast(y.device.type, torch.bfloat16, enabled=self.bf16):
             likelihoods, _ = self.model.likelihoods(self.model.scaled(y, level), noise, kept, missing)
         bpp = rates(likelihoods, pixels=256 * y.size(2) * y.size(3))
-        rate = sum(bpp.values()).mean()
+        rate, weight, lmbdas = sum(bpp.values()), 1.0, self.model.config.lmbdas  # [B]
+        if level is not None and self.even:
+            weight = evenly(torch.tensor(lmbdas, device=y.device)[level], lmbdas)
+        mean = rate.detach().mean()
         return {
-            "loss": rate + self.model.aux_loss(),
-            "rd_loss": rate.detach(),
-            "bpp": rate.detach(),
+            "loss": (weight * rate).mean() + self.model.aux_loss(),
+            "rd_loss": mean,
+            "bpp": mean,
             **{name: value.detach().mean() for name, value in bpp.items()},
         }
 
@@ -55,16 +59,16 @@ class TrainingStep(nn.Module):
     """A model with its loss in one module, so that data parallelism sees a single forward pass.
 
     L = R + lmbda * 255^2 * MSE  (or  lmbda * (1 - MS-SSIM)), R in bits per pixel, each crop with a lmbda of its own
-    where the rate is variable. To it comes the auxiliary loss of the factorized prior, which moves nothing but that
-    prior's quantiles.
+    where the rate is variable (`even`: weighted by 1 / sqrt(lmbda)). To it comes the auxiliary loss of the factorized
+    prior, which moves nothing but that prior's quantiles.
 
     With `bf16`, convolutions and linear layers run in bfloat16. (Lightning's own bf16-mixed also rounds the inputs, and
     with them the pixels and the noise, to 8 bits of mantissa.)
     """
 
-    def __init__(self, model: nn.Module, metric: str = "mse", bf16: bool = False):
+    def __init__(self, model: nn.Module, metric: str = "mse", bf16: bool = False, even: bool = True):
         super().__init__()
-        self.model, self.metric, self.bf16 = model, metric, bf16
+        self.model, self.metric, self.bf16, self.even = model, metric, bf16, even
 
     def forward(
         self,
@@ -89,12 +93,11 @@ class TrainingStep(nn.Module):
         else:
             similarity = ms_ssim(out["x_hat"], x, data_range=1.0, size_average=False)  # [B]
             distortion, quality = 1 - similarity, {"ms_ssim": similarity.detach().mean()}
-        losses = rate + lmbda * distortion  # [B]
-        rd_loss = losses.mean()
-        goal = rd_loss if not torch.is_tensor(lmbda) else (losses * evenly(lmbda, self.model.config.lmbdas)).mean()
+        rd_loss = rate + lmbda * distortion  # [B]
+        weight = evenly(lmbda, self.model.config.lmbdas) if self.even and torch.is_tensor(lmbda) else 1.0
         return {
-            "loss": goal + self.model.aux_loss(),
-            "rd_loss": rd_loss.detach(),
+            "loss": (weight * rd_loss).mean() + self.model.aux_loss(),
+            "rd_loss": rd_loss.detach().mean(),
             "bpp": rate.detach().mean(),
             **{name: value.detach().mean() for name, value in bpp.items()},
             **quality,
