@@ -174,10 +174,12 @@ def evaluate(
     limit: int | None = None,
     json_file: Annotated[Path | None, arg(name="json")] = None,
     device: str = "auto",
+    jobs: int | None = None,
 ) -> None:
     """Measure a model on a folder of pictures, through real bytes.
 
     Per picture and mean: bits per pixel of the file and as estimated, PSNR, MS-SSIM, seconds to encode and decode.
+    With --json, the same command goes on where it was interrupted.
 
     Example: entroformer eval tiny-parallel --data kodak/ --limit 3 --json result.json
 
@@ -187,20 +189,21 @@ def evaluate(
         limit: Take only the first so many.
         json_file: Write rows, mean and provenance there; - prints them.
         device: cpu, cuda, or auto.
+        jobs: Pictures at a time, each on one core; default: as many as there are cores.
     """
-    from entroformer_lib.studies.rate_distortion import evaluate_picture, pictures_to_test
+    from entroformer_lib.studies.measuring import Task, measure
+    from entroformer_lib.studies.rate_distortion import pictures_to_test
 
-    paths = pictures_to_test(data, limit)
     loaded = _load(model, device)
+    place = loaded.g_s[0].weight.device.type
+    tasks = [Task(model, None, str(path), place) for path in pictures_to_test(data, limit)]
     quiet = str(json_file) == "-"
     columns = ("bpp", "bpp_estimated", "psnr_db", "ms_ssim", "encode_s", "decode_s")
-    rows = []
     if not quiet:
         print(f"{'image':20}" + "".join(f"{name:>15}" for name in columns))
-    for path in paths:
-        rows.append(evaluate_picture(loaded, path))
-        if not quiet:
-            _print_row(path.stem, rows[-1], columns)
+    done = None if json_file is None or quiet else json_file.with_name(json_file.name + ".rows")
+    rows = measure(tasks, done, jobs, lambda row: quiet or _print_row(row["image"], row, columns))
+    rows = [{name: value for name, value in row.items() if name not in ("codec", "setting")} for row in rows]
     mean = {name: _mean([row[name] for row in rows]) for name in columns}
     if not quiet:
         _print_row("mean", mean, columns)
@@ -210,6 +213,8 @@ def evaluate(
 
         text = json.dumps({"images": rows, "mean": mean, "provenance": provenance(loaded)}, indent=1)
         print(text) if quiet else write_bytes(json_file, text.encode())
+        if done is not None:
+            done.unlink(missing_ok=True)
 
 
 @app.command

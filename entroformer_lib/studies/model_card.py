@@ -16,8 +16,10 @@ from tyro.conf import Positional
 from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.models.entroformer import Entroformer
 from entroformer_lib.models.zoo import load_model, save_weights
+from entroformer_lib.studies.classical import jpeg_psnr_db
+from entroformer_lib.studies.measuring import measure, tasks_of
 from entroformer_lib.studies.provenance import provenance
-from entroformer_lib.studies.rate_distortion import evaluate_picture, jpeg_psnr_db, pictures_to_test
+from entroformer_lib.studies.rate_distortion import pictures_to_test
 from entroformer_lib.training.config import TrainConfig
 
 CURVE_POINTS = 60
@@ -55,11 +57,9 @@ def _measure_and_write(trained: Entroformer, card: dict, name: str, kodak: Path)
     weights = data_folder() / "weights" / f"{name}.safetensors"
     save_weights(trained, weights, card, half=True)
     model = load_model(weights)
-    rows = []
-    for lmbda in model.config.lmbdas or (None,):
-        if lmbda is not None:
-            model.level = model.gain.level_of(lmbda)
-        rows += [_measured(model, path, lmbda) for path in pictures_to_test(kodak)]
+    paths = {path.stem: path for path in pictures_to_test(kodak)}
+    done = data_folder() / "results" / f"{name}-kodak.json.rows"
+    rows = [_with_jpeg(row, paths) for row in measure(tasks_of(str(weights), paths.values()), done, report=_tell)]
     points = {lmbda: _mean([row for row in rows if row["lmbda"] == lmbda]) for lmbda in {row["lmbda"] for row in rows}}
     record = provenance(model, seed=card["training"]["seed"])
     mean = points[None] if None in points else {f"{lmbda:g}": points[lmbda] for lmbda in sorted(points)}
@@ -69,15 +69,19 @@ def _measure_and_write(trained: Entroformer, card: dict, name: str, kodak: Path)
     card["kodak"] = {**mean, "images": len(rows), "date": record["date"]}
     save_weights(trained, weights, card, half=True)
     write_bytes(weights.with_suffix(".md"), card_text(name, card, rows).encode())
+    done.unlink(missing_ok=True)
 
 
-def _measured(model, path: Path, lmbda: float | None) -> dict:
-    row = {"lmbda": lmbda, **evaluate_picture(model, path)}
-    row["jpeg_psnr_db"] = jpeg_psnr_db(path, row["bytes"], optimize=False)
-    row["jpeg_optimised_psnr_db"] = jpeg_psnr_db(path, row["bytes"])
-    shown = ("bpp", "psnr_db", "jpeg_psnr_db", "jpeg_optimised_psnr_db")
-    print(lmbda or "", path.stem, *(f"{column} {row[column]:.3f}" for column in shown), flush=True)
+def _with_jpeg(row: dict, paths: dict[str, Path]) -> dict:
+    """Adds what JPEG reaches with as many bytes, with standard and with optimised Huffman tables."""
+    row = {"lmbda": row.pop("setting"), **{key: value for key, value in row.items() if key != "codec"}}
+    row["jpeg_psnr_db"] = jpeg_psnr_db(paths[row["image"]], row["bytes"], optimize=False)
+    row["jpeg_optimised_psnr_db"] = jpeg_psnr_db(paths[row["image"]], row["bytes"])
     return row
+
+
+def _tell(row: dict) -> None:
+    print(row["setting"] or "", row["image"], f"bpp {row['bpp']:.3f} PSNR {row['psnr_db']:.2f} dB", flush=True)
 
 
 def _mean(rows: list[dict]) -> dict:

@@ -1,7 +1,5 @@
 """Rate and distortion on a set of pictures, always through real bytes."""
 
-import io
-import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +12,7 @@ from PIL import Image
 from entroformer_lib.coding import codec
 from entroformer_lib.errors import DataError
 from entroformer_lib.models.entroformer import Entroformer
+from entroformer_lib.studies.quality import ms_ssim, psnr_db
 from entroformer_lib.training.data import find_sources
 
 
@@ -72,47 +71,3 @@ def bit_maps(model: Entroformer, picture: Image.Image) -> dict[str, np.ndarray]:
 def estimated_bits(model: Entroformer, picture: Image.Image) -> float:
     """Size that the likelihoods promise, in bits, without container and coder."""
     return float(sum(bits.sum() for bits in bit_maps(model, picture).values()))
-
-
-def psnr_db(a: Image.Image, b: Image.Image) -> float:
-    """PSNR of two 8-bit pictures in dB, over all pixels and channels; infinite when equal."""
-    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    mse = np.mean(difference**2)
-    return math.inf if mse == 0 else 10 * math.log10(255**2 / mse)
-
-
-def ms_ssim(a: Image.Image, b: Image.Image) -> float | None:
-    """MS-SSIM of two 8-bit RGB pictures (Wang 2003, five scales); None below 161 pixels, where it is not defined."""
-    from pytorch_msssim import ms_ssim as measure
-
-    if min(a.size) <= 160:
-        return None
-    x, y = (torch.from_numpy(np.array(p)).permute(2, 0, 1)[None].float() for p in (a, b))
-    return float(measure(x, y, data_range=255))
-
-
-def jpeg_of_size(picture: Image.Image, size: int, optimize: bool = True) -> tuple[bytes, int]:
-    """The smallest JPEG (Pillow, 4:2:0) of at least `size` bytes, or the largest there is, and its quality.
-
-    JPEG gets at least as many bytes as what it is compared with. Huffman tables made for the picture (`optimize`) save
-    a fifth at low rates; the published JPEG curves use the standard tables.
-    """
-
-    def coded(quality: int) -> bytes:
-        buffer = io.BytesIO()
-        picture.save(buffer, "jpeg", quality=quality, optimize=optimize)
-        return buffer.getvalue()
-
-    low, high = 1, 95  # size grows with quality
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(coded(middle)) >= size else (middle + 1, high)
-    return coded(low), low
-
-
-def jpeg_psnr_db(path: Path, size: int, optimize: bool = True) -> float:
-    """PSNR of the JPEG of a picture that has at least `size` bytes, in dB; see `jpeg_of_size`."""
-    picture, _ = codec.to_rgb(codec.open_picture(path))
-    data, _ = jpeg_of_size(picture, size, optimize)
-    with Image.open(io.BytesIO(data)) as jpeg:
-        return psnr_db(picture, jpeg.convert("RGB"))

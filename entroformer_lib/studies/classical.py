@@ -1,0 +1,93 @@
+"""Classical codecs beside the models, as Pillow has them: coded live, so the files are as real as ours."""
+
+import io
+import time
+from pathlib import Path
+
+from PIL import Image, features
+
+from entroformer_lib.coding import codec
+from entroformer_lib.errors import StudyError
+from entroformer_lib.studies.quality import ms_ssim, psnr_db
+
+# Settings from coarse to fine, and what each is called. All in 4:2:0 but JPEG 2000, which has no subsampling.
+CODECS = {
+    "jpeg": ("quality", (5, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90, 95)),
+    "webp": ("quality", (0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95)),
+    "jpeg2000": ("compression ratio", (240, 120, 80, 60, 48, 34, 24, 17, 12, 8, 6)),
+    "avif": ("quality", (10, 20, 30, 40, 50, 60, 70, 80, 90)),
+}
+_FEATURES = {"jpeg": "jpg", "webp": "webp", "jpeg2000": "jpg_2000", "avif": "avif"}
+
+
+def available(name: str) -> bool:
+    """Whether this Pillow was built with the codec."""
+    return name in CODECS and bool(features.check(_FEATURES[name]))
+
+
+def coded(picture: Image.Image, name: str, setting: float) -> bytes:
+    """A picture as a file of a classical codec.
+
+    Raises:
+        StudyError: a codec that is unknown or that this Pillow does not have.
+    """
+    if not available(name):
+        there = ", ".join(n for n in CODECS if available(n))
+        raise StudyError(f"This Pillow has no codec '{name}'; it has {there}.")
+    options = {
+        "jpeg": dict(format="JPEG", quality=int(setting), optimize=True),
+        "webp": dict(format="WEBP", quality=int(setting), method=6),
+        "jpeg2000": dict(format="JPEG2000", quality_mode="rates", quality_layers=[setting], irreversible=True, mct=1),
+        "avif": dict(format="AVIF", quality=int(setting), speed=4, max_threads=1),
+    }[name]
+    buffer = io.BytesIO()
+    picture.save(buffer, **options)
+    return buffer.getvalue()
+
+
+def evaluate_classical(path: Path, name: str, setting: float) -> dict:
+    """One picture through a classical codec: the columns of `rate_distortion.evaluate_picture` without an estimate."""
+    picture, _ = codec.to_rgb(codec.open_picture(path))
+    start = time.perf_counter()
+    data = coded(picture, name, setting)
+    middle = time.perf_counter()
+    decoded = Image.open(io.BytesIO(data)).convert("RGB")
+    end = time.perf_counter()
+    return {
+        "image": path.stem,
+        "width": picture.width,
+        "height": picture.height,
+        "bytes": len(data),
+        "bpp": 8 * len(data) / (picture.width * picture.height),
+        "psnr_db": psnr_db(picture, decoded),
+        "ms_ssim": ms_ssim(picture, decoded),
+        "encode_s": middle - start,
+        "decode_s": end - middle,
+    }
+
+
+def jpeg_of_size(picture: Image.Image, size: int, optimize: bool = True) -> tuple[bytes, int]:
+    """The smallest JPEG (Pillow, 4:2:0) of at least `size` bytes, or the largest there is, and its quality.
+
+    JPEG gets at least as many bytes as what it is compared with. Huffman tables made for the picture (`optimize`) save
+    a fifth at low rates; the published JPEG curves use the standard tables.
+    """
+
+    def coded(quality: int) -> bytes:
+        buffer = io.BytesIO()
+        picture.save(buffer, "jpeg", quality=quality, optimize=optimize)
+        return buffer.getvalue()
+
+    low, high = 1, 95  # size grows with quality
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(coded(middle)) >= size else (middle + 1, high)
+    return coded(low), low
+
+
+def jpeg_psnr_db(path: Path, size: int, optimize: bool = True) -> float:
+    """PSNR of the JPEG of a picture that has at least `size` bytes, in dB; see `jpeg_of_size`."""
+    picture, _ = codec.to_rgb(codec.open_picture(path))
+    data, _ = jpeg_of_size(picture, size, optimize)
+    with Image.open(io.BytesIO(data)) as jpeg:
+        return psnr_db(picture, jpeg.convert("RGB"))
