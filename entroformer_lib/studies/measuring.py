@@ -194,6 +194,10 @@ def save(codecs: Positional[tuple[str, ...]], pictures: Path, out: Path, jobs: i
     done.unlink(missing_ok=True)
 
 
+def _tell(row: dict) -> None:
+    print(row["codec"], row["setting"], row["image"], f"{row['bpp']:.3f} bpp {row['psnr_db']:.2f} dB", flush=True)
+
+
 def means(rows: list[dict]) -> list[dict]:
     """One row per codec and setting: the means of all pictures, in the order in which they come."""
     groups: dict[tuple, list[dict]] = {}
