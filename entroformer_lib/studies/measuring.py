@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -20,14 +21,16 @@ from pathlib import Path
 
 import torch
 import tyro
+from PIL import Image
 from tyro.conf import Positional
 
+from entroformer_lib.coding import codec
 from entroformer_lib.errors import StudyError
 from entroformer_lib.files import write_bytes
 from entroformer_lib.memory import keep_freed_memory
 from entroformer_lib.models.entroformer import Entroformer
 from entroformer_lib.models.zoo import load_model, weights_digest
-from entroformer_lib.studies.classical import CODECS, evaluate_classical
+from entroformer_lib.studies.classical import CODECS, coded, evaluate_classical
 from entroformer_lib.studies.provenance import provenance
 from entroformer_lib.studies.rate_distortion import evaluate_picture, pictures_to_test
 
@@ -70,6 +73,16 @@ def _model(name: str, setting: float | None, device: str) -> Entroformer:
     if setting is not None:
         model.level = model.gain.level_of(setting)
     return model
+
+
+def picture_at(name: str, setting: float | None, picture: Image.Image) -> tuple[Image.Image, int]:
+    """A picture through one codec at one setting, see Task  ->  the decoded picture and the bytes it took."""
+    if name in CODECS:
+        data = coded(picture, name, setting)
+        return Image.open(io.BytesIO(data)).convert("RGB"), len(data)
+    model = _model(name, setting, "auto")
+    data = codec.encode(model, picture)
+    return codec.decode(data, model).convert("RGB"), len(data)
 
 
 def tasks_of(codec: str, pictures: Iterable[Path], device: str = "cpu") -> list[Task]:
@@ -185,7 +198,7 @@ def save(codecs: Positional[tuple[str, ...]], pictures: Path, out: Path, jobs: i
         jobs: Pictures at a time; default: as many as there are cores.
     """
     paths = pictures_to_test(pictures)
-    tasks = [task for codec in codecs for task in tasks_of(codec, paths)]
+    tasks = [task for name in codecs for task in tasks_of(name, paths)]
     done = out.with_name(out.name + ".rows")
     rows = measure(
         tasks, done, jobs, lambda row: print(row["codec"], row["setting"], row["image"], row["bpp"], flush=True)
@@ -205,9 +218,9 @@ def means(rows: list[dict]) -> list[dict]:
         groups.setdefault((row["codec"], row["setting"]), []).append(row)
     columns = [key for key, value in rows[0].items() if isinstance(value, float) and key != "setting"]
     return [
-        {"codec": codec, "setting": setting, "images": len(group)}
+        {"codec": name, "setting": setting, "images": len(group)}
         | {key: sum(row[key] for row in group) / len(group) for key in columns}
-        for (codec, setting), group in groups.items()
+        for (name, setting), group in groups.items()
     ]
 
 
