@@ -1,8 +1,13 @@
 """The delta between curves, checked on published ones and on cases with a known answer."""
 
+import json
+
+import numpy as np
 import pytest
 
 from entroformer_lib.errors import DataError
+from entroformer_lib.files import data_folder
+from entroformer_lib.studies import bd
 from entroformer_lib.studies.bd import Curve, compare, decibels, measured_curve, published_curves
 
 
@@ -54,3 +59,23 @@ def test_measured_points():
     assert measured_curve("ours", rows).quality == (30.0, 32.0)
     assert measured_curve("ours", rows, "ms_ssim").quality == pytest.approx((10.0, 20.0))
     assert decibels(0.999) == pytest.approx(30)
+
+
+def test_table_gives_the_reason_instead_of_a_number():
+    published = published_curves()
+    bpg, short = published["BPG 4:4:4"], Curve("short", (0.1, 0.2), (28.0, 30.0))
+    table = bd.table([published["VTM 9.1 (VVC)"], short], [bpg])
+    assert table["rate_percent"][0] == pytest.approx(-18.02, abs=0.05) and table["reason"][0] == ""
+    assert np.isnan(table["rate_percent"][1]) and "at least four" in table["reason"][1]
+    assert list(table["anchor"]) == ["BPG 4:4:4, published"] * 2
+
+
+def test_saved_points_are_those_of_the_results():
+    points = bd.saved_points()
+    result = json.loads((data_folder() / "results" / "tiny-rates-kodak.json").read_text())["mean"]
+    rows = points[points["codec"] == "tiny-rates"]
+    assert {f"{lmbda:g}": bpp for lmbda, bpp in zip(rows["setting"], rows["bpp"], strict=True)} == {
+        lmbda: row["bpp"] for lmbda, row in result.items()
+    }
+    curve = bd.curve_of(points, "tiny-rates")
+    assert len(curve.bpp) == len(result) and bd.compare(curve, curve).rate_percent == pytest.approx(0, abs=1e-9)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 from entroformer_lib.errors import DataError
 from entroformer_lib.files import data_folder
@@ -77,6 +78,24 @@ def compare(test: Curve, anchor: Curve) -> Bjontegaard:
     )
 
 
+def table(tests: Iterable[Curve], anchors: Iterable[Curve]) -> pd.DataFrame:
+    """Every test curve against every anchor: test, anchor, rate_percent, quality_db, low, high (dB), method and, where
+    no number can be given, reason."""
+    rows = []
+    for test, anchor in itertools.product(tuple(tests), tuple(anchors)):
+        row = {"test": test.label, "anchor": anchor.label + (", published" if anchor.source else "")}
+        try:
+            found = compare(test, anchor)
+        except DataError as error:
+            rows.append(row | {"reason": str(error)})
+            continue
+        numbers = {name: getattr(found, name) for name in ("rate_percent", "quality_db", "low", "high", "method")}
+        rows.append(row | numbers | {"reason": ""})
+    return pd.DataFrame(
+        rows, columns=["test", "anchor", "rate_percent", "quality_db", "low", "high", "method", "reason"]
+    )
+
+
 def _check(curve: Curve) -> None:
     if len(curve.bpp) < 4:
         raise DataError(f"{curve.label} has {len(curve.bpp)} points, and a BD-rate takes at least four.")
@@ -117,6 +136,29 @@ def measured_curve(label: str, points: dict | list, metric: str = "psnr_db") -> 
     if metric == "ms_ssim":
         quality = decibels(quality)
     return Curve(label, tuple(row["bpp"] for row in rows), tuple(map(float, quality)))
+
+
+def saved_points() -> pd.DataFrame:
+    """All that was measured on Kodak, from data/results: one row per codec and setting, means over the pictures.
+
+    Columns: codec, setting (lambda or quality), bpp, psnr_db, ms_ssim_db (-10 log10 of one minus the mean MS-SSIM).
+    """
+    folder, rows = data_folder() / "results", []
+    for path in sorted(folder.glob("*-kodak.json")):
+        mean = json.loads(path.read_text())["mean"]
+        points = [(None, mean)] if "bpp" in mean else [(float(lmbda), row) for lmbda, row in mean.items()]
+        rows += [{"codec": path.name.removesuffix("-kodak.json"), "setting": s, **row} for s, row in points]
+    if (folder / "classical.json").exists():
+        rows += json.loads((folder / "classical.json").read_text())["mean"]
+    table = pd.DataFrame(rows)
+    table["ms_ssim_db"] = decibels(table["ms_ssim"])
+    return table[["codec", "setting", "bpp", "psnr_db", "ms_ssim_db"]].sort_values(["codec", "bpp"], ignore_index=True)
+
+
+def curve_of(points: pd.DataFrame, codec: str, quality: str = "psnr_db") -> Curve:
+    """A codec's points in a table as a curve."""
+    rows = points[points["codec"] == codec].sort_values("bpp")
+    return Curve(codec, tuple(rows["bpp"]), tuple(rows[quality]))
 
 
 @functools.cache

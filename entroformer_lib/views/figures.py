@@ -125,6 +125,24 @@ def rate_distortion(measured: list, published: list, quality: str = "PSNR, dB") 
 
 
 @styled
+def per_picture(rows: list[dict], rate: str, other: str, title: str = "") -> Figure:
+    """What each picture gains over another codec with as many bytes, against the bits it takes.
+
+    Args:
+        rows: one per picture: image, `rate` (bits per pixel), psnr_db, and `other`, that of the other codec in dB.
+    """
+    figure, axes = new_figure(TWO_COLUMNS * 0.75, 3.4)
+    gain = [row["psnr_db"] - row[other] for row in rows]
+    axes.scatter([row[rate] for row in rows], gain, s=14, color=COLOURS[0])
+    for row, y in zip(rows, gain, strict=True):
+        name = row["image"].removeprefix("kodim")
+        axes.annotate(name, (row[rate], y), xytext=(3, 3), textcoords="offset points", fontsize=6, color="0.35")
+    axes.axhline(0, color="0.6", linewidth=0.8)
+    axes.set(xlabel="bits per pixel", ylabel="PSNR above JPEG of the same bytes, dB", title=title)
+    return figure
+
+
+@styled
 def differences(names: list[str], percent: list[float], spread: float | None = None, label: str = "") -> Figure:
     """Horizontal bars of differences from a baseline in percent; the grey band is what another seed changes."""
     figure, axes = new_figure(TWO_COLUMNS * 0.75, 0.25 * len(names) + 0.7)
