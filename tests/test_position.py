@@ -1,3 +1,6 @@
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -68,3 +71,21 @@ def test_sinusoidal_positions_tell_all_sites_apart():
     code = sinusoidal_positions(grid_sites(12, 16), 24)
     assert code.shape == (192, 24)
     assert torch.cdist(code, code).add(torch.eye(192) * 9).min() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["diamond", "relative_1d", "relative_2d"])
+def test_looking_up_equals_the_tensor_of_all_pairs(kind):
+    """The slow reference of the benchmark, values and gradients."""
+    path = Path(__file__).parents[1] / "benchmarks" / "position_tensors.py"
+    spec = importlib.util.spec_from_file_location("position_tensors", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    relative, sites = RelativePosition(kind, 2, 8).double(), grid_sites(5, 7)
+    q, weights = torch.randn(2, 3, 20, 8).double(), torch.randn(2, 3, 20, 35).double()
+    results = []
+    for way in (relative, lambda *words: benchmark.plain_position(relative, *words)):
+        relative.zero_grad()
+        out = way(q, sites[4:24], sites)
+        (out * weights).sum().backward()
+        results.append((out, [parameter.grad for parameter in relative.parameters()]))
+    torch.testing.assert_close(results[0], results[1])
