@@ -13,7 +13,7 @@ help:
 	@echo "make test        lint and test"
 	@echo "make lab         open JupyterLab on the notebooks"
 	@echo "make bench       time coding beside CompressAI's models, and a training step"
-	@echo "make train-tiny  repeat the training of the shipped model (set ENTROFORMER_DATA; about an hour on two cores)"
+	@echo "make train-tiny  train a model like the shipped one (set ENTROFORMER_DATA; over an hour on two cores)"
 
 setup: $(READY)
 
@@ -40,20 +40,21 @@ lab: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m entroformer_lib.studies.latency --out data/results/latency.json
+	$(BIN)/python benchmarks/position_tensors.py --out data/results/position_tensors.json
 	test ! -d "$(ENTROFORMER_DATA)/train" || $(BIN)/python benchmarks/training_step.py --data "$(ENTROFORMER_DATA)/train" \
 		--out data/results/training_step.json
 
 train-tiny: $(READY)
 	@test -d "$(ENTROFORMER_DATA)/train" || { echo "Set ENTROFORMER_DATA to a folder with train/ (pictures or tars) in it."; exit 1; }
 	$(BIN)/entroformer train --data "$(ENTROFORMER_DATA)/train" --out runs/tiny-rates --model tiny-parallel \
-		--lmbdas 0.001 0.0018 0.0035 0.0067 0.013 0.025 0.05 0.08 --steps 12000 --batch 16 --crop 128 --last-crop 192 \
+		--lmbdas 0.00035 0.0008 0.0017 0.0035 0.007 0.014 0.029 0.06 --steps 12000 --batch 16 --crop 128 --last-crop 192 \
 		--optimizer muon --lr 2e-3 --schedule linear --precision bfloat16
 	@test -d "$(ENTROFORMER_DATA)/kodak" || echo "No $(ENTROFORMER_DATA)/kodak: weights are in runs/tiny-rates, not measured."
 	test ! -d "$(ENTROFORMER_DATA)/kodak" || $(BIN)/python -m entroformer_lib.studies.model_card publish runs/tiny-rates tiny-rates \
 		--kodak "$(ENTROFORMER_DATA)/kodak" --data "$(TINY_DATA)" --limits "$(TINY_LIMITS)"
 
 TINY_DATA = 1,172 photographs: 250 of CID22 (CC BY-SA 4.0) and 922 of ImageNet and BSDS500 (for research use)
-TINY_LIMITS = a small model trained for about an hour and a half on one CPU core; fine texture is smoothed away
+TINY_LIMITS = a small model, trained for hours on one CPU core; fine texture is smoothed away
 
 clean:
 	rm -rf .venv build runs

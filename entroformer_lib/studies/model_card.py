@@ -25,7 +25,9 @@ from entroformer_lib.training.config import TrainConfig
 CURVE_POINTS = 60
 
 
-def publish(run: Positional[Path], name: Positional[str], kodak: Path, data: str = "", limits: str = "") -> None:
+def publish(
+    run: Positional[Path], name: Positional[str], kodak: Path, data: str = "", limits: str = "", before: str = ""
+) -> None:
     """Writes data/weights/NAME.safetensors, NAME.md and data/results/NAME-kodak.json.
 
     Args:
@@ -34,9 +36,10 @@ def publish(run: Positional[Path], name: Positional[str], kodak: Path, data: str
         kodak: Folder of the 24 Kodak pictures.
         data: What it was trained on, in words.
         limits: A sentence on what it is not good for.
+        before: What had been trained before this run, where it began from other weights.
     """
     trained = load_model(run / "weights.safetensors", "cpu")
-    card = {**trained.card, "trained_on": data, "limits": limits}
+    card = {**trained.card, "trained_on": data, "limits": limits, "before": before}
     card["training"] = {**card["training"], "data": "DATA", "out": f"runs/{name}"}
     card["curve"] = training_curve(run / "log.jsonl")
     _measure_and_write(trained, card, name, kodak)
@@ -140,6 +143,7 @@ def card_text(name: str, card: dict, rows: list[dict]) -> str:
         f"- Trained on: {card['trained_on']}",
         f"- Goal: {training['metric']}, lmbda {', '.join(f'{v:g}' for v in points if v) or training['lmbda']}",
         f"- Command (DATA is the folder of the pictures): `{training_command(training)}`",
+        *([f"- Before this run: {card['before']}"] if card.get("before") else []),
         f"- Device and time: {card['device']}, {card['train_seconds'] / 60:.0f} minutes",
         f"- Steps: {training['steps']} of {training['batch']} crops of {training['crop']} pixels "
         "(the paper: about 280,000 of 16 crops of 384)",
