@@ -23,7 +23,7 @@ from entroformer_lib.training.data import PreloadedCrops, StreamedCrops
 from entroformer_lib.training.loss import TrainingStep
 from entroformer_lib.training.optimizer import build_optimizer
 
-ROWS = ("plain", "pictures in memory", "bfloat16", "freed memory kept", "channels last", "Muon")
+ROWS = ("plain", "pictures in memory", "bfloat16", "freed memory kept", "channels last", "Muon", "compiled")
 
 
 def measure(row: str, data: str, model_name: str, batch: int, crop: int, steps: int) -> dict:
@@ -36,6 +36,8 @@ def measure(row: str, data: str, model_name: str, batch: int, crop: int, steps: 
     layout = torch.channels_last if has["channels last"] else torch.contiguous_format
     for part in (model.g_a, model.g_s):
         part.to(memory_format=layout)
+    if has["compiled"]:  # the transforms; takes a C++ compiler and a minute
+        model.g_a.compile(), model.g_s.compile()
     step = TrainingStep(model, bf16=has["bfloat16"]).train()
     optimizer = build_optimizer(model, "muon" if has["Muon"] else "adam", 1e-3)
     crops = PreloadedCrops(data, crop) if has["pictures in memory"] else StreamedCrops(data, crop, workers=0)
@@ -56,7 +58,7 @@ def measure(row: str, data: str, model_name: str, batch: int, crop: int, steps: 
     total = sum(shares.values())
     result = {"row": row, "images_per_s": steps * batch / total, "step_ms": 1e3 * total / steps}
     result |= {f"{name}_ms": 1e3 * seconds / steps for name, seconds in shares.items()}
-    if row == ROWS[-1]:
+    if row == "Muon":
         result |= parts(model, x)
     return result
 
