@@ -42,6 +42,7 @@ def test_whole_table_with_growth(tmp_path):
         height=64,
         sides=(64, 128),
         grown="tiny-parallel",
+        large=None,
     )
     result = json.loads(out.read_text())
     assert {row["model"] for row in result["rows"]} == {"bmshj2018-hyperprior"}

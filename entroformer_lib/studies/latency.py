@@ -134,6 +134,7 @@ def main(
     height: int = 512,
     sides: tuple[int, ...] = SIDES,
     grown: str = "study-parallel",
+    large: str | None = "base-parallel",
     one: str | None = None,
 ):
     """Times models on one picture, then one model on growing pictures, and saves rows with their provenance.
@@ -146,6 +147,7 @@ def main(
         height: Its height.
         sides: Sides of the square pictures on which growth is measured; none leaves it out.
         grown: The model for that.
+        large: The model for one picture of 3840x2160 pixels, once.
         one: Measure only this model, in this process, and print its rows.
     """
     if one is not None:
@@ -153,7 +155,13 @@ def main(
         return
     rows = [row for name in models for row in in_own_process(name, width, height, repeats)]
     larger = [row for side in sides for row in in_own_process(grown, side, side, 1)]
-    result = {"rows": rows, "growth": larger, "provenance": {**provenance(), "threads": torch.get_num_threads()}}
+    uhd = in_own_process(large, 3840, 2160, 1) if large else []  # its checksum holds, or decoding stops
+    result = {
+        "rows": rows,
+        "growth": larger,
+        "large": uhd,
+        "provenance": {**provenance(), "threads": torch.get_num_threads()},
+    }
     if larger:
         decode = pd.DataFrame(larger).query("direction == 'decode'")
         result["exponents"] = growth(decode)
