@@ -120,7 +120,7 @@ def test_results_that_come_later_are_drawn(other_results, tmp_path):
         for n in (8, 9, 10)
         for i in range(3)
     ]
-    (other_results / "attention.json").write_text(json.dumps({"maps": maps}))
+    (other_results / "attention_maps.json").write_text(json.dumps({"maps": maps}))
     rates = {f"{r:g}": {"bpp": r, "psnr_db": 30 + r, "ms_ssim": 0.9 + r / 20} for r in (0.2, 0.4, 0.8)}
     (other_results / "tiny-rates-kodak.json").write_text(json.dumps({"mean": rates}))
     drawn = paper.regenerate(tmp_path / "figures", ROOT / "notebooks")

@@ -13,7 +13,7 @@ For each figure or table a function `…_data` reads data/results (None where th
         grid figure7   top_k, None: dense; step
         grid table3    context: "hyperprior only", "hyperprior + unidirectional", "hyperprior + bidirectional"
         grid table4    size (pixels), position: "absolute" or another one
-    attention.json           `maps`, each with figure (8, 9 or 10), title, query [row, column], probs [h][w]
+    attention_maps.json      of studies/attention_maps.py                                  (figures 8, 9, 10)
 """
 
 import json
@@ -320,7 +320,7 @@ def attention_data(number: int) -> Callable[[], pd.DataFrame | None]:
     """The saved maps of figure 8, 9 or 10: title, query_row, query_column, row, column, prob.  ->  a reader of them"""
 
     def read() -> pd.DataFrame | None:
-        saved = result("attention")
+        saved = result("attention_maps")
         maps = [m for m in (saved or {}).get("maps", []) if m.get("figure") == number]
         rows = [
             (m["title"], *m["query"], y, x, prob)
