@@ -16,7 +16,7 @@ from entroformer_lib.models.zoo import load_model
 from entroformer_lib.studies.attention import RowServer
 from entroformer_lib.studies.provenance import provenance
 
-POINTS = ((8, 12), (14, 20), (20, 30))  # rows and columns of latents: on the cup's rim, its saucer's edge, the table
+POINTS = ((8, 12), (14, 20), (20, 30))  # rows and columns of latents; the same as in notebook 03
 KS = (8, 16, 32, 64, None)
 
 
@@ -25,7 +25,7 @@ def maps(server: RowServer, points: Sequence[tuple[int, int]] = POINTS, ks: Sequ
 
     Returns:
         A row for each map: figure, title, query [row, column], probs [h][w]. Figure 8: each point, mean over the heads;
-        9: the second point, head by head; 10: the same, its first head under each k.
+        9: the last point, head by head; 10: the same, its first head under each k.
     """
     k = server.default_k
 
@@ -35,10 +35,9 @@ def maps(server: RowServer, points: Sequence[tuple[int, int]] = POINTS, ks: Sequ
         grid = probs.reshape(server.height, server.width).round(5).tolist()
         return {"figure": figure, "title": title, "query": list(point), "probs": grid}
 
-    middle = points[min(1, len(points) - 1)]
     found = [row(8, f"row {point[0]}, column {point[1]}", point, None, k) for point in points]
-    found += [row(9, f"head {head}", middle, head, k) for head in range(server.heads)]
-    return found + [row(10, "dense" if n is None else f"k = {n}", middle, 0, n) for n in ks]
+    found += [row(9, f"head {head}", points[-1], head, k) for head in range(server.heads)]
+    return found + [row(10, "dense" if n is None else f"k = {n}", points[-1], 0, n) for n in ks]
 
 
 def save(model: str = "tiny-parallel", picture: str = "coffee") -> None:

@@ -85,7 +85,7 @@ class Item:
     table: bool = False
 
 
-MASKING = "position_masking.json"
+MASKING, MAPS = "position_masking.json", "attention_maps.json"
 ITEMS = (
     Item("figure03_position_masking", "Rate increase when one context position is missing", MASKING, masking_data,
          masking_maps, claim="the closer, the more; in the shape of a diamond"),
@@ -101,9 +101,9 @@ ITEMS = (
          figure6, figure6_comparison),
     Item("figure07_top_k", "Learning curves for several k", "ablation*.json", figure7_data, figure7,
          claim="better up to k = 64, then no difference from dense attention"),
-    Item("figure08_attention_points", "Attention of three points", "attention_maps.json", attention_data(8), attention_maps),
-    Item("figure09_attention_heads", "Attention head by head", "attention_maps.json", attention_data(9), attention_maps),
-    Item("figure10_attention_k", "Attention with different k", "attention_maps.json", attention_data(10), attention_maps),
+    Item("figure08_attention_points", "Attention of three points of the picture coffee", MAPS, attention_data(8), attention_maps),
+    Item("figure09_attention_heads", "Attention of one point, head by head", MAPS, attention_data(9), attention_maps),
+    Item("figure10_attention_k", "Attention of one point with different k, in a model trained with one k", MAPS, attention_data(10), attention_maps),
     Item("figure11_psnr_kodak", "Rate and PSNR on Kodak, more codecs", "*-kodak.json",
          rate_distortion_data("psnr", MORE_CURVES), rate_distortion_figure("PSNR, dB"), rate_distortion_comparison),
     Item("figure12_ms_ssim_kodak", "Rate and MS-SSIM on Kodak; the published models trained for it, ours for MSE",

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from entroformer_lib.views.style import COLOURS, GREYS, ONE_COLUMN, SEQUENTIAL, TWO_COLUMNS, new_figure, styled
@@ -175,18 +176,24 @@ def figure7(data: pd.DataFrame) -> Figure:
 
 @styled
 def attention_maps(data: pd.DataFrame) -> Figure:
-    """A map for each title, the query marked."""
+    """A map for each title, the query marked. The scale is a logarithm from 0.01%: most weight lies on few latents."""
     titles = list(dict.fromkeys(data["title"]))
-    columns = min(4, len(titles))
+    columns = min(5, len(titles))
     rows = -(-len(titles) // columns)
-    figure, axes = new_figure(TWO_COLUMNS, 1.5 * rows, rows, columns, squeeze=False)
+    height, width = data["row"].max() + 1, data["column"].max() + 1
+    panel = (TWO_COLUMNS - 0.8) / columns  # inches wide
+    figure, axes = new_figure(TWO_COLUMNS, (panel * height / width + 0.3) * rows, rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
     for ax, title in zip(axes.flat, titles, strict=False):
         part = data[data["title"] == title]
-        ax.imshow(part.pivot(index="row", columns="column", values="prob"), cmap=SEQUENTIAL, vmin=0)
-        ax.plot(part["query_column"].iloc[0], part["query_row"].iloc[0], "x", color=COLOURS[1])
+        probs = part.pivot(index="row", columns="column", values="prob")
+        image = ax.imshow(probs.clip(lower=1e-4), cmap=SEQUENTIAL, norm=LogNorm(1e-4, 1))
+        ax.plot(part["query_column"].iloc[0], part["query_row"].iloc[0], "x", color=COLOURS[1], markersize=4)
         ax.set_title(title)
+    bar = figure.colorbar(image, ax=axes, pad=0.01)
+    bar.set_ticks([1e-4, 1e-2, 1], labels=["0.01%", "1%", "100%"])
+    bar.outline.set_visible(False)
     return figure
 
 
