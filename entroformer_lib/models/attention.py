@@ -222,8 +222,8 @@ class Stack(nn.Module):
         return self.blocks[0].attention.cache(len(self.blocks), batch, capacity)
 
     def fill(self, x: Tensor, sites: Tensor, cache: KeyValueCache, visible: Visible | None = None) -> None:
-        """Runs tokens that all see each other, or what is `visible`, and only keeps what later ones need: of the last
-        block its keys and values.  x: [B, q, D], sites: [q, 2]"""
+        """Runs tokens, which see the cached ones and each other, and only keeps what later ones need: of the last block
+        its keys and values.  x: [B, q, D] new tokens, sites: [n, 2] of all tokens including cached ones"""
         x = self._embed_positions(x, sites)
         options = dict(visible=visible, top_k=self.top_k, cache=cache)
         for layer, block in enumerate(self.blocks[:-1]):
