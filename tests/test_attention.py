@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import MICRO
 
-from entroformer_lib.models.attention import Stack, TopKAttention, keep_top_k
+from entroformer_lib.models.attention import Stack, TopKAttention, keep_top_k, kth_largest
 from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.position import RelativePosition, grid_sites
 
@@ -50,6 +50,16 @@ def test_keep_top_k_keeps_the_largest():
     assert (kept > -torch.inf).sum(-1).eq(7).all()
     assert kept.amax(-1).equal(scores.amax(-1))
     assert kept.masked_fill(kept == -torch.inf, 9).amin(-1).equal(scores.sort(-1, descending=True).values[..., 6])
+
+
+@pytest.mark.parametrize("n", [11, 12, 13, 60, 64, 127, 500])  # below, at and above what selects groups first
+def test_kth_largest_in_long_rows(n):
+    scores = torch.randn(2, 3, 40, n)
+    scores[1] = scores[1].round()  # many equal ones
+    scores[:, 1, :, n // 2 :] = -torch.inf
+    scores[:, 2, :, 3:] = -torch.inf  # fewer than k
+    for k in (1, 4, 5):
+        assert torch.equal(kth_largest(scores, k), scores.sort(-1, descending=True).values[..., k - 1 : k])
 
 
 def test_scores_equal_to_the_last_chosen_are_kept():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import micro_model
 
+from entroformer_lib.models import context as context_module
 from entroformer_lib.models.context import first_slice
 
 H, W = 6, 8
@@ -104,3 +105,18 @@ def test_random_mask_hides_what_it_says(variant):
             changed.view(1, 24, -1)[:, :, i] += 3
             moved = (model.context_model(changed, kept) - feature).view(24, -1)[:, i]
             assert moved.abs().max() == 0
+
+
+@pytest.mark.parametrize("position", ["none", "absolute", "relative_1d", "relative_2d", "diamond"])
+@pytest.mark.parametrize("variant", ["serial", "parallel", "cnn"])
+def test_features_are_those_of_the_forward_pass(variant, position, monkeypatch):
+    """With less work: serial in parts of tokens, parallel slice by slice. Another set of gaps in each picture."""
+    monkeypatch.setattr(context_module, "PART", 10)
+    model = micro_model(variant, position=position).double()
+    for size in ((1, 1), (1, 5), (6, 7)):
+        y_hat = torch.randn(3, 24, *size, dtype=torch.float64).mul(3).round()
+        for share in (0, 0.3, 1):
+            missing = torch.rand(3, 1, *size) < share
+            with torch.inference_mode():
+                expected = model.context_model(y_hat, None, missing)
+                torch.testing.assert_close(model.context_model.features(y_hat, missing), expected)

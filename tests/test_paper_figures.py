@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from entroformer_lib.files import data_folder
-from entroformer_lib.views import paper
+from entroformer_lib.views import paper, paper_data
 from entroformer_lib.views.style import ONE_COLUMN, TWO_COLUMNS
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +27,7 @@ def other_results(tmp_path, monkeypatch) -> Path:
     """A copy of the data folder without weights, to put results into."""
     for part in ("results", "reference"):
         shutil.copytree(data_folder() / part, tmp_path / "data" / part)
-    monkeypatch.setattr(paper, "data_folder", lambda: tmp_path / "data")
+    monkeypatch.setattr(paper_data, "data_folder", lambda: tmp_path / "data")
     return tmp_path / "data" / "results"
 
 
@@ -89,7 +89,7 @@ def made_up_ablation() -> list[dict]:
     rows = []
     for seed in (0, 1):
         noise = 0.001 * seed
-        for context, position, bpp in [("cnn", "none", 0.6), *(("serial", p, 0.55) for p in paper.POSITIONS)]:
+        for context, position, bpp in [("cnn", "none", 0.6), *(("serial", p, 0.55) for p in paper_data.POSITIONS)]:
             rows.append({"grid": "table1", "context": context, "position": position, "seed": seed, "bpp": bpp + noise})
         for radius, position, bpp in (
             (1, "none", 0.6),
@@ -120,7 +120,7 @@ def test_results_that_come_later_are_drawn(other_results, tmp_path):
         for n in (8, 9, 10)
         for i in range(3)
     ]
-    (other_results / "attention.json").write_text(json.dumps({"maps": maps}))
+    (other_results / "attention_maps.json").write_text(json.dumps({"maps": maps}))
     rates = {f"{r:g}": {"bpp": r, "psnr_db": 30 + r, "ms_ssim": 0.9 + r / 20} for r in (0.2, 0.4, 0.8)}
     (other_results / "tiny-rates-kodak.json").write_text(json.dumps({"mean": rates}))
     drawn = paper.regenerate(tmp_path / "figures", ROOT / "notebooks")

@@ -13,6 +13,7 @@ from entroformer_lib.datasets import sample_picture
 from entroformer_lib.errors import StudyError
 from entroformer_lib.models.context import first_slice
 from entroformer_lib.models.zoo import save_weights
+from entroformer_lib.studies import missing_context as mc
 from entroformer_lib.studies import position_masking as pm
 
 CONTEXTS = ("serial", "parallel", "context", "cnn")
@@ -23,7 +24,7 @@ def picture():
     return sample_picture("astronaut").crop((100, 0, 228, 128))  # 8 x 8 latents
 
 
-def naive(scene: pm.Scene, offset: tuple[int, int], spacing: int) -> tuple[int, float, float]:
+def naive(scene: mc.Scene, offset: tuple[int, int], spacing: int) -> tuple[int, float, float]:
     """Sites, bits with all context, bits without the position: one site, one mask, one pass at a time."""
     (h, w), (dy, dx) = scene.size, offset
     count, whole, masked = 0, 0.0, 0.0
@@ -46,13 +47,13 @@ def naive(scene: pm.Scene, offset: tuple[int, int], spacing: int) -> tuple[int, 
 @pytest.mark.parametrize("spacing", [3, 8])  # 8: one gap in the whole picture
 @pytest.mark.parametrize("variant", CONTEXTS)
 def test_equals_one_mask_at_a_time(variant, spacing, picture):
-    scene = pm.scene_of(micro_model(variant), picture)
+    scene = mc.scene_of(micro_model(variant), picture)
     if scene.hyper is not None:  # the reference rounds y before h_a, the study has h_a(y): take the same
         with torch.inference_mode():
             scene.hyper = scene.model.h_s(scene.model.z_prior.quantize_z(scene.model.h_a(scene.y_hat)))
-        scene.bits = pm.site_bits(scene, torch.zeros(1, 1, *scene.size, dtype=torch.bool))[0]
-    offsets = pm.neighbourhood(scene.model, 3)
-    for row in pm.mask_positions(scene, offsets, spacing):
+        scene.bits = mc.site_bits(scene, torch.zeros(1, 1, *scene.size, dtype=torch.bool))[0]
+    offsets = mc.neighbourhood(scene.model, 3)
+    for row in mc.mask_positions(scene, offsets, spacing):
         count, whole, masked = naive(scene, (row["dy"], row["dx"]), spacing)
         assert row["sites"] == count
         assert row["bpp_all"] == pytest.approx(whole / count / 256, rel=1e-5)
@@ -62,7 +63,7 @@ def test_equals_one_mask_at_a_time(variant, spacing, picture):
 @pytest.mark.parametrize("variant", CONTEXTS)
 def test_a_missing_latent_has_no_influence(variant, picture):
     """Its value changes no feature of any site, its own included; and it is missed: known, it would matter."""
-    scene = pm.scene_of(micro_model(variant), picture)
+    scene = mc.scene_of(micro_model(variant), picture)
     missing = torch.zeros(1, 1, *scene.size, dtype=torch.bool)
     missing[..., 3, 4] = True  # first slice of the checkerboard
     assert first_slice(*scene.size)[3, 4]
@@ -81,30 +82,30 @@ def test_a_missing_latent_has_no_influence(variant, picture):
 @pytest.mark.parametrize("position", ["none", "diamond"])
 def test_beyond_distance(variant, position, picture):
     """A patch as large as the picture sees what the picture sees; and what lies beyond has no influence."""
-    scene = pm.scene_of(micro_model(variant, position=position, top_k=None), picture)
+    scene = mc.scene_of(micro_model(variant, position=position, top_k=None), picture)
     centre = torch.tensor([[4, 4]])
     with torch.inference_mode():
-        near = pm._bits_in_patches(scene, centre, pm._distances(2) <= 2)
+        near = mc._bits_in_patches(scene, centre, mc._distances(2) <= 2)
         far = scene.y_hat.clone()
         rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
         far[..., (rows - 4).abs() + (columns - 4).abs() > 2] += 5
-        other = pm.Scene(scene.model, far, scene.hyper, scene.bits)
-        assert torch.equal(pm._bits_in_patches(other, centre, pm._distances(2) <= 2), near)
+        other = mc.Scene(scene.model, far, scene.hyper, scene.bits)
+        assert torch.equal(mc._bits_in_patches(other, centre, mc._distances(2) <= 2), near)
         if variant == "cnn":
-            torch.testing.assert_close(pm._bits_in_patches(scene, centre, pm._distances(4) <= 4), scene.bits[4:5, 4])
+            torch.testing.assert_close(mc._bits_in_patches(scene, centre, mc._distances(4) <= 4), scene.bits[4:5, 4])
         elif variant != "parallel":  # all of the picture but what the square patch of radius 4 cuts off
             missing = torch.ones(1, 1, 8, 8, dtype=torch.bool)
             missing[..., (rows - 4).abs() + (columns - 4).abs() <= 4] = False
             torch.testing.assert_close(
-                pm._bits_in_patches(scene, centre, pm._distances(4) <= 4),
-                pm.site_bits(scene, missing)[:, 4, 4],
+                mc._bits_in_patches(scene, centre, mc._distances(4) <= 4),
+                mc.site_bits(scene, missing)[:, 4, 4],
                 rtol=1e-3,
                 atol=1e-3,
             )
 
 
 def test_cnn_is_compressais_masked_convolution(picture):
-    scene = pm.scene_of(micro_model("cnn"), picture)
+    scene = mc.scene_of(micro_model("cnn"), picture)
     context, M = scene.model.context_model, scene.y_hat.size(1)
     masked = MaskedConv2d(M, context.taps.out_features, kernel_size=5, padding=2)
     with torch.no_grad():
@@ -146,34 +147,48 @@ def test_bad_questions_are_answered_in_a_sentence(picture):
         pm.run([micro_model("hyperprior")], [("a", picture)])
     with pytest.raises(StudyError, match="larger than the latents"):
         pm.run([serial], [("a", picture)], side=9)
+    with pytest.raises(StudyError, match="larger than the latents"):
+        pm.run_alone([serial], [("a", picture)], side=9)
     with pytest.raises(StudyError, match="odd side"):
         pm.run([serial], [("a", picture)], side=4)
-    scene = pm.scene_of(serial, picture)
-    with pytest.raises(StudyError, match="outside of latents"):
-        pm.mask_positions(scene, [(-8, 0)])
+    scene = mc.scene_of(serial, picture)
+    for measure in (mc.mask_positions, mc.only_positions):
+        with pytest.raises(StudyError, match="outside of latents"):
+            measure(scene, [(-8, 0)])
+        with pytest.raises(StudyError, match="no context of the model"):
+            measure(scene, [(0, 1)])
+        with pytest.raises(StudyError, match="no position"):
+            measure(scene, [])
     with pytest.raises(StudyError, match="no context of the model"):
-        pm.mask_positions(scene, [(0, 1)])
-    with pytest.raises(StudyError, match="no context of the model"):
-        pm.mask_positions(pm.scene_of(parallel, picture), [(-1, -1)])
+        mc.mask_positions(mc.scene_of(parallel, picture), [(-1, -1)])
     with pytest.raises(StudyError, match="too close"):
-        pm.mask_positions(scene, [(-3, 0)], spacing=2)
+        mc.mask_positions(scene, [(-3, 0)], spacing=2)
     with pytest.raises(StudyError, match="larger than latents"):
-        pm.mask_beyond(scene, (8,))
+        mc.mask_beyond(scene, (8,))
+    with pytest.raises(StudyError, match="0 or more"):
+        mc.mask_beyond(scene, (-1, 2))
+
+
+def test_the_command_line_answers_in_a_sentence(tmp_path, monkeypatch):
+    command = ["position_masking", "measure", "--runs", str(tmp_path), "--kodak", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit, match=r"There is no finished run in .*\.$"):
+        pm.main()
 
 
 @pytest.mark.parametrize("variant", CONTEXTS)
 def test_one_position_alone(variant, picture):
     """The same as masking all others in the whole picture, where no token but the query's own is left."""
-    scene = pm.scene_of(micro_model(variant, position="diamond", top_k=None), picture)
-    for row in pm.only_positions(scene, [(-1, 0), (0, -1)], stride=4):
+    scene = mc.scene_of(micro_model(variant, position="diamond", top_k=None), picture)
+    for row in mc.only_positions(scene, [(-1, 0), (0, -1)], stride=4):
         bits = {"bpp_none": 0.0, "bpp_only": 0.0}
         for y in (0, 4):
             for x in (0, 4):
                 if y + row["dy"] >= 0 and x + row["dx"] >= 0:
                     missing = torch.ones(1, 1, *scene.size, dtype=torch.bool)
-                    bits["bpp_none"] += float(pm.site_bits(scene, missing)[0, y, x])
+                    bits["bpp_none"] += float(mc.site_bits(scene, missing)[0, y, x])
                     missing[..., y + row["dy"], x + row["dx"]] = False
-                    bits["bpp_only"] += float(pm.site_bits(scene, missing)[0, y, x])
+                    bits["bpp_only"] += float(mc.site_bits(scene, missing)[0, y, x])
         for key, value in bits.items():
             assert row[key] == pytest.approx(value / row["sites"] / 256, rel=1e-4)
 

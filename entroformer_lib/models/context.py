@@ -13,7 +13,7 @@ writing down those it knows. Both sides run the same lines, so they cannot come 
 `forward` also takes `missing`: sites whose latents nobody may use. Their token enters as zero and no other token sees
 it, in any layer; they are still predicted. (Hiding an offset from every query instead, layer by layer, does not hide
 it: other tokens have seen the latent and pass it on, and in the serial model the query's own token carries the latent
-before its site.)
+before its site.) `features` computes the same without gradients in half of the work, for studies of missing sites.
 """
 
 import itertools
@@ -27,6 +27,8 @@ from entroformer_lib.models.attention import Stack
 from entroformer_lib.models.clock import stage, tell
 from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.position import grid_sites
+
+PART = 192  # tokens that `features` of the serial model takes at a time
 
 # exchange(site numbers [k], context features [1, D, k, 1] or None where there is no context) -> y_hat: [k, M]
 Exchange = Callable[[Tensor, Tensor | None], Tensor]
@@ -65,9 +67,29 @@ class SerialContext(nn.Module):
         tokens = self.embed(y_hat.flatten(2).transpose(1, 2))  # [B, n, D]
         number = torch.arange(h * w, device=y_hat.device)
         tokens = self.stack(tokens, grid_sites(h, w, y_hat.device), visible=_causal(number, missing))
-        feature = torch.cat((self.start.expand(B, -1, -1), tokens[:, :-1]), dim=1)  # the shift
-        feature = feature.transpose(1, 2).reshape(B, -1, h, w)
+        feature = self._shifted(tokens, h, w)
         return feature if kept is None else feature * kept
+
+    def _shifted(self, tokens: Tensor, h: int, w: int) -> Tensor:
+        """tokens: [B, n, D] after all blocks  ->  context feature: [B, D, h, w]"""
+        feature = torch.cat((self.start.expand(len(tokens), -1, -1), tokens[:, :-1]), dim=1)
+        return feature.transpose(1, 2).reshape(len(tokens), -1, h, w)
+
+    @torch.no_grad()
+    def features(self, y_hat: Tensor, missing: Tensor) -> Tensor:
+        """`forward` in half of the work: a few rows of tokens at a time, with the keys up to them alone.
+
+        y_hat: [B, M, h, w], missing: bool [B, 1, h, w]  ->  context feature: [B, D, h, w]
+        """
+        B, M, h, w = y_hat.shape
+        tokens = self.embed((y_hat * ~missing).flatten(2).transpose(1, 2))
+        sites, number = grid_sites(h, w, y_hat.device), torch.arange(h * w, device=y_hat.device)
+        cache, done = self.stack.cache(B, h * w), []
+        for part in tokens.split(PART, dim=1):
+            end = cache.length + part.size(1)
+            visible = _causal(number[:end], missing.flatten(2)[..., :end])
+            done.append(self.stack(part, sites[:end], visible=visible, cache=cache))
+        return self._shifted(torch.cat(done, dim=1), h, w)
 
     def code(self, height: int, width: int, exchange: Exchange) -> Tensor:
         """One site at a time, keys and values of earlier sites cached.  ->  y_hat: [n, M]"""
@@ -114,6 +136,28 @@ class ParallelContext(nn.Module):
         tokens = self.stack(tokens, grid_sites(h, w, y_hat.device), visible=lambda i: context | (number == i[:, None]))
         return tokens.transpose(1, 2).reshape(B, -1, h, w) * ~kept
 
+    @torch.no_grad()
+    def features(self, y_hat: Tensor, missing: Tensor) -> Tensor:
+        """`forward` in half of the work: first slice, then second, as in `code`. Zero at the first slice.
+
+        y_hat: [B, M, h, w], missing: bool [B, 1, h, w]  ->  context feature: [B, D, h, w]
+        """
+        B, M, h, w = y_hat.shape
+        first, sites = first_slice(h, w, y_hat.device).flatten(), grid_sites(h, w, y_hat.device)
+        one, two = first.nonzero()[:, 0], (~first).nonzero()[:, 0]
+        known = ~missing.flatten(2)[..., one]  # [B, 1, first slice]
+        tokens = self.embed((y_hat.flatten(2)[..., one] * known).transpose(1, 2))
+        number, context = torch.arange(len(one), device=y_hat.device), known[:, :, None]
+        cache = self.stack.cache(B, len(one))
+        if len(one):  # a single site has no first slice
+            self.stack.fill(tokens, sites[one], cache, visible=lambda i: context | (number == i[:, None]))
+        unknown = self.embed(y_hat.new_zeros(B, len(two), M))
+        context = F.pad(context, (0, 1), value=True)  # and each sees itself
+        tokens = self.stack(unknown, sites[torch.cat((one, two))], visible=lambda i: context, cache=cache, apart=True)
+        feature = tokens.new_zeros(B, tokens.size(-1), h * w)
+        feature[..., two] = tokens.transpose(1, 2)
+        return feature.view(B, -1, h, w)
+
     def code(self, height: int, width: int, exchange: Exchange) -> Tensor:
         """Two passes: the first slice without context, then all of the second at once.  ->  y_hat: [n, M]
 
@@ -139,7 +183,8 @@ class ParallelContext(nn.Module):
 
 
 def _causal(number: Tensor, missing: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """Token i sees those up to itself; of the missing ones only itself.  number: [n], missing: [B, 1, h, w] or None"""
+    """Token i sees those up to itself; of the missing ones only itself.  number: [n],
+    missing: [B, 1, h, w] or [B, 1, n] or None"""
     if missing is None:
         return lambda i: number <= i[:, None]
     there = ~missing.flatten(2)[:, :, None]  # [B, 1, 1, n]
@@ -170,6 +215,11 @@ class CnnContext(nn.Module):
         kernel = F.pad(self.taps.weight.unflatten(1, (self.M, 12)), (0, 13)).unflatten(2, (5, 5))  # [D, M, 5, 5]
         feature = F.conv2d(y_hat, kernel, self.taps.bias, padding=2)
         return feature if kept is None else feature * kept
+
+    @torch.no_grad()
+    def features(self, y_hat: Tensor, missing: Tensor) -> Tensor:
+        """`forward`.  y_hat: [B, M, h, w], missing: bool [B, 1, h, w]  ->  context feature: [B, D, h, w]"""
+        return self(y_hat, None, missing)
 
     def code(self, height: int, width: int, exchange: Exchange) -> Tensor:
         """One site at a time.  ->  y_hat: [n, M]"""

@@ -1,0 +1,58 @@
+"""Attention of a few latents of one picture, saved for Figures 8, 9 and 10.
+
+    python -m entroformer_lib.studies.attention_maps
+
+The rest of the questions about attention is in `attention.py`; the explorer shows any latent of any picture.
+"""
+
+import json
+from collections.abc import Sequence
+
+import tyro
+
+from entroformer_lib.datasets import sample_picture
+from entroformer_lib.files import data_folder, write_bytes
+from entroformer_lib.models.zoo import load_model
+from entroformer_lib.studies.attention import RowServer
+from entroformer_lib.studies.provenance import provenance
+
+POINTS = ((8, 12), (14, 20), (20, 30))  # rows and columns of latents; the same as in notebook 03
+KS = (8, 16, 32, 64, None)
+
+
+def maps(server: RowServer, points: Sequence[tuple[int, int]] = POINTS, ks: Sequence[int | None] = KS) -> list[dict]:
+    """Attention probabilities of the last layer, from the latents `points` of one picture.
+
+    Returns:
+        A row for each map: figure, title, query [row, column], probs [h][w]. Figure 8: each point, mean over the heads;
+        9: the last point, head by head; 10: the same, its first head under each k.
+    """
+    k = server.default_k
+
+    def row(figure: int, title: str, point: tuple[int, int], head: int | None, k: int | None) -> dict:
+        probs = server.rows(point[0] * server.width + point[1], k)[-1]  # [heads, n]
+        probs = probs.mean(0) if head is None else probs[head]
+        grid = probs.reshape(server.height, server.width).round(5).tolist()
+        return {"figure": figure, "title": title, "query": list(point), "probs": grid}
+
+    found = [row(8, f"row {point[0]}, column {point[1]}", point, None, k) for point in points]
+    found += [row(9, f"head {head}", points[-1], head, k) for head in range(server.heads)]
+    return found + [row(10, "dense" if n is None else f"k = {n}", points[-1], 0, n) for n in ks]
+
+
+def save(model: str = "tiny-parallel", picture: str = "coffee") -> None:
+    """Writes data/results/attention_maps.json.
+
+    Args:
+        model: Name or path.
+        picture: A sample picture; the points belong to "coffee".
+    """
+    loaded = load_model(model, "cpu")
+    found = maps(RowServer(loaded, sample_picture(picture)))
+    result = {"model": model, "picture": picture, "provenance": provenance(loaded)}
+    text = json.dumps(result, indent=1)[:-2] + ',\n "maps": [\n' + ",\n".join(map(json.dumps, found)) + "\n]}\n"
+    write_bytes(data_folder() / "results" / "attention_maps.json", text.encode())
+
+
+if __name__ == "__main__":
+    tyro.cli(save)

@@ -1,0 +1,292 @@
+"""What is lost when a model does not know some latents: the rate of one picture under masks.
+
+**What "unknown" means.** The paper feeds "a random mask to self-attention" and says no more. Hiding the key at (dy, dx)
+from every query, layer by layer, would not do: the tokens between have seen that latent and pass it on in the next
+layer, and in the serial model the query's own token *is* the latent to the left. So a missing latent is missing for the
+whole model: its token enters as zero and no other token sees it, in any layer (`missing` of the context models); in the
+convolution its taps get zero. The models of this study are trained with just such gaps, a random share of them in each
+crop (`TrainConfig.missing`), so that a gap is nothing new to them.
+
+**How it is measured.** One pass with a single missing latent t answers for every neighbour of t, one position each. And
+latents far enough apart do not disturb each other: we hide a lattice, every `spacing`-th latent in both directions, and
+move it through all spacing² phases. Then every site has met a gap at every position of the neighbourhood exactly once,
+in 49 passes for 7 x 7, a few in one batch, instead of one pass for each of 1,536 latents; and a pass computes only that
+half of the attention which causality or the checkerboard leaves (`features` of the context models). What the lattice
+costs: other gaps are `spacing` away. In the convolution that changes nothing; for transformers a wider lattice says how
+much (`spacing=14`; the saved result has that check).
+
+**Alone.** "A corresponding mask, which are set to 1 except position i", says section 3.2, and that can also mean the
+reverse: only position i is known. A gap is small news where its neighbours say nearly the same; so we measure this too:
+what one position saves against no context at all. It is exact, from a small patch around each site.
+
+**Beyond distance r.** Each site is predicted alone from a small patch in which everything farther than r (L1) is
+missing. The model does the same as in a whole picture, so nothing can leak in over several layers. (Absolute positions
+then count from the patch's corner.)
+
+Rates are those of y, estimated from the likelihoods, over the sites that have the position inside the picture.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from entroformer_lib.coding import codec
+from entroformer_lib.errors import StudyError
+from entroformer_lib.models.context import first_slice
+from entroformer_lib.models.entroformer import Entroformer
+
+Offset = tuple[int, int]  # (dy, dx) of a context position from the site to be coded: (0, -1) is left, (-1, 0) above
+
+BATCH_SITES = 4096  # sites in one pass: two masks of a Kodak picture; more are not quicker
+RADII = (0, 1, 2, 3, 4, 6)
+
+
+def model_name(model: Entroformer) -> str:
+    """The name a model was loaded by, or its variant."""
+    return getattr(model, "name", None) or model.config.variant
+
+
+@dataclasses.dataclass
+class Scene:
+    """A picture as a model sees it: latents, hyperprior feature and rate, computed once for all masks.
+
+    y_hat: [1, M, h, w], hyper: [1, D, h, w] or None, bits: [h, w] of y with all context, in float64.
+    """
+
+    model: Entroformer
+    y_hat: Tensor
+    hyper: Tensor | None
+    bits: Tensor
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return tuple(self.y_hat.shape[-2:])
+
+    def predicted(self) -> Tensor:
+        """Sites that have context: bool [h, w]. In the parallel model, the second slice."""
+        if self.model.config.context == "parallel":
+            return ~first_slice(*self.size)
+        return torch.ones(self.size, dtype=torch.bool)
+
+
+@torch.inference_mode()
+def scene_of(model: Entroformer, picture: Image.Image) -> Scene:
+    """Runs transforms and hyperprior.
+
+    Raises:
+        StudyError: a model without context.
+    """
+    if model.context_model is None:
+        raise StudyError(f"The model {model_name(model)} has no context model, so no position can be missing.")
+    model.eval()
+    y = model.scaled(model.g_a(codec.to_tensor(picture, model)))
+    hyper = None if model.h_a is None else model.h_s(model.z_prior.quantize_z(model.h_a(y)))
+    scene = Scene(model, torch.floor(y + 0.5), hyper, y.new_zeros(y.shape[-2:]))
+    scene.bits = site_bits(scene, torch.zeros(1, 1, *scene.size, dtype=torch.bool, device=y.device))[0]
+    return scene
+
+
+@torch.inference_mode()
+def site_bits(scene: Scene, missing: Tensor) -> Tensor:
+    """Bits of every site of y when some latents are missing.  missing: bool [B, 1, h, w]  ->  [B, h, w], float64"""
+    B = len(missing)
+    y_hat = scene.y_hat.expand(B, -1, -1, -1)
+    hyper = None if scene.hyper is None else scene.hyper.expand(B, -1, -1, -1)
+    return _bits(scene.model, y_hat, hyper, scene.model.context_model.features(y_hat, missing))
+
+
+def _bits(model: Entroformer, y_hat: Tensor, hyper: Tensor | None, context: Tensor) -> Tensor:
+    means, scales = model.entropy_parameters(hyper, context)
+    return -model.gaussian(y_hat, means, scales).double().log2().sum(1)
+
+
+# ---- one position missing ----
+
+
+def neighbourhood(model: Entroformer, side: int = 7) -> list[Offset]:
+    """The context positions of a model in a square of side x side around a site.
+
+    Serial and cnn: those before it in raster order. Parallel: those of the first slice, odd in L1 distance.
+
+    Raises:
+        StudyError: an even side, or no context model.
+    """
+    if side < 3 or side % 2 == 0:
+        raise StudyError(f"A neighbourhood has an odd side of at least 3, not {side}.")
+    reach = side // 2
+    square = [(dy, dx) for dy in range(-reach, reach + 1) for dx in range(-reach, reach + 1)]
+    return [offset for offset in square if _is_context(model, offset)]
+
+
+def _is_context(model: Entroformer, offset: Offset) -> bool:
+    if model.context_model is None:
+        raise StudyError(f"The model {model_name(model)} has no context model, so no position can be missing.")
+    return sum(offset) % 2 == 1 if model.config.context == "parallel" else offset < (0, 0)
+
+
+def mask_positions(
+    scene: Scene, offsets: Sequence[Offset], spacing: int | None = None, bar: tqdm | None = None
+) -> list[dict]:
+    """The rate with each position missing, all others known.
+
+    Args:
+        offsets: (dy, dx) of each position.
+        spacing: distance of the gaps of one mask; by default as large as the neighbourhood of the offsets.
+        bar: is moved on by one for every mask.
+
+    Returns:
+        A row for each offset: dy, dx, sites, and over these sites bpp_all, bpp_masked, ratio.
+
+    Raises:
+        StudyError: an offset that is no context, or outside of the picture.
+    """
+    reach = _reach(scene, offsets)
+    spacing = spacing or 2 * reach + 1
+    if spacing <= reach:
+        raise StudyError(f"Gaps {spacing} apart come too close to each other for positions up to {reach} away.")
+    totals = np.zeros((len(offsets), 3))  # sites, bits with all context, bits without the position
+    predicted = scene.predicted()
+    for gaps in _lattices(scene, spacing):
+        bits = site_bits(scene, gaps[:, None].to(scene.y_hat.device)).cpu()
+        for row, offset in zip(totals, offsets, strict=True):
+            here = _seen_from(gaps, offset) & predicted  # sites whose position is a gap: [B, h, w]
+            row += (int(here.sum()), float(scene.bits.cpu().expand_as(bits)[here].sum()), float(bits[here].sum()))
+        if bar is not None:
+            bar.update(len(gaps))
+    return [
+        {"dy": dy, "dx": dx, "sites": int(n), "bpp_all": a / n / 256, "bpp_masked": m / n / 256, "ratio": m / a}
+        for (dy, dx), (n, a, m) in zip(offsets, totals, strict=True)
+    ]
+
+
+def _reach(scene: Scene, offsets: Sequence[Offset]) -> int:
+    """The largest row or column distance among positions, which must be context inside the picture."""
+    h, w = scene.size
+    for dy, dx in offsets:
+        if abs(dy) >= h or abs(dx) >= w:
+            raise StudyError(f"The position ({dy}, {dx}) is outside of latents of {h} x {w}.")
+        if not _is_context(scene.model, (dy, dx)):
+            raise StudyError(f"The position ({dy}, {dx}) is no context of the model {model_name(scene.model)}.")
+    if not offsets:
+        raise StudyError("There is no position to mask.")
+    return max(max(map(abs, offset)) for offset in offsets)
+
+
+def _lattices(scene: Scene, spacing: int) -> Iterable[Tensor]:
+    """Every spacing-th site in both directions, in all phases: bool [B, h, w] at a time."""
+    h, w = scene.size
+    phases = [(a, b) for a in range(min(spacing, h)) for b in range(min(spacing, w))]
+    rows, columns = torch.arange(h)[:, None] % spacing, torch.arange(w)[None] % spacing
+    size = max(1, BATCH_SITES // (h * w))
+    for start in range(0, len(phases), size):
+        yield torch.stack([(rows == a) & (columns == b) for a, b in phases[start : start + size]])
+
+
+def _seen_from(gaps: Tensor, offset: Offset) -> Tensor:
+    """Sites from which a gap lies at `offset`.  gaps: [B, h, w]  ->  [B, h, w]"""
+    h, w = gaps.shape[-2:]
+    dy, dx = offset
+    seen = torch.zeros_like(gaps)
+    seen[:, max(0, -dy) : h - max(0, dy), max(0, -dx) : w - max(0, dx)] = gaps[
+        :, max(0, dy) : h + min(0, dy), max(0, dx) : w + min(0, dx)
+    ]
+    return seen
+
+
+# ---- everything beyond a distance missing ----
+
+
+@torch.inference_mode()
+def mask_beyond(scene: Scene, radii: Sequence[int] = RADII, stride: int = 3) -> list[dict]:
+    """The rate when only context up to an L1 distance is known.
+
+    Args:
+        radii: distances in latents; 0 is no context at all.
+        stride: measured at every stride-th site in both directions.
+
+    Returns:
+        A row for each radius: radius, sites, and over these sites bpp_all, bpp_masked, ratio.
+
+    Raises:
+        StudyError: a radius below 0 or larger than the latents.
+    """
+    h, w = scene.size
+    if min(radii) < 0:
+        raise StudyError(f"A radius is 0 or more, not {min(radii)}.")
+    if max(radii) >= min(h, w):
+        raise StudyError(f"A radius of {max(radii)} is larger than latents of {h} x {w}.")
+    lattice = torch.zeros(h, w, dtype=torch.bool)
+    lattice[::stride, ::stride] = True
+    sites = (lattice & scene.predicted()).nonzero()  # [n, 2]
+    at = scene.bits.cpu()[sites[:, 0], sites[:, 1]].sum()
+    rows = []
+    for radius in radii:
+        step = max(1, BATCH_SITES // (2 * radius + 1) ** 2)
+        inside = _distances(radius) <= radius
+        bits = sum(float(_bits_in_patches(scene, part, inside).sum()) for part in sites.split(step))
+        bpp_all, bpp = float(at) / len(sites) / 256, bits / len(sites) / 256
+        rows.append(
+            {"radius": radius, "sites": len(sites), "bpp_all": bpp_all, "bpp_masked": bpp, "ratio": bpp / bpp_all}
+        )
+    return rows
+
+
+@torch.inference_mode()
+def only_positions(scene: Scene, offsets: Sequence[Offset], stride: int = 3) -> list[dict]:
+    """The other way round: the rate with one position known and all others missing, against no context at all. What
+    many positions know together, no single gap can show; this does.
+
+    Args:
+        offsets: (dy, dx) of each position.
+        stride: measured at every stride-th site in both directions.
+
+    Returns:
+        A row for each offset: dy, dx, sites, and over these sites bpp_none, bpp_only, ratio.
+
+    Raises:
+        StudyError: an offset that is no context, or outside of the picture.
+    """
+    (h, w), reach = scene.size, _reach(scene, offsets)
+    lattice = torch.zeros(h, w, dtype=torch.bool)
+    lattice[::stride, ::stride] = True
+    sites = (lattice & scene.predicted()).nonzero()  # [n, 2]
+    nothing = torch.zeros(2 * reach + 1, 2 * reach + 1, dtype=torch.bool)
+    none = _bits_in_patches(scene, sites, nothing)
+    rows = []
+    for dy, dx in offsets:
+        position = sites + torch.tensor((dy, dx))
+        there = ((position >= 0) & (position < torch.tensor((h, w)))).all(1)
+        known = nothing.clone()
+        known[reach + dy, reach + dx] = True
+        n, before = int(there.sum()), float(none[there].sum())
+        after = float(_bits_in_patches(scene, sites[there], known).sum())
+        row = {"dy": dy, "dx": dx, "sites": n, "bpp_none": before / n / 256, "bpp_only": after / n / 256}
+        rows.append({**row, "ratio": after / before})
+    return rows
+
+
+def _distances(radius: int) -> Tensor:
+    """L1 distances from the centre: [2 radius + 1, 2 radius + 1]"""
+    line = torch.arange(-radius, radius + 1).abs()
+    return line[:, None] + line
+
+
+def _bits_in_patches(scene: Scene, sites: Tensor, known: Tensor) -> Tensor:
+    """Bits of sites [n, 2], each predicted from a patch of its own, of which only what is known: bool [side, side],
+    its middle the site  ->  [n]"""
+    model, (h, w), side = scene.model, scene.size, len(known)
+    radius = side // 2
+    height = side if model.config.context == "parallel" else radius + 1  # nothing below is seen by causal models
+    down, right = torch.meshgrid(torch.arange(height) - radius, torch.arange(side) - radius, indexing="ij")
+    rows, columns = sites[:, 0, None, None] + down, sites[:, 1, None, None] + right  # [n, height, side]
+    known = (rows >= 0) & (rows < h) & (columns >= 0) & (columns < w) & known[:height]
+    patches = scene.y_hat[0][:, rows.clamp(0, h - 1), columns.clamp(0, w - 1)].transpose(0, 1)  # [n, M, height, side]
+    missing = ~known[:, None].to(patches.device)
+    context = model.context_model(patches, None, missing)[:, :, radius : radius + 1, radius : radius + 1]
+    hyper = None if scene.hyper is None else scene.hyper[0][:, sites[:, 0], sites[:, 1]].T[..., None, None]
+    return _bits(model, patches[:, :, radius : radius + 1, radius : radius + 1], hyper, context)[:, 0, 0]

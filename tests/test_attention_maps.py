@@ -1,0 +1,36 @@
+"""The saved maps of figures 8 to 10 are those of the row server."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import micro_model
+
+from entroformer_lib.models.zoo import save_weights
+from entroformer_lib.studies import attention_maps
+from entroformer_lib.studies.attention import RowServer
+
+
+@pytest.mark.parametrize("variant", ["serial", "parallel"])
+def test_maps(variant, photo):
+    server = RowServer(micro_model(variant), photo)
+    points = [(2, 4), (5, 5)]
+    found = attention_maps.maps(server, points, ks=(3, None))
+    assert [m["figure"] for m in found] == [8, 8, *[9] * server.heads, 10, 10]
+    for m in found:
+        probs = np.array(m["probs"])
+        assert probs.shape == (server.height, server.width) and probs.sum() == pytest.approx(1, abs=0.01)
+        assert tuple(m["query"]) == (points[0] if m is found[0] else points[1])
+    heads = np.mean([m["probs"] for m in found if m["figure"] == 9], axis=0)
+    assert np.allclose(found[1]["probs"], heads, atol=2e-5)  # figure 8: the mean of the heads
+    assert [np.count_nonzero(m["probs"]) for m in found[-2:]][0] == 3
+
+
+def test_saved_with_provenance(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(attention_maps, "data_folder", lambda: tmp_path)
+    save_weights(micro_model("parallel"), tmp_path / "micro.safetensors", {})
+    attention_maps.save(str(tmp_path / "micro.safetensors"))
+    saved = json.loads((tmp_path / "results" / "attention_maps.json").read_text())
+    assert saved["provenance"]["weights_sha256"] and saved["picture"] == "coffee"
+    assert {m["figure"] for m in saved["maps"]} == {8, 9, 10}
