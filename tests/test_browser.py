@@ -20,7 +20,7 @@ from conftest import browser_path, micro_model
 
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.models.zoo import load_model, save_weights
-from entroformer_lib.studies.attention import RowServer
+from entroformer_lib.studies.row_server import RowServer
 from entroformer_lib.views.explorer import SCRIPT
 from entroformer_lib.views.explorer_model import Exploration
 from entroformer_lib.views.explorer_page import explorer_page
@@ -148,7 +148,7 @@ def test_exported_page(watched, folder, kind):
 
 NOTEBOOK = """\
 from entroformer_lib import load_model
-from entroformer_lib.studies.attention import RowServer
+from entroformer_lib.studies.row_server import RowServer
 from entroformer_lib.views.explorer import Explorer
 from entroformer_lib.views.explorer_model import Exploration
 Explorer(Exploration(RowServer(load_model("{kind}.safetensors", "cpu"), "photo.png")))"""

@@ -1,6 +1,6 @@
 """What the attention explorer shows, without any widget: a selection, and pure methods that say what belongs to it.
 
-The numbers come from a row server (`studies.attention.RowServer`), which is handed in; nothing here runs a model or
+The numbers come from a row server (`studies.row_server.RowServer`), which is handed in; nothing here runs a model or
 draws a pixel. The widget, the exported page and the static figures all show what `Exploration` returns.
 """
 
