@@ -204,12 +204,13 @@ class Stack(nn.Module):
         """An empty cache for up to `capacity` tokens."""
         return self.blocks[0].attention.cache(len(self.blocks), batch, capacity)
 
-    def fill(self, x: Tensor, sites: Tensor, cache: KeyValueCache) -> None:
-        """Runs tokens that all see each other and only keeps what later ones need: of the last block its keys and
-        values.  x: [B, q, D], sites: [q, 2]"""
+    def fill(self, x: Tensor, sites: Tensor, cache: KeyValueCache, visible: Visible | None = None) -> None:
+        """Runs tokens, which see the cached ones and each other, and only keeps what later ones need: of the last block
+        its keys and values.  x: [B, q, D] new tokens, sites: [n, 2] of all tokens including cached ones"""
         x = self._embed_positions(x, sites)
+        options = dict(visible=visible, top_k=self.top_k, cache=cache)
         for layer, block in enumerate(self.blocks[:-1]):
-            x = block(x, sites, relative=self._relative(layer), top_k=self.top_k, cache=cache, layer=layer)
+            x = block(x, sites, relative=self._relative(layer), layer=layer, **options)
             tell("blocks", layer + 1, len(self.blocks))
         last = self.blocks[-1]
         last.attention.remember(last.norm1(x), cache, len(self.blocks) - 1)

@@ -28,6 +28,7 @@ from entroformer_lib.studies.capture import POINTS, attention_points, capture
 
 GROUPS = 6  # of channels, in the explorer's side panel
 QUERIES_AT_ONCE = 128
+TOKENS_AT_ONCE = 192  # of a serial model, when keys and values are computed
 DENSE = 2**20  # a k above any number of keys
 K_HELD = 8  # values of k for which keys and values are kept
 
@@ -308,9 +309,11 @@ class RowServer:
             cache = stack.cache(batch=1, capacity=len(carriers))
             if self.kind == "parallel":
                 stack.fill(tokens, sites, cache)
-            else:
-                number = carriers.to(tokens.device)
-                stack(tokens, sites, visible=lambda i: number <= i[:, None], cache=cache)
+            else:  # in stretches, because a token sees only earlier ones: half the scores
+                numbers = carriers.to(tokens.device)
+                for part in numbers.split(TOKENS_AT_ONCE):
+                    seen = numbers[: part[-1] + 1]
+                    stack.fill(tokens[:, part], sites[seen], cache, lambda i, seen=seen: seen <= i[:, None])
             self._held[stack.top_k] = cache
             while len(self._held) > K_HELD:
                 self._held.popitem(last=False)
