@@ -247,14 +247,19 @@ class RowServer:
     def facts(self, site: int, k: int | None) -> dict:
         """The side panel: bits with all context and with the hyperprior only, and per channel group root mean squares
         of values, predicted means and scales, and bits."""
+        return self.row_and_facts(site, k)[1]
+
+    def row_and_facts(self, site: int, k: int | None) -> tuple[np.ndarray, dict]:
+        """`rows` (the probabilities, [layers, heads, n]) and `facts` of one latent in a single pass."""
         self._check(site, k)
-        bits, hyper_bits, *rest = self._facts_of([site], self._look([site], k)[0])[0].tolist()
+        feature, probs = self._look([site], k, "probs", 0.0)
+        bits, hyper_bits, *rest = self._facts_of([site], feature)[0].tolist()
         names = ("value", "mean", "scale", "bits", "hyper_bits")
         groups = [
             {"channels": len(group), **dict(zip(names, rest[5 * i : 5 * i + 5], strict=True))}
             for i, group in enumerate(self.channel_groups)
         ]
-        return {"bits": bits, "hyper_bits": hyper_bits, "groups": groups}
+        return probs[0].cpu().numpy(), {"bits": bits, "hyper_bits": hyper_bits, "groups": groups}
 
     def _facts_of(self, sites: Sequence[int], feature: Tensor) -> np.ndarray:
         means, scales, bits = self._predict(sites, feature)

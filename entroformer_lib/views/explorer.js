@@ -1,7 +1,8 @@
 // The attention explorer: draws frames and sends selections. In a notebook the frames come from Python
 // (views/explorer.py), in an exported page from the rows stored in it (PageSource below). No libraries.
 //
-// A frame: {selection, caption, panels: [{title, kind, low, high, query, origin, radius}], facts, scatter} and bytes:
+// A frame: {selection, caption, panels: [{title, kind, low, high, query, origin, radius, model}], facts: one per model
+// (and k, side by side), scatters: one per model or none} and bytes:
 // for each panel n values, then n flags (1 decoded, 2 selected), n = height * width of the latent grid.
 
 const MEAN = -1;
@@ -18,6 +19,7 @@ export const MODES = {
   head: "one head",
   heads: "all heads of the layer",
   ks: "one head, several k",
+  pair: "two k side by side",
   cost: "attention against cost",
 };
 
@@ -25,6 +27,7 @@ const EXPLAINED = {
   head: "Where this head looks when the chosen latent is predicted: the brighter, the more attention.",
   heads: "The same latent seen by every head of the layer, and their mean, last. Each map has its own scale.",
   ks: "The same head when only the k best-matching positions may take part. The weights are those trained with the model's own k.",
+  pair: "The same head of the same model with two k, in all its layers: the maps, and beside them what each k would have cost. Each map has its own scale.",
   cost:
     "Left: attention. Right: what it costs in bits when the position is hidden from this latent, in all layers and heads at once. " +
     "Orange: hiding it makes the latent dearer, so it helped. Blue: hiding it makes it cheaper.",
@@ -46,16 +49,20 @@ Only the <b>k</b> best-matching positions take part.</p>
 </ul>`;
 const ABOUT_KIND = {
   parallel:
-    "<p>This model decodes in <b>two passes</b> like the two colours of a chessboard. The first pass is predicted by the hyperprior alone; the second sees all of the first, before and after it, and itself.</p>",
+    "decodes in <b>two passes</b> like the two colours of a chessboard. The first pass is predicted by the hyperprior alone; the second sees all of the first, before and after it, and itself.",
   serial:
-    "<p>This model decodes <b>one latent after the other</b>, row by row, and sees what came before. The attention shown is that of the latent just before (<b style='color:#56B4E9'>blue frame</b>), which predicts the chosen one; in the first column that is the end of the row above.</p>",
+    "decodes <b>one latent after the other</b>, row by row, and sees what came before. The attention shown is that of the latent just before (<b style='color:#56B4E9'>blue frame</b>), which predicts the chosen one; in the first column that is the end of the row above.",
 };
+
+const aboutModels = (models) =>
+  models.map(({ name, kind }) => `<p>${models.length > 1 ? `Model ${escape(name)}` : "This model"} ${ABOUT_KIND[kind]}</p>`).join("");
 
 const STYLE = `
 .ef-explorer { font: 14px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; padding: 4px; max-width: 1500px; }
 .ef-explorer * { box-sizing: border-box; }
 .ef-controls { display: flex; flex-wrap: wrap; gap: 6px 16px; align-items: center; margin: 6px 0; }
 .ef-controls label { display: inline-flex; gap: 8px; align-items: center; white-space: nowrap; }
+.ef-controls label[hidden] { display: none; }
 .ef-controls output { min-width: 8em; } .ef-layer + output { min-width: 4em !important; }
 .ef-controls input[type=range] { width: 100px; accent-color: ${BLUE}; }
 .ef-modes { display: inline-flex; border: 1px solid #777; border-radius: 4px; overflow: hidden; }
@@ -224,11 +231,12 @@ function legendOf(panel) {
   return `<span class="ef-legend">${low}<i style="background:linear-gradient(90deg,${stops.join()})"></i>${high}</span>`;
 }
 
-function sideOf(facts, scatter, several) {
+function sideOf(facts, scatters) {
+  const several = facts.length > 1;
   const most = Math.max(...facts.flatMap((f) => [f.bits, f.hyper_bits]), 1e-9);
   const bar = (bits, name) => `<div class="ef-bar ${name}" style="width:${((100 * Math.max(bits, 0)) / most).toFixed(1)}%"></div>`;
   return facts
-    .map((f) => {
+    .map((f, place) => {
       const saved = f.hyper_bits - f.bits;
       const rows = f.groups.map(
         (g, i) =>
@@ -243,11 +251,11 @@ function sideOf(facts, scatter, several) {
         `<span>context ${saved >= 0 ? "saves" : "costs"}</span><b>${number(Math.abs(saved))} bits</b></div>` +
         `<table><thead><tr><th>channel group</th><th>actual value</th><th>predicted mean</th><th>predicted scale</th><th>bits</th><th>bits, hyper&shy;prior only</th></tr></thead>` +
         `<tbody>${rows.join("")}</tbody></table><small>Groups of ${counts} channels, group 1 holds those with the largest values in this picture. ` +
-        `Values, means and scales as root mean squares over the group. Scale: how unsure the prediction is.</small>`
+        `Values, means and scales as root mean squares over the group. Scale: how unsure the prediction is.</small>` +
+        (scatters[place] ? scatterOf(scatters[place]) : "")
       );
     })
-    .join("")
-    .concat(scatter ? scatterOf(scatter) : "");
+    .join("");
 }
 
 function scatterOf({ attention, bits, rho }) {
@@ -276,14 +284,16 @@ const escape = (text) => text.replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`)
 
 // ---- the explorer ----
 
+const SLIDERS = { layer: "layer", head: "head", k: "k", other_k: "k on the right" };
+
 /** Puts an explorer into `root`. source: {meta, send(selection), listen(callback(frame, bytes))}. */
 export function mount(root, source) {
   const { meta } = source;
   root.innerHTML =
     `<style>${STYLE}</style><div class="ef-explorer"><details class="ef-about" ${meta.open ? "open" : ""}><summary>What is shown here</summary>` +
-    `<div>${ABOUT}${ABOUT_KIND[meta.kind]}</div></details>` +
+    `<div>${ABOUT}${aboutModels(meta.models)}</div></details>` +
     `<div class="ef-controls"><span class="ef-modes" role="group" aria-label="what to show"></span>` +
-    ["layer", "head", "k"].map((n) => `<label>${n} <input type="range" class="ef-${n}" aria-label="${n}"><output></output></label>`).join("") +
+    Object.entries(SLIDERS).map(([n, words]) => `<label>${words} <input type="range" class="ef-${n}" aria-label="${words}"><output></output></label>`).join("") +
     `</div><div class="ef-caption" aria-live="polite"></div><div class="ef-note"></div>` +
     `<div class="ef-body"><div class="ef-panels"></div><div class="ef-side"></div></div></div>`;
   root.addEventListener("keydown", (event) => {
@@ -292,10 +302,13 @@ export function mount(root, source) {
   const find = (name) => root.querySelector(name);
   const picture = new Image();
   let last = null;
+  const owners = (k) => meta.models.filter((m) => m.own_k === k).map((m) => m.name);
+  const kWords = (k) => kInWords(k) + (owners(k).length === meta.models.length ? " (its own)" : owners(k).map((name) => ` (${name}'s own)`).join(""));
   const scales = {
     layer: { values: [...Array(meta.layers).keys()], words: (v) => `${v} (0 to ${meta.layers - 1})` },
     head: { values: [MEAN, ...Array(meta.heads).keys()], words: (v) => (v === MEAN ? "mean over heads" : `${v} (0 to ${meta.heads - 1})`) },
-    k: { values: meta.ks, words: (v) => kInWords(v) + (v === meta.own_k ? " (its own)" : "") },
+    k: { values: meta.ks, words: kWords },
+    other_k: { values: meta.ks, words: kWords },
   };
   for (const [name, { values }] of Object.entries(scales)) {
     const slider = find(`.ef-${name}`);
@@ -338,10 +351,13 @@ export function mount(root, source) {
     const box = find(".ef-panels");
     while (box.children.length < panels.length) box.append(panelFigure(box.children.length));
     while (box.children.length > panels.length) box.lastChild.remove();
-    box.style.gridTemplateColumns = `repeat(${panels.length <= 4 ? Math.min(2, panels.length) : 3}, minmax(0, 1fr))`;
+    const each = Math.max(...meta.models.map((_, m) => panels.filter((p) => p.model === m).length)); // maps of one model
+    const columns = panels.length <= 4 ? Math.min(2, panels.length) : each <= 4 ? each : 3;
+    box.style.gridTemplateColumns = `repeat(${columns}, minmax(0, 1fr))`;
     const n = meta.height * meta.width;
     panels.forEach((panel, i) => {
       const figure = box.children[i];
+      figure.style.gridColumnStart = each > 1 && panel.model !== panels[i - 1]?.model ? 1 : "auto"; // a row for each model
       figure.querySelector("figcaption").innerHTML = `<span>${escape(panel.title)}</span>${legendOf(panel)}`;
       const canvas = figure.querySelector("canvas");
       canvas.setAttribute("aria-label", panel.title);
@@ -353,11 +369,12 @@ export function mount(root, source) {
       if (values.includes(selection[name])) slider.value = values.indexOf(selection[name]);
       slider.nextElementSibling.textContent = words(selection[name]);
       slider.disabled = (name === "head" && selection.mode === "heads") || (name === "k" && selection.mode === "ks");
+      slider.parentElement.hidden = name === "other_k" && selection.mode !== "pair";
     }
     for (const button of find(".ef-modes").children) button.setAttribute("aria-pressed", button.dataset.mode === selection.mode);
     find(".ef-caption").textContent = last.caption;
     find(".ef-note").textContent = EXPLAINED[selection.mode] + (last.note ? ` ${last.note}` : "");
-    find(".ef-side").innerHTML = sideOf(last.facts, last.scatter, last.facts.length > 1);
+    find(".ef-side").innerHTML = sideOf(last.facts, last.scatters);
   }
 
   picture.onload = () => source.listen(show);
@@ -410,6 +427,7 @@ export class PageSource {
   held() {
     const { mode, k } = this.selection;
     if (mode === "ks") return this.sections.map((s) => s.sites).reduce((a, b) => (b.length < a.length ? b : a));
+    if (mode === "pair") return [k, this.selection.other_k].map((v) => this.section(v).sites).reduce((a, b) => (b.length < a.length ? b : a));
     return mode === "cost" ? this.costs.sites : this.section(k).sites;
   }
 
@@ -441,6 +459,7 @@ export class PageSource {
     s.row = clip(s.row, 0, height - 1);
     s.column = clip(s.column, 0, width - 1);
     if (s.mode === "cost" || !this.section(s.k)) s.k = own;
+    if (!this.section(s.other_k)) s.other_k = DENSE;
     const held = this.held();
     const site = s.row * width + s.column;
     if (held.length === this.n || held.includes(site)) return;
@@ -449,7 +468,7 @@ export class PageSource {
   }
 
   frame() {
-    const { layer, head, k, row, column, mode } = this.selection;
+    const { layer, head, k, other_k, row, column, mode } = this.selection;
     const { width, heads, name } = this.meta;
     const site = row * width + column;
     const section = this.section(k);
@@ -457,8 +476,9 @@ export class PageSource {
     let maps;
     if (mode === "heads") {
       maps = [...Array(heads).keys(), MEAN].map((h) => [headInWords(h), section, h]);
-    } else if (mode === "ks") {
-      maps = this.meta.ks.map((other) => [kInWords(other), this.section(other), head]);
+    } else if (mode === "ks" || mode === "pair") {
+      const ks = mode === "ks" ? this.meta.ks : [k, other_k];
+      maps = ks.map((v) => [`${kInWords(v)}: ${this.section(v).facts(site).bits.toFixed(1)} bits`, this.section(v), head]);
     } else {
       maps = [[`attention, ${words}`, section, head]];
     }
@@ -466,24 +486,27 @@ export class PageSource {
     const parts = [];
     const decoded = this.decoded(site);
     const add = (title, kind, { values, high, selected }) => {
-      panels.push({ title, kind, low: 0, high, query: [row, column], origin: this.origin(site), radius: this.meta.radius });
+      panels.push({ title, kind, low: 0, high, query: [row, column], origin: this.origin(site), radius: this.meta.radius, model: 0 });
       parts.push(values, decoded.map((d, i) => (d ? DECODED : 0) | (selected[i] ? SELECTED : 0)));
     };
     for (const [title, from, h] of maps) add(title, "attention", this.toBytes(from.attention(site, layer, h), from.k));
-    let scatter = null;
+    const scatters = [];
     if (mode === "cost") {
       const { positions, bits } = this.costs.of(site);
       add("cost of its absence, in bits", "cost", this.costBytes(positions, bits));
       const attention = section.attention(site, layer, head);
       const received = positions.map((p) => attention[p]);
-      scatter = { attention: received, bits, rho: spearman(received, bits) };
+      scatters.push({ attention: received, bits, rho: spearman(received, bits) });
     }
-    const facts = section.facts(site);
+    const facts =
+      mode === "pair"
+        ? [k, other_k].map((v) => ({ name: `${name}, ${kInWords(v)}`, model: 0, ...this.section(v).facts(site) }))
+        : [{ name, model: 0, ...section.facts(site) }];
     const bytes = new Uint8Array(parts.length * this.n);
     parts.forEach((part, i) => bytes.set(part, i * this.n));
     const held = this.held();
     const note = held.length < this.n ? `For this view the page holds ${held.length} of ${this.n} latents and takes the nearest.` : "";
-    const frame = { selection: { ...this.selection }, caption: this.caption(site, facts), note, panels, facts: [{ name, ...facts }], scatter };
+    const frame = { selection: { ...this.selection }, caption: this.caption(site, facts), note, panels, facts, scatters };
     return { frame, bytes };
   }
 
@@ -519,7 +542,7 @@ export class PageSource {
   }
 
   caption(site, facts) {
-    const { layer, head, k, row, column, mode } = this.selection;
+    const { layer, head, k, other_k, row, column, mode } = this.selection;
     const pass =
       this.meta.kind === "serial"
         ? site ? "sees all latents before it." : "the first, nothing is decoded yet."
@@ -530,9 +553,12 @@ export class PageSource {
       head: `Layer ${layer}, ${headInWords(head)}, ${kInWords(k)}.`,
       heads: `Layer ${layer}, every head, ${kInWords(k)}.`,
       ks: `Layer ${layer}, ${headInWords(head)}, every k.`,
+      pair: `Layer ${layer}, ${headInWords(head)}, ${kInWords(k)} beside ${kInWords(other_k)}.`,
       cost: `Layer ${layer}, ${headInWords(head)}, ${kInWords(k)}, beside the measured cost.`,
     }[mode];
-    const bits = `${facts.bits.toFixed(1)} bits with context, ${facts.hyper_bits.toFixed(1)} bits with the hyperprior only.`;
+    const [here, other] = facts.map((f) => f.bits.toFixed(1));
+    const context = mode === "pair" ? `${here} bits with ${kInWords(k)}, ${other} bits with ${kInWords(other_k)}` : `${here} bits with context`;
+    const bits = `${context}, ${facts[0].hyper_bits.toFixed(1)} bits with the hyperprior only.`;
     return `Latent row ${row}, column ${column}: ${pass} ${what} ${bits}`;
   }
 }
