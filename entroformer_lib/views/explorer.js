@@ -65,6 +65,7 @@ const STYLE = `
 .ef-controls label[hidden] { display: none; }
 .ef-controls output { min-width: 8em; } .ef-layer + output { min-width: 4em !important; }
 .ef-controls input[type=range] { width: 100px; accent-color: ${BLUE}; }
+.ef-break { flex-basis: 100%; }
 .ef-modes { display: inline-flex; border: 1px solid #777; border-radius: 4px; overflow: hidden; }
 .ef-modes button { border: 0; background: #fff; color: #1a1a1a; padding: 4px 10px; font: inherit; cursor: pointer; }
 .ef-modes button + button { border-left: 1px solid #777; }
@@ -80,7 +81,7 @@ const STYLE = `
 .ef-panel canvas { width: 100%; display: block; cursor: crosshair; touch-action: manipulation; }
 .ef-panel canvas:focus-visible { outline: 3px solid ${SKY}; }
 .ef-side { flex: 1 1 290px; max-width: 400px; }
-.ef-side h3 { font-size: 14px; margin: 0 0 4px; overflow-wrap: anywhere; }
+.ef-side h3 { font-size: 14px; margin: 14px 0 4px; overflow-wrap: anywhere; } .ef-side h3:first-child { margin-top: 0; }
 .ef-bits { display: grid; grid-template-columns: auto 1fr; gap: 2px 8px; align-items: center; }
 .ef-bits b { text-align: right; font-variant-numeric: tabular-nums; }
 .ef-bar { height: 10px; background: ${BLUE}; }
@@ -106,63 +107,87 @@ function cividis(t) {
   return [mix(0), mix(1), mix(2)];
 }
 
+/** Red, green, blue and alpha of a byte, or null where nothing is painted. */
 function colourOf(kind, value) {
-  if (kind === "attention") return value ? `rgba(${cividis(value / 255).join()},${0.75 + (0.25 * value) / 255})` : null;
+  if (kind === "attention") return value ? [...cividis(value / 255), 0.75 + (0.25 * value) / 255] : null;
   const strength = (value - 128) / 127; // cost: the middle is zero
   if (!strength) return null;
-  const colour = strength > 0 ? "213,94,0" : "0,114,178";
-  return `rgba(${colour},${0.45 + 0.55 * Math.abs(strength)})`;
+  return [...(strength > 0 ? [213, 94, 0] : [0, 114, 178]), 0.45 + 0.55 * Math.abs(strength)];
 }
 
 // ---- drawing ----
+
+const sheets = new Map(); // canvases that are used again
+
+function sheet(name, width, height) {
+  if (!sheets.has(name)) sheets.set(name, document.createElement("canvas"));
+  const canvas = sheets.get(name);
+  if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
+  return canvas;
+}
+
+/** The picture in pale grey, because the colours are for the map. The filter is slow, so it runs once for each size. */
+function backdrop(picture, width, height) {
+  const made = (picture.backdrops ??= new Map());
+  if (!made.has(width)) {
+    const canvas = Object.assign(document.createElement("canvas"), { width, height });
+    const g = canvas.getContext("2d");
+    g.filter = "grayscale(1) contrast(0.7) brightness(1.2)";
+    g.drawImage(picture, 0, 0, width, height);
+    made.set(width, canvas);
+  }
+  return made.get(width);
+}
+
+/** One pixel for each latent, enlarged. colour(i): [red, green, blue, alpha] or null. */
+function paintCells(g, meta, colour) {
+  const small = sheet("cells", meta.width, meta.height);
+  const pixels = new ImageData(meta.width, meta.height);
+  for (let i = 0; i < meta.width * meta.height; i++) {
+    const [red, green, blue, alpha] = colour(i) || [0, 0, 0, 0];
+    pixels.data.set([red, green, blue, 255 * alpha], 4 * i);
+  }
+  small.getContext("2d").putImageData(pixels, 0, 0);
+  g.imageSmoothingEnabled = false;
+  g.drawImage(small, 0, 0, g.canvas.width, g.canvas.height);
+}
 
 function drawPanel(canvas, meta, picture, panel, values, flags, large) {
   const cell = Math.max(4, Math.round((large ? 1152 : 640) / meta.width));
   const [w, h] = [meta.width * cell, meta.height * cell];
   if (canvas.width !== w || canvas.height !== h) Object.assign(canvas, { width: w, height: h });
   const g = canvas.getContext("2d");
-  g.filter = "grayscale(1) contrast(0.7) brightness(1.2)"; // the colours are for the map
-  g.drawImage(picture, 0, 0, w, h);
-  g.filter = "none";
-  const each = (paint) => {
-    for (let i = 0; i < values.length; i++) paint(i, (i % meta.width) * cell, Math.floor(i / meta.width) * cell);
+  g.drawImage(backdrop(picture, w, h), 0, 0);
+  const stroke = (colour, width, path) => {
+    Object.assign(g, { strokeStyle: colour, lineWidth: width });
+    g.beginPath();
+    path();
+    g.stroke();
   };
-  g.strokeStyle = `rgba(0,0,0,${large ? 0.4 : 0.25})`;
-  g.lineWidth = Math.min(Math.max(1, cell / 24), 2);
-  each((i, x, y) => {
-    if (!(flags[i] & DECODED)) {
-      g.fillStyle = "rgba(30,30,30,0.3)";
-      g.fillRect(x, y, cell, cell);
-      g.beginPath(); // a stroke through it, so that the difference does not hang on brightness
-      g.moveTo(x, y + cell);
-      g.lineTo(x + cell, y);
-      g.stroke();
-    }
-    const colour = colourOf(panel.kind, values[i]);
-    if (colour) {
-      g.fillStyle = colour;
-      g.fillRect(x, y, cell, cell);
-    }
+  const each = (bit, path) => {
+    for (let i = 0; i < flags.length; i++) if (bit(flags[i])) path((i % meta.width) * cell, Math.floor(i / meta.width) * cell);
+  };
+  paintCells(g, meta, (i) => (flags[i] & DECODED ? null : [30, 30, 30, 0.3]));
+  // a stroke through what is not decoded, so that the difference does not hang on brightness
+  stroke(`rgba(0,0,0,${large ? 0.4 : 0.25})`, Math.min(Math.max(1, cell / 24), 2), () =>
+    each((flag) => !(flag & DECODED), (x, y) => line(g, x, y + cell, x + cell, y)),
+  );
+  paintCells(g, meta, (i) => colourOf(panel.kind, values[i]));
+  stroke("rgba(255,255,255,0.14)", 1, () => {
+    for (let c = 1; c < meta.width; c++) line(g, c * cell + 0.5, 0, c * cell + 0.5, h);
+    for (let r = 1; r < meta.height; r++) line(g, 0, r * cell + 0.5, w, r * cell + 0.5);
   });
-  g.strokeStyle = "rgba(255,255,255,0.14)";
-  g.lineWidth = 1;
-  for (let c = 1; c < meta.width; c++) line(g, c * cell, 0, c * cell, h);
-  for (let r = 1; r < meta.height; r++) line(g, 0, r * cell, w, r * cell);
-  g.strokeStyle = "#fff";
-  g.lineWidth = Math.min(Math.max(1, cell / (large ? 14 : 10)), 3);
-  each((i, x, y) => {
-    if (flags[i] & SELECTED) g.strokeRect(x + 1, y + 1, cell - 2, cell - 2);
-  });
+  stroke("#fff", Math.min(Math.max(1, cell / (large ? 14 : 10)), 3), () =>
+    each((flag) => flag & SELECTED, (x, y) => g.rect(x + 1, y + 1, cell - 2, cell - 2)),
+  );
   drawDiamond(g, panel.origin, panel.radius, cell);
   if (String(panel.origin) !== String(panel.query)) frame(g, panel.origin, cell, SKY);
   frame(g, panel.query, cell, VERMILLION);
 }
 
 function line(g, x0, y0, x1, y1) {
-  g.beginPath();
-  g.moveTo(x0 + 0.5, y0 + 0.5);
-  g.lineTo(x1 + 0.5, y1 + 0.5);
-  g.stroke();
+  g.moveTo(x0, y0);
+  g.lineTo(x1, y1);
 }
 
 function frame(g, [row, column], cell, colour) {
@@ -219,10 +244,12 @@ const percent = (value) => (value >= 0.0995 ? `${(100 * value).toFixed(0)}%` : `
 export const headInWords = (head) => (head === MEAN ? "mean over heads" : `head ${head}`);
 export const kInWords = (k) => (k === DENSE ? "dense" : `k = ${k}`);
 
+const rgba = (colour) => `rgba(${colour.join()})`;
+
 function legendOf(panel) {
   const stops = [];
   for (let i = 0; i <= 8; i++) {
-    stops.push(panel.kind === "attention" ? `rgb(${cividis(i / 8).join()})` : colourOf("cost", 1 + (254 * i) / 8) || "#fff");
+    stops.push(panel.kind === "attention" ? `rgb(${cividis(i / 8).join()})` : rgba(colourOf("cost", 1 + (254 * i) / 8) || [255, 255, 255, 1]));
   }
   const [low, high] =
     panel.kind === "attention"
@@ -234,6 +261,9 @@ function legendOf(panel) {
 function sideOf(facts, scatters) {
   const several = facts.length > 1;
   const most = Math.max(...facts.flatMap((f) => [f.bits, f.hyper_bits]), 1e-9);
+  const explained = (counts) =>
+    `<small>Groups of ${counts} channels, group 1 holds those with the largest values in this picture. ` +
+    `Values, means and scales as root mean squares over the group. Scale: how unsure the prediction is.</small>`;
   const bar = (bits, name) => `<div class="ef-bar ${name}" style="width:${((100 * Math.max(bits, 0)) / most).toFixed(1)}%"></div>`;
   return facts
     .map((f, place) => {
@@ -250,8 +280,8 @@ function sideOf(facts, scatters) {
         `<span>hyperprior only</span><b>${number(f.hyper_bits)} bits</b><span></span>${bar(f.hyper_bits, "alone")}` +
         `<span>context ${saved >= 0 ? "saves" : "costs"}</span><b>${number(Math.abs(saved))} bits</b></div>` +
         `<table><thead><tr><th>channel group</th><th>actual value</th><th>predicted mean</th><th>predicted scale</th><th>bits</th><th>bits, hyper&shy;prior only</th></tr></thead>` +
-        `<tbody>${rows.join("")}</tbody></table><small>Groups of ${counts} channels, group 1 holds those with the largest values in this picture. ` +
-        `Values, means and scales as root mean squares over the group. Scale: how unsure the prediction is.</small>` +
+        `<tbody>${rows.join("")}</tbody></table>` +
+        (place < facts.length - 1 ? "" : explained(counts)) +
         (scatters[place] ? scatterOf(scatters[place]) : "")
       );
     })
@@ -270,7 +300,7 @@ function scatterOf({ attention, bits, rho }) {
   );
   const words = rho === null ? "no rank correlation: one of the two does not vary" : `Spearman's rank correlation ${rho.toFixed(2)}`;
   return (
-    `<h3 style="margin-top:12px">Attention against cost</h3><svg class="ef-scatter" viewBox="0 0 ${w} ${h}" width="100%" role="img" aria-label="${words}" font-size="11">` +
+    `<h3>Attention against cost</h3><svg class="ef-scatter" viewBox="0 0 ${w} ${h}" width="100%" role="img" aria-label="${words}" font-size="11">` +
     `<path d="M${pad} 8V${h - 24}M${pad} ${y(0)}H${w - 6}" stroke="#555" fill="none"/>${dots.join("")}` +
     `<text x="${pad - 4}" y="${y(reach) + 8}" text-anchor="end">+${number(reach)}</text><text x="${pad - 4}" y="${y(0) + 4}" text-anchor="end">0</text>` +
     `<text x="${pad - 4}" y="${y(-reach)}" text-anchor="end">${number(-reach)}</text><text x="${w - 6}" y="${y(0) + 13}" text-anchor="end">${percent(top)}</text>` +
@@ -292,7 +322,7 @@ export function mount(root, source) {
   root.innerHTML =
     `<style>${STYLE}</style><div class="ef-explorer"><details class="ef-about" ${meta.open ? "open" : ""}><summary>What is shown here</summary>` +
     `<div>${ABOUT}${aboutModels(meta.models)}</div></details>` +
-    `<div class="ef-controls"><span class="ef-modes" role="group" aria-label="what to show"></span>` +
+    `<div class="ef-controls"><span class="ef-modes" role="group" aria-label="what to show"></span><span class="ef-break"></span>` +
     Object.entries(SLIDERS).map(([n, words]) => `<label>${words} <input type="range" class="ef-${n}" aria-label="${words}"><output></output></label>`).join("") +
     `</div><div class="ef-caption" aria-live="polite"></div><div class="ef-note"></div>` +
     `<div class="ef-body"><div class="ef-panels"></div><div class="ef-side"></div></div></div>`;
