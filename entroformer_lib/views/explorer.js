@@ -27,10 +27,10 @@ const EXPLAINED = {
   head: "Where this head looks when the chosen latent is predicted: the brighter, the more attention.",
   heads: "The same latent seen by every head of the layer, and their mean, last. Each map has its own scale.",
   ks: "The same head when only the k best-matching positions may take part. The weights are those trained with the model's own k.",
-  pair: "The same head of the same model with two k, in all its layers: the maps, and beside them what each k would have cost. Each map has its own scale.",
+  pair: "The same head of the same model with two k, in all its layers: the maps, and under them what the latent costs with each k. Each map has its own scale.",
   cost:
     "Left: attention. Right: what it costs in bits when the position is hidden from this latent, in all layers and heads at once. " +
-    "Orange: hiding it makes the latent dearer, so it helped. Blue: hiding it makes it cheaper.",
+    "Orange: hiding it makes the latent dearer, so it helped. Blue: hiding it makes it cheaper. White frames: the positions that were hidden, those that some head looks at.",
 };
 
 const ABOUT = `
@@ -81,15 +81,20 @@ const STYLE = `
 .ef-panel canvas { width: 100%; display: block; cursor: crosshair; touch-action: manipulation; }
 .ef-panel canvas:focus-visible { outline: 3px solid ${SKY}; }
 .ef-side { flex: 1 1 290px; max-width: 400px; }
-.ef-side h3 { font-size: 14px; margin: 14px 0 4px; overflow-wrap: anywhere; } .ef-side h3:first-child { margin-top: 0; }
+.ef-side h3 { font-size: 14px; margin: 0 0 4px; overflow-wrap: anywhere; }
+.ef-side section + section { margin-top: 14px; }
+.ef-two .ef-panels { flex-basis: 100%; }
+.ef-two .ef-side { flex-basis: 100%; max-width: none; display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 10px; }
+.ef-two .ef-side section { margin: 0; max-width: 480px; }
 .ef-bits { display: grid; grid-template-columns: auto 1fr; gap: 2px 8px; align-items: center; }
 .ef-bits b { text-align: right; font-variant-numeric: tabular-nums; }
 .ef-bar { height: 10px; background: ${BLUE}; }
 .ef-bar.alone { background: #8a8a8a; }
 .ef-side table { border-collapse: collapse; width: 100%; font-size: 12.5px; margin: 8px 0; font-variant-numeric: tabular-nums; }
 .ef-side th { font-weight: 600; border-bottom: 1px solid #777; }
-.ef-side td, .ef-side th { text-align: right; padding: 1px 3px; vertical-align: bottom; }
-.ef-side td:first-child, .ef-side th:first-child { text-align: left; }
+.ef-side td, .ef-side th { text-align: right; padding: 1px 0 1px 8px; vertical-align: bottom; }
+.ef-side td:first-child, .ef-side th:first-child { text-align: left; padding-left: 0; }
+.ef-scatter { max-width: 400px; }
 .ef-side small { color: #444; display: block; }
 .ef-about { margin: 6px 0; } .ef-about summary { cursor: pointer; font-weight: 600; }
 .ef-about > div { columns: 2 420px; column-gap: 36px; } .ef-about p { margin: 4px 0; } .ef-about ul { margin: 4px 0; padding-left: 20px; }
@@ -275,14 +280,14 @@ function sideOf(facts, scatters) {
       );
       const counts = [...new Set(f.groups.map((g) => g.channels))].sort((a, b) => a - b).join(" or ");
       return (
-        `<h3>${several ? escape(f.name) : "What this latent costs"}</h3><div class="ef-bits">` +
+        `<section><h3>${several ? escape(f.name) : "What this latent costs"}</h3><div class="ef-bits">` +
         `<span>with all context</span><b>${number(f.bits)} bits</b><span></span>${bar(f.bits, "")}` +
         `<span>hyperprior only</span><b>${number(f.hyper_bits)} bits</b><span></span>${bar(f.hyper_bits, "alone")}` +
         `<span>context ${saved >= 0 ? "saves" : "costs"}</span><b>${number(Math.abs(saved))} bits</b></div>` +
         `<table><thead><tr><th>channel group</th><th>actual value</th><th>predicted mean</th><th>predicted scale</th><th>bits</th><th>bits, hyper&shy;prior only</th></tr></thead>` +
         `<tbody>${rows.join("")}</tbody></table>` +
-        (place < facts.length - 1 ? "" : explained(counts)) +
-        (scatters[place] ? scatterOf(scatters[place]) : "")
+        `${place < facts.length - 1 ? "" : explained(counts)}</section>` +
+        (scatters[place] ? `<section>${scatterOf(scatters[place])}</section>` : "")
       );
     })
     .join("");
@@ -404,6 +409,7 @@ export function mount(root, source) {
     for (const button of find(".ef-modes").children) button.setAttribute("aria-pressed", button.dataset.mode === selection.mode);
     find(".ef-caption").textContent = last.caption;
     find(".ef-note").textContent = EXPLAINED[selection.mode] + (last.note ? ` ${last.note}` : "");
+    find(".ef-body").classList.toggle("ef-two", panels.length === 2); // the numbers of each under its map
     find(".ef-side").innerHTML = sideOf(last.facts, last.scatters);
   }
 
