@@ -211,6 +211,7 @@ def test_page_asks_for_nothing(page):
     """Neither the script nor the page names an address, and the policy forbids requests."""
     outside = page.text.replace("http-equiv", "")
     assert not re.search(r"https?://|\bfetch\(|XMLHttpRequest|\bimport\(|src=\"(?!data:)|@import|url\(", outside)
+    assert "for 96 latents also with k = 8, k = 16, k = 32, k = 64 and dense, and the measured costs" in page.text
     assert "default-src 'none'" in page.text and "</script" not in SCRIPT.read_text()
     assert "<title>What the entropy model looks at: a &lt;cat&gt; &amp; more</title>" in page.text
 

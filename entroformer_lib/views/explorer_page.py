@@ -100,9 +100,9 @@ def explorer_page(server, title: str = "", progress: Progress | None = None, **s
     *others, last = (k_in_words(k) for k in view.ks if k != own)
     about = (
         f"Model {server.name}, {server.kind} context. The latent grid has {server.height} x {server.width} places, one "
-        f"for each block of 16 x 16 pixels. With the model's own choice, {k_in_words(own)}, this page holds the attention "
-        f"of {held:,} latents in {server.layers} layers with {server.heads} heads; for {len(some):,} latents also with "
-        f"{', '.join(others)} and {last}, and the measured costs."
+        f"for each block of 16 x 16 pixels. With the model's own choice, {k_in_words(own)}, this page holds the "
+        f"attention of {held:,} latents in {server.layers} layers with {server.heads} heads; for {len(some):,} latents "
+        f"also with {', '.join(others)} and {last}, and the measured costs."
     )
     text = PAGE.substitute(
         title=html.escape(f"What the entropy model looks at: {title}" if title else "What the entropy model looks at"),
