@@ -249,7 +249,7 @@ def explore(
         output = _output(output, image.with_suffix(".html"), force)
     from entroformer_lib.coding import codec
     from entroformer_lib.files import write_bytes
-    from entroformer_lib.studies.attention import RowServer
+    from entroformer_lib.studies.row_server import RowServer
     from entroformer_lib.views.explorer_page import explorer_page, serve_page
 
     picture = codec.open_picture(image)

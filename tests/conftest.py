@@ -1,23 +1,17 @@
 """Shared fixtures: small models with lively latents, and real photographs."""
 
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from browser import browser_path
 from PIL import Image
 
 from entroformer_lib.datasets import SAMPLES, sample_picture
 from entroformer_lib.models.config import named_config
 from entroformer_lib.models.entroformer import Entroformer
-
-
-def browser_path() -> str | None:
-    """Chromium, or a browser made of it, where one is installed."""
-    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
 
 collect_ignore = [] if browser_path() else ["test_browser.py"]
 

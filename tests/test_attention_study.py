@@ -14,7 +14,9 @@ from entroformer_lib.models.exact import ExactEntropyModel
 from entroformer_lib.models.zoo import save_weights
 from entroformer_lib.studies import attention as study
 from entroformer_lib.studies import rate_distortion as rd
-from entroformer_lib.studies.attention import RowServer, capture
+from entroformer_lib.studies import row_server as row_module
+from entroformer_lib.studies.capture import POINTS, attention_points, capture
+from entroformer_lib.studies.row_server import RowServer, spearman
 
 KINDS = ("serial", "parallel")
 
@@ -103,9 +105,9 @@ def test_a_pattern_that_matches_nothing(model, pattern):
 def test_models_without_attention():
     with pytest.raises(AttentionError, match="no attention"), capture(torch.nn.Linear(2, 2), "*"):
         pass
-    names = study.attention_points(micro_model("parallel", position="none"))
+    names = attention_points(micro_model("parallel", position="none"))
     assert "context.0.content" in names and "context.0.position" not in names
-    assert not any(n.startswith("context") for n in study.attention_points(micro_model("hyperprior")))
+    assert not any(n.startswith("context") for n in attention_points(micro_model("hyperprior")))
 
 
 # ---- the row server ----
@@ -116,13 +118,13 @@ def exact_maps(server, k) -> dict:
     context = server._context
     context.stack.top_k = k or server.n
     y = server._values.T.reshape(1, -1, server.height, server.width)
-    with torch.inference_mode(), capture(study._Holder(context), "*") as maps:
+    with torch.inference_mode(), capture(row_module._Holder(context), "*") as maps:
         feature = context(y)
     return {"feature": feature, **maps}
 
 
 @pytest.mark.parametrize("k", [2, 6, None])
-@pytest.mark.parametrize("point", study.POINTS)
+@pytest.mark.parametrize("point", POINTS)
 def test_rows_are_those_of_the_whole_map(server, k, point):
     maps = exact_maps(server, k)
     for site in (0, 1, 5, 11, 12, 40, server.n - 1):
@@ -219,7 +221,7 @@ def test_another_k_is_kept(server):
     assert all(server._held[k] is cache for k, cache in held.items())
     for k in range(1, 12):
         server.rows(50, k)
-    assert len(server._held) <= study.K_HELD
+    assert len(server._held) <= row_module.K_HELD
 
 
 def test_a_silent_head_is_silent(server):
@@ -277,8 +279,8 @@ def test_head_profile(model, photo):
 def test_spearman():
     scipy = pytest.importorskip("scipy.stats")
     a, b = np.array([0.0, 0, 1, 3, 2]), np.array([5.0, 1, 2, 2, 9])
-    assert study.spearman(a, b) == pytest.approx(scipy.spearmanr(a, b).statistic)
-    assert np.isnan(study.spearman(np.ones(4), b[:4])) and np.isnan(study.spearman(a[:2], b[:2]))
+    assert spearman(a, b) == pytest.approx(scipy.spearmanr(a, b).statistic)
+    assert np.isnan(spearman(np.ones(4), b[:4])) and np.isnan(spearman(a[:2], b[:2]))
 
 
 def test_attention_against_cost(model, photo):

@@ -3,34 +3,22 @@
 Screenshots stay in build/screenshots. EXPLORER_CUT=1 cuts the click handler, to see that the tests then fail.
 """
 
-import json
 import os
 import re
-import secrets
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
-from pathlib import Path
 
-import nbformat
 import pytest
-from conftest import browser_path, micro_model
+from browser import ROOT, chromium, jupyter_lab, open_notebook, run_all
+from conftest import micro_model
 
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.models.zoo import load_model, save_weights
-from entroformer_lib.studies.attention import RowServer
+from entroformer_lib.studies.row_server import RowServer
 from entroformer_lib.views.explorer import SCRIPT
-from entroformer_lib.views.explorer_model import Exploration
+from entroformer_lib.views.explorer_model import MODES, Exploration
 from entroformer_lib.views.explorer_page import explorer_page
 
-ROOT = Path(__file__).parents[1]
 SCREENSHOTS = ROOT / "build" / "screenshots"
-FLAGS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync"),
-]
 KINDS = ("parallel", "serial")
 CLICK = 'canvas.addEventListener("click"'
 
@@ -51,12 +39,8 @@ def exploration(folder, kind) -> Exploration:
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=browser_path(), args=FLAGS)
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -119,7 +103,7 @@ def as_the_user_does(page, view: Exploration, name: str) -> list[float]:
     page.locator(".ef-k").focus()
     after(lambda: page.keyboard.press("ArrowRight"), k=view.ks[view.ks.index(view.k) + 1])
     after(lambda: page.keyboard.press("Home"), k=view.ks[0])  # the model's own: the page holds costs for that
-    for mode in ("heads", "ks", "cost", "head"):
+    for mode in (*list(MODES)[1:], "head"):
         page.click(f"button[data-mode={mode}]")
         view.update(mode=mode)
         page.wait_for_function(
@@ -148,80 +132,45 @@ def test_exported_page(watched, folder, kind):
 
 NOTEBOOK = """\
 from entroformer_lib import load_model
-from entroformer_lib.studies.attention import RowServer
+from entroformer_lib.studies.row_server import RowServer
 from entroformer_lib.views.explorer import Explorer
 from entroformer_lib.views.explorer_model import Exploration
 Explorer(Exploration(RowServer(load_model("{kind}.safetensors", "cpu"), "photo.png")))"""
+TWO = """
+one, other = (RowServer(load_model(kind + ".safetensors", "cpu"), "photo.png") for kind in ("parallel", "serial"))
+Explorer(Exploration(one, other))"""
 CUT = """
 from entroformer_lib.views import explorer
 explorer.Explorer._esm = explorer.SCRIPT.read_text().replace({click!r}, "((name, handler) => name)('click'")
 """
-RUN_ALL = """async () => {
-  const app = window.jupyterapp;
-  await app.restored;
-  const until = async (ready) => { while (!ready()) await new Promise((done) => setTimeout(done, 100)); };
-  await until(() => app.shell.currentWidget?.sessionContext);
-  const context = app.shell.currentWidget.sessionContext;
-  await context.ready;
-  await until(() => context.session?.kernel?.status === 'idle');
-  await app.commands.execute('notebook:run-all-cells');
-}"""
 
 
 @pytest.fixture(scope="module")
 def jupyter(folder):
-    """JupyterLab with settings of its own.  ->  (address, token)"""
-    home = folder / "jupyter"
-    names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR")
-    places = {name: str(home / name) for name in (*names, "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")}
-    settings = Path(places["JUPYTERLAB_SETTINGS_DIR"]) / "@jupyterlab" / "apputils-extension"
-    settings.mkdir(parents=True)
-    news = {"fetchNews": "false", "checkForUpdates": False}  # the pop-up would cover the widget
-    (settings / "notification.jupyterlab-settings").write_text(json.dumps(news))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    token = secrets.token_hex(8)
-    command = [
-        *(sys.executable, "-m", "jupyter", "lab", "--allow-root", "--no-browser", "--ServerApp.ip=127.0.0.1"),
-        *(f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}"),
-        *(f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True"),
-        "--LabApp.extension_manager=readonly",
-    ]
-    environment = {**os.environ, **places, "PYTHONPATH": str(ROOT)}
-    with open(folder / "jupyter.log", "w") as log:
-        process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        _wait_for(f"{address}/api/status?token={token}", process)
-        yield address, token
-    finally:
-        process.terminate()
-        process.wait(20)
+    """JupyterLab.  ->  (address, token)"""
+    with jupyter_lab(folder) as lab:
+        yield lab
 
 
-def _wait_for(address: str, process) -> None:
-    end = time.monotonic() + 90
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            with urllib.request.urlopen(address, timeout=5):
-                return
-        except OSError:
-            time.sleep(0.3)
-    raise RuntimeError("JupyterLab did not start")
+def perhaps_cut(source: str) -> str:
+    """The cell with the click handler cut, where EXPLORER_CUT asks for it."""
+    if not os.environ.get("EXPLORER_CUT"):
+        return source
+    assert CLICK in SCRIPT.read_text()
+    return CUT.format(click=CLICK) + source
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_widget_in_jupyterlab(watched, folder, kind, jupyter):
-    address, token = jupyter
-    source = NOTEBOOK.format(kind=kind)
-    if os.environ.get("EXPLORER_CUT"):
-        assert CLICK in SCRIPT.read_text()
-        source = CUT.format(click=CLICK) + source
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, folder / f"{kind}.ipynb")
-    watched.goto(f"{address}/doc/tree/{kind}.ipynb?token={token}")
-    watched.wait_for_function("window.jupyterapp !== undefined", timeout=60_000)
-    watched.evaluate(RUN_ALL)
+    open_notebook(watched, jupyter, folder / f"{kind}.ipynb", [perhaps_cut(NOTEBOOK.format(kind=kind))])
+    run_all(watched)
     as_the_user_does(watched, exploration(folder, kind), f"jupyterlab-{kind}")
+
+
+def test_two_models_in_jupyterlab(watched, folder, jupyter):
+    source = NOTEBOOK.format(kind="parallel").rsplit("\n", 1)[0] + TWO
+    open_notebook(watched, jupyter, folder / "two.ipynb", [perhaps_cut(source)])
+    run_all(watched)
+    view = Exploration(*(exploration(folder, kind).servers[0] for kind in KINDS))
+    as_the_user_does(watched, view, "jupyterlab-two")
+    assert watched.locator(".ef-side h3").all_inner_texts()[:2] == ["parallel", "serial"]

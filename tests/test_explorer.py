@@ -19,7 +19,7 @@ from conftest import micro_model
 from entroformer_lib import cli
 from entroformer_lib.errors import AttentionError
 from entroformer_lib.models.zoo import save_weights
-from entroformer_lib.studies.attention import RowServer
+from entroformer_lib.studies.row_server import RowServer
 from entroformer_lib.views import explorer_page as page_module
 from entroformer_lib.views.explorer import SCRIPT, Explorer, bytes_of, frame_of
 from entroformer_lib.views.explorer_model import DENSE, MEAN, MODES, Exploration
@@ -82,6 +82,12 @@ def test_panels_of_every_mode(view, server):
     view.mode = "ks"
     counts = [int((p.values > 0).sum()) for p in view.panels()]
     assert len(counts) == 6 and counts == sorted(counts) and not view.panels()[-1].selected.any()
+    assert view.panels()[0].title == f"k = 6: {server.facts(view.site, 6)['bits']:.1f} bits"
+    view.mode = "pair"
+    left, right = view.panels()
+    assert left.selected.any() and not right.selected.any()
+    assert [fact["bits"] for fact in view.facts()] == [server.facts(view.site, k)["bits"] for k in (6, None)]
+    assert view.facts()[0]["name"].endswith(", k = 6") and view.facts()[1]["name"].endswith(", dense")
     view.mode = "cost"
     attention, cost = view.panels()
     positions, bits = server.costs(view.site, 6)
@@ -99,6 +105,8 @@ def test_caption_says_the_selection(view, server):
     for change in (
         {"mode": "heads"},
         {"mode": "ks"},
+        {"mode": "pair"},
+        {"other_k": 8},
         {"mode": "cost"},
         {"k": 0},
         {"row": 0, "column": 0},
@@ -106,7 +114,7 @@ def test_caption_says_the_selection(view, server):
     ):
         view.update(**change)
         captions.add(view.caption())
-    assert len(captions) == 7
+    assert len(captions) == 9
     assert ("nothing is decoded yet" if server.kind == "serial" else "second pass") in view.caption()
 
 
@@ -116,6 +124,15 @@ def test_two_models_side_by_side(photo):
     titles = [panel.title for panel in view.panels()]
     assert len(titles) == 2 and "head 1" in titles[0] and "head 2" in titles[1] and "untrained serial" in titles[0]
     assert [fact["name"] for fact in view.facts()] == ["untrained serial", "untrained parallel"]
+    for server in (one, other):
+        assert f"{server.name}: " in view.caption() and f"{server.facts(view.site, 6)['bits']:.1f}" in view.caption()
+    counts = {"head": (1, 1), "heads": (3, 4), "ks": (6, 6), "pair": (2, 2), "cost": (2, 2)}
+    for mode, expected in counts.items():
+        view.mode = mode
+        assert tuple([p.model for p in view.panels()].count(m) for m in (0, 1)) == expected
+        frame, data = frame_of(view)
+        assert len(data) == 2 * one.n * sum(expected) and len(frame["scatters"]) == 2 * (view.mode == "cost")
+    assert [m["kind"] for m in Explorer(view).meta["models"]] == ["serial", "parallel"]
     with pytest.raises(AttentionError, match="same grid"):
         Exploration(one, RowServer(micro_model("serial"), photo.crop((0, 0, 64, 64))))
 
@@ -194,6 +211,7 @@ def test_page_asks_for_nothing(page):
     """Neither the script nor the page names an address, and the policy forbids requests."""
     outside = page.text.replace("http-equiv", "")
     assert not re.search(r"https?://|\bfetch\(|XMLHttpRequest|\bimport\(|src=\"(?!data:)|@import|url\(", outside)
+    assert "for 96 latents also with k = 8, k = 16, k = 32, k = 64 and dense, and the measured costs" in page.text
     assert "default-src 'none'" in page.text and "</script" not in SCRIPT.read_text()
     assert "<title>What the entropy model looks at: a &lt;cat&gt; &amp; more</title>" in page.text
 
@@ -262,6 +280,7 @@ def page_says_and_shows_what_the_view_model_does(page, server, tmp_path):
         {"by": [-1, 0]},
         {"mode": "heads"},
         {"mode": "ks", "row": 2, "column": 2},
+        {"mode": "pair", "other_k": 8},
         {"mode": "cost", "k": 6, "head": -1},
         {"row": 0, "column": 0},
     ]

@@ -10,8 +10,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PatchCollection
 from matplotlib.colors import FuncNorm, Normalize, to_rgba
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
 from entroformer_lib.views.explorer_model import Panel
@@ -29,8 +29,7 @@ def attention_maps(
 ) -> Figure:
     """Maps of attention over the picture, each on a scale of its own; its largest value stands in the title.
 
-    Orange frame: the latent that is predicted; sky blue, if elsewhere: the token that predicts it. White frames: the
-    top k. Darker: not decoded yet.
+    A legend below says what frames and shades mean.
 
     Args:
         picture: padded to the latent grid, see `RowServer.picture`.
@@ -39,7 +38,7 @@ def attention_maps(
     rows = -(-len(panels) // columns)
     height, width = panels[0].values.shape
     inches = TWO_COLUMNS / columns * height / width + 0.3
-    figure, axes = new_figure(TWO_COLUMNS, rows * inches + 0.45, rows, columns, squeeze=False)
+    figure, axes = new_figure(TWO_COLUMNS, rows * inches + 0.8, rows, columns, squeeze=False)
     titles = titles or [panel.title for panel in panels]
     for axis, panel, title in zip(axes.flat, panels, titles, strict=False):
         _map(axis, picture, panel, f"{title} (up to {panel.values.max():.0%})")
@@ -50,7 +49,21 @@ def attention_maps(
     bar.set_ticks([0, 0.1, 0.25, 0.5, 1], labels=["0", "10%", "25%", "50%", "100%"])
     bar.set_label("attention, as a share of the largest in its map")
     bar.outline.set_visible(False)
+    _legend(figure, panels)
     return figure
+
+
+def _legend(figure: Figure, panels: list[Panel]) -> None:
+    """What frames and shades mean, of those that occur."""
+    frame = dict(facecolor="none", linewidth=1.4)
+    entries = [(Patch(edgecolor=QUERY, **frame), "the latent that is predicted")]
+    if any(panel.origin != panel.query for panel in panels):
+        entries.append((Patch(edgecolor=ORIGIN, **frame), "the one before, whose attention it is"))
+    if any(panel.selected.any() for panel in panels):
+        entries.append((Patch(facecolor="#31446b", edgecolor="0.75", linewidth=1.4), "white frame: among the top k"))
+    entries.append((Patch(facecolor="0.35", linewidth=0), "darker: not decoded yet"))
+    handles, words = zip(*entries, strict=True)
+    figure.legend(handles, words, loc="outside lower center", ncols=len(words), handlelength=1, handleheight=1)
 
 
 def _map(axis, picture: Image.Image, panel: Panel, title: str) -> None:
@@ -79,7 +92,7 @@ def _colours(panel: Panel) -> np.ndarray:
     strength = np.sqrt(np.abs(panel.values) / (np.abs(panel.values).max() or 1))
     if panel.kind == "cost":
         colours = np.where((panel.values > 0)[..., None], to_rgba(DEARER), to_rgba(CHEAPER))
-        colours[..., 3] = np.where(panel.selected, 0.25 + 0.75 * strength, 0)
+        colours[..., 3] = np.where(panel.selected, 0.45 + 0.55 * strength, 0)
         return colours
     colours = colormaps[SEQUENTIAL](strength)
     colours[..., 3] = np.where(panel.values > 0, 0.9, 0)
@@ -102,7 +115,7 @@ def attention_and_cost(picture: Image.Image, panels: list[Panel], scatter: dict)
     figure, axes = new_figure(TWO_COLUMNS, 2.0, 1, 3, width_ratios=[1.25, 1.25, 1])
     most = np.abs(cost.values).max()
     _map(axes[0], picture, attention, attention.title.replace("attention, ", "attention\n"))
-    _map(axes[1], picture, cost, f"cost of its absence\norange: up to +{most:.1f} bits, blue: it hurt")
+    _map(axes[1], picture, cost, f"cost of its absence, up to {most:.1f} bits\norange: it helped, blue: it hurt")
     received, bits = np.asarray(scatter["attention"]), np.asarray(scatter["bits"])
     colours = np.where(bits > 0, DEARER, CHEAPER)
     axes[2].scatter(received, bits, s=7, c=colours, alpha=0.6, linewidth=0)
@@ -112,6 +125,7 @@ def attention_and_cost(picture: Image.Image, panels: list[Panel], scatter: dict)
     end = float(f"{0.7 * most:.1g}") if most else 1.0
     axes[2].set_yticks([-end, 0, end])
     axes[2].xaxis.set_major_locator(MaxNLocator(3))
+    axes[2].xaxis.set_major_formatter(PercentFormatter(1))
     axes[2].set(xlabel="attention received", ylabel="bits its absence costs", xlim=(0, None))
     axes[2].set_ylim(-1.15 * most or -1, 1.15 * most or 1)
     rho = scatter["rho"]

@@ -1,7 +1,8 @@
 // The attention explorer: draws frames and sends selections. In a notebook the frames come from Python
 // (views/explorer.py), in an exported page from the rows stored in it (PageSource below). No libraries.
 //
-// A frame: {selection, caption, panels: [{title, kind, low, high, query, origin, radius}], facts, scatter} and bytes:
+// A frame: {selection, caption, panels: [{title, kind, low, high, query, origin, radius, model}], facts: one per model
+// (and k, side by side), scatters: one per model or none} and bytes:
 // for each panel n values, then n flags (1 decoded, 2 selected), n = height * width of the latent grid.
 
 const MEAN = -1;
@@ -18,6 +19,7 @@ export const MODES = {
   head: "one head",
   heads: "all heads of the layer",
   ks: "one head, several k",
+  pair: "two k side by side",
   cost: "attention against cost",
 };
 
@@ -25,9 +27,10 @@ const EXPLAINED = {
   head: "Where this head looks when the chosen latent is predicted: the brighter, the more attention.",
   heads: "The same latent seen by every head of the layer, and their mean, last. Each map has its own scale.",
   ks: "The same head when only the k best-matching positions may take part. The weights are those trained with the model's own k.",
+  pair: "The same head of the same model with two k, in all its layers: the maps, and under them what the latent costs with each k. Each map has its own scale.",
   cost:
     "Left: attention. Right: what it costs in bits when the position is hidden from this latent, in all layers and heads at once. " +
-    "Orange: hiding it makes the latent dearer, so it helped. Blue: hiding it makes it cheaper.",
+    "Orange: hiding it makes the latent dearer, so it helped. Blue: hiding it makes it cheaper. White frames: the positions that were hidden, those that some head looks at.",
 };
 
 const ABOUT = `
@@ -46,18 +49,23 @@ Only the <b>k</b> best-matching positions take part.</p>
 </ul>`;
 const ABOUT_KIND = {
   parallel:
-    "<p>This model decodes in <b>two passes</b> like the two colours of a chessboard. The first pass is predicted by the hyperprior alone; the second sees all of the first, before and after it, and itself.</p>",
+    "decodes in <b>two passes</b> like the two colours of a chessboard. The first pass is predicted by the hyperprior alone; the second sees all of the first, before and after it, and itself.",
   serial:
-    "<p>This model decodes <b>one latent after the other</b>, row by row, and sees what came before. The attention shown is that of the latent just before (<b style='color:#56B4E9'>blue frame</b>), which predicts the chosen one; in the first column that is the end of the row above.</p>",
+    "decodes <b>one latent after the other</b>, row by row, and sees what came before. The attention shown is that of the latent just before (<b style='color:#56B4E9'>blue frame</b>), which predicts the chosen one; in the first column that is the end of the row above.",
 };
+
+const aboutModels = (models) =>
+  models.map(({ name, kind }) => `<p>${models.length > 1 ? `Model ${escape(name)}` : "This model"} ${ABOUT_KIND[kind]}</p>`).join("");
 
 const STYLE = `
 .ef-explorer { font: 14px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; padding: 4px; max-width: 1500px; }
 .ef-explorer * { box-sizing: border-box; }
 .ef-controls { display: flex; flex-wrap: wrap; gap: 6px 16px; align-items: center; margin: 6px 0; }
 .ef-controls label { display: inline-flex; gap: 8px; align-items: center; white-space: nowrap; }
+.ef-controls label[hidden] { display: none; }
 .ef-controls output { min-width: 8em; } .ef-layer + output { min-width: 4em !important; }
 .ef-controls input[type=range] { width: 100px; accent-color: ${BLUE}; }
+.ef-break { flex-basis: 100%; }
 .ef-modes { display: inline-flex; border: 1px solid #777; border-radius: 4px; overflow: hidden; }
 .ef-modes button { border: 0; background: #fff; color: #1a1a1a; padding: 4px 10px; font: inherit; cursor: pointer; }
 .ef-modes button + button { border-left: 1px solid #777; }
@@ -74,14 +82,19 @@ const STYLE = `
 .ef-panel canvas:focus-visible { outline: 3px solid ${SKY}; }
 .ef-side { flex: 1 1 290px; max-width: 400px; }
 .ef-side h3 { font-size: 14px; margin: 0 0 4px; overflow-wrap: anywhere; }
+.ef-side section + section { margin-top: 14px; }
+.ef-two .ef-panels { flex-basis: 100%; }
+.ef-two .ef-side { flex-basis: 100%; max-width: none; display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 10px; }
+.ef-two .ef-side section { margin: 0; max-width: 480px; }
 .ef-bits { display: grid; grid-template-columns: auto 1fr; gap: 2px 8px; align-items: center; }
 .ef-bits b { text-align: right; font-variant-numeric: tabular-nums; }
 .ef-bar { height: 10px; background: ${BLUE}; }
 .ef-bar.alone { background: #8a8a8a; }
 .ef-side table { border-collapse: collapse; width: 100%; font-size: 12.5px; margin: 8px 0; font-variant-numeric: tabular-nums; }
 .ef-side th { font-weight: 600; border-bottom: 1px solid #777; }
-.ef-side td, .ef-side th { text-align: right; padding: 1px 3px; vertical-align: bottom; }
-.ef-side td:first-child, .ef-side th:first-child { text-align: left; }
+.ef-side td, .ef-side th { text-align: right; padding: 1px 0 1px 8px; vertical-align: bottom; }
+.ef-side td:first-child, .ef-side th:first-child { text-align: left; padding-left: 0; }
+.ef-scatter { max-width: 400px; }
 .ef-side small { color: #444; display: block; }
 .ef-about { margin: 6px 0; } .ef-about summary { cursor: pointer; font-weight: 600; }
 .ef-about > div { columns: 2 420px; column-gap: 36px; } .ef-about p { margin: 4px 0; } .ef-about ul { margin: 4px 0; padding-left: 20px; }
@@ -99,63 +112,87 @@ function cividis(t) {
   return [mix(0), mix(1), mix(2)];
 }
 
+/** Red, green, blue and alpha of a byte, or null where nothing is painted. */
 function colourOf(kind, value) {
-  if (kind === "attention") return value ? `rgba(${cividis(value / 255).join()},${0.75 + (0.25 * value) / 255})` : null;
+  if (kind === "attention") return value ? [...cividis(value / 255), 0.75 + (0.25 * value) / 255] : null;
   const strength = (value - 128) / 127; // cost: the middle is zero
   if (!strength) return null;
-  const colour = strength > 0 ? "213,94,0" : "0,114,178";
-  return `rgba(${colour},${0.45 + 0.55 * Math.abs(strength)})`;
+  return [...(strength > 0 ? [213, 94, 0] : [0, 114, 178]), 0.45 + 0.55 * Math.abs(strength)];
 }
 
 // ---- drawing ----
+
+const sheets = new Map(); // canvases that are used again
+
+function sheet(name, width, height) {
+  if (!sheets.has(name)) sheets.set(name, document.createElement("canvas"));
+  const canvas = sheets.get(name);
+  if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
+  return canvas;
+}
+
+/** The picture in pale grey, because the colours are for the map. The filter is slow, so it runs once for each size. */
+function backdrop(picture, width, height) {
+  const made = (picture.backdrops ??= new Map());
+  if (!made.has(width)) {
+    const canvas = Object.assign(document.createElement("canvas"), { width, height });
+    const g = canvas.getContext("2d");
+    g.filter = "grayscale(1) contrast(0.7) brightness(1.2)";
+    g.drawImage(picture, 0, 0, width, height);
+    made.set(width, canvas);
+  }
+  return made.get(width);
+}
+
+/** One pixel for each latent, enlarged. colour(i): [red, green, blue, alpha] or null. */
+function paintCells(g, meta, colour) {
+  const small = sheet("cells", meta.width, meta.height);
+  const pixels = new ImageData(meta.width, meta.height);
+  for (let i = 0; i < meta.width * meta.height; i++) {
+    const [red, green, blue, alpha] = colour(i) || [0, 0, 0, 0];
+    pixels.data.set([red, green, blue, 255 * alpha], 4 * i);
+  }
+  small.getContext("2d").putImageData(pixels, 0, 0);
+  g.imageSmoothingEnabled = false;
+  g.drawImage(small, 0, 0, g.canvas.width, g.canvas.height);
+}
 
 function drawPanel(canvas, meta, picture, panel, values, flags, large) {
   const cell = Math.max(4, Math.round((large ? 1152 : 640) / meta.width));
   const [w, h] = [meta.width * cell, meta.height * cell];
   if (canvas.width !== w || canvas.height !== h) Object.assign(canvas, { width: w, height: h });
   const g = canvas.getContext("2d");
-  g.filter = "grayscale(1) contrast(0.7) brightness(1.2)"; // the colours are for the map
-  g.drawImage(picture, 0, 0, w, h);
-  g.filter = "none";
-  const each = (paint) => {
-    for (let i = 0; i < values.length; i++) paint(i, (i % meta.width) * cell, Math.floor(i / meta.width) * cell);
+  g.drawImage(backdrop(picture, w, h), 0, 0);
+  const stroke = (colour, width, path) => {
+    Object.assign(g, { strokeStyle: colour, lineWidth: width });
+    g.beginPath();
+    path();
+    g.stroke();
   };
-  g.strokeStyle = `rgba(0,0,0,${large ? 0.4 : 0.25})`;
-  g.lineWidth = Math.min(Math.max(1, cell / 24), 2);
-  each((i, x, y) => {
-    if (!(flags[i] & DECODED)) {
-      g.fillStyle = "rgba(30,30,30,0.3)";
-      g.fillRect(x, y, cell, cell);
-      g.beginPath(); // a stroke through it, so that the difference does not hang on brightness
-      g.moveTo(x, y + cell);
-      g.lineTo(x + cell, y);
-      g.stroke();
-    }
-    const colour = colourOf(panel.kind, values[i]);
-    if (colour) {
-      g.fillStyle = colour;
-      g.fillRect(x, y, cell, cell);
-    }
+  const each = (bit, path) => {
+    for (let i = 0; i < flags.length; i++) if (bit(flags[i])) path((i % meta.width) * cell, Math.floor(i / meta.width) * cell);
+  };
+  paintCells(g, meta, (i) => (flags[i] & DECODED ? null : [30, 30, 30, 0.3]));
+  // a stroke through what is not decoded, so that the difference does not hang on brightness
+  stroke(`rgba(0,0,0,${large ? 0.4 : 0.25})`, Math.min(Math.max(1, cell / 24), 2), () =>
+    each((flag) => !(flag & DECODED), (x, y) => line(g, x, y + cell, x + cell, y)),
+  );
+  paintCells(g, meta, (i) => colourOf(panel.kind, values[i]));
+  stroke("rgba(255,255,255,0.14)", 1, () => {
+    for (let c = 1; c < meta.width; c++) line(g, c * cell + 0.5, 0, c * cell + 0.5, h);
+    for (let r = 1; r < meta.height; r++) line(g, 0, r * cell + 0.5, w, r * cell + 0.5);
   });
-  g.strokeStyle = "rgba(255,255,255,0.14)";
-  g.lineWidth = 1;
-  for (let c = 1; c < meta.width; c++) line(g, c * cell, 0, c * cell, h);
-  for (let r = 1; r < meta.height; r++) line(g, 0, r * cell, w, r * cell);
-  g.strokeStyle = "#fff";
-  g.lineWidth = Math.min(Math.max(1, cell / (large ? 14 : 10)), 3);
-  each((i, x, y) => {
-    if (flags[i] & SELECTED) g.strokeRect(x + 1, y + 1, cell - 2, cell - 2);
-  });
+  stroke("#fff", Math.min(Math.max(1, cell / (large ? 14 : 10)), 3), () =>
+    each((flag) => flag & SELECTED, (x, y) => g.rect(x + 1, y + 1, cell - 2, cell - 2)),
+  );
   drawDiamond(g, panel.origin, panel.radius, cell);
   if (String(panel.origin) !== String(panel.query)) frame(g, panel.origin, cell, SKY);
   frame(g, panel.query, cell, VERMILLION);
 }
 
 function line(g, x0, y0, x1, y1) {
-  g.beginPath();
-  g.moveTo(x0 + 0.5, y0 + 0.5);
-  g.lineTo(x1 + 0.5, y1 + 0.5);
-  g.stroke();
+  g.moveTo(x0, y0);
+  g.lineTo(x1, y1);
 }
 
 function frame(g, [row, column], cell, colour) {
@@ -212,10 +249,12 @@ const percent = (value) => (value >= 0.0995 ? `${(100 * value).toFixed(0)}%` : `
 export const headInWords = (head) => (head === MEAN ? "mean over heads" : `head ${head}`);
 export const kInWords = (k) => (k === DENSE ? "dense" : `k = ${k}`);
 
+const rgba = (colour) => `rgba(${colour.join()})`;
+
 function legendOf(panel) {
   const stops = [];
   for (let i = 0; i <= 8; i++) {
-    stops.push(panel.kind === "attention" ? `rgb(${cividis(i / 8).join()})` : colourOf("cost", 1 + (254 * i) / 8) || "#fff");
+    stops.push(panel.kind === "attention" ? `rgb(${cividis(i / 8).join()})` : rgba(colourOf("cost", 1 + (254 * i) / 8) || [255, 255, 255, 1]));
   }
   const [low, high] =
     panel.kind === "attention"
@@ -224,11 +263,15 @@ function legendOf(panel) {
   return `<span class="ef-legend">${low}<i style="background:linear-gradient(90deg,${stops.join()})"></i>${high}</span>`;
 }
 
-function sideOf(facts, scatter, several) {
+function sideOf(facts, scatters) {
+  const several = facts.length > 1;
   const most = Math.max(...facts.flatMap((f) => [f.bits, f.hyper_bits]), 1e-9);
+  const explained = (counts) =>
+    `<small>Groups of ${counts} channels, group 1 holds those with the largest values in this picture. ` +
+    `Values, means and scales as root mean squares over the group. Scale: how unsure the prediction is.</small>`;
   const bar = (bits, name) => `<div class="ef-bar ${name}" style="width:${((100 * Math.max(bits, 0)) / most).toFixed(1)}%"></div>`;
   return facts
-    .map((f) => {
+    .map((f, place) => {
       const saved = f.hyper_bits - f.bits;
       const rows = f.groups.map(
         (g, i) =>
@@ -237,17 +280,17 @@ function sideOf(facts, scatter, several) {
       );
       const counts = [...new Set(f.groups.map((g) => g.channels))].sort((a, b) => a - b).join(" or ");
       return (
-        `<h3>${several ? escape(f.name) : "What this latent costs"}</h3><div class="ef-bits">` +
+        `<section><h3>${several ? escape(f.name) : "What this latent costs"}</h3><div class="ef-bits">` +
         `<span>with all context</span><b>${number(f.bits)} bits</b><span></span>${bar(f.bits, "")}` +
         `<span>hyperprior only</span><b>${number(f.hyper_bits)} bits</b><span></span>${bar(f.hyper_bits, "alone")}` +
         `<span>context ${saved >= 0 ? "saves" : "costs"}</span><b>${number(Math.abs(saved))} bits</b></div>` +
         `<table><thead><tr><th>channel group</th><th>actual value</th><th>predicted mean</th><th>predicted scale</th><th>bits</th><th>bits, hyper&shy;prior only</th></tr></thead>` +
-        `<tbody>${rows.join("")}</tbody></table><small>Groups of ${counts} channels, group 1 holds those with the largest values in this picture. ` +
-        `Values, means and scales as root mean squares over the group. Scale: how unsure the prediction is.</small>`
+        `<tbody>${rows.join("")}</tbody></table>` +
+        `${place < facts.length - 1 ? "" : explained(counts)}</section>` +
+        (scatters[place] ? `<section>${scatterOf(scatters[place])}</section>` : "")
       );
     })
-    .join("")
-    .concat(scatter ? scatterOf(scatter) : "");
+    .join("");
 }
 
 function scatterOf({ attention, bits, rho }) {
@@ -262,7 +305,7 @@ function scatterOf({ attention, bits, rho }) {
   );
   const words = rho === null ? "no rank correlation: one of the two does not vary" : `Spearman's rank correlation ${rho.toFixed(2)}`;
   return (
-    `<h3 style="margin-top:12px">Attention against cost</h3><svg class="ef-scatter" viewBox="0 0 ${w} ${h}" width="100%" role="img" aria-label="${words}" font-size="11">` +
+    `<h3>Attention against cost</h3><svg class="ef-scatter" viewBox="0 0 ${w} ${h}" width="100%" role="img" aria-label="${words}" font-size="11">` +
     `<path d="M${pad} 8V${h - 24}M${pad} ${y(0)}H${w - 6}" stroke="#555" fill="none"/>${dots.join("")}` +
     `<text x="${pad - 4}" y="${y(reach) + 8}" text-anchor="end">+${number(reach)}</text><text x="${pad - 4}" y="${y(0) + 4}" text-anchor="end">0</text>` +
     `<text x="${pad - 4}" y="${y(-reach)}" text-anchor="end">${number(-reach)}</text><text x="${w - 6}" y="${y(0) + 13}" text-anchor="end">${percent(top)}</text>` +
@@ -276,14 +319,16 @@ const escape = (text) => text.replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`)
 
 // ---- the explorer ----
 
+const SLIDERS = { layer: "layer", head: "head", k: "k", other_k: "k on the right" };
+
 /** Puts an explorer into `root`. source: {meta, send(selection), listen(callback(frame, bytes))}. */
 export function mount(root, source) {
   const { meta } = source;
   root.innerHTML =
     `<style>${STYLE}</style><div class="ef-explorer"><details class="ef-about" ${meta.open ? "open" : ""}><summary>What is shown here</summary>` +
-    `<div>${ABOUT}${ABOUT_KIND[meta.kind]}</div></details>` +
-    `<div class="ef-controls"><span class="ef-modes" role="group" aria-label="what to show"></span>` +
-    ["layer", "head", "k"].map((n) => `<label>${n} <input type="range" class="ef-${n}" aria-label="${n}"><output></output></label>`).join("") +
+    `<div>${ABOUT}${aboutModels(meta.models)}</div></details>` +
+    `<div class="ef-controls"><span class="ef-modes" role="group" aria-label="what to show"></span><span class="ef-break"></span>` +
+    Object.entries(SLIDERS).map(([n, words]) => `<label>${words} <input type="range" class="ef-${n}" aria-label="${words}"><output></output></label>`).join("") +
     `</div><div class="ef-caption" aria-live="polite"></div><div class="ef-note"></div>` +
     `<div class="ef-body"><div class="ef-panels"></div><div class="ef-side"></div></div></div>`;
   root.addEventListener("keydown", (event) => {
@@ -292,10 +337,13 @@ export function mount(root, source) {
   const find = (name) => root.querySelector(name);
   const picture = new Image();
   let last = null;
+  const owners = (k) => meta.models.filter((m) => m.own_k === k).map((m) => m.name);
+  const kWords = (k) => kInWords(k) + (owners(k).length === meta.models.length ? " (its own)" : owners(k).map((name) => ` (${name}'s own)`).join(""));
   const scales = {
     layer: { values: [...Array(meta.layers).keys()], words: (v) => `${v} (0 to ${meta.layers - 1})` },
     head: { values: [MEAN, ...Array(meta.heads).keys()], words: (v) => (v === MEAN ? "mean over heads" : `${v} (0 to ${meta.heads - 1})`) },
-    k: { values: meta.ks, words: (v) => kInWords(v) + (v === meta.own_k ? " (its own)" : "") },
+    k: { values: meta.ks, words: kWords },
+    other_k: { values: meta.ks, words: kWords },
   };
   for (const [name, { values }] of Object.entries(scales)) {
     const slider = find(`.ef-${name}`);
@@ -338,10 +386,13 @@ export function mount(root, source) {
     const box = find(".ef-panels");
     while (box.children.length < panels.length) box.append(panelFigure(box.children.length));
     while (box.children.length > panels.length) box.lastChild.remove();
-    box.style.gridTemplateColumns = `repeat(${panels.length <= 4 ? Math.min(2, panels.length) : 3}, minmax(0, 1fr))`;
+    const each = Math.max(...meta.models.map((_, m) => panels.filter((p) => p.model === m).length)); // maps of one model
+    const columns = panels.length <= 4 ? Math.min(2, panels.length) : each <= 4 ? each : 3;
+    box.style.gridTemplateColumns = `repeat(${columns}, minmax(0, 1fr))`;
     const n = meta.height * meta.width;
     panels.forEach((panel, i) => {
       const figure = box.children[i];
+      figure.style.gridColumnStart = each > 1 && panel.model !== panels[i - 1]?.model ? 1 : "auto"; // a row for each model
       figure.querySelector("figcaption").innerHTML = `<span>${escape(panel.title)}</span>${legendOf(panel)}`;
       const canvas = figure.querySelector("canvas");
       canvas.setAttribute("aria-label", panel.title);
@@ -353,11 +404,13 @@ export function mount(root, source) {
       if (values.includes(selection[name])) slider.value = values.indexOf(selection[name]);
       slider.nextElementSibling.textContent = words(selection[name]);
       slider.disabled = (name === "head" && selection.mode === "heads") || (name === "k" && selection.mode === "ks");
+      slider.parentElement.hidden = name === "other_k" && selection.mode !== "pair";
     }
     for (const button of find(".ef-modes").children) button.setAttribute("aria-pressed", button.dataset.mode === selection.mode);
     find(".ef-caption").textContent = last.caption;
     find(".ef-note").textContent = EXPLAINED[selection.mode] + (last.note ? ` ${last.note}` : "");
-    find(".ef-side").innerHTML = sideOf(last.facts, last.scatter, last.facts.length > 1);
+    find(".ef-body").classList.toggle("ef-two", panels.length === 2); // the numbers of each under its map
+    find(".ef-side").innerHTML = sideOf(last.facts, last.scatters);
   }
 
   picture.onload = () => source.listen(show);
@@ -410,6 +463,7 @@ export class PageSource {
   held() {
     const { mode, k } = this.selection;
     if (mode === "ks") return this.sections.map((s) => s.sites).reduce((a, b) => (b.length < a.length ? b : a));
+    if (mode === "pair") return [k, this.selection.other_k].map((v) => this.section(v).sites).reduce((a, b) => (b.length < a.length ? b : a));
     return mode === "cost" ? this.costs.sites : this.section(k).sites;
   }
 
@@ -441,6 +495,7 @@ export class PageSource {
     s.row = clip(s.row, 0, height - 1);
     s.column = clip(s.column, 0, width - 1);
     if (s.mode === "cost" || !this.section(s.k)) s.k = own;
+    if (!this.section(s.other_k)) s.other_k = DENSE;
     const held = this.held();
     const site = s.row * width + s.column;
     if (held.length === this.n || held.includes(site)) return;
@@ -449,7 +504,7 @@ export class PageSource {
   }
 
   frame() {
-    const { layer, head, k, row, column, mode } = this.selection;
+    const { layer, head, k, other_k, row, column, mode } = this.selection;
     const { width, heads, name } = this.meta;
     const site = row * width + column;
     const section = this.section(k);
@@ -457,8 +512,9 @@ export class PageSource {
     let maps;
     if (mode === "heads") {
       maps = [...Array(heads).keys(), MEAN].map((h) => [headInWords(h), section, h]);
-    } else if (mode === "ks") {
-      maps = this.meta.ks.map((other) => [kInWords(other), this.section(other), head]);
+    } else if (mode === "ks" || mode === "pair") {
+      const ks = mode === "ks" ? this.meta.ks : [k, other_k];
+      maps = ks.map((v) => [`${kInWords(v)}: ${this.section(v).facts(site).bits.toFixed(1)} bits`, this.section(v), head]);
     } else {
       maps = [[`attention, ${words}`, section, head]];
     }
@@ -466,24 +522,27 @@ export class PageSource {
     const parts = [];
     const decoded = this.decoded(site);
     const add = (title, kind, { values, high, selected }) => {
-      panels.push({ title, kind, low: 0, high, query: [row, column], origin: this.origin(site), radius: this.meta.radius });
+      panels.push({ title, kind, low: 0, high, query: [row, column], origin: this.origin(site), radius: this.meta.radius, model: 0 });
       parts.push(values, decoded.map((d, i) => (d ? DECODED : 0) | (selected[i] ? SELECTED : 0)));
     };
     for (const [title, from, h] of maps) add(title, "attention", this.toBytes(from.attention(site, layer, h), from.k));
-    let scatter = null;
+    const scatters = [];
     if (mode === "cost") {
       const { positions, bits } = this.costs.of(site);
       add("cost of its absence, in bits", "cost", this.costBytes(positions, bits));
       const attention = section.attention(site, layer, head);
       const received = positions.map((p) => attention[p]);
-      scatter = { attention: received, bits, rho: spearman(received, bits) };
+      scatters.push({ attention: received, bits, rho: spearman(received, bits) });
     }
-    const facts = section.facts(site);
+    const facts =
+      mode === "pair"
+        ? [k, other_k].map((v) => ({ name: `${name}, ${kInWords(v)}`, model: 0, ...this.section(v).facts(site) }))
+        : [{ name, model: 0, ...section.facts(site) }];
     const bytes = new Uint8Array(parts.length * this.n);
     parts.forEach((part, i) => bytes.set(part, i * this.n));
     const held = this.held();
     const note = held.length < this.n ? `For this view the page holds ${held.length} of ${this.n} latents and takes the nearest.` : "";
-    const frame = { selection: { ...this.selection }, caption: this.caption(site, facts), note, panels, facts: [{ name, ...facts }], scatter };
+    const frame = { selection: { ...this.selection }, caption: this.caption(site, facts), note, panels, facts, scatters };
     return { frame, bytes };
   }
 
@@ -519,7 +578,7 @@ export class PageSource {
   }
 
   caption(site, facts) {
-    const { layer, head, k, row, column, mode } = this.selection;
+    const { layer, head, k, other_k, row, column, mode } = this.selection;
     const pass =
       this.meta.kind === "serial"
         ? site ? "sees all latents before it." : "the first, nothing is decoded yet."
@@ -530,9 +589,12 @@ export class PageSource {
       head: `Layer ${layer}, ${headInWords(head)}, ${kInWords(k)}.`,
       heads: `Layer ${layer}, every head, ${kInWords(k)}.`,
       ks: `Layer ${layer}, ${headInWords(head)}, every k.`,
+      pair: `Layer ${layer}, ${headInWords(head)}, ${kInWords(k)} beside ${kInWords(other_k)}.`,
       cost: `Layer ${layer}, ${headInWords(head)}, ${kInWords(k)}, beside the measured cost.`,
     }[mode];
-    const bits = `${facts.bits.toFixed(1)} bits with context, ${facts.hyper_bits.toFixed(1)} bits with the hyperprior only.`;
+    const [here, other] = facts.map((f) => f.bits.toFixed(1));
+    const context = mode === "pair" ? `${here} bits with ${kInWords(k)}, ${other} bits with ${kInWords(other_k)}` : `${here} bits with context`;
+    const bits = `${context}, ${facts[0].hyper_bits.toFixed(1)} bits with the hyperprior only.`;
     return `Latent row ${row}, column ${column}: ${pass} ${what} ${bits}`;
   }
 }

@@ -12,7 +12,7 @@ import anywidget
 import numpy as np
 import traitlets
 
-from entroformer_lib.views.explorer_model import DENSE, Exploration, Panel
+from entroformer_lib.views.explorer_model import Exploration, Panel, own_k
 
 SCRIPT = Path(__file__).with_name("explorer.js")
 DECODED, SELECTED = 1, 2  # bits of a flag
@@ -55,8 +55,9 @@ def meta_of(view: Exploration) -> dict:
         "radius": server.radius,
         "kind": server.kind,
         "name": server.name,
+        "models": [{"name": s.name, "kind": s.kind, "own_k": own_k(s)} for s in view.servers],
         "ks": view.ks,
-        "own_k": DENSE if server.default_k is None else server.default_k,
+        "own_k": own_k(server),
         "picture": data_url(server.picture),
     }
 
@@ -64,20 +65,22 @@ def meta_of(view: Exploration) -> dict:
 def frame_of(view: Exploration) -> tuple[dict, bytes]:
     """What explorer.js draws: words and numbers, and for each panel the bytes of its values and flags."""
     panels = view.panels()
-    scatter = view.scatter()
-    if scatter:
-        scatter = {**scatter, "attention": scatter["attention"].tolist(), "bits": scatter["bits"].tolist()}
+    scatters = [view.scatter(number) for number in range(len(view.servers))]
     frame = {
         "revision": view.revision,
         "selection": view.selection(),
         "caption": view.caption(),
         "panels": [
             {"title": p.title, "kind": p.kind, "low": 0, "high": height_of(p), "query": p.query, "origin": p.origin}
-            | {"radius": p.radius}
+            | {"radius": p.radius, "model": p.model}
             for p in panels
         ],
         "facts": view.facts(),
-        "scatter": scatter,
+        "scatters": [
+            {**scatter, "attention": scatter["attention"].tolist(), "bits": scatter["bits"].tolist()}
+            for scatter in scatters
+            if scatter
+        ],
     }
     return frame, b"".join(bytes_of(panel) for panel in panels)
 

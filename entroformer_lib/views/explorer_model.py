@@ -1,6 +1,6 @@
 """What the attention explorer shows, without any widget: a selection, and pure methods that say what belongs to it.
 
-The numbers come from a row server (`studies.attention.RowServer`), which is handed in; nothing here runs a model or
+The numbers come from a row server (`studies.row_server.RowServer`), which is handed in; nothing here runs a model or
 draws a pixel. The widget, the exported page and the static figures all show what `Exploration` returns.
 """
 
@@ -18,8 +18,11 @@ MODES = {
     "head": "one head",
     "heads": "all heads of the layer (figure 9)",
     "ks": "one head, several k (figure 10)",
+    "pair": "one head, two k side by side",
     "cost": "attention against measured cost",
 }
+SELECTION = ("layer", "head", "k", "other_k", "row", "column", "mode")
+REMEMBERED = 64  # answers of a row server
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Panel:
     query: tuple[int, int]
     origin: tuple[int, int]
     radius: int
+    model: int = 0  # whose map it is, where two are side by side
 
 
 class Exploration(traitlets.HasTraits):
@@ -49,7 +53,7 @@ class Exploration(traitlets.HasTraits):
     Args:
         server: of one picture and model.
         other: of the same picture and another model, or None; it is shown beside the first.
-        selection: any of layer, head, k, row, column, mode.
+        selection: any of layer, head, k, other_k (the second k of the mode `pair`), row, column, mode.
 
     Raises:
         AttentionError: the two servers do not have the same grid.
@@ -58,6 +62,7 @@ class Exploration(traitlets.HasTraits):
     layer = traitlets.Int(0)
     head = traitlets.Int(MEAN)
     k = traitlets.Int(DENSE)
+    other_k = traitlets.Int(DENSE)
     row = traitlets.Int(0)
     column = traitlets.Int(0)
     mode = traitlets.Enum(tuple(MODES), "head")
@@ -67,12 +72,13 @@ class Exploration(traitlets.HasTraits):
         self.servers = [server] if other is None else [server, other]
         if other is not None and (other.height, other.width) != (server.height, server.width):
             raise AttentionError("Two models side by side need the same grid of latents; these have different ones.")
-        self._quiet, self._rows, self._costs = True, {}, {}
+        self._quiet, self._answers, self._costs = True, {}, {}
         super().__init__()
-        self.ks = offered_ks(server)
+        self.ks = offered_ks(*self.servers)
         start = dict(
             layer=server.layers - 1,
-            k=DENSE if server.default_k is None else server.default_k,
+            k=own_k(server),
+            other_k=DENSE if own_k(server) != DENSE else USUAL_KS[0],
             row=server.height // 2,
             column=server.width // 2,
         )
@@ -90,7 +96,7 @@ class Exploration(traitlets.HasTraits):
     def _clip_head(self, proposal):
         return _clip(proposal.value, MEAN, max(server.heads for server in self.servers) - 1)
 
-    @traitlets.validate("k")
+    @traitlets.validate("k", "other_k")
     def _clip_k(self, proposal):
         return _clip(proposal.value, DENSE, self.servers[0].n)
 
@@ -102,7 +108,7 @@ class Exploration(traitlets.HasTraits):
     def _clip_column(self, proposal):
         return _clip(proposal.value, 0, self.servers[0].width - 1)
 
-    @traitlets.observe("layer", "head", "k", "row", "column", "mode")
+    @traitlets.observe(*SELECTION)
     def _count(self, change):
         if not self._quiet:
             self.revision += 1
@@ -120,8 +126,8 @@ class Exploration(traitlets.HasTraits):
             self.revision += 1
 
     def selection(self) -> dict:
-        """layer, head, k, row, column, mode."""
-        return {name: getattr(self, name) for name in ("layer", "head", "k", "row", "column", "mode")}
+        """layer, head, k, other_k, row, column, mode."""
+        return {name: getattr(self, name) for name in SELECTION}
 
     @property
     def site(self) -> int:
@@ -131,63 +137,74 @@ class Exploration(traitlets.HasTraits):
     # -- what belongs to it --
 
     def rows(self, server, k: int) -> np.ndarray:
-        """Attention of the chosen latent in all layers and heads: [layers, heads, n]. The last ones are remembered."""
-        key = (id(server), self.site, k)
-        if key not in self._rows:
-            if len(self._rows) > 32:
-                self._rows.clear()
-            self._rows[key] = server.rows(self.site, k or None)
-        return self._rows[key]
+        """Attention of the chosen latent in all layers and heads: [layers, heads, n]."""
+        return self._answer(server, k)[0]
+
+    def facts_of(self, server, k: int) -> dict:
+        """Bits and channel groups of the chosen latent, see `RowServer.facts`."""
+        return self._answer(server, k)[1]
 
     def costs(self, server) -> tuple[np.ndarray, np.ndarray]:
         """Positions and what the absence of each costs the chosen latent in bits."""
-        key = (id(server), self.site, self.k)
-        if key not in self._costs:
-            if len(self._costs) > 32:
-                self._costs.clear()
-            self._costs[key] = server.costs(self.site, self.k or None)
-        return self._costs[key]
+        return self._remember(self._costs, server.costs, server, self.k)
+
+    def _answer(self, server, k: int) -> tuple[np.ndarray, dict]:
+        return self._remember(self._answers, server.row_and_facts, server, k)
+
+    def _remember(self, memory: dict, ask, server, k: int):
+        """What a row server says of the chosen latent; the last answers are kept."""
+        key = (id(server), self.site, k)
+        if key not in memory:
+            if len(memory) >= REMEMBERED:
+                memory.clear()
+            memory[key] = ask(self.site, k or None)
+        return memory[key]
 
     def panels(self) -> list[Panel]:
         """The maps of the present mode, the second model's after the first's."""
-        return [panel for server in self.servers for panel in self._panels_of(server)]
+        return [panel for number in range(len(self.servers)) for panel in self._panels_of(number)]
 
-    def _panels_of(self, server) -> list[Panel]:
-        layer = min(self.layer, server.layers - 1)
-        head = min(self.head, server.heads - 1)
+    def _panels_of(self, number: int) -> list[Panel]:
+        server = self.servers[number]
+        layer, head = min(self.layer, server.layers - 1), min(self.head, server.heads - 1)
         who = f"{server.name}: " if len(self.servers) > 1 else ""
         if self.mode == "heads":
-            heads = [*range(server.heads), MEAN]
-            return [self._attention(server, layer, h, self.k, who + head_in_words(h)) for h in heads]
-        if self.mode == "ks":
-            return [self._attention(server, layer, head, k, who + k_in_words(k)) for k in self.ks]
-        words = f"layer {layer}, {head_in_words(head)}, {k_in_words(self.k)}"
-        attention = self._attention(server, layer, head, self.k, f"{who}attention, {words}")
-        return [attention, self._cost_panel(server, who)] if self.mode == "cost" else [attention]
+            maps = [(h, self.k, head_in_words(h)) for h in (*range(server.heads), MEAN)]
+        elif self.mode in ("ks", "pair"):
+            ks = self.ks if self.mode == "ks" else (self.k, self.other_k)
+            bits = [bits_in_words(self.facts_of(server, k)["bits"]) for k in ks]
+            maps = [(head, k, f"{k_in_words(k)}: {b} bits") for k, b in zip(ks, bits, strict=True)]
+        else:
+            maps = [(head, self.k, f"attention, layer {layer}, {head_in_words(head)}, {k_in_words(self.k)}")]
+        panels = [self._attention(number, layer, h, k, who + words) for h, k, words in maps]
+        return [*panels, self._cost_panel(number, who)] if self.mode == "cost" else panels
 
-    def _attention(self, server, layer: int, head: int, k: int, title: str) -> Panel:
+    def _attention(self, number: int, layer: int, head: int, k: int, title: str) -> Panel:
+        server = self.servers[number]
         row = self.rows(server, k)[layer]
         values = row.mean(0) if head == MEAN else row[head]
         selected = (values > 0) if k else np.zeros(server.n, dtype=bool)
-        return self._panel(server, title, "attention", values, selected)
+        return self._panel(number, title, "attention", values, selected)
 
-    def _cost_panel(self, server, who: str) -> Panel:
+    def _cost_panel(self, number: int, who: str) -> Panel:
+        server = self.servers[number]
         positions, bits = self.costs(server)
         values, selected = np.zeros(server.n), np.zeros(server.n, dtype=bool)
         values[positions], selected[positions] = bits, True
-        return self._panel(server, who + "cost of its absence, in bits", "cost", values, selected)
+        return self._panel(number, who + "cost of its absence, in bits", "cost", values, selected)
 
-    def _panel(self, server, title: str, kind: str, values: np.ndarray, selected: np.ndarray) -> Panel:
+    def _panel(self, number: int, title: str, kind: str, values: np.ndarray, selected: np.ndarray) -> Panel:
+        server = self.servers[number]
         shape = (server.height, server.width)
         decoded = server.decoded(self.site)
         maps = (v.reshape(shape) for v in (values, decoded, selected))
         origin = divmod(server.origin(self.site), server.width)
-        return Panel(title, kind, *maps, (self.row, self.column), origin, server.radius)
+        return Panel(title, kind, *maps, (self.row, self.column), origin, server.radius, number)
 
-    def scatter(self) -> dict | None:
-        """In the mode `cost`: attention (fraction) and cost (bits) of every hidden position, and Spearman's rank
-        correlation, None where it does not exist."""
-        server = self.servers[0]
+    def scatter(self, number: int = 0) -> dict | None:
+        """In the mode `cost`, for the first or second model: attention (fraction) and cost (bits) of every hidden
+        position, and Spearman's rank correlation, None where it does not exist."""
+        server = self.servers[number]
         if self.mode != "cost":
             return None
         positions, bits = self.costs(server)
@@ -197,28 +214,55 @@ class Exploration(traitlets.HasTraits):
         return {"attention": attention, "bits": bits, "rho": None if np.isnan(rho) else float(rho)}
 
     def facts(self) -> list[dict]:
-        """The side panel, one entry per model: name, bits, hyper_bits and the channel groups, see `RowServer.facts`."""
-        return [{"name": s.name, **s.facts(self.site, self.k or None)} for s in self.servers]
+        """The side panel: name, bits, hyper_bits and the channel groups, see `RowServer.facts`. One entry per model,
+        in the mode `pair` one per model and k."""
+        pair = self.mode == "pair"
+        return [
+            {"name": f"{s.name}, {k_in_words(k)}" if pair else s.name, "model": number, **self.facts_of(s, k)}
+            for number, s in enumerate(self.servers)
+            for k in ((self.k, self.other_k) if pair else (self.k,))
+        ]
 
     def caption(self) -> str:
-        """The selection in words, with the bits of the first model."""
-        server = self.servers[0]
-        facts = server.facts(self.site, self.k or None)
-        where = f"Latent row {self.row}, column {self.column}: {pass_in_words(server, self.site)}"
+        """The selection in words, with the bits of each model."""
+        who = f"Layer {self.layer}, {head_in_words(self.head)}"
         what = {
-            "head": f"Layer {self.layer}, {head_in_words(self.head)}, {k_in_words(self.k)}.",
+            "head": f"{who}, {k_in_words(self.k)}.",
             "heads": f"Layer {self.layer}, every head, {k_in_words(self.k)}.",
-            "ks": f"Layer {self.layer}, {head_in_words(self.head)}, every k.",
-            "cost": f"Layer {self.layer}, {head_in_words(self.head)}, {k_in_words(self.k)}, beside the measured cost.",
+            "ks": f"{who}, every k.",
+            "pair": f"{who}, {k_in_words(self.k)} beside {k_in_words(self.other_k)}.",
+            "cost": f"{who}, {k_in_words(self.k)}, beside the measured cost.",
         }[self.mode]
-        with_context, alone = (f"{np.float32(facts[name]):.1f}" for name in ("bits", "hyper_bits"))
-        return f"{where} {what} {with_context} bits with context, {alone} bits with the hyperprior only."
+        where = f"Latent row {self.row}, column {self.column}:"
+        models = [(pass_in_words(s, self.site), self._bits_in_words(s)) for s in self.servers]
+        if len(models) == 1:
+            return f"{where} {models[0][0]} {what} {models[0][1]}"
+        each = (f"{s.name}: {seen} {bits}" for s, (seen, bits) in zip(self.servers, models, strict=True))
+        return f"{where} {what} {' '.join(each)}"
+
+    def _bits_in_words(self, server) -> str:
+        facts = self.facts_of(server, self.k)
+        here, alone = bits_in_words(facts["bits"]), bits_in_words(facts["hyper_bits"])
+        if self.mode != "pair":
+            return f"{here} bits with context, {alone} bits with the hyperprior only."
+        other = bits_in_words(self.facts_of(server, self.other_k)["bits"])
+        ks = k_in_words(self.k), k_in_words(self.other_k)
+        return f"{here} bits with {ks[0]}, {other} bits with {ks[1]}, {alone} bits with the hyperprior only."
 
 
-def offered_ks(server) -> list[int]:
-    """The k on offer: those of figure 10, the model's own, and dense as 0, the last."""
-    own = () if server.default_k is None else (server.default_k,)
-    return [*sorted({*USUAL_KS, *own}), DENSE]
+def own_k(server) -> int:
+    """The k that the model was built with, DENSE for none."""
+    return DENSE if server.default_k is None else server.default_k
+
+
+def offered_ks(*servers) -> list[int]:
+    """The k on offer: those of figure 10, the models' own, and dense as 0, the last."""
+    return [*sorted({*USUAL_KS, *map(own_k, servers)} - {DENSE}), DENSE]
+
+
+def bits_in_words(bits: float) -> str:
+    """One decimal, rounded as the page rounds its stored float32."""
+    return f"{np.float32(bits):.1f}"
 
 
 def head_in_words(head: int) -> str:

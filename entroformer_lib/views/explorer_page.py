@@ -97,9 +97,12 @@ def explorer_page(server, title: str = "", progress: Progress | None = None, **s
         "open": True,
     }
     held = len(some if own == DENSE else every)
+    *others, last = (k_in_words(k) for k in view.ks if k != own)
     about = (
-        f"Model {server.name}, {server.kind} context, {k_in_words(own)}. The latent grid has {server.height} x "
-        f"{server.width} places. The page holds {held:,} latents, {server.layers} layers and {server.heads} heads."
+        f"Model {server.name}, {server.kind} context. The latent grid has {server.height} x {server.width} places, one "
+        f"for each block of 16 x 16 pixels. With the model's own choice, {k_in_words(own)}, this page holds the "
+        f"attention of {held:,} latents in {server.layers} layers with {server.heads} heads; for {len(some):,} latents "
+        f"also with {', '.join(others)} and {last}, and the measured costs."
     )
     text = PAGE.substitute(
         title=html.escape(f"What the entropy model looks at: {title}" if title else "What the entropy model looks at"),
