@@ -193,6 +193,7 @@ def attention_maps(data: pd.DataFrame) -> Figure:
         ax.set_title(title)
     bar = figure.colorbar(image, ax=axes, pad=0.01)
     bar.set_ticks([1e-4, 1e-2, 1], labels=["0.01%", "1%", "100%"])
+    bar.set_label("attention")
     bar.outline.set_visible(False)
     return figure
 
