@@ -4,7 +4,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from entroformer_lib.views.style import COLOURS, GREYS, SEQUENTIAL, TWO_COLUMNS, NotebookFigure, new_figure, styled
+from entroformer_lib.views.style import (
+    COLOURS,
+    GREYS,
+    SEQUENTIAL,
+    TWO_COLUMNS,
+    NotebookFigure,
+    label_ends,
+    new_figure,
+    styled,
+)
 
 
 @styled
@@ -97,28 +106,22 @@ def rate_distortion(measured: list, published: list, quality: str = "PSNR, dB") 
     figure, axes = new_figure(TWO_COLUMNS * 0.75, 3.6)
     most = 1.15 * max(max(curve.bpp) for curve in measured)
     least_quality = min(min(curve.quality) for curve in measured) - 1
+    ends = []
     for i, curve in enumerate(published):
-        colour = GREYS[i % len(GREYS)]
-        bpp = np.array(curve.bpp)
-        inside = bpp <= most
-        axes.plot(bpp[inside], np.array(curve.quality)[inside], "--", color=colour, linewidth=0.9)
-        end = inside.nonzero()[0][-1]
-        axes.annotate(
-            f"{curve.label} (published)",
-            (bpp[end], curve.quality[end]),
-            xytext=(4, 0),
-            textcoords="offset points",
-            color=colour,
-            fontsize=6.5,
-            va="center",
-            annotation_clip=False,
+        colour, dashes = GREYS[i % len(GREYS)], ((0, (5, 2)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (2, 1)))[i % 4]
+        axes.plot(curve.bpp, curve.quality, linestyle=dashes, color=colour, linewidth=0.9)
+        name = curve.label.removesuffix(" (paper)")
+        ends.append(
+            (np.interp(most, curve.bpp, curve.quality), min(most, max(curve.bpp)), f"{name}, published", colour)
         )
     for curve, colour, marker in zip(measured, COLOURS, "osD^v", strict=False):
         axes.plot(
             curve.bpp, curve.quality, marker=marker, color=colour, label=f"{curve.label} (measured)", markersize=4
         )
     axes.set(xlim=(0, most), xlabel="bits per pixel (whole files)", ylabel=quality)
-    axes.set_ylim(bottom=least_quality)
+    highest = max([max(curve.quality) for curve in measured] + [end[0] for end in ends]) + 0.5
+    axes.set_ylim(least_quality, highest)
+    label_ends(axes, ends, most, gap=(highest - least_quality) / 28)
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.legend(loc="upper left")
     return figure

@@ -7,7 +7,16 @@ import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from entroformer_lib.views.style import COLOURS, GREYS, ONE_COLUMN, SEQUENTIAL, TWO_COLUMNS, new_figure, styled
+from entroformer_lib.views.style import (
+    COLOURS,
+    GREYS,
+    ONE_COLUMN,
+    SEQUENTIAL,
+    TWO_COLUMNS,
+    label_ends,
+    new_figure,
+    styled,
+)
 
 MODEL_COLOURS, MARKERS = (*COLOURS, "0.5"), "osD^vPX*"  # of the models in figure 3
 
@@ -122,22 +131,12 @@ def rate_distortion_figure(quality: str) -> Callable[[pd.DataFrame], Figure]:
             ax.plot(part["bpp"], part["quality"], marker, linestyle="-", color=colour, markersize=4, label=label)
         high = max([end for end, *_ in ends], default=ours["quality"].max()) + 0.5
         ax.set(xlim=(0, most), ylim=(low, high), xlabel="bits per pixel", ylabel=quality)
-        _label_ends(ax, ends, most, gap=(high - low) / 28)
+        label_ends(ax, ends, most, gap=(high - low) / 28)
         ax.legend(loc="upper left", title="measured here")
         ax.grid(alpha=0.25, linewidth=0.5)
         return figure
 
     return draw
-
-
-def _label_ends(ax, ends: list[tuple[float, float, str, str]], x: float, gap: float) -> None:
-    """Names at the right ends of curves, moved apart until none covers another.  ends: (y, x, text, colour) of each"""
-    free = np.inf
-    for y, end, text, colour in sorted(ends, reverse=True):
-        free = min(y, free - gap)
-        options = dict(color=colour, fontsize=6, va="center", annotation_clip=False)
-        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.4, "relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 0}
-        ax.annotate(text, (end, y), xytext=(1.04 * x, free), arrowprops=line, **options)
 
 
 # ---- grids of the ablation ----

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
 ONE_COLUMN, TWO_COLUMNS = 3.5, 7.2  # inches
@@ -55,6 +56,16 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **s
     """A figure and its axes. width, height: inches."""
     figure = NotebookFigure(figsize=(width, height))
     return figure, figure.subplots(rows, columns, **subplots)
+
+
+def label_ends(ax, ends: list[tuple[float, float, str, str]], x: float, gap: float) -> None:
+    """Names at the right ends of curves, moved apart until none covers another.  ends: (y, x, text, colour) of each"""
+    free = np.inf
+    for y, end, text, colour in sorted(ends, reverse=True):
+        free = min(y, free - gap)
+        options = dict(color=colour, fontsize=6, va="center", annotation_clip=False)
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.4, "relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 0}
+        ax.annotate(text, (end, y), xytext=(1.04 * x, free), arrowprops=line, **options)
 
 
 def save(figure: Figure, name: str, formats: tuple[str, ...] = ("png",)) -> list[Path]:
