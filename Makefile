@@ -47,7 +47,7 @@ bench: $(READY)
 train-tiny: $(READY)
 	@test -d "$(ENTROFORMER_DATA)/train" || { echo "Set ENTROFORMER_DATA to a folder with train/ (pictures or tars) in it."; exit 1; }
 	$(BIN)/entroformer train --data "$(ENTROFORMER_DATA)/train" --out runs/tiny-rates --model tiny-parallel \
-		--lmbdas 0.00035 0.0008 0.0017 0.0035 0.007 0.014 0.029 0.06 --steps 12000 --batch 16 --crop 128 --last-crop 192 \
+		--lmbdas 0.00035 0.0008 0.0017 0.0035 0.007 0.014 0.029 0.06 0.12 --steps 12000 --batch 16 --crop 128 --last-crop 192 \
 		--optimizer muon --lr 2e-3 --schedule linear --precision bfloat16
 	@test -d "$(ENTROFORMER_DATA)/kodak" || echo "No $(ENTROFORMER_DATA)/kodak: weights are in runs/tiny-rates, not measured."
 	test ! -d "$(ENTROFORMER_DATA)/kodak" || $(BIN)/python -m entroformer_lib.studies.model_card publish runs/tiny-rates tiny-rates \

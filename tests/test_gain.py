@@ -107,3 +107,14 @@ def test_names_with_a_lambda(model, tmp_path, monkeypatch):
 def test_digests_of_models_of_one_rate_are_as_before_there_were_gains():
     assert "lmbdas" not in micro_model("parallel").config.to_json()
     assert "lmbdas" in micro_model("parallel", lmbdas=LMBDAS).config.to_json()
+
+
+def test_gains_at_other_lambdas_begin_between_those_that_are_known():
+    known, new = RateGain((0.01, 0.04, 0.16), 2), RateGain((0.005, 0.01, 0.02, 0.16, 0.32), 2)
+    torch.nn.init.normal_(known.log_gain), torch.nn.init.normal_(known.log_inverse)
+    new.begin_from(known)
+    gain = known.log_gain
+    assert torch.allclose(new.log_gain[[1, 3]], gain[[0, 2]], atol=1e-6)
+    assert torch.allclose(new.log_gain[2], (gain[0] + gain[1]) / 2, atol=1e-6)
+    assert torch.allclose(new.log_gain[4], gain[2] + (gain[2] - gain[1]) / 2, atol=1e-6)
+    assert torch.allclose(new.log_inverse[0], known.log_inverse[0] * 1.5 - known.log_inverse[1] / 2, atol=1e-6)

@@ -59,3 +59,14 @@ class RateGain(nn.Module):
         i = min(bisect.bisect_right(self.lmbdas, lmbda) - 1, len(self.lmbdas) - 2)
         low, high = self.lmbdas[i], self.lmbdas[i + 1]
         return i + math.log(lmbda / low) / math.log(high / low)
+
+    @torch.no_grad()
+    def begin_from(self, other: "RateGain") -> None:
+        """Takes the gains that another model's gains give at these lambdas: linear in the logarithms, beyond the ends
+        with the slope there. Both must have as many channels."""
+        known = torch.tensor(other.lmbdas).log()
+        at = torch.tensor(self.lmbdas).log()
+        i = (torch.searchsorted(known, at, right=True) - 1).clamp(0, len(known) - 2)
+        part = ((at - known[i]) / (known[i + 1] - known[i]))[:, None]  # below 0 and above 1 beyond the ends
+        for mine, theirs in ((self.log_gain, other.log_gain), (self.log_inverse, other.log_inverse)):
+            mine.copy_(torch.lerp(theirs[i], theirs[i + 1], part))

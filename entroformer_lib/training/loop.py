@@ -104,7 +104,7 @@ def _initial_model(config: TrainConfig) -> Entroformer:
 def changed(model: Entroformer, fields: dict) -> Entroformer:
     """A model of another architecture that begins with all that fits: every tensor of the same name and shape.
 
-    What does not fit begins afresh. Gains belong to their lambdas: with other lambdas they begin afresh too.
+    What does not fit begins afresh. Gains of other lambdas begin from those interpolated at them.
     """
     config = model.config.replaced(**fields)
     if config == model.config:
@@ -113,12 +113,13 @@ def changed(model: Entroformer, fields: dict) -> Entroformer:
     if new.gain is not None and model.gain is None:
         new.gain = RateGain(config.lmbdas, config.M, reference=model.card.get("lmbda"))
     state = new.state_dict()
-    skipped = ("gain.",) if config.lmbdas != model.config.lmbdas else ()
     for name, tensor in model.state_dict().items():
         fits = name in state and state[name].shape == tensor.shape
-        if fits and name != "_extra_state" and not name.startswith(skipped):
+        if fits and name != "_extra_state" and not name.startswith("gain."):
             state[name] = tensor
     new.load_state_dict(state)
+    if new.gain is not None and model.gain is not None and config.M == model.config.M:
+        new.gain.begin_from(model.gain)
     return new
 
 
