@@ -13,7 +13,7 @@ help:
 	@echo "make test        lint and test"
 	@echo "make lab         open JupyterLab on the notebooks"
 	@echo "make bench       time coding beside CompressAI's models, and a training step"
-	@echo "make train-tiny  train a model like the shipped one (set ENTROFORMER_DATA; over an hour on two cores)"
+	@echo "make train-tiny  train a model like the shipped one (set ENTROFORMER_DATA; takes hours on a CPU)"
 
 setup: $(READY)
 

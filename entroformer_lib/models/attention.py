@@ -9,10 +9,10 @@ import functools
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from entroformer_lib.models.clock import tell
+from entroformer_lib.models.integer import largest
 from entroformer_lib.models.position import RelativePosition, sinusoidal_positions
 
 # Which keys may a query see? Maps query numbers [q] to a mask, True = visible: [q, n] or [B, 1, q, n].
@@ -38,18 +38,13 @@ def keep_top_k(scores: Tensor, k: int | None) -> Tensor:
 def kth_largest(scores: Tensor, k: int) -> Tensor:
     """The k-th largest score of each row, equal ones counted each: [..., n]  ->  [..., 1].
 
-    On a CPU selection is slow and maxima are quick. The k largest of a row lie in those k groups of columns whose
-    maxima are the largest, so for long rows we select groups first and then look into these alone: the same value.
+    On a CPU selection is slow and maxima are quick, so long rows are searched in groups (`integer.largest`).
     """
     n = scores.size(-1)
-    group = 1 if scores.device.type != "cpu" or n < 12 * k else 4 if n < 32 * k else 8  # the quickest where measured
-    if group > 1:
-        if n % group:
-            scores = F.pad(scores, (0, -n % group), value=-torch.inf)
-        groups = scores.unflatten(-1, (group, -1))  # strided: column j is in group j % (n / group)
-        best = groups.amax(-2, keepdim=True).topk(k, sorted=False).indices
-        scores = groups.gather(-1, best.expand(*groups.shape[:-1], k)).flatten(-2)
-    return scores.topk(k).values[..., -1:]
+    groups = 1 if scores.device.type != "cpu" or n < 12 * k else 4 if n < 32 * k else 8  # the quickest where measured
+    if groups == 1:
+        return scores.topk(k).values[..., -1:]
+    return largest(scores.flatten(0, -2), k, groups)[0][:, -1:].view(*scores.shape[:-1], 1)
 
 
 class KeyValueCache:
