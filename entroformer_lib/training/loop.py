@@ -40,6 +40,10 @@ from entroformer_lib.training.loss import RateStep, TrainingStep
 from entroformer_lib.training.optimizer import build_optimizer
 from entroformer_lib.training.schedule import learning_rate_factor
 
+# Lambda of 1 - MS-SSIM over that of 255^2 MSE at about the same rate: the ratio of CompressAI's two tables of lambdas,
+# which runs from 1,333 (2.4 and 0.0018) to 1,222 (220 and 0.18).
+MS_SSIM_OVER_MSE = 1290.0
+
 Crops = PreloadedCrops | StreamedCrops | LatentCrops
 
 
@@ -98,13 +102,19 @@ def _initial_model(config: TrainConfig) -> Entroformer:
     fields = parse_fields(config.architecture)
     if lmbdas:
         fields["lmbdas"] = lmbdas
-    return changed(model, fields)
+    other_metric = config.metric == "ms-ssim" and model.card.get("metric", "mse") == "mse"
+    return changed(model, fields, MS_SSIM_OVER_MSE if other_metric else 1.0)
 
 
-def changed(model: Entroformer, fields: dict) -> Entroformer:
+def changed(model: Entroformer, fields: dict, lmbda_scale: float = 1.0) -> Entroformer:
     """A model of another architecture that begins with all that fits: every tensor of the same name and shape.
 
     What does not fit begins afresh. Gains of other lambdas begin from those interpolated at them.
+
+    Args:
+        model: the one to begin from.
+        fields: of its config, to change.
+        lmbda_scale: the new lambdas over the model's at the same rate; not 1 where the distortion is another.
     """
     config = model.config.replaced(**fields)
     if config == model.config:
@@ -119,7 +129,7 @@ def changed(model: Entroformer, fields: dict) -> Entroformer:
             state[name] = tensor
     new.load_state_dict(state)
     if new.gain is not None and model.gain is not None and config.M == model.config.M:
-        new.gain.begin_from(model.gain)
+        new.gain.begin_from(model.gain, lmbda_scale)
     return new
 
 
