@@ -13,12 +13,12 @@ from entroformer_lib.models import integer
 from entroformer_lib.models.attention import Block, Stack
 from entroformer_lib.models.config import named_config
 from entroformer_lib.models.integer import chosen, digits, exp_of_negative, largest, product, step_for
+from entroformer_lib.models.integer_copy import integer_copy
 from entroformer_lib.models.integer_layers import (
     IntegerConv3x3,
     IntegerGELU,
     IntegerLayerNorm,
     IntegerLinear,
-    integer_copy,
 )
 from entroformer_lib.models.position import grid_sites
 

@@ -288,6 +288,35 @@ def attend_rows(
             weighted(scores, top_k, v_high, v_low, v_high[0, :0], v_low[0, :0], out[i], keys, a, b)
 
 
+@loop
+def attend_listed(q_high, q_low, q_scale, k_high, k_low, k_scale, v_high, v_low, listed, extra, out):
+    """Attention of some queries over a short list of keys each, all heads.
+
+    q: digits [q, D], scale [q]; k: digits [n, D], scale [n]; v: digits [n, D]; listed: int32 [q, L], numbers of keys,
+    -1 for none; extra: [heads, q, L], added to the scores  ->  out: [q, D], in units of value_scale / 256
+    """
+    rows, L = listed.shape
+    heads = len(extra)
+    d = q_high.shape[1] // heads
+    scores, keys = np.empty(L, dtype=f32), np.empty(L, dtype=i32)
+    high, low = np.empty((L, d), dtype=np.int8), np.empty((L, d), dtype=np.int8)
+    a, b = np.empty(d, dtype=i32), np.empty(d, dtype=i32)
+    for i in range(rows):
+        factor = q_scale[i] * f32(256)
+        for h in range(heads):
+            c = slice(h * d, (h + 1) * d)
+            count = 0
+            for j in range(L):
+                t = listed[i, j]
+                if t >= 0:
+                    x, y = dot(q_high[i, c], q_low[i, c], k_high[t, c], k_low[t, c])
+                    scores[count] = joined(x, y) * factor * k_scale[t] + extra[h, i, j]
+                    high[count], low[count] = v_high[t, c], v_low[t, c]
+                    count += 1
+            s, k = scores[:count], keys[:count]
+            weighted(s, count, high[:count], low[:count], v_high[0, :0], v_low[0, :0], out[i, c], k, a, b)
+
+
 @functools.cache
 def _pool(threads: int) -> concurrent.futures.ThreadPoolExecutor:
     return concurrent.futures.ThreadPoolExecutor(threads)

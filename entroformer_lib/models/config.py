@@ -12,7 +12,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from entroformer_lib.errors import ConfigError
 
-Context = Literal["serial", "parallel", "cnn", "none"]
+Context = Literal["serial", "parallel", "cnn", "grouped", "none"]
 Position = Literal["none", "absolute", "relative_1d", "relative_2d", "diamond"]
 
 
@@ -24,7 +24,8 @@ class EntroformerConfig:
         ConfigError: a value outside its field's type, or a combination that cannot be built.
     """
 
-    # serial: causal, one site a step; parallel: checkerboard, two passes (section 3.4); cnn: a masked 5x5 convolution
+    # serial: causal, one site a step; parallel: checkerboard, two passes (section 3.4); cnn: a masked 5x5 convolution;
+    # grouped: GroupedMixer, its own fields below
     context: Context = "serial"
     hyperprior: bool = True  # False leaves only the context model (Figure 5, right)
 
@@ -53,6 +54,13 @@ class EntroformerConfig:
     z_prior: Literal["factorized", "gaussian"] = "factorized"  # the authors call the paper's "factorized" an erratum
     scale_floor: float = 0.11  # smallest sigma of y; CompressAI's bound. Released: exp(-7)
 
+    # GroupedMixer (context "grouped", see groupedmixer.py); context_layers counts its pairs of mixers
+    groups: tuple[int, int, int] = (5, 2, 2)  # k_c channel slices, k_h x k_w spatial phases: G = k_c k_h k_w
+    group_order: Literal["channels", "raster", "sites"] = "channels"
+    inner: Literal["window", "top_k", "none"] = "window"  # inner-group mixer; top_k: Entroformer's attention
+    window: int = 8  # side of the inner mixer's windows, in sites of a group
+    cross: bool = True  # cross-group mixer
+
     # Variable rate (ours, see gain.py): the lambdas one model serves, low to high; none: one rate, no gains
     lmbdas: tuple[float, ...] = ()
 
@@ -63,12 +71,16 @@ class EntroformerConfig:
                 raise ConfigError(f"The config field '{name}' cannot be {value!r}; it takes {_describe(hint)}.")
         if self.context == "none" and not self.hyperprior:
             raise ConfigError("A model without context and without hyperprior has nothing to predict from.")
+        if self.context == "grouped" and not self.hyperprior:
+            raise ConfigError("GroupedMixer's first group is predicted by the hyperprior, so it needs one.")
+        if self.context == "grouped" and self.M % self.groups[0]:
+            raise ConfigError(f"The {self.M} channels of y do not divide into {self.groups[0]} slices.")
         if self.dim % self.heads:
             raise ConfigError(f"The width dim = {self.dim} does not divide into {self.heads} heads.")
         if self.position == "absolute" and self.dim % 4:
             raise ConfigError(f"Absolute positions need a width divisible by 4, and dim is {self.dim}.")
         sizes = (self.N, self.M, self.Z, self.dim, self.heads, self.context_layers, self.ffn_ratio, self.radius)
-        if min(sizes + self.hyper_radius) < 1:
+        if min(sizes + self.hyper_radius + self.groups + (self.window,)) < 1:
             raise ConfigError("Every size and radius in a config must be at least 1.")
         if any(k is not None and k < 2 for k in (self.top_k, *self.hyper_top_k)):
             raise ConfigError("top_k must be at least 2, or None for dense attention.")
@@ -84,16 +96,21 @@ class EntroformerConfig:
 
     @property
     def variant(self) -> str:
-        """`serial`, `parallel`, `cnn`, `hyperprior` (no context), or `context-serial` and so on (no hyperprior)."""
-        if self.context == "none":
-            return "hyperprior"
+        """`serial`, `parallel`, `cnn`, `groupedmixer`, `hyperprior` (no context), or `context-serial` and so on (no
+        hyperprior)."""
+        if self.context in ("none", "grouped"):
+            return {"none": "hyperprior", "grouped": "groupedmixer"}[self.context]
         return self.context if self.hyperprior else f"context-{self.context}"
 
     def to_json(self) -> str:
         """The config as JSON with sorted keys, so that equal configs give equal text."""
         values = dataclasses.asdict(self)
-        if not self.lmbdas:  # younger than the first weights, whose digest must not change
+        # Fields younger than the first weights, whose digest must not change:
+        if not self.lmbdas:
             del values["lmbdas"]
+        if self.context != "grouped":
+            for name in GROUPED_FIELDS:
+                del values[name]
         return json.dumps(values, sort_keys=True)
 
     def replaced(self, **fields) -> "EntroformerConfig":
@@ -111,6 +128,9 @@ class EntroformerConfig:
             raise ConfigError("A config in JSON is an object of fields and values.")
         values.pop("ties", None)  # of the first weights; equal scores are always kept now
         return cls(**_known(values, cls))
+
+
+GROUPED_FIELDS = ("groups", "group_order", "inner", "window", "cross")
 
 
 def _known(values: dict, cls) -> dict:
@@ -160,6 +180,16 @@ VARIANTS = {
     "cnn": dict(context="cnn"),
     "hyperprior": dict(context="none"),
     "context": dict(context="serial", hyperprior=False),
+    "groupedmixer": dict(context="grouped"),
+    "groupedmixer-fast": dict(context="grouped"),
+    "groupedmixer-large": dict(context="grouped"),
+}
+
+# k_c of GroupedMixer's sizes; with 2 x 2 phases G = 4 k_c. And its pairs of mixers: wide as the rest, they are costly.
+GROUPED = {
+    "base": ({"groupedmixer": 5, "groupedmixer-fast": 2, "groupedmixer-large": 10}, dict(M=320)),
+    "study": ({"groupedmixer": 4, "groupedmixer-fast": 2, "groupedmixer-large": 8}, dict(context_layers=4)),
+    "tiny": ({"groupedmixer": 3, "groupedmixer-fast": 1, "groupedmixer-large": 6}, dict(context_layers=3)),
 }
 
 PRESETS = {
@@ -179,7 +209,8 @@ def named_config(name: str, preset: str = "paper", **overrides) -> EntroformerCo
     """Config of a name such as `base-serial` or `tiny-parallel`, with fields replaced by keyword.
 
     Args:
-        name: `{base, study, tiny}-{serial, parallel, cnn, hyperprior, context}`.
+        name: `{base, study, tiny}-{serial, parallel, cnn, hyperprior, context, groupedmixer}`; GroupedMixer also has
+            `-groupedmixer-fast` and `-groupedmixer-large`, with fewer and more groups.
         preset: `paper` (as written) or `official` (as released).
         overrides: any fields of EntroformerConfig.
 
@@ -195,6 +226,9 @@ def named_config(name: str, preset: str = "paper", **overrides) -> EntroformerCo
     if preset not in PRESETS:
         raise ConfigError(f"There is no preset '{preset}'; there are {', '.join(PRESETS)}.")
     values = {**SIZES[size], **VARIANTS[variant], **PRESETS[preset]}
+    if values["context"] == "grouped":
+        slices, more = GROUPED[size]
+        values.update(more, groups=(slices[variant], 2, 2))
     if preset == "official":  # the hyper stages' k and table side shrink with their grid
         k = values.get("top_k", 32)
         values.update(hyper_top_k=(k, k // 2, max(2, k // 4)), hyper_radius=(3, 2, 2))

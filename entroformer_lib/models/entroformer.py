@@ -24,6 +24,7 @@ from entroformer_lib.models.config import EntroformerConfig, named_config
 from entroformer_lib.models.context import build_context
 from entroformer_lib.models.exact import ExactEntropyModel
 from entroformer_lib.models.gain import RateGain
+from entroformer_lib.models.groupedmixer import GroupedMixer
 from entroformer_lib.models.hyperprior import HyperAnalysis, HyperSynthesis, per_site
 from entroformer_lib.models.priors import FactorizedPrior, GaussianConditional, GaussianPrior, ste_round
 from entroformer_lib.models.transforms import Analysis, Synthesis
@@ -61,7 +62,23 @@ class EntropyParameters(nn.Module):
             if wanted
         ]
         log_scales, means = float_or_wider(per_site(self.layers, torch.cat(joined, dim=1))).chunk(2, dim=1)
-        return means, self.floor(log_scales).clamp(max=LARGEST_LOG_SCALE)
+        return means, bounded(log_scales, self.floor)
+
+
+def bounded(log_scales: Tensor, floor: LowerBound) -> Tensor:
+    """Logarithms of scales between the floor and what no latent exceeds."""
+    return floor(log_scales).clamp(max=LARGEST_LOG_SCALE)
+
+
+class GroupedParameters(nn.Module):
+    """What EntropyParameters is to the other models: GroupedMixer has its heads inside, so only the bounds are left."""
+
+    def __init__(self, c: EntroformerConfig):
+        super().__init__()
+        self.floor = LowerBound(math.log(c.scale_floor))
+
+    def raw(self, means: Tensor, log_scales: Tensor) -> tuple[Tensor, Tensor]:
+        return float_or_wider(means), bounded(float_or_wider(log_scales), self.floor)
 
 
 @register_model("entroformer")
@@ -91,8 +108,9 @@ class Entroformer(CompressionModel):
         self.level = (len(c.lmbdas) - 1) / 2  # the middle
         self.h_a = HyperAnalysis(c) if c.hyperprior else None
         self.h_s = HyperSynthesis(c) if c.hyperprior else None
-        self.context_model = build_context(c)
-        self.entropy_parameters = EntropyParameters(c)
+        grouped = c.context == "grouped"
+        self.context_model = GroupedMixer(c) if grouped else build_context(c)
+        self.entropy_parameters = GroupedParameters(c) if grouped else EntropyParameters(c)
         self.gaussian = GaussianConditional()
         self.z_prior = None
         if c.hyperprior:
@@ -161,11 +179,26 @@ class Entroformer(CompressionModel):
                 likelihoods["z"] = self.z_prior.likelihood(self._noisy(z, z_hat, noise, "z"))
             hyper = self.h_s(z_hat)
         y_hat = ste_round(float_or_wider(y))
-        context = None if self.context_model is None else self.context_model(y_hat, kept, missing)
-        means, scales = self.entropy_parameters(hyper, context)
+        means, scales = self.distributions(y_hat, hyper, kept, missing)
         with torch.autocast(y.device.type, enabled=False):
             likelihoods["y"] = self.gaussian(self._noisy(float_or_wider(y), y_hat, noise, "y"), means, scales)
         return likelihoods, y_hat
+
+    def distributions(
+        self, y_hat: Tensor, hyper: Tensor | None, kept: Tensor | None = None, missing: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The Gaussian of every latent, given all latents that may be known before it.
+
+        y_hat: [B, M, h, w], hyper: h_s's feature [B, D, h, w] or None; kept, missing: see the context models
+        ->  means, scales: [B, M, h, w]
+        """
+        if isinstance(self.context_model, GroupedMixer):
+            if kept is not None or missing is not None:
+                raise NotImplementedError("Masks are for Entroformer's context models; GroupedMixer has none.")
+            means, log_scales = self.entropy_parameters.raw(*self.context_model(y_hat, hyper))
+            return means, log_scales.exp()
+        context = None if self.context_model is None else self.context_model(y_hat, kept, missing)
+        return self.entropy_parameters(hyper, context)
 
     def scaled(self, y: Tensor, level: float | None = None) -> Tensor:
         """y of g_a times the gain of a level, as it is rounded and coded; unchanged in a model of one rate."""

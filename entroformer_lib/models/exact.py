@@ -15,7 +15,8 @@ from torch import Tensor
 
 from entroformer_lib.coding.coder import SymbolDecoder, SymbolEncoder
 from entroformer_lib.models.clock import stage
-from entroformer_lib.models.integer_layers import integer_copy
+from entroformer_lib.models.groupedmixer import merge, split
+from entroformer_lib.models.integer_copy import integer_copy
 
 MEAN_STEPS = 256  # means are multiples of 1/256: costs 0.0001 bit at the smallest scale
 SCALE_STEPS = 32  # scales are exp(i / 32), 3% apart: costs less than 0.0002 bit
@@ -47,15 +48,16 @@ class ExactEntropyModel:
         parts = map(integer_copy, (model.h_s, model.context_model, model.entropy_parameters))
         self.h_s, self.context_model, self.entropy_parameters = (p and p.to(self.device) for p in parts)
         self.dim, self.M = model.config.dim, model.config.M
+        self.grouped = model.config.context == "grouped"
 
     @torch.inference_mode()
     def encode(self, y_hat: Tensor, z_hat: Tensor | None) -> bytes:
         """y_hat: [1, M, h, w] integers, z_hat: [1, Z, h/4, w/4]  ->  the string of y."""
-        known = y_hat[0].to(self.device, torch.float32).flatten(1).T.contiguous()  # [n, M]
+        known = self._in_order(y_hat.to(self.device, torch.float32))
         encoder = SymbolEncoder()
 
-        def write(sites, means, scales):
-            symbols = known[sites.to(known.device)]
+        def write(which, means, scales):
+            symbols = known[which]
             encoder.write(symbols.cpu().numpy(), means, scales)
             return symbols
 
@@ -68,24 +70,40 @@ class ExactEntropyModel:
         """The string of y and (h, w)  ->  y_hat: [1, M, h, w]"""
         decoder = SymbolDecoder(string)
 
-        def read(sites, means, scales):
+        def read(which, means, scales):
             with stage("entropy coding"):
                 symbols = decoder.read(means, scales)
             return torch.from_numpy(symbols).to(self.device, torch.float32)
 
-        return self._code(size, z_hat, read).T.reshape(1, self.M, *size)
+        latents = self._code(size, z_hat, read)
+        if self.grouped:
+            return merge(latents[None], size, self.context_model.counts, self.context_model.order_name)
+        return latents.T.reshape(1, self.M, *size)
+
+    def _in_order(self, y_hat: Tensor) -> Tensor:
+        """Latents as the steps take them.  y_hat: [1, M, h, w]  ->  [n, M], or of groups [G, n, M / k_c]"""
+        if self.grouped:
+            return split(y_hat, self.context_model.counts, self.context_model.order_name)[0]
+        return y_hat[0].flatten(1).T.contiguous()
 
     def _code(self, size, z_hat: Tensor | None, symbols_of) -> Tensor:
-        """Runs the model's coding steps. `symbols_of(sites, means, scales)` gives latents: [k, M]  ->  [n, M]."""
+        """Runs the model's coding steps. `symbols_of(which, means, scales)` gives the latents of some sites [k, M], or
+        of a group [n, M / k_c]  ->  all latents, as `_in_order` has them."""
         h, w = size
         with stage("hyper"):
-            hyper = (
-                None if z_hat is None else self.h_s(z_hat.to(self.device, torch.float32)).flatten(2)[..., None]
-            )  # [1, D, n, 1]
+            hyper = None if z_hat is None else self.h_s(z_hat.to(self.device, torch.float32))  # [1, D, h, w]
+        if self.grouped:
+
+            def exchange_group(group, means, log_scales):
+                return symbols_of(group, *snap(*self.entropy_parameters.raw(means, log_scales)))
+
+            return self.context_model.code(h, w, hyper, exchange_group)
+        hyper = None if hyper is None else hyper.flatten(2)[..., None]  # [1, D, n, 1]
 
         def exchange(sites, context):
+            sites = sites.to(self.device)
             with stage("parameters"):
-                here = None if hyper is None else hyper[:, :, sites.to(hyper.device)]
+                here = None if hyper is None else hyper[:, :, sites]
                 if here is None and context is None:  # the first slice of a model without hyperprior
                     context = torch.zeros(1, self.dim, len(sites), 1, device=self.device)
                 means, log_scales = self.entropy_parameters.raw(here, context)  # [1, M, k, 1]

@@ -1,10 +1,9 @@
-"""The entropy model's layers in the integers of `integer.py`, and copies of whole models made of them.
+"""The entropy model's layers in the integers of `integer.py`.
 
 On a CPU a single row, which is what a serial decoder has, goes through the loops of `compiled.py`, and so does what
 follows the products of attention: the same bits in less time.
 """
 
-import copy
 import functools
 import math
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from entroformer_lib.models import compiled
-from entroformer_lib.models.attention import Block, TopKAttention
+from entroformer_lib.models.attention import TopKAttention
 from entroformer_lib.models.integer import (
     Digits,
     chosen,
@@ -195,25 +194,31 @@ class IntegerCache:
         return keys, Digits(self.value_high[layer, :end], self.value_low[layer, :end], value_scale)
 
 
+def value_scale(qkv: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """Scales that no value of an attention behind a layer norm exceeds: [D]. A normalised token has the length sqrt(D),
+    so |W_v (gamma * token + beta)| has a bound.  qkv: [3 D, D]"""
+    D = qkv.size(1)
+    values = qkv.detach().float()[2 * D :]
+    gamma, beta = norm.weight.detach().float(), norm.bias.detach().float()
+    w = digits(values * gamma)
+    squares = (w.high.double() * 256 + w.low).square().sum(-1)  # integers: exact
+    longest = squares.sqrt().mul(w.scale[:, 0].double()).mul(math.sqrt(D)).float()
+    longest += IntegerLinear(values, None)(beta[None])[0].abs()
+    return step_for(longest * 1.01)
+
+
 class IntegerAttention(nn.Module):
     """TopKAttention in digits, for the coder: one picture, every key visible. Equal scores at rank k are all kept.
 
-    Values have fixed scales, because the sum over tokens needs one scale for all of them, those to come included. A
-    normalised token has the length sqrt(D), so |W_v (gamma * token + beta)| cannot exceed the bound below.
+    Values have fixed scales, because the sum over tokens needs one scale for all of them, those to come included.
     """
 
     def __init__(self, attention: TopKAttention, norm: nn.LayerNorm):
         super().__init__()
         self.heads, self.top_k, self.scale = attention.heads, attention.top_k, attention.scale
         self.qkv, self.out = IntegerLinear(attention.qkv.weight, None), IntegerLinear(attention.out.weight, None)
-        D = self.width = attention.out.weight.size(0)
-        values = attention.qkv.weight.detach().float()[2 * D :]
-        gamma, beta = norm.weight.detach().float(), norm.bias.detach().float()
-        w = digits(values * gamma)
-        squares = (w.high.double() * 256 + w.low).square().sum(-1)  # integers: exact
-        longest = squares.sqrt().mul(w.scale[:, 0].double()).mul(math.sqrt(D)).float()
-        longest += IntegerLinear(values, None)(beta[None])[0].abs()
-        self.register_buffer("value_scale", step_for(longest * 1.01))  # [D]
+        self.width = attention.out.weight.size(0)
+        self.register_buffer("value_scale", value_scale(attention.qkv.weight, norm))  # [D]
 
     def cache(self, layers: int, batch: int, capacity: int) -> IntegerCache:
         """An empty cache for up to `capacity` tokens."""
@@ -343,38 +348,3 @@ def by_loops(sums, scales, position, own, top_k, values) -> Tensor:
 
     compiled.in_threads(part, q)
     return torch.from_numpy(out)
-
-
-# ---- a whole part of a model ----
-
-
-def integer_copy(part: nn.Module | None) -> nn.Module | None:
-    """A copy of h_s, a context model or the entropy parameters whose layers all compute in digits.
-
-    Raises:
-        ValueError: weights that are not finite numbers.
-    """
-    if part is None:
-        return None
-    if not all(parameter.isfinite().all() for parameter in part.parameters()):
-        raise ValueError("the entropy model has weights that are not finite numbers")
-    return _replaced(copy.deepcopy(part).eval().float().requires_grad_(False))
-
-
-def _replaced(module: nn.Module) -> nn.Module:
-    if isinstance(module, nn.Linear):
-        return IntegerLinear(module.weight, module.bias)
-    if isinstance(module, nn.LayerNorm):
-        return IntegerLayerNorm(module)
-    if isinstance(module, nn.Conv2d):
-        return IntegerConv3x3(module)
-    if isinstance(module, RelativePosition):
-        return IntegerPosition(module)
-    if isinstance(module, nn.GELU):
-        return IntegerGELU()
-    if isinstance(module, Block):
-        module.attention = IntegerAttention(module.attention, module.norm1)
-    for name, child in module.named_children():
-        if not isinstance(child, IntegerAttention):
-            setattr(module, name, _replaced(child))
-    return module

@@ -9,15 +9,21 @@ from torch import Tensor
 
 from entroformer_lib.errors import AttentionError
 from entroformer_lib.models.attention import TopKAttention
+from entroformer_lib.models.groupedmixer import CrossAttention, WindowAttention
 
+Attention = TopKAttention | WindowAttention | CrossAttention
 POINTS = ("content", "position", "scores", "selected", "probs")
 
 # keep(tile [B, heads, q, n], query numbers [q]) -> what to keep of it, [B, heads, q, ...]
 Keep = Callable[[Tensor, Tensor], Tensor]
 
 
-def attention_points(model) -> dict[str, tuple[TopKAttention, str]]:
+def attention_points(model) -> dict[str, tuple[Attention, str]]:
     """Readable names of all points of a model: {"context.3.probs": (its attention layer, "probs"), ...}.
+
+    Of a GroupedMixer's context: `inner.1.probs`, [B groups windows, heads, query, key] (or [B groups, heads, ...] with
+    top-k), and `cross.1.probs`, [B sites, heads, slot, slot]; the windows' and the cross mixers' points are `scores`
+    and `probs` alone.
 
     Raises:
         AttentionError: the model has no attention.
@@ -30,15 +36,27 @@ def attention_points(model) -> dict[str, tuple[TopKAttention, str]]:
         grids = [b.stack for b in getattr(getattr(model, part, None), "blocks", ()) if hasattr(b, "stack")]
         if grids:
             stacks[part] = [block for grid in grids for block in grid.blocks], bool(grids[0].positions)
-    if not stacks:
+    mixers = list(getattr(context, "pairs", ()))
+    if not stacks and not mixers:
         raise AttentionError("This model has no attention to look at; Entroformers have.")
-    return {
+    return _points_of_mixers(mixers) | {
         f"{part}.{layer}.{point}": (block.attention, point)
         for part, (blocks, relative) in stacks.items()
         for layer, block in enumerate(blocks)
         for point in POINTS
         if relative or point != "position"
     }
+
+
+def _points_of_mixers(pairs) -> dict[str, tuple[Attention, str]]:
+    points = {}
+    for layer, pair in enumerate(pairs):
+        for kind, mixer in (("inner", pair.inner), ("cross", pair.cross)):
+            if mixer is not None:
+                attention = getattr(mixer, "attention", mixer)
+                names = [point for point in POINTS if hasattr(attention, point)]
+                points |= {f"{kind}.{layer}.{point}": (attention, point) for point in names}
+    return points
 
 
 @contextmanager
@@ -91,7 +109,7 @@ class _Recorder:
         self.groups: list[list[Tensor]] = []
         self.queries, self.next = 0, 0
 
-    def hooks(self, attention: TopKAttention, point: str) -> list:
+    def hooks(self, attention: Attention, point: str) -> list:
         return [
             attention.register_forward_pre_hook(self.begin),
             getattr(attention, point).register_forward_hook(self.add),

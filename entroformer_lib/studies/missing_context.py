@@ -83,6 +83,8 @@ def scene_of(model: Entroformer, picture: Image.Image) -> Scene:
     """
     if model.context_model is None:
         raise StudyError(f"The model {model_name(model)} has no context model, so no position can be missing.")
+    if model.config.context == "grouped":
+        raise StudyError("A GroupedMixer has no positions to leave out; the study takes Entroformer's context models.")
     model.eval()
     y = model.scaled(model.g_a(codec.to_tensor(picture, model)))
     hyper = None if model.h_a is None else model.h_s(model.z_prior.quantize_z(model.h_a(y)))

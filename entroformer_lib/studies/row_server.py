@@ -79,10 +79,13 @@ class RowServer:
     @torch.inference_mode()
     def __init__(self, model, picture):
         attention_points(model)  # a sentence for what is no Entroformer
-        if getattr(model, "context_model", None) is None:
-            raise AttentionError(
-                "This model predicts from the hyperprior alone; the explorer takes a serial or a parallel model."
-            )
+        if model.config.context not in ("serial", "parallel"):
+            what = {
+                "none": "This model predicts from the hyperprior alone",
+                "cnn": "The context of this model is a CNN",
+            }
+            words = what.get(model.config.context, "This model is a GroupedMixer (see notebook 07)")
+            raise AttentionError(f"{words}; the explorer takes a serial or a parallel model.")
         model.eval()
         c = self.config = model.config
         self.name = getattr(model, "name", None) or f"untrained {c.variant}"

@@ -16,7 +16,7 @@ class TrainConfig:
     out: str
     """Folder of the run. The same command again continues it."""
     model: str = "tiny-parallel"
-    """Size and variant: {base, study, tiny}-{serial, parallel, cnn, hyperprior, context}."""
+    """Size and variant: {base, study, tiny}-{serial, parallel, cnn, hyperprior, context, groupedmixer}."""
     architecture: tuple[str, ...] = ()
     """Fields of the architecture to change, of the model's or of init's, such as: position=none top_k=64."""
     preset: Literal["paper", "official"] = "paper"

@@ -71,6 +71,8 @@ def train(config: TrainConfig, progress: bool = True, watch: Callable[[dict, Ent
         keep_freed_memory()
     torch.manual_seed(config.seed)
     model = _initial_model(config)
+    if model.config.context == "grouped" and (config.missing or config.pretrain):
+        raise TrainingError("missing and pretrain hide latents of Entroformer's context models; GroupedMixer has none.")
     optimizer = build_optimizer(model, config.optimizer, config.lr)
     for part in (model.g_a, model.g_s):
         part.to(memory_format=torch.channels_last)

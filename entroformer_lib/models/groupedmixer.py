@@ -1,0 +1,341 @@
+"""GroupedMixer (Li et al. 2024): an entropy model that codes the latents in G groups, group after group.
+
+Between the serial model (one step a site) and the two-pass one lies a question that the Entroformer paper leaves open:
+coding in a hierarchy. GroupedMixer is an answer. The latents are cut along channels and, like a checkerboard, in space:
+
+    k_c channel slices  x  k_h k_w interleaved phases  =  G groups,  each of h/k_h w/k_w sites with M/k_c channels
+
+Everything inside a group is coded at once, from the groups before it. Attention between all tokens of all groups is
+taken apart into two short ones that take turns: an **inner-group mixer** (a token and the others of its group) and a
+**cross-group mixer** (a token and those at the same place in earlier groups). All groups share the weights.
+
+The sequence is shifted by one: slot i holds the latents of group i - 1 and predicts group i, slot 0 holds a learned
+start. So an inner mixer may look in all directions, and a cross mixer at slots up to its own:
+
+    slot          0        1        2    ...  G - 1
+    holds       start   group 0  group 1      group G - 2
+    predicts   group 0  group 1  group 2      group G - 1
+
+When coding, an inner mixer needs its own slot alone, and a cross mixer the keys and values of earlier slots, which are
+kept (the *context cache*): G passes over one slot each instead of G (G + 1) / 2.
+
+We have only the paper's abstract, so much here is our choice: the order of groups (channel slice by channel slice, in
+each the diagonal phases first), one embedding and one head per channel slice (channels of y mean different things, and
+these are few weights), hyper features at the sites that a slot predicts added to its tokens and joined again before
+the head, windows or top-k for the inner mixer, relative positions by our diamond, a bias for the distance in groups,
+one feed-forward for each pair of mixers.
+
+Letters in shapes: B pictures, G groups (S of them at a time), n sites of a group, m = M / k_c, D width.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from entroformer_lib.models.attention import ACTIVATIONS, TopKAttention
+from entroformer_lib.models.clock import stage, tell
+from entroformer_lib.models.config import EntroformerConfig
+from entroformer_lib.models.position import RelativePosition, grid_sites
+
+Counts = tuple[int, int, int]  # k_c, k_h, k_w
+
+# exchange(group, means [n, m], logarithms of scales [n, m]) -> latents of the group: [n, m]
+ExchangeGroup = Callable[[int, Tensor, Tensor], Tensor]
+
+
+# ---- groups ----
+
+
+def group_order(counts: Counts, order: str = "channels") -> list[tuple[int, int, int]]:
+    """Channel slice, row phase and column phase of every group, as they are coded.
+
+    Args:
+        counts: k_c, k_h, k_w.
+        order: "channels": slice by slice, in each the diagonal phases first; "raster": slice by slice, phases row by
+            row; "sites": phase by phase, diagonal first, in each slice after slice.
+    """
+    k_c, k_h, k_w = counts
+    phases = list(itertools.product(range(k_h), range(k_w)))
+    if order != "raster":
+        phases.sort(key=lambda p: ((p[1] - p[0]) % k_w, p[0]))  # 2 x 2: (0, 0), (1, 1), (0, 1), (1, 0)
+    if order == "sites":
+        return [(s, *p) for p in phases for s in range(k_c)]
+    return [(s, *p) for s in range(k_c) for p in phases]
+
+
+def group_grid(height: int, width: int, counts: Counts) -> tuple[int, int]:
+    """Rows and columns of a group of a [height, width] grid; where the phases do not divide it, it is filled up."""
+    return -(-height // counts[1]), -(-width // counts[2])
+
+
+def split(y: Tensor, counts: Counts, order: str = "channels") -> Tensor:
+    """Latents into groups, in the order of coding; filled up with zeros where the phases do not divide the grid.
+
+    y: [B, M, h, w]  ->  [B, G, n, M / k_c]
+    """
+    k_c, k_h, k_w = counts
+    rows, columns = group_grid(*y.shape[2:], counts)
+    y = F.pad(y, (0, columns * k_w - y.size(3), 0, rows * k_h - y.size(2)))
+    y = y.view(len(y), k_c, -1, rows, k_h, columns, k_w)
+    y = y.permute(0, 1, 4, 6, 3, 5, 2).flatten(4, 5)  # [B, k_c, k_h, k_w, n, m]
+    return torch.stack([y[:, s, i, j] for s, i, j in group_order(counts, order)], dim=1)
+
+
+def merge(groups: Tensor, size: tuple[int, int], counts: Counts, order: str = "channels") -> Tensor:
+    """Inverse of `split`.  groups: [B, G, n, m], size: (h, w)  ->  [B, M, h, w]"""
+    k_c, k_h, k_w = counts
+    (height, width), (rows, columns) = size, group_grid(*size, counts)
+    number = {key: g for g, key in enumerate(group_order(counts, order))}
+    keys = itertools.product(range(k_c), range(k_h), range(k_w))
+    y = groups[:, [number[key] for key in keys]].view(len(groups), k_c, k_h, k_w, rows, columns, -1)
+    y = y.permute(0, 1, 6, 4, 2, 5, 3)  # [B, k_c, m, rows, k_h, columns, k_w]
+    return y.reshape(len(groups), -1, rows * k_h, columns * k_w)[..., :height, :width]
+
+
+# ---- inner-group mixers ----
+
+
+@functools.lru_cache(maxsize=64)
+def windows(height: int, width: int, side: int, shift: int) -> tuple[Tensor, Tensor]:
+    """Windows of a grid, moved up and left by `shift`; at the border they are partly empty.
+
+    ->  token in each place of each window, -1 where it is empty: [windows, side^2]; and the other way round, the place
+    of each token in the flattened windows: [height * width]
+    """
+    down, right = -(height + shift) % side, -(width + shift) % side
+    number = F.pad(torch.arange(height * width).view(1, height, width), (shift, right, shift, down), value=-1)[0]
+    index = number.unfold(0, side, side).unfold(1, side, side).reshape(-1, side * side)
+    place = torch.empty(height * width, dtype=torch.long)
+    filled = index.flatten() >= 0
+    place[index.flatten()[filled]] = filled.nonzero()[:, 0]
+    return index, place
+
+
+class WindowAttention(nn.Module):
+    """Inner-group mixer: a token sees the tokens of its window, in all directions, with diamond relative positions.
+
+    Points to look at, [B S windows, heads, side^2, side^2]: `scores` and `probs`.
+
+    x: [B, S, n, D]  ->  [B, S, n, D]
+    """
+
+    def __init__(self, c: EntroformerConfig, layer: int):
+        super().__init__()
+        self.heads, self.scale = c.heads, (c.dim // c.heads) ** -0.5
+        self.side, self.shift = c.window, c.window // 2 * (layer % 2)
+        self.qkv = nn.Linear(c.dim, 3 * c.dim, bias=False)
+        self.out = nn.Linear(c.dim, c.dim, bias=False)
+        self.relative = RelativePosition("diamond", c.radius, c.dim // c.heads)
+        self.scores, self.probs = nn.Identity(), nn.Identity()
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """grid: rows and columns of a group."""
+        B, S, n, D = x.shape
+        index, place = (t.to(x.device) for t in windows(*grid, self.side, self.shift))
+        inside = index >= 0  # [W, s], s = side^2
+        qkv = self.qkv(x).flatten(0, 1)[:, index.clamp(min=0)]  # [B S, W, s, 3 D]
+        qkv = qkv.flatten(0, 1).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv  # [B S W, heads, s, d]
+        with torch.autocast(x.device.type, enabled=False):
+            wide = torch.promote_types(q.dtype, torch.float32)
+            q, k, sites = q.to(wide) * self.scale, k.to(wide), grid_sites(self.side, self.side, x.device)
+            scores = q @ k.transpose(-1, -2) + self.relative(q, sites, sites)
+            empty = torch.where(inside, 0.0, -torch.inf)[:, None, None].repeat(B * S, 1, 1, 1)  # [B S W, 1, 1, s]
+            probs = self.probs(self.scores(scores + empty).softmax(-1)).to(v.dtype)
+        out = (probs @ v).transpose(1, 2).reshape(B * S, -1, D)[:, place]  # [B S, n, D]
+        return self.out(out).view(B, S, n, D)
+
+
+class TopKMixer(nn.Module):
+    """Inner-group mixer: Entroformer's top-k attention with diamond positions over the whole group.
+
+    x: [B, S, n, D]  ->  [B, S, n, D]
+    """
+
+    def __init__(self, c: EntroformerConfig):
+        super().__init__()
+        self.attention = TopKAttention(c.dim, c.heads, c.top_k, c.attention_scale)
+        self.relative = RelativePosition("diamond", c.radius, c.dim // c.heads)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        sites = grid_sites(*grid, x.device)
+        return self.attention(x.flatten(0, 1), sites, relative=self.relative).view(x.shape)
+
+
+# ---- cross-group mixer ----
+
+
+class ContextCache:
+    """Keys and values of the slots coded so far, for every cross-group mixer (the paper's context cache)."""
+
+    def __init__(self, layers: int, slots: int):
+        self.slots = slots
+        self.kept: list[tuple[Tensor, ...]] = [()] * layers
+        self.length = 0  # slots whose pass through all pairs is complete
+
+    def append(self, layer: int, *new: Tensor) -> list[Tensor]:
+        """Tensors of the next slot, such as its keys and values  ->  each with those before it: [slots so far, ...]"""
+        if not self.kept[layer]:
+            self.kept[layer] = tuple(t.new_empty(self.slots, *t.shape) for t in new)
+        for kept, tensor in zip(self.kept[layer], new, strict=True):
+            kept[self.length] = tensor
+        return [kept[: self.length + 1] for kept in self.kept[layer]]
+
+
+class CrossAttention(nn.Module):
+    """Cross-group mixer: a token sees the tokens at its own place in the slots up to its own.
+
+    Points to look at, [B n, heads, S, slots]: `scores` (-inf where not visible) and `probs`.
+
+    x: [B, S, n, D]  ->  [B, S, n, D]
+    """
+
+    def __init__(self, c: EntroformerConfig, groups: int):
+        super().__init__()
+        self.heads, self.scale = c.heads, (c.dim // c.heads) ** -0.5
+        self.qkv = nn.Linear(c.dim, 3 * c.dim, bias=False)
+        self.out = nn.Linear(c.dim, c.dim, bias=False)
+        self.bias = nn.Parameter(torch.zeros(c.heads, groups))  # of the distance in groups
+        self.scores, self.probs = nn.Identity(), nn.Identity()
+
+    def forward(self, x: Tensor, cache: ContextCache | None = None, layer: int = 0) -> Tensor:
+        """With a cache, x is the next slot (S = 1), and the earlier ones come from there."""
+        B, S, n, D = x.shape
+        qkv = self.qkv(x.transpose(1, 2)).unflatten(3, (3, self.heads, -1))  # [B, n, S, 3, heads, d]
+        q, k, v = qkv.flatten(0, 1).permute(2, 0, 3, 1, 4)  # [B n, heads, S, d]
+        if cache is not None:
+            k, v = (t.movedim(0, 2) for t in cache.append(layer, k[:, :, 0], v[:, :, 0]))  # [B n, heads, slots, d]
+        with torch.autocast(x.device.type, enabled=False):
+            wide = torch.promote_types(q.dtype, torch.float32)
+            scores = (q.to(wide) * self.scale) @ k.to(wide).transpose(-1, -2)  # [B n, heads, S, slots]
+            probs = self.probs(self.scores(scores + self._by_distance(S, k.size(2))).softmax(-1)).to(v.dtype)
+        out = (probs @ v).permute(0, 2, 1, 3).reshape(B, n, S, D)
+        return self.out(out).transpose(1, 2)
+
+    def _by_distance(self, S: int, slots: int) -> Tensor:
+        """The bias of the last S slots with all: [heads, S, slots], -inf for later slots."""
+        at = torch.arange(slots, device=self.bias.device)
+        distance = at[slots - S :, None] - at
+        return self.bias[:, distance.clamp(min=0)].masked_fill(distance < 0, -torch.inf)
+
+
+# ---- the entropy model ----
+
+
+class MixerPair(nn.Module):
+    """Inner-group mixer, cross-group mixer, feed-forward; each on normalised tokens and added to its input.
+
+    x: [B, S, n, D]  ->  [B, S, n, D]
+    """
+
+    def __init__(self, c: EntroformerConfig, layer: int, groups: int):
+        super().__init__()
+        self.inner = self.cross = None
+        if c.inner != "none":
+            self.norm1 = nn.LayerNorm(c.dim)
+            self.inner = WindowAttention(c, layer) if c.inner == "window" else TopKMixer(c)
+        if c.cross:
+            self.norm2 = nn.LayerNorm(c.dim)
+            self.cross = CrossAttention(c, groups)
+        self.norm3 = nn.LayerNorm(c.dim)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(c.dim, c.ffn_ratio * c.dim), ACTIVATIONS[c.activation](), nn.Linear(c.ffn_ratio * c.dim, c.dim)
+        )
+
+    def forward(self, x: Tensor, grid: tuple[int, int], cache: ContextCache | None = None, layer: int = 0) -> Tensor:
+        if self.inner is not None:
+            x = x + self.inner(self.norm1(x), grid)
+        if self.cross is not None:
+            x = x + self.cross(self.norm2(x), cache, layer)
+        return x + self.feed_forward(self.norm3(x))
+
+
+class GroupedMixer(nn.Module):
+    """The entropy model behind h_s: from the latents and the hyperprior feature to the Gaussian of every latent.
+
+    y_hat: [B, M, h, w], hyper: [B, D, h, w]  ->  means, logarithms of scales: [B, M, h, w]
+    """
+
+    def __init__(self, c: EntroformerConfig):
+        super().__init__()
+        self.counts, self.order_name = c.groups, c.group_order
+        self.order = group_order(c.groups, c.group_order)
+        m = c.M // c.groups[0]
+        self.embed = nn.ModuleList(nn.Linear(m, c.dim) for _ in range(c.groups[0]))  # of each channel slice
+        self.start = nn.Parameter(torch.zeros(c.dim))
+        self.target = nn.Parameter(torch.zeros(len(self.order), c.dim))  # which group a slot predicts
+        self.hyper = nn.Linear(c.dim, c.dim)
+        self.pairs = nn.ModuleList(MixerPair(c, layer, len(self.order)) for layer in range(c.context_layers))
+        self.join = nn.Sequential(nn.Linear(2 * c.dim, 2 * c.dim), nn.LeakyReLU(0.2))
+        self.head = nn.ModuleList(nn.Linear(2 * c.dim, 2 * m) for _ in range(c.groups[0]))  # of each channel slice
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for parameter in (self.start, self.target):
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+    def forward(self, y_hat: Tensor, hyper: Tensor) -> tuple[Tensor, Tensor]:
+        size = y_hat.shape[2:]
+        groups = split(y_hat, self.counts, self.order_name)  # [B, G, n, m]
+        at_target = self._hyper_of_groups(hyper)  # [B, G, n, D]
+        held = [self._held(i, groups[:, i - 1] if i else None, at_target[:, i]) for i in range(len(self.order))]
+        x = self._tokens(torch.stack(held, dim=1), at_target, range(len(self.order)))  # [B, G, n, D]
+        for pair in self.pairs:
+            x = pair(x, group_grid(*size, self.counts))
+        out = self._gaussians(x, at_target, range(len(self.order)))
+        return tuple(merge(part, size, self.counts, self.order_name) for part in out)
+
+    def code(self, height: int, width: int, hyper: Tensor, exchange: ExchangeGroup, cached: bool = True) -> Tensor:
+        """Group after group; encoder and decoder run the same steps.  hyper: [1, D, h, w]  ->  [G, n, m]
+
+        cached: False computes all earlier slots again for every group, to see what the cache saves; the same bits.
+        """
+        grid = group_grid(height, width, self.counts)
+        with stage("context"):
+            at_target = self._hyper_of_groups(hyper)  # [1, G, n, D]
+        cache = ContextCache(len(self.pairs), len(self.order)) if cached else None
+        coded, held = [], []
+        for i in range(len(self.order)):
+            with stage("context"):
+                held.append(self._held(i, coded[-1][None] if i else None, at_target[:, i]))
+                slots = range(i, i + 1) if cached else range(i + 1)
+                here = at_target[:, slots.start : slots.stop]
+                x = self._tokens(torch.stack(held[slots.start :], dim=1), here, slots)  # [1, S, n, D]
+                for layer, pair in enumerate(self.pairs):
+                    x = pair(x, grid, cache, layer)
+                if cached:
+                    cache.length += 1
+            with stage("parameters"):
+                means, log_scales = self._gaussians(x[:, -1:], here[:, -1:], range(i, i + 1))
+            coded.append(exchange(i, means[0, 0], log_scales[0, 0]))  # [n, m]
+            tell("groups", i + 1, len(self.order))
+        return torch.stack(coded)
+
+    def _hyper_of_groups(self, hyper: Tensor) -> Tensor:
+        """The hyperprior feature at the sites that each slot predicts.  [B, D, h, w]  ->  [B, G, n, D]"""
+        _, k_h, k_w = self.counts
+        phases = split(hyper, (1, k_h, k_w), "raster")  # [B, k_h k_w, n, D]
+        return phases[:, [row * k_w + column for _, row, column in self.order]]
+
+    def _held(self, slot: int, before: Tensor | None, like: Tensor) -> Tensor:
+        """What a slot holds: the embedded latents of the group before it [B, n, m], or the start  ->  [B, n, D]"""
+        if slot == 0:
+            return self.start.to(like.dtype).expand(like.shape)
+        return self.embed[self.order[slot - 1][0]](before)
+
+    def _tokens(self, held: Tensor, at_target: Tensor, slots: range) -> Tensor:
+        """held, at_target: [B, S, n, D]  ->  tokens: [B, S, n, D]"""
+        return held + self.target[slots.start : slots.stop, None] + self.hyper(at_target)
+
+    def _gaussians(self, x: Tensor, at_target: Tensor, slots: range) -> tuple[Tensor, Tensor]:
+        """x, at_target: [B, S, n, D]  ->  means and logarithms of scales: [B, S, n, m]"""
+        joined = self.join(torch.cat((x, at_target), dim=-1))  # [B, S, n, 2 D]
+        out = [self.head[self.order[slot][0]](joined[:, i]) for i, slot in enumerate(slots)]
+        log_scales, means = torch.stack(out, dim=1).chunk(2, dim=-1)
+        return means, log_scales

@@ -1,0 +1,156 @@
+"""GroupedMixer's mixers in the integers of `integer.py`.
+
+Windows and cross-group attention are the same thing to a query: a short list of keys. So both end in one function,
+`attend_lists`: in compiled loops on a CPU, in tensor operations elsewhere, with the same bits.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from entroformer_lib.models import compiled
+from entroformer_lib.models.groupedmixer import ContextCache, CrossAttention, TopKMixer, WindowAttention, windows
+from entroformer_lib.models.integer import Digits, chosen, digits, joined
+from entroformer_lib.models.integer_layers import IntegerAttention, IntegerLinear, IntegerPosition, array, value_scale
+from entroformer_lib.models.position import grid_sites
+
+QUERIES = 1024  # that the tensor operations take at a time
+
+
+def attend_lists(q: Digits, k: Digits, v: tuple[Tensor, Tensor], listed: Tensor, extra: Tensor) -> Tensor:
+    """Attention of each query over its own list of keys.
+
+    Args:
+        q: queries [q, D], already scaled. k: keys [n, D], scale [n, 1] as of `digits`. v: digits of values [n, D].
+        listed: numbers of keys, -1 for none: int32 [q, L].
+        extra: added to the scores: [heads, q, L].
+
+    Returns:
+        [q, D], in units of value_scale / 256.
+    """
+    look = _by_loops if listed.device.type == "cpu" else by_tensors
+    return look(q, k, v, listed, extra)
+
+
+def _by_loops(q, k, v, listed, extra) -> Tensor:
+    out = torch.empty(q.high.shape)
+    keys = (*(array(t) for t in (k.high, k.low, k.scale[:, 0], *v)),)
+    query, lists, more, result = (
+        [array(t) for t in (q.high, q.low, q.scale[:, 0])],
+        array(listed),
+        array(extra),
+        out.numpy(),
+    )
+
+    def part(i, j):
+        compiled.attend_listed(*(t[i:j] for t in query), *keys, lists[i:j], more[:, i:j], result[i:j])
+
+    compiled.in_threads(part, len(listed))
+    return out
+
+
+def by_tensors(q, k, v, listed, extra) -> Tensor:
+    """The same bits in tensor operations. Sums of products of digits over a head or a list stay far below 2^24, so
+    float32 has them exactly."""
+    heads, D = len(extra), q.high.size(1)
+    out = torch.empty(q.high.shape, device=q.high.device)
+    for i in (slice(j, j + QUERIES) for j in range(0, len(listed), QUERIES)):
+        here = listed[i].clamp(min=0).long()  # [q, L]
+        q_high, q_low = (t[i].float().view(-1, heads, 1, D // heads) for t in q[:2])
+        k_high, k_low, v_high, v_low = (
+            t[here].float().unflatten(2, (heads, -1)).transpose(1, 2) for t in (*k[:2], *v)
+        )  # [q, heads, L, d]
+        high = q_high @ k_high.transpose(2, 3)
+        cross = q_high @ k_low.transpose(2, 3) + q_low @ k_high.transpose(2, 3)
+        scores = joined(high, cross)[:, :, 0].mul_(q.scale[i, :, None] * 256).mul_(k.scale[:, 0][here][:, None])
+        scores = scores + extra[:, i].transpose(0, 1)  # [q, heads, L]
+        scores = scores.masked_fill(listed[i, None] < 0, -torch.inf)
+        w_high, w_low, total = chosen(scores.flatten(0, 1), None)  # [q heads, L], [q heads, 1]
+        w_high, w_low = (t.float().view(-1, heads, 1, t.size(1)) for t in (w_high, w_low))
+        result = joined(w_high @ v_high, w_high @ v_low + w_low @ v_high)[:, :, 0]  # [q, heads, d]
+        out[i] = (result / total.view(-1, heads, 1)).flatten(1)
+    return out
+
+
+class _Mixer(nn.Module):
+    """What both have: projections in digits."""
+
+    def __init__(self, mixer: WindowAttention | CrossAttention, norm: nn.LayerNorm):
+        super().__init__()
+        self.heads, self.scale = mixer.heads, mixer.scale
+        self.qkv, self.out = IntegerLinear(mixer.qkv.weight, None), IntegerLinear(mixer.out.weight, None)
+        self.register_buffer("value_scale", value_scale(mixer.qkv.weight, norm))
+
+    def project(self, x: Tensor) -> tuple[Digits, Digits, Digits]:
+        """Queries, keys and values of tokens [q, D]."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        both = digits(torch.stack((q * self.scale, k)))
+        q, k = (Digits(*parts) for parts in zip(*both, strict=True))
+        return q, k, digits(v, self.value_scale)
+
+    def result(self, looked: Tensor) -> Tensor:
+        """What `attend_lists` returned, through the last projection: [q, D]"""
+        return self.out(looked * 256 * self.value_scale)
+
+
+class IntegerWindow(_Mixer):
+    """WindowAttention in digits, for one picture.  x: [1, S, n, D]  ->  [1, S, n, D]"""
+
+    def __init__(self, mixer: WindowAttention, norm: nn.LayerNorm):
+        super().__init__(mixer, norm)
+        self.side, self.shift = mixer.side, mixer.shift
+        self.relative = IntegerPosition(mixer.relative)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        _, S, n, D = x.shape
+        index, place = (t.to(x.device) for t in windows(*grid, self.side, self.shift))
+        in_window = place % self.side**2  # [n]
+        listed = index[place // self.side**2]  # [n, side^2]
+        first = torch.arange(S, device=x.device)[:, None, None] * n
+        listed = torch.where(listed < 0, listed, listed + first).flatten(0, 1).to(torch.int32)  # [S n, side^2]
+        q, k, v = self.project(x.reshape(S * n, D))
+        sites = grid_sites(self.side, self.side, x.device)
+        buckets = self.relative.buckets(sites, sites)[in_window].long()  # [n, side^2]
+        products = self.relative.products(q, self.heads)  # [heads, S n, buckets]
+        extra = products.gather(2, buckets.repeat(S, 1).expand(self.heads, -1, -1))
+        return self.result(attend_lists(q, k, v[:2], listed, extra)).view(1, S, n, D)
+
+
+class IntegerCross(_Mixer):
+    """CrossAttention in digits, for one picture.  x: [1, S, n, D]  ->  [1, S, n, D]"""
+
+    def __init__(self, mixer: CrossAttention, norm: nn.LayerNorm):
+        super().__init__(mixer, norm)
+        self.register_buffer("bias", mixer.bias.detach().float())
+
+    def forward(self, x: Tensor, cache: ContextCache | None = None, layer: int = 0) -> Tensor:
+        _, S, n, D = x.shape
+        q, k, v = self.project(x.reshape(S * n, D))
+        kept = (*k, *v[:2])
+        if cache is not None:
+            kept = (t.flatten(0, 1) for t in cache.append(layer, *kept))  # [slots n, D]
+        k_high, k_low, k_scale, *v = kept
+        slots = len(k_high) // n
+        at = torch.arange(slots, device=x.device)
+        distance = at[slots - S :, None] - at  # [S, slots]
+        listed = at * n + torch.arange(n, device=x.device)[:, None]  # [n, slots]
+        listed = torch.where(distance[:, None] < 0, -1, listed).flatten(0, 1).to(torch.int32)  # [S n, slots]
+        extra = self.bias[:, distance.clamp(min=0)].repeat_interleave(n, 1)  # [heads, S n, slots]
+        return self.result(attend_lists(q, Digits(k_high, k_low, k_scale), tuple(v), listed, extra)).view(1, S, n, D)
+
+
+class IntegerTopK(nn.Module):
+    """TopKMixer in digits, for one picture.  x: [1, S, n, D]  ->  [1, S, n, D]"""
+
+    def __init__(self, mixer: TopKMixer, norm: nn.LayerNorm):
+        super().__init__()
+        self.attention = IntegerAttention(mixer.attention, norm)
+        self.relative = IntegerPosition(mixer.relative)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        sites = grid_sites(*grid, x.device)
+        return torch.stack([self.attention(slot[None], sites, relative=self.relative) for slot in x[0]], dim=1)
+
+
+def integer_inner(mixer: WindowAttention | TopKMixer, norm: nn.LayerNorm) -> nn.Module:
+    """An inner-group mixer in digits."""
+    return (IntegerWindow if isinstance(mixer, WindowAttention) else IntegerTopK)(mixer, norm)
