@@ -31,7 +31,7 @@ from entroformer_lib.models.entroformer import Entroformer, build_model
 from entroformer_lib.studies.provenance import provenance
 
 STAGES = ("transforms", "hyper", "context", "parameters", "entropy coding")
-OURS = ("base-parallel", "base-serial", "study-parallel", "study-serial")
+OURS = ("base-parallel", "base-serial", "base-groupedmixer", "study-parallel", "study-serial", "study-groupedmixer")
 COMPRESSAI = {"bmshj2018-hyperprior": bmshj2018_hyperprior, "mbt2018": mbt2018}
 QUALITY = 8
 KEPT = " + memory"  # behind the name of a CompressAI model that runs with freed memory kept

@@ -41,6 +41,8 @@ def publish(
     trained = load_model(run / "weights.safetensors", "cpu")
     card = {**trained.card, "trained_on": data, "limits": limits, "before": before}
     card["training"] = {**card["training"], "data": "DATA", "out": f"runs/{name}"}
+    if card["training"].get("latents"):
+        card["training"]["latents"] = "runs/latents"
     card["curve"] = training_curve(run / "log.jsonl")
     _measure_and_write(trained, card, name, kodak)
 
@@ -121,6 +123,7 @@ def training_command(training: dict) -> str:
 def card_text(name: str, card: dict, rows: list[dict]) -> str:
     """The card as Markdown."""
     training, kodak = card["training"], card["kodak"]
+    frozen = training.get("transforms") is not None
     points = {row["lmbda"]: _mean([r for r in rows if r["lmbda"] == row["lmbda"]]) for row in rows}
     lines = [
         f"# {name}",
@@ -141,7 +144,9 @@ def card_text(name: str, card: dict, rows: list[dict]) -> str:
         "",
         f"- Architecture: `{training['model']}`, preset `{training['preset']}`",
         f"- Trained on: {card['trained_on']}",
-        f"- Goal: {training['metric']}, lmbda {', '.join(f'{v:g}' for v in points if v) or training['lmbda']}",
+        *([f"- Transforms: those of {training['transforms']}, kept; trained on latents"] if frozen else []),
+        f"- Goal: {'rate' if frozen else training['metric']}, lmbda "
+        + (", ".join(f"{v:g}" for v in points if v) or f"{card['lmbda']:g}"),
         f"- Command (DATA is the folder of the pictures): `{training_command(training)}`",
         *([f"- Before this run: {card['before']}"] if card.get("before") else []),
         f"- Device and time: {card['device']}, {card['train_seconds'] / 60:.0f} minutes",
@@ -164,8 +169,10 @@ def card_text(name: str, card: dict, rows: list[dict]) -> str:
     heading = "| up to step | minutes | loss | bpp | PSNR dB |"
     lines += ["", "## Training", "", heading, "| --- | --- | --- | --- | --- |"]
     for p in card["curve"]:
-        minutes, psnr = p.get("minutes", math.nan), p.get("psnr_db", math.nan)
-        lines.append(f"| {p['step']} | {minutes:.1f} | {p['rd_loss']:.3f} | {p['bpp']:.3f} | {psnr:.2f} |")
+        psnr = f"{p['psnr_db']:.2f}" if "psnr_db" in p else "-"  # not measured for MS-SSIM, or on latents
+        lines.append(
+            f"| {p['step']} | {p.get('minutes', math.nan):.1f} | {p['rd_loss']:.3f} | {p['bpp']:.3f} | {psnr} |"
+        )
     return "\n".join(lines) + "\n"
 
 
