@@ -7,7 +7,7 @@ from torch import nn
 
 from entroformer_lib.models import compiled
 from entroformer_lib.models.attention import TopKAttention
-from entroformer_lib.models.integer import digits, exp_of_negative, product
+from entroformer_lib.models.integer import digits, exp_of_negative, joined, product
 from entroformer_lib.models.integer_layers import (
     IntegerAttention,
     IntegerLayerNorm,
@@ -15,6 +15,7 @@ from entroformer_lib.models.integer_layers import (
     IntegerPosition,
     by_loops,
     by_tensors,
+    digits_of_rows,
 )
 from entroformer_lib.models.position import RelativePosition, grid_sites
 
@@ -32,6 +33,24 @@ def test_linear_of_one_row(bias):
     layer = IntegerLinear(layer.weight, layer.bias)
     together = layer.of_digits(digits(x))
     assert torch.equal(torch.cat([layer(row[None]) for row in x]), together)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_linear_of_many_rows(bias, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x, layer = rows_of_many_sizes(40, 70), nn.Linear(70, 33, bias)
+    layer = IntegerLinear(layer.weight, layer.bias)
+    for ours, expected in zip(digits_of_rows(x), digits(x), strict=True):
+        assert torch.equal(ours, expected)
+    high, cross = (product(a, b) for a, b in ((digits(x).high, layer.stacked[:33].T), both_orders(x, layer)))
+    expected = joined(high, cross).mul_(digits(x).scale).mul_(layer.scale)
+    assert torch.equal(layer(x), expected if layer.bias is None else expected.add_(layer.bias))
+
+
+def both_orders(x, layer):
+    a = digits(x)
+    return torch.cat((a.high, a.low), dim=1), layer.crossed.T
 
 
 def test_layer_norm_of_one_row():

@@ -63,6 +63,28 @@ def digits(x, high, low):
 
 
 @loop
+def digits_of_rows(x, high, low, scale):
+    """integer.digits of rows.  x: [q, K]  ->  high, low: int8 [q, K], scale: [q]"""
+    for i in range(len(x)):
+        scale[i] = digits(x[i], high[i], low[i])
+
+
+@loop
+def scaled_sums(high, cross, row_scale, scale, bias, out):
+    """What follows the products in integer.IntegerLinear.  high, cross: int32 [q, N], row_scale: [q], scale: [N], bias:
+    [N] or empty  ->  out: [q, N]"""
+    rows, N = high.shape
+    for i in range(rows):
+        step = row_scale[i]
+        if len(bias):
+            for n in range(N):
+                out[i, n] = joined(high[i, n], cross[i, n]) * step * scale[n] + bias[n]
+        else:
+            for n in range(N):
+                out[i, n] = joined(high[i, n], cross[i, n]) * step * scale[n]
+
+
+@loop
 def dot(a_high, a_low, b_high, b_low):
     """Of two rows of digits [K]: the sum of high by high, and that of high by low and low by high, as int32."""
     high, cross = i32(0), i32(0)
@@ -299,22 +321,38 @@ def attend_listed(q_high, q_low, q_scale, k_high, k_low, k_scale, v_high, v_low,
     heads = len(extra)
     d = q_high.shape[1] // heads
     scores, keys = np.empty(L, dtype=f32), np.empty(L, dtype=i32)
-    high, low = np.empty((L, d), dtype=np.int8), np.empty((L, d), dtype=np.int8)
-    a, b = np.empty(d, dtype=i32), np.empty(d, dtype=i32)
+    high, cross = np.empty(d, dtype=i32), np.empty(d, dtype=i32)
     for i in range(rows):
         factor = q_scale[i] * f32(256)
         for h in range(heads):
-            c = slice(h * d, (h + 1) * d)
+            first = h * d
+            mine_high, mine_low = q_high[i, first : first + d], q_low[i, first : first + d]
             count = 0
+            most = f32(-np.inf)
             for j in range(L):
                 t = listed[i, j]
                 if t >= 0:
-                    x, y = dot(q_high[i, c], q_low[i, c], k_high[t, c], k_low[t, c])
-                    scores[count] = joined(x, y) * factor * k_scale[t] + extra[h, i, j]
-                    high[count], low[count] = v_high[t, c], v_low[t, c]
+                    a, b = dot(mine_high, mine_low, k_high[t, first : first + d], k_low[t, first : first + d])
+                    scores[count] = joined(a, b) * factor * k_scale[t] + extra[h, i, j]
+                    most = max(most, scores[count])
+                    keys[count] = t
                     count += 1
-            s, k = scores[:count], keys[:count]
-            weighted(s, count, high[:count], low[:count], v_high[0, :0], v_low[0, :0], out[i, c], k, a, b)
+            total = np.int64(0)
+            high[:] = 0
+            cross[:] = 0
+            for j in range(count):
+                w = i32(np.rint(exp_of_negative(scores[j] - most) * f32(PEAK)))
+                if w:  # many weigh nothing
+                    total += w
+                    w_high = i32((w + i32(128)) >> i32(8))
+                    w_low = i32(w - i32(256) * w_high)
+                    a_high, a_low = v_high[keys[j], first : first + d], v_low[keys[j], first : first + d]
+                    for c in range(d):
+                        high[c] = i32(high[c] + i32(w_high * i32(a_high[c])))
+                        cross[c] = i32(cross[c] + i32(w_high * i32(a_low[c])))
+                        cross[c] = i32(cross[c] + i32(w_low * i32(a_high[c])))
+            for c in range(d):
+                out[i, first + c] = joined(high[c], cross[c]) / f32(total)
 
 
 @functools.cache

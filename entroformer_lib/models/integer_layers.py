@@ -33,6 +33,16 @@ def array(t: Tensor) -> np.ndarray:
     return t.contiguous().numpy()
 
 
+def digits_of_rows(x: Tensor) -> Digits:
+    """`digits` with a scale for each row, in loops on a CPU.  x: float32 [q, K]"""
+    if x.device.type != "cpu":
+        return digits(x)
+    rows, high, low = array(x), np.empty(x.shape, dtype=np.int8), np.empty(x.shape, dtype=np.int8)
+    scale = np.empty(len(x), dtype=np.float32)
+    compiled.in_threads(lambda i, j: compiled.digits_of_rows(rows[i:j], high[i:j], low[i:j], scale[i:j]), len(x))
+    return Digits(*map(torch.from_numpy, (high, low, scale[:, None])))
+
+
 class IntegerLinear(nn.Module):
     """nn.Linear in digits.  x: float32 [..., K]  ->  float32 [..., N]"""
 
@@ -51,7 +61,7 @@ class IntegerLinear(nn.Module):
             out = torch.empty(*x.shape[:-1], self.rows)
             compiled.linear(array(rows[0]), *self.arrays, array(out.view(-1)))
             return out
-        return self.of_digits(digits(rows)).view(*x.shape[:-1], self.rows)
+        return self.of_digits(digits_of_rows(rows)).view(*x.shape[:-1], self.rows)
 
     @functools.cached_property
     def arrays(self) -> tuple[np.ndarray, ...]:
@@ -67,8 +77,20 @@ class IntegerLinear(nn.Module):
         else:
             high = product(a.high, self.stacked[:N].T)
             cross = product(torch.cat((a.high, a.low), dim=1), self.crossed.T)
+        if high.device.type == "cpu" and a.scale.numel() == q:
+            return self._scaled_sums(high, cross, a.scale)
         y = joined(high, cross).mul_(a.scale).mul_(self.scale)
         return y if self.bias is None else y.add_(self.bias)
+
+    def _scaled_sums(self, high: Tensor, cross: Tensor, row_scale: Tensor) -> Tensor:
+        """The lines above in one pass, on a CPU."""
+        out = torch.empty(high.shape)
+        a, b, steps, result = array(high), array(cross), array(row_scale.view(-1)), out.numpy()
+        scale, bias = self.arrays[1:]
+        compiled.in_threads(
+            lambda i, j: compiled.scaled_sums(a[i:j], b[i:j], steps[i:j], scale, bias, result[i:j]), len(a)
+        )
+        return out
 
 
 class IntegerConv3x3(nn.Module):
@@ -248,9 +270,7 @@ class IntegerAttention(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Digits, Digits, Digits]:
         q, k, v = self.qkv(x[0]).chunk(3, dim=-1)  # [q, D] each
-        both = digits(torch.stack((q * self.scale, k)))
-        q, k = (Digits(*parts) for parts in zip(*both, strict=True))
-        return q, k, digits(v, self.value_scale)
+        return digits_of_rows(q * self.scale), digits_of_rows(k), digits(v, self.value_scale)
 
     def _one(self, x, sites, relative, top_k, cache, layer) -> Tensor:
         """A single new token, from projection to projection.  x: [1, 1, D]  ->  [1, 1, D]"""

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from entroformer_lib.models import compiled
 from entroformer_lib.models.groupedmixer import ContextCache, CrossAttention, TopKMixer, WindowAttention, windows
 from entroformer_lib.models.integer import Digits, chosen, digits, joined
-from entroformer_lib.models.integer_layers import IntegerAttention, IntegerLinear, IntegerPosition, array, value_scale
+from entroformer_lib.models.integer_layers import (
+    IntegerAttention,
+    IntegerLinear,
+    IntegerPosition,
+    array,
+    digits_of_rows,
+    value_scale,
+)
 from entroformer_lib.models.position import grid_sites
 
 QUERIES = 1024  # that the tensor operations take at a time
@@ -83,9 +90,7 @@ class _Mixer(nn.Module):
     def project(self, x: Tensor) -> tuple[Digits, Digits, Digits]:
         """Queries, keys and values of tokens [q, D]."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        both = digits(torch.stack((q * self.scale, k)))
-        q, k = (Digits(*parts) for parts in zip(*both, strict=True))
-        return q, k, digits(v, self.value_scale)
+        return digits_of_rows(q * self.scale), digits_of_rows(k), digits(v, self.value_scale)
 
     def result(self, looked: Tensor) -> Tensor:
         """What `attend_lists` returned, through the last projection: [q, D]"""
