@@ -12,6 +12,7 @@ from entroformer_lib.coding.bitstream import Container
 from entroformer_lib.errors import BitstreamError, RateError
 from entroformer_lib.models.gain import RateGain
 from entroformer_lib.models.zoo import list_models, load_model, save_weights
+from entroformer_lib.training.loop import MS_SSIM_OVER_MSE
 
 LMBDAS = (0.01, 0.04, 0.16)
 
@@ -118,3 +119,10 @@ def test_gains_at_other_lambdas_begin_between_those_that_are_known():
     assert torch.allclose(new.log_gain[2], (gain[0] + gain[1]) / 2, atol=1e-6)
     assert torch.allclose(new.log_gain[4], gain[2] + (gain[2] - gain[1]) / 2, atol=1e-6)
     assert torch.allclose(new.log_inverse[0], known.log_inverse[0] * 1.5 - known.log_inverse[1] / 2, atol=1e-6)
+
+
+def test_gains_begin_at_the_same_rates_where_the_distortion_is_another():
+    known, new = RateGain((0.01, 0.04), 2), RateGain((12.9, 51.6), 2)
+    torch.nn.init.normal_(known.log_gain)
+    new.begin_from(known, MS_SSIM_OVER_MSE)
+    assert torch.allclose(new.log_gain, known.log_gain, atol=1e-5)

@@ -23,6 +23,7 @@ from entroformer_lib.models.groupedmixer import (
     windows,
 )
 from entroformer_lib.models.integer import digits
+from entroformer_lib.studies import context_cache
 from entroformer_lib.studies.capture import capture
 from entroformer_lib.studies.missing_context import scene_of
 from entroformer_lib.studies.row_server import RowServer
@@ -293,3 +294,9 @@ def test_bad_input(tmp_path):
     config = TrainConfig(data="x", out=str(tmp_path), model="tiny-groupedmixer", pretrain=0.5, accelerator="cpu")
     with pytest.raises(TrainingError, match="GroupedMixer has none"):
         train(config, progress=False)
+
+
+def test_the_study_of_the_cache():
+    row = context_cache.run(("tiny-groupedmixer",), width=128, height=128, repeats=1).iloc[0]
+    assert row["equal"] and row["groups"] == 12
+    assert row["ratio"] == pytest.approx(row["uncached_s"] / row["cached_s"])

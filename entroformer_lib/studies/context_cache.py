@@ -1,0 +1,76 @@
+"""What GroupedMixer's context cache saves: the entropy model's coding steps with and without it.
+
+    python -m entroformer_lib.studies.context_cache
+
+Without it every group runs all earlier slots again: G (G + 1) / 2 passes instead of G, so (G + 1) / 2 times the work.
+Measured on the coder's own steps, from the hyperprior's feature to all latents; weights are random, and latents too.
+"""
+
+import json
+import time
+
+import pandas as pd
+import torch
+import tyro
+
+from entroformer_lib.files import data_folder, write_bytes
+from entroformer_lib.memory import keep_freed_memory
+from entroformer_lib.models.entroformer import build_model
+from entroformer_lib.models.groupedmixer import group_grid
+from entroformer_lib.models.integer_copy import integer_copy
+from entroformer_lib.studies.provenance import provenance
+
+MODELS = ("base-groupedmixer", "base-groupedmixer-fast", "study-groupedmixer", "tiny-groupedmixer")
+
+
+@torch.inference_mode()
+def run(names: tuple[str, ...] = MODELS, width: int = 768, height: int = 512, repeats: int = 3) -> pd.DataFrame:
+    """One row per model: model, groups, cached_s and uncached_s (the quickest of the repeats), ratio, equal (every mean
+    and scale has the same bits)."""
+    return pd.DataFrame([_measured(name, height // 16, width // 16, repeats) for name in names])
+
+
+def _measured(name: str, h: int, w: int, repeats: int) -> dict:
+    torch.manual_seed(0)
+    model = build_model(name).eval()
+    c, context_model = model.config, integer_copy(model.context_model)
+    rows, columns = group_grid(h, w, c.groups)
+    G = len(context_model.order)
+    latents = torch.randn(G, rows * columns, c.M // c.groups[0]).mul(2).round()
+    hyper, found, seconds = torch.randn(1, c.dim, h, w), {}, {}
+    for cached in (True, False):
+        for _ in range(1 + repeats if cached else repeats):  # the first compiles
+            found[cached] = seen = []
+
+            def exchange(group, *parameters, seen=seen):
+                seen.append(torch.stack(parameters))
+                return latents[group]
+
+            start = time.perf_counter()
+            context_model.code(h, w, hyper, exchange, cached)
+            seconds[cached] = min(seconds.get(cached, float("inf")), time.perf_counter() - start)
+    equal = all(torch.equal(a, b) for a, b in zip(found[True], found[False], strict=True))
+    print(f"{name}: {seconds[True]:.2f} s with the cache, {seconds[False]:.2f} s without", flush=True)
+    ratio = seconds[False] / seconds[True]
+    return {
+        "model": name, "groups": G, "cached_s": seconds[True], "uncached_s": seconds[False], "ratio": ratio,
+        "equal": equal,
+    }  # fmt: skip
+
+
+def save(models: tuple[str, ...] = MODELS, repeats: int = 3) -> None:
+    """Measures and writes data/results/context_cache.json.
+
+    Args:
+        models: Names of GroupedMixers.
+        repeats: How often each way is timed; the quickest counts.
+    """
+    keep_freed_memory()
+    table = run(models, repeats=repeats)
+    result = {"rows": table.to_dict("records"), "provenance": {**provenance(), "threads": torch.get_num_threads()}}
+    write_bytes(data_folder() / "results" / "context_cache.json", json.dumps(result, indent=1).encode())
+    print(table.round(2).to_string(index=False))
+
+
+if __name__ == "__main__":
+    tyro.cli(save)
