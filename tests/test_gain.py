@@ -5,12 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import micro_model
+from conftest import VARIANTS, micro_model
 
 from entroformer_lib.coding import codec
 from entroformer_lib.coding.bitstream import Container
-from entroformer_lib.errors import BitstreamError, RateError
-from entroformer_lib.models.gain import RateGain
+from entroformer_lib.errors import BitstreamError, ConfigError, RateError
+from entroformer_lib.models.exact import ExactEntropyModel
+from entroformer_lib.models.gain import RateGain, exact_exp
 from entroformer_lib.models.zoo import list_models, load_model, save_weights
 from entroformer_lib.training.loop import MS_SSIM_OVER_MSE
 
@@ -126,3 +127,69 @@ def test_gains_begin_at_the_same_rates_where_the_distortion_is_another():
     torch.nn.init.normal_(known.log_gain)
     new.begin_from(known, MS_SSIM_OVER_MSE)
     assert torch.allclose(new.log_gain, known.log_gain, atol=1e-5)
+
+
+# ---- an entropy model that is told the rate ----
+
+
+def aware_model(variant):
+    model = micro_model(variant, lmbdas=LMBDAS, rate_aware=True)
+    torch.nn.init.normal_(model.rate_knowledge.vectors)
+    torch.nn.init.normal_(model.rate_knowledge.z_log_gain, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_model_that_knows_the_rate_brings_pictures_back_at_any_rate(variant, photo):
+    model, sizes = aware_model(variant), []
+    for level in (0.0, 0.3, 2.0):
+        model.level = level
+        data = codec.encode(model, photo)
+        model.level = 1.0  # the file says its own
+        decoded = np.asarray(codec.decode(data, model)).astype(int)
+        with torch.no_grad():
+            x_hat = model(codec.to_tensor(photo, model), level=Container.unpack(data).level)["x_hat"].clamp(0, 1)
+        expected = np.asarray(codec.to_picture(codec.unpad(x_hat, photo.height, photo.width)))
+        assert np.abs(decoded - expected).max() <= 1
+        sizes.append(len(data))
+    assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_coder_is_told_the_same_rate_as_forward(variant, photo):
+    model = aware_model(variant)
+    exact = ExactEntropyModel(model)
+    for level in (0.0, 1.5):
+        y_hat, z = model.latents(codec.to_tensor(photo, model), level)
+        with torch.inference_mode():
+            z_hat = None if z is None else model.z_prior.quantize_z(z)
+            hyper = None if z is None else model.synthesised(z_hat, model.rate(level))
+            expected, wrong = (
+                exact._in_order(model.distributions(y_hat, hyper, rate=model.rate(told))[0]) for told in (level, 0.7)
+            )
+            known, found = exact._in_order(y_hat), torch.zeros_like(expected)
+
+            def spy(which, means, scales, known=known, found=found):
+                found[which] = torch.from_numpy(means).float()
+                return known[which]
+
+            exact._code(y_hat.shape[2:], z_hat, spy, model.rate(level, exact=True))
+        # Where two scores nearly tie, rounding may choose another key: so not the largest difference.
+        assert (found - expected).abs().median() < 0.005
+        assert 3 * (found - expected).abs().median() < (found - wrong).abs().median()
+
+
+def test_exact_gains_are_the_gains():
+    model = aware_model("parallel")
+    for level in (0.0, 0.7, 2.0):
+        rough, exact = model.rate(level), model.rate(level, exact=True)
+        for a, b in zip(rough, exact, strict=True):
+            assert torch.allclose(a, b, rtol=1e-5)
+    x = torch.linspace(-12, 5, 1000)
+    assert torch.allclose(exact_exp(x), x.double().exp().float(), rtol=2e-6)
+
+
+def test_a_model_of_one_rate_cannot_know_it():
+    with pytest.raises(ConfigError, match="variable rate"):
+        micro_model("parallel", rate_aware=True)
+    assert "rate_aware" not in micro_model("parallel", lmbdas=LMBDAS).config.to_json()

@@ -51,7 +51,7 @@ def encode(model: Entroformer, image, bpp: float | None = None) -> bytes:
 
 def _encode_at(model: Entroformer, x: Tensor, size: tuple[int, int], grey: bool, level: float | None) -> bytes:
     y_hat, z = model.latents(x, level)
-    coded = model.compress_latents(y_hat, z)
+    coded = model.compress_latents(y_hat, z, level)
     strings = coded["strings"]
     if z is None:
         z_string, z_hat = b"", None
@@ -84,7 +84,7 @@ def _encode_within(model: Entroformer, x: Tensor, size: tuple[int, int], grey: b
     low, high = 0, (len(model.config.lmbdas) - 1) * LEVEL_STEPS
     while low < high:
         middle = (low + high + 1) // 2
-        bits = model.estimated_bits(model.scaled(y, middle / LEVEL_STEPS))
+        bits = model.estimated_bits(model.scaled(y, middle / LEVEL_STEPS), middle / LEVEL_STEPS)
         fits = sum(float(b.sum()) for b in bits.values()) / 8 + CONTAINER_BYTES <= most
         low, high = (middle, high) if fits else (low, middle - 1)
     for step in sorted({max(low - less, 0) for less in (0, 2, 8, 32, low)}, reverse=True):
@@ -113,21 +113,22 @@ def decode(data: bytes, model: Entroformer | None = None) -> Image.Image:
         raise BitstreamError(
             f"The file was written with other weights of the model '{container.model}' than those at hand."
         )
+    rates = len(model.config.lmbdas)
+    if (container.level is None) == bool(rates) or (rates and container.level > rates - 1):
+        raise BitstreamError("The file has a rate that this model does not know.")
     y_shape, z_shape = latent_shapes(container.width, container.height, model)
     try:
         if z_shape is None:
-            y_hat, z_hat = model.decompress_latents([[container.y_string]], y_shape)
+            y_hat, z_hat = model.decompress_latents([[container.y_string]], y_shape, container.level)
         else:
-            y_hat, z_hat = model.decompress_latents([[container.y_string], [container.z_string]], z_shape)
+            strings = [[container.y_string], [container.z_string]]
+            y_hat, z_hat = model.decompress_latents(strings, z_shape, container.level)
     except (ValueError, IndexError) as error:
         raise BitstreamError(f"The coded latents cannot be decoded: {error}.") from None
     if latents_checksum(y_hat, z_hat) != container.latents_crc:
         raise BitstreamError(
             "This machine computed other latents than the one that wrote the file, so the picture would be wrong."
         )
-    rates = len(model.config.lmbdas)
-    if (container.level is None) == bool(rates) or (rates and container.level > rates - 1):
-        raise BitstreamError("The file has a rate that this model does not know.")
     x_hat = unpad(model.reconstruct(y_hat, container.level), container.height, container.width)
     picture = to_picture(x_hat)
     return picture.convert("L") if container.grey else picture

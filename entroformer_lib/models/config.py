@@ -63,6 +63,7 @@ class EntroformerConfig:
 
     # Variable rate (ours, see gain.py): the lambdas one model serves, low to high; none: one rate, no gains
     lmbdas: tuple[float, ...] = ()
+    rate_aware: bool = False  # the entropy model is told the rate; the first models were not
 
     def __post_init__(self):
         for name, hint in get_type_hints(type(self)).items():
@@ -86,6 +87,8 @@ class EntroformerConfig:
             raise ConfigError("top_k must be at least 2, or None for dense attention.")
         if not self.scale_floor > 0:
             raise ConfigError(f"scale_floor must be above 0, and is {self.scale_floor}.")
+        if self.rate_aware and not self.lmbdas:
+            raise ConfigError("rate_aware is for models of variable rate; this one has no lmbdas.")
         if self.lmbdas and not (len(self.lmbdas) > 1 and self.lmbdas[0] > 0 and _rises(self.lmbdas)):
             raise ConfigError(f"lmbdas must be two or more positive numbers that rise, and are {self.lmbdas}.")
 
@@ -108,6 +111,8 @@ class EntroformerConfig:
         # Fields younger than the first weights, whose digest must not change:
         if not self.lmbdas:
             del values["lmbdas"]
+        if not self.rate_aware:
+            del values["rate_aware"]
         if self.context != "grouped":
             for name in GROUPED_FIELDS:
                 del values[name]

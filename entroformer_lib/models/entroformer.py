@@ -6,7 +6,8 @@ x --g_a--> y --round--> y_hat --g_s--> x_hat          (the picture's way)
            |              |
            z --round--> z_hat --h_s--+--> entropy parameters --> means, scales of y
 
-A model with several lambdas also scales y behind g_a and scales y_hat back before g_s: gain.py.
+A model with several lambdas also scales y behind g_a and scales y_hat back before g_s, and may tell the entropy model
+of it: gain.py.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from entroformer_lib.models.clock import stage
 from entroformer_lib.models.config import EntroformerConfig, named_config
 from entroformer_lib.models.context import build_context
 from entroformer_lib.models.exact import ExactEntropyModel
-from entroformer_lib.models.gain import RateGain
+from entroformer_lib.models.gain import Rate, RateGain, RateKnowledge
 from entroformer_lib.models.groupedmixer import GroupedMixer
 from entroformer_lib.models.hyperprior import HyperAnalysis, HyperSynthesis, per_site
 from entroformer_lib.models.priors import FactorizedPrior, GaussianConditional, GaussianPrior, ste_round
@@ -49,12 +50,12 @@ class EntropyParameters(nn.Module):
         # Below the floor the gradient may still pull a scale up: LowerBound, not clamp.
         self.floor = LowerBound(math.log(c.scale_floor))
 
-    def forward(self, hyper: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        means, log_scales = self.raw(hyper, context)
+    def forward(self, hyper: Tensor | None, context: Tensor | None, rate: Rate | None = None) -> tuple[Tensor, Tensor]:
+        means, log_scales = self.raw(hyper, context, rate)
         return means, log_scales.exp()
 
-    def raw(self, hyper: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The same with the logarithms of the scales."""
+    def raw(self, hyper: Tensor | None, context: Tensor | None, rate: Rate | None = None) -> tuple[Tensor, Tensor]:
+        """The same with the logarithms of the scales. rate: what turns them from units of y into steps."""
         known = next(f for f in (hyper, context) if f is not None)
         joined = [
             torch.zeros_like(known) if feature is None else feature
@@ -62,12 +63,14 @@ class EntropyParameters(nn.Module):
             if wanted
         ]
         log_scales, means = float_or_wider(per_site(self.layers, torch.cat(joined, dim=1))).chunk(2, dim=1)
-        return means, bounded(log_scales, self.floor)
+        return in_steps(means, log_scales, self.floor, rate)
 
 
-def bounded(log_scales: Tensor, floor: LowerBound) -> Tensor:
-    """Logarithms of scales between the floor and what no latent exceeds."""
-    return floor(log_scales).clamp(max=LARGEST_LOG_SCALE)
+def in_steps(means: Tensor, log_scales: Tensor, floor: LowerBound, rate: Rate | None) -> tuple[Tensor, Tensor]:
+    """Means and logarithms of scales in steps of the rounding; scales between the floor and what no latent exceeds."""
+    if rate is not None:
+        means, log_scales = means * rate.gain, log_scales + rate.log_gain
+    return means, floor(log_scales).clamp(max=LARGEST_LOG_SCALE)
 
 
 class GroupedParameters(nn.Module):
@@ -77,8 +80,8 @@ class GroupedParameters(nn.Module):
         super().__init__()
         self.floor = LowerBound(math.log(c.scale_floor))
 
-    def raw(self, means: Tensor, log_scales: Tensor) -> tuple[Tensor, Tensor]:
-        return float_or_wider(means), bounded(float_or_wider(log_scales), self.floor)
+    def raw(self, means: Tensor, log_scales: Tensor, rate: Rate | None = None) -> tuple[Tensor, Tensor]:
+        return in_steps(float_or_wider(means), float_or_wider(log_scales), self.floor, rate)
 
 
 @register_model("entroformer")
@@ -106,6 +109,7 @@ class Entroformer(CompressionModel):
         self.g_a, self.g_s = Analysis(c.N, c.M), Synthesis(c.N, c.M)
         self.gain = RateGain(c.lmbdas, c.M) if c.lmbdas else None
         self.level = (len(c.lmbdas) - 1) / 2  # the middle
+        self.rate_knowledge = RateKnowledge(self.gain, c.Z, c.dim) if c.rate_aware else None
         self.h_a = HyperAnalysis(c) if c.hyperprior else None
         self.h_s = HyperSynthesis(c) if c.hyperprior else None
         grouped = c.context == "grouped"
@@ -124,7 +128,7 @@ class Entroformer(CompressionModel):
 
     def entropy_model_parts(self) -> list[nn.Module]:
         """Everything but g_a and g_s: what the paper's Table 6 weighs."""
-        parts = (self.h_a, self.h_s, self.context_model, self.entropy_parameters, self.z_prior)
+        parts = (self.h_a, self.h_s, self.context_model, self.entropy_parameters, self.z_prior, self.rate_knowledge)
         return [part for part in parts if part is not None]
 
     # ---- training and analysis ----
@@ -154,7 +158,7 @@ class Entroformer(CompressionModel):
         """
         self._check_size(x)
         gain, inverse = self._gains(level)
-        likelihoods, y_hat = self.likelihoods(self.g_a(x) * gain, noise, kept)
+        likelihoods, y_hat = self.likelihoods(self.g_a(x) * gain, noise, kept, level=level)
         return {"x_hat": float_or_wider(self.g_s(y_hat * inverse)), "likelihoods": likelihoods}
 
     def likelihoods(
@@ -163,42 +167,72 @@ class Entroformer(CompressionModel):
         noise: dict[str, Tensor] | None = None,
         kept: Tensor | None = None,
         missing: Tensor | None = None,
+        level: Tensor | float | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The entropy model alone, without g_a and g_s: what `forward` does with the latents.
 
-        y: [B, M, H/16, W/16], not yet rounded; missing: bool [B, 1, H/16, W/16], latents that nobody may use as
-        context, see the context models  ->  likelihoods as `forward` returns them, and y_hat.
+        y: [B, M, H/16, W/16], scaled by the gain but not yet rounded; missing: bool [B, 1, H/16, W/16], latents that
+        nobody may use as context, see the context models; level: that of the gain
+        ->  likelihoods as `forward` returns them, and y_hat.
         """
         likelihoods = {}
-        hyper = None
+        hyper, rate = None, self.rate(level)
         if self.h_a is not None:
-            z = self.h_a(y)
+            z = self.analysed(y, rate)
             with torch.autocast(y.device.type, enabled=False):
                 z = float_or_wider(z)
                 z_hat = self.z_prior.quantize_z(z)
                 likelihoods["z"] = self.z_prior.likelihood(self._noisy(z, z_hat, noise, "z"))
-            hyper = self.h_s(z_hat)
+            hyper = self.synthesised(z_hat, rate)
         y_hat = ste_round(float_or_wider(y))
-        means, scales = self.distributions(y_hat, hyper, kept, missing)
+        means, scales = self.distributions(y_hat, hyper, kept, missing, rate)
         with torch.autocast(y.device.type, enabled=False):
             likelihoods["y"] = self.gaussian(self._noisy(float_or_wider(y), y_hat, noise, "y"), means, scales)
         return likelihoods, y_hat
 
     def distributions(
-        self, y_hat: Tensor, hyper: Tensor | None, kept: Tensor | None = None, missing: Tensor | None = None
+        self,
+        y_hat: Tensor,
+        hyper: Tensor | None,
+        kept: Tensor | None = None,
+        missing: Tensor | None = None,
+        rate: Rate | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The Gaussian of every latent, given all latents that may be known before it.
 
-        y_hat: [B, M, h, w], hyper: h_s's feature [B, D, h, w] or None; kept, missing: see the context models
-        ->  means, scales: [B, M, h, w]
+        y_hat: [B, M, h, w], hyper: of `synthesised`, [B, D, h, w] or None; kept, missing: see the context models;
+        rate: of `self.rate`  ->  means, scales: [B, M, h, w]
         """
+        if rate is not None:
+            y_hat = y_hat * rate.inverse
         if isinstance(self.context_model, GroupedMixer):
             if kept is not None or missing is not None:
                 raise NotImplementedError("Masks are for Entroformer's context models; GroupedMixer has none.")
-            means, log_scales = self.entropy_parameters.raw(*self.context_model(y_hat, hyper))
+            means, log_scales = self.entropy_parameters.raw(*self.context_model(y_hat, hyper), rate)
             return means, log_scales.exp()
         context = None if self.context_model is None else self.context_model(y_hat, kept, missing)
-        return self.entropy_parameters(hyper, context)
+        if rate is not None and hyper is None:
+            context = context + rate.vector
+        return self.entropy_parameters(hyper, context, rate)
+
+    def analysed(self, y: Tensor, rate: Rate | None) -> Tensor:
+        """z of y, not yet rounded.  y: [B, M, h, w], scaled by the gain  ->  [B, Z, h/4, w/4]"""
+        return self.h_a(y) if rate is None else self.h_a(y * rate.inverse) * rate.z_gain
+
+    def synthesised(self, z_hat: Tensor, rate: Rate | None) -> Tensor:
+        """The hyperprior feature.  z_hat: [B, Z, h/4, w/4]  ->  [B, D, h, w]"""
+        return self.h_s(z_hat) if rate is None else self.h_s(z_hat * rate.z_inverse) + rate.vector
+
+    def rate(self, level: Tensor | float | None = None, exact: bool = False) -> Rate | None:
+        """What the entropy model is told of a level, or of a level for each of B latents; None where it is told
+        nothing."""
+        if self.rate_knowledge is None:
+            return None
+        return self.rate_knowledge(self.gain, self._levels(level), exact)
+
+    def _levels(self, level: Tensor | float | None) -> Tensor:
+        like = self.gain.log_gain
+        return torch.as_tensor(self.level if level is None else level, device=like.device).view(-1).to(like)
 
     def scaled(self, y: Tensor, level: float | None = None) -> Tensor:
         """y of g_a times the gain of a level, as it is rounded and coded; unchanged in a model of one rate."""
@@ -208,8 +242,7 @@ class Entroformer(CompressionModel):
         """Gain and inverse, [B or 1, M, 1, 1]; both 1 in a model of one rate."""
         if self.gain is None:
             return 1.0, 1.0
-        like = self.gain.log_gain
-        return self.gain(torch.as_tensor(self.level if level is None else level, device=like.device).view(-1).to(like))
+        return self.gain(self._levels(level))
 
     def _noisy(self, v: Tensor, v_hat: Tensor, noise: dict[str, Tensor] | None, key: str) -> Tensor:
         if not self.training:
@@ -225,10 +258,10 @@ class Entroformer(CompressionModel):
             )
 
     @torch.inference_mode()
-    def estimated_bits(self, y: Tensor) -> dict[str, Tensor]:
+    def estimated_bits(self, y: Tensor, level: float | None = None) -> dict[str, Tensor]:
         """Where the bits go, by the likelihoods: {"y": [B, H/16, W/16], "z": [B, H/64, W/64]}, summed over channels,
-        in float64.  y: [B, M, H/16, W/16], scaled by the gain where there is one; see `latents`."""
-        return {name: -p.double().log2().sum(1) for name, p in self.likelihoods(y)[0].items()}
+        in float64.  y: [B, M, H/16, W/16], scaled by the gain of `level` where there is one."""
+        return {name: -p.double().log2().sum(1) for name, p in self.likelihoods(y, level=level)[0].items()}
 
     # ---- real bytes ----
 
@@ -239,7 +272,7 @@ class Entroformer(CompressionModel):
         with stage("transforms"):
             y = self.scaled(self.g_a(x), level)
         with stage("hyper"):
-            return torch.floor(y + 0.5), None if self.h_a is None else self.h_a(y)
+            return torch.floor(y + 0.5), None if self.h_a is None else self.analysed(y, self.rate(level))
 
     @torch.inference_mode()
     def compress(self, x: Tensor) -> dict:
@@ -251,15 +284,15 @@ class Entroformer(CompressionModel):
         return self.compress_latents(y_hat, z)
 
     @torch.inference_mode()
-    def compress_latents(self, y_hat: Tensor, z: Tensor | None) -> dict:
+    def compress_latents(self, y_hat: Tensor, z: Tensor | None, level: float | None = None) -> dict:
         """Second half of `compress`. y_hat: [B, M, h, w] integers, z: [B, Z, h/4, w/4] or None."""
-        exact = self._exact()
+        exact, rate = self._exact(), self.rate(level, exact=True)
         if z is None:
-            return {"strings": [[exact.encode(y[None], None) for y in y_hat]], "shape": y_hat.shape[-2:]}
+            return {"strings": [[exact.encode(y[None], None, rate) for y in y_hat]], "shape": y_hat.shape[-2:]}
         self.refresh_tables()
         z_strings = self.z_prior.compress(z)
         z_hat = self.z_prior.decompress(z_strings, z.shape[-2:])  # exactly what the decoder will have
-        y_strings = [exact.encode(y[None], z1[None]) for y, z1 in zip(y_hat, z_hat, strict=True)]
+        y_strings = [exact.encode(y[None], z1[None], rate) for y, z1 in zip(y_hat, z_hat, strict=True)]
         return {"strings": [y_strings, z_strings], "shape": z.shape[-2:]}
 
     @torch.inference_mode()
@@ -275,17 +308,19 @@ class Entroformer(CompressionModel):
             return self.g_s(y_hat * self._gains(level)[1]).clamp(0, 1)
 
     @torch.inference_mode()
-    def decompress_latents(self, strings: list[list[bytes]], shape) -> tuple[Tensor, Tensor | None]:
+    def decompress_latents(
+        self, strings: list[list[bytes]], shape, level: float | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """First half of `decompress`: y_hat [B, M, h, w] and z_hat or None."""
-        exact = self._exact()
+        exact, rate = self._exact(), self.rate(level, exact=True)
         like = self.g_s[0].weight
         if self.h_a is None:
-            y_hat = [exact.decode(s, None, tuple(shape)) for s in strings[0]]
+            y_hat = [exact.decode(s, None, tuple(shape), rate) for s in strings[0]]
             return torch.cat(y_hat).to(like), None
         self.refresh_tables()
         z_hat = self.z_prior.decompress(strings[1], tuple(shape)).to(like)
         size = (4 * shape[0], 4 * shape[1])
-        y_hat = [exact.decode(s, z[None], size) for s, z in zip(strings[0], z_hat, strict=True)]
+        y_hat = [exact.decode(s, z[None], size, rate) for s, z in zip(strings[0], z_hat, strict=True)]
         return torch.cat(y_hat).to(like), z_hat
 
     def _exact(self) -> ExactEntropyModel:

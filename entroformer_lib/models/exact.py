@@ -8,6 +8,7 @@ checksum over the latents: a machine that breaks the rules of arithmetic gives a
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from entroformer_lib.coding.coder import SymbolDecoder, SymbolEncoder
 from entroformer_lib.models.clock import stage
-from entroformer_lib.models.groupedmixer import merge, split
+from entroformer_lib.models.context import Exchange
+from entroformer_lib.models.gain import Rate
+from entroformer_lib.models.groupedmixer import ExchangeGroup, merge, split
 from entroformer_lib.models.integer_copy import integer_copy
 
 MEAN_STEPS = 256  # means are multiples of 1/256: costs 0.0001 bit at the smallest scale
@@ -31,6 +34,10 @@ def snap(means: Tensor, log_scales: Tensor) -> tuple[np.ndarray, np.ndarray]:
     steps = torch.round(log_scales * SCALE_STEPS).clamp(*SCALE_INDEX) - SCALE_INDEX[0]
     means = (torch.round(means * MEAN_STEPS) / MEAN_STEPS).double()
     return means.cpu().numpy(), _SCALES[steps.long().cpu().numpy()]
+
+
+# (sites [k] or a group, means, scales) -> latents: [k, M] or [n, M / k_c]; the coder reads or writes them
+SymbolsOf = Callable[[Tensor | int, np.ndarray, np.ndarray], Tensor]
 
 
 class ExactEntropyModel:
@@ -51,8 +58,9 @@ class ExactEntropyModel:
         self.grouped = model.config.context == "grouped"
 
     @torch.inference_mode()
-    def encode(self, y_hat: Tensor, z_hat: Tensor | None) -> bytes:
-        """y_hat: [1, M, h, w] integers, z_hat: [1, Z, h/4, w/4]  ->  the string of y."""
+    def encode(self, y_hat: Tensor, z_hat: Tensor | None, rate: Rate | None = None) -> bytes:
+        """y_hat: [1, M, h, w] integers, z_hat: [1, Z, h/4, w/4], rate: of `model.rate(..., exact=True)`
+        ->  the string of y."""
         known = self._in_order(y_hat.to(self.device, torch.float32))
         encoder = SymbolEncoder()
 
@@ -61,24 +69,26 @@ class ExactEntropyModel:
             encoder.write(symbols.cpu().numpy(), means, scales)
             return symbols
 
-        self._code(y_hat.shape[-2:], z_hat, write)
+        self._code(y_hat.shape[-2:], z_hat, write, rate)
         with stage("entropy coding"):
             return encoder.finish()
 
     @torch.inference_mode()
-    def decode(self, string: bytes, z_hat: Tensor | None, size) -> Tensor:
+    def decode(self, string: bytes, z_hat: Tensor | None, size, rate: Rate | None = None) -> Tensor:
         """The string of y and (h, w)  ->  y_hat: [1, M, h, w]"""
         decoder = SymbolDecoder(string)
+        coded = self._in_order(torch.empty(1, self.M, *size, device=self.device))
 
         def read(which, means, scales):
             with stage("entropy coding"):
                 symbols = decoder.read(means, scales)
-            return torch.from_numpy(symbols).to(self.device, torch.float32)
+            coded[which] = torch.from_numpy(symbols).to(self.device, torch.float32)
+            return coded[which]
 
-        latents = self._code(size, z_hat, read)
+        self._code(size, z_hat, read, rate)
         if self.grouped:
-            return merge(latents[None], size, self.context_model.counts, self.context_model.order_name)
-        return latents.T.reshape(1, self.M, *size)
+            return merge(coded[None], size, self.context_model.counts, self.context_model.order_name)
+        return coded.T.reshape(1, self.M, *size)
 
     def _in_order(self, y_hat: Tensor) -> Tensor:
         """Latents as the steps take them.  y_hat: [1, M, h, w]  ->  [n, M], or of groups [G, n, M / k_c]"""
@@ -86,18 +96,25 @@ class ExactEntropyModel:
             return split(y_hat, self.context_model.counts, self.context_model.order_name)[0]
         return y_hat[0].flatten(1).T.contiguous()
 
-    def _code(self, size, z_hat: Tensor | None, symbols_of) -> Tensor:
-        """Runs the model's coding steps. `symbols_of(which, means, scales)` gives the latents of some sites [k, M], or
-        of a group [n, M / k_c]  ->  all latents, as `_in_order` has them."""
+    def _code(self, size, z_hat: Tensor | None, symbols_of: SymbolsOf, rate: Rate | None) -> None:
+        """Runs the model's coding steps."""
         h, w = size
-        with stage("hyper"):
-            hyper = None if z_hat is None else self.h_s(z_hat.to(self.device, torch.float32))  # [1, D, h, w]
+        rate = rate and Rate(*(t.to(self.device, torch.float32) for t in rate))
+        hyper = None
+        if z_hat is not None:
+            with stage("hyper"):
+                z_hat = z_hat.to(self.device, torch.float32)
+                hyper = self.h_s(z_hat) if rate is None else self.h_s(z_hat * rate.z_inverse) + rate.vector
         if self.grouped:
+            self.context_model.code(h, w, hyper, self._exchange_of_groups(symbols_of, rate))
+            return
+        exchange = self._exchange_of_sites(hyper, symbols_of, rate)
+        if self.context_model is None:
+            exchange(torch.arange(h * w), None)
+        else:
+            self.context_model.code(h, w, exchange)
 
-            def exchange_group(group, means, log_scales):
-                return symbols_of(group, *snap(*self.entropy_parameters.raw(means, log_scales)))
-
-            return self.context_model.code(h, w, hyper, exchange_group)
+    def _exchange_of_sites(self, hyper: Tensor | None, symbols_of: SymbolsOf, rate: Rate | None) -> Exchange:
         hyper = None if hyper is None else hyper.flatten(2)[..., None]  # [1, D, n, 1]
 
         def exchange(sites, context):
@@ -106,10 +123,24 @@ class ExactEntropyModel:
                 here = None if hyper is None else hyper[:, :, sites]
                 if here is None and context is None:  # the first slice of a model without hyperprior
                     context = torch.zeros(1, self.dim, len(sites), 1, device=self.device)
-                means, log_scales = self.entropy_parameters.raw(here, context)  # [1, M, k, 1]
+                if here is None and rate is not None:
+                    context = context + rate.vector
+                means, log_scales = self.entropy_parameters.raw(here, context, rate)  # [1, M, k, 1]
                 means, scales = snap(means[0, :, :, 0].T, log_scales[0, :, :, 0].T)  # [k, M]
-            return symbols_of(sites, means, scales)
+            symbols = symbols_of(sites, means, scales)
+            return symbols if rate is None else symbols * rate.inverse[0, :, 0, 0]
 
-        if self.context_model is None:
-            return exchange(torch.arange(h * w), None)
-        return self.context_model.code(h, w, exchange)
+        return exchange
+
+    def _exchange_of_groups(self, symbols_of: SymbolsOf, rate: Rate | None) -> ExchangeGroup:
+        slices = [None] * self.context_model.counts[0]
+        if rate is not None:  # of each channel slice: [m]
+            parts = (t[0, :, 0, 0].chunk(len(slices)) for t in rate[:3])
+            slices = [rate._replace(gain=g, inverse=i, log_gain=log) for g, i, log in zip(*parts, strict=True)]
+
+        def exchange(group, means, log_scales):
+            part = slices[self.context_model.order[group][0]]
+            symbols = symbols_of(group, *snap(*self.entropy_parameters.raw(means, log_scales, part)))
+            return symbols if part is None else symbols * part.inverse
+
+        return exchange

@@ -6,16 +6,25 @@ Between g_a and the rounding every channel of y is multiplied by a gain, and div
     x --g_a--> y --* gain--> round --> y_hat --* inverse--> g_s --> x_hat
 
 A large gain means fine steps: more bits, less distortion. Everything the coder sees, y_hat included, is already
-scaled, so the entropy model and the file's exactness know nothing of rates. Each lambda the model was trained for is a
+scaled, so the file's exactness knows nothing of rates. Each lambda the model was trained for is a
 *level*; between two levels the gains are interpolated geometrically, so that the rate can be set continuously. This is
 one answer to the rate control that the paper's discussion leaves open.
+
+An entropy model that is told nothing of the gain (`rate_aware=False`, as the first models) has to guess it from the
+latents, and a transformer hardly can: its layer norms take away the size of what they see. One that is told
+(`RateKnowledge`) sees latents in the units of y before the gain, the same at all rates, and its means and scales are
+multiplied by the gain behind it. Then both sides of the coder need the same gain to the last bit, so there it is made
+of operations that IEEE 754 fixes (`exact=True`).
 """
 
 import bisect
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from entroformer_lib.models.integer import exp_of_negative
 
 
 class RateGain(nn.Module):
@@ -40,13 +49,7 @@ class RateGain(nn.Module):
 
     def forward(self, level: Tensor) -> tuple[Tensor, Tensor]:
         """level: [B] in [0, levels - 1]  ->  gain and inverse: [B, M, 1, 1]"""
-        low = level.floor().clamp(0, len(self.lmbdas) - 2)
-        part = (level - low)[:, None]  # [B, 1]
-        i = low.long()
-        return tuple(
-            torch.lerp(table[i], table[i + 1], part.to(table.dtype)).exp()[..., None, None]
-            for table in (self.log_gain, self.log_inverse)
-        )
+        return tuple(at_level(table, level).exp()[..., None, None] for table in (self.log_gain, self.log_inverse))
 
     def level_of(self, lmbda: float) -> float:
         """The level of a lambda; between two trained ones in proportion to its logarithm.
@@ -71,3 +74,58 @@ class RateGain(nn.Module):
         part = ((at - known[i]) / (known[i + 1] - known[i]))[:, None]  # below 0 and above 1 beyond the ends
         for mine, theirs in ((self.log_gain, other.log_gain), (self.log_inverse, other.log_inverse)):
             mine.copy_(torch.lerp(theirs[i], theirs[i + 1], part))
+
+
+class Rate(NamedTuple):
+    """What an entropy model is told of the rates of B latents. All but `vector` are sizes of a step or one over it.
+
+    gain, inverse, log_gain: of y, [B, M, 1, 1]; z_gain, z_inverse: of z, [B, Z, 1, 1]; vector: [B, D, 1, 1].
+    """
+
+    gain: Tensor
+    inverse: Tensor
+    log_gain: Tensor
+    z_gain: Tensor
+    z_inverse: Tensor
+    vector: Tensor
+
+
+class RateKnowledge(nn.Module):
+    """Gains of z, and a vector for each level that is added to the features behind h_s.
+
+    Args:
+        gain: of y; z's gains begin at its fourth root, because the cost of z matters less where y costs much.
+        Z, dim: channels of z, width of the features.
+    """
+
+    def __init__(self, gain: RateGain, Z: int, dim: int):
+        super().__init__()
+        start = gain.log_gain.detach().mean(1, keepdim=True) / 4
+        self.z_log_gain = nn.Parameter(start.repeat(1, Z))  # [levels, Z]
+        self.vectors = nn.Parameter(torch.zeros(len(start), dim))
+
+    def forward(self, gain: RateGain, level: Tensor, exact: bool = False) -> Rate:
+        """level: [B]. exact: with the same bits on every machine, and without gradients."""
+        exp = exact_exp if exact else torch.exp
+        logs, z_logs, vector = (at_level(t, level) for t in (gain.log_gain, self.z_log_gain, self.vectors))
+        y, z = exp(logs), exp(z_logs)
+        return Rate(*(t[..., None, None] for t in (y, 1 / y, logs, z, 1 / z, vector)))
+
+
+def at_level(table: Tensor, level: Tensor) -> Tensor:
+    """Rows of a table of levels, linear between them.  table: [levels, C], level: [B]  ->  [B, C]
+
+    Written as single operations, none of which a machine may fuse, so that all machines give the same bits.
+    """
+    low = level.floor().clamp(0, len(table) - 2)
+    part = (level - low)[:, None].to(table.dtype)  # [B, 1]
+    below, above = table[low.long()], table[low.long() + 1]
+    return below + (above - below) * part
+
+
+LARGEST_LOG_GAIN = 8 * math.log(2)  # gains lie far below 256
+
+
+def exact_exp(x: Tensor) -> Tensor:
+    """exp of float32 numbers up to `LARGEST_LOG_GAIN`, from operations that IEEE 754 fixes; relative error 2^-20."""
+    return exp_of_negative((x.detach().float() - LARGEST_LOG_GAIN).clamp(max=0)) * 256

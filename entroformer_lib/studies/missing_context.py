@@ -87,7 +87,9 @@ def scene_of(model: Entroformer, picture: Image.Image) -> Scene:
         raise StudyError("A GroupedMixer has no positions to leave out; the study takes Entroformer's context models.")
     model.eval()
     y = model.scaled(model.g_a(codec.to_tensor(picture, model)))
-    hyper = None if model.h_a is None else model.h_s(model.z_prior.quantize_z(model.h_a(y)))
+    hyper, rate = None, model.rate()
+    if model.h_a is not None:
+        hyper = model.synthesised(model.z_prior.quantize_z(model.analysed(y, rate)), rate)
     scene = Scene(model, torch.floor(y + 0.5), hyper, y.new_zeros(y.shape[-2:]))
     scene.bits = site_bits(scene, torch.zeros(1, 1, *scene.size, dtype=torch.bool, device=y.device))[0]
     return scene
@@ -99,11 +101,22 @@ def site_bits(scene: Scene, missing: Tensor) -> Tensor:
     B = len(missing)
     y_hat = scene.y_hat.expand(B, -1, -1, -1)
     hyper = None if scene.hyper is None else scene.hyper.expand(B, -1, -1, -1)
-    return _bits(scene.model, y_hat, hyper, scene.model.context_model.features(y_hat, missing))
+    return _bits(
+        scene.model, y_hat, hyper, scene.model.context_model.features(_as_context(scene.model, y_hat), missing)
+    )
+
+
+def _as_context(model: Entroformer, y_hat: Tensor) -> Tensor:
+    """Latents as the context model sees them."""
+    rate = model.rate()
+    return y_hat if rate is None else y_hat * rate.inverse
 
 
 def _bits(model: Entroformer, y_hat: Tensor, hyper: Tensor | None, context: Tensor) -> Tensor:
-    means, scales = model.entropy_parameters(hyper, context)
+    rate = model.rate()
+    if hyper is None and rate is not None:
+        context = context + rate.vector
+    means, scales = model.entropy_parameters(hyper, context, rate)
     return -model.gaussian(y_hat, means, scales).double().log2().sum(1)
 
 
@@ -289,6 +302,8 @@ def _bits_in_patches(scene: Scene, sites: Tensor, known: Tensor) -> Tensor:
     known = (rows >= 0) & (rows < h) & (columns >= 0) & (columns < w) & known[:height]
     patches = scene.y_hat[0][:, rows.clamp(0, h - 1), columns.clamp(0, w - 1)].transpose(0, 1)  # [n, M, height, side]
     missing = ~known[:, None].to(patches.device)
-    context = model.context_model(patches, None, missing)[:, :, radius : radius + 1, radius : radius + 1]
+    context = model.context_model(_as_context(model, patches), None, missing)[
+        :, :, radius : radius + 1, radius : radius + 1
+    ]
     hyper = None if scene.hyper is None else scene.hyper[0][:, sites[:, 0], sites[:, 1]].T[..., None, None]
     return _bits(model, patches[:, :, radius : radius + 1, radius : radius + 1], hyper, context)[:, 0, 0]

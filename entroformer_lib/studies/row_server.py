@@ -86,6 +86,8 @@ class RowServer:
             }
             words = what.get(model.config.context, "This model is a GroupedMixer (see notebook 07)")
             raise AttentionError(f"{words}; the explorer takes a serial or a parallel model.")
+        if model.config.rate_aware:
+            raise AttentionError("The explorer does not yet take models whose entropy model is told the rate.")
         model.eval()
         c = self.config = model.config
         self.name = getattr(model, "name", None) or f"untrained {c.variant}"
