@@ -145,11 +145,13 @@ class Entroformer(CompressionModel):
         noise: dict[str, Tensor] | None = None,
         kept: Tensor | None = None,
         missing: Tensor | None = None,
+        one_way: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The entropy model alone, without g_a and g_s: what `forward` does with the latents.
 
         y: [B, M, H/16, W/16], not yet rounded; missing: bool [B, 1, H/16, W/16], latents that nobody may use as
-        context, see the context models  ->  likelihoods as `forward` returns them, and y_hat.
+        context, see the context models; one_way: bool [B], see ParallelContext  ->  likelihoods as `forward` returns
+        them, and y_hat.
         """
         likelihoods = {}
         hyper = None
@@ -161,7 +163,10 @@ class Entroformer(CompressionModel):
                 likelihoods["z"] = self.z_prior.likelihood(self._noisy(z, z_hat, noise, "z"))
             hyper = self.h_s(z_hat)
         y_hat = ste_round(float_or_wider(y))
-        context = None if self.context_model is None else self.context_model(y_hat, kept, missing)
+        context = None
+        if self.context_model is not None:
+            only_parallel = {} if one_way is None else {"one_way": one_way}
+            context = self.context_model(y_hat, kept, missing, **only_parallel)
         means, scales = self.entropy_parameters(hyper, context)
         with torch.autocast(y.device.type, enabled=False):
             likelihoods["y"] = self.gaussian(self._noisy(float_or_wider(y), y_hat, noise, "y"), means, scales)

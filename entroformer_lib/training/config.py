@@ -59,6 +59,9 @@ class TrainConfig:
     missing: float = 0.0
     """Each crop hides a random share of its latents, up to this one, from all the others: for what a position is worth.
     Only on latents."""
+    one_way: float = 0.0
+    """Share of the crops in which a parallel model sees only the context before a latent, in raster order: for the
+    comparison of one-way and two-way context. Only on latents."""
     init: str | None = None
     """Weights to go on from: a name of `entroformer models` or a .safetensors file. With architecture or lmbdas, what
     still fits is taken, tensor by tensor, and the rest begins afresh."""

@@ -100,7 +100,7 @@ def write_latents(transforms: str, data: str, out: Path, crop: int = 256, per_pi
     wanted = {"transforms_sha256": transforms_digest(model), "crop": crop, "per_picture": per_picture, "seed": seed}
     note = out / "latents.json"
     if note.exists():
-        _check_note(note, wanted)
+        check_note(note, wanted)
         return out
     out.mkdir(parents=True, exist_ok=True)
     pictures = [p for p in pictures_in(data) if min(p.shape[:2]) >= crop]
@@ -125,7 +125,7 @@ def latents_of(model: Entroformer, picture: np.ndarray, crop: int, seeds: list[t
     return model.g_a(torch.stack(crops)).half().numpy()
 
 
-def _check_note(note: Path, wanted: dict) -> dict:
+def check_note(note: Path, wanted: dict) -> dict:
     """The cache's note, if it says what is wanted."""
     try:
         found = json.loads(note.read_text())
@@ -155,7 +155,7 @@ class LatentCrops:
     """
 
     def __init__(self, folder: Path, model: Entroformer, crop: int, seed: int = 0, device="cpu"):
-        note = _check_note(folder / "latents.json", {"transforms_sha256": transforms_digest(model), "crop": crop})
+        note = check_note(folder / "latents.json", {"transforms_sha256": transforms_digest(model), "crop": crop})
         self.seed, self.device = seed, device
         try:
             self.table = np.load(folder / "latents.npy", mmap_mode="r")  # [pictures, per_picture, M, h, w]
