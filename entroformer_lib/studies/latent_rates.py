@@ -1,9 +1,9 @@
 """Rates of entropy models on latents that are computed once: what the ablations measure.
 
 The transforms are frozen, so the latents of the test pictures are the same for all models, and a rate is an entropy
-model's alone. All rates here are *estimated*: the bits that the model's likelihoods, computed in floating point, promise
-for the rounded latents. (Real files are 0.1 to 0.2% larger or so; `studies/rate_distortion.py` measures those.) Bits per
-pixel count the pixels of the picture, without padding.
+model's alone. All rates here are *estimated*: the bits that the model's likelihoods, computed in floating point,
+promise for the rounded latents. No file is written; `studies/rate_distortion.py` measures files. Bits per pixel count
+the pixels of the picture, without padding.
 """
 
 import functools
@@ -60,7 +60,9 @@ def mosaics(pictures: Sequence[tuple[str, Image.Image]], side: int = MOSAIC) -> 
     """Large pictures out of small ones: six side by side (portraits turned), cut to the square in the middle."""
     found = []
     for start in range(0, len(pictures) - ROWS * COLUMNS + 1, ROWS * COLUMNS):
-        part = [p if p.width >= p.height else p.transpose(Image.ROTATE_90) for _, p in pictures[start:][: ROWS * COLUMNS]]
+        part = [
+            p if p.width >= p.height else p.transpose(Image.ROTATE_90) for _, p in pictures[start:][: ROWS * COLUMNS]
+        ]
         width, height = part[0].size
         whole = Image.new("RGB", (COLUMNS * width, ROWS * height))
         for i, picture in enumerate(part):
@@ -118,8 +120,8 @@ def rate_and_error(model: Entroformer, picture: Image.Image, name: str) -> dict:
 def second_slice_rates(model: Entroformer, latents: Iterable[Latents]) -> list[dict]:
     """What the second slice's latents cost (row + column even), by what they are predicted from.
 
-    A parallel model is asked three times: by the hyperprior alone, as it predicts the first slice; with the first slice's
-    latents before each site in raster order; with all of the first slice. Other models know one way, that of their own.
+    A parallel model is asked three times: by the hyperprior alone, as it predicts the first slice; with the first
+    slice's latents before each site in raster order; with all of the first slice. Other models know one way, their own.
 
     ->  a row for each picture and context: image, context, bpp (bits of the second slice over all pixels)
     """

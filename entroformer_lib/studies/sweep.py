@@ -27,6 +27,7 @@ from typing import Any
 from entroformer_lib.errors import Stopped, StudyError, UserError
 from entroformer_lib.files import write_bytes
 
+PATIENCE = 10.0  # seconds that a scheduler has to answer
 Work = Callable[[Path, str], Any]
 
 
@@ -67,6 +68,9 @@ class Outcome:
     name: str
     error: str | None
     seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.error or 'done'} ({self.seconds:.0f} s)"
 
 
 def check(tasks: Iterable[Task], root: Path) -> None:
@@ -181,17 +185,17 @@ def _one_by_one(tasks: list[Task], root: Path) -> Iterator[Outcome]:
 
 
 @contextlib.contextmanager
-def connected(scheduler: str, seconds: float = 10.0) -> Iterator:
+def connected(scheduler: str) -> Iterator:
     """A client of a running scheduler.
 
     Raises:
-        StudyError: it does not answer within `seconds`, or has no workers.
+        StudyError: it does not answer within PATIENCE seconds, or has no workers.
     """
     from distributed import Client
 
     try:
         with _quiet():
-            client = Client(scheduler, timeout=seconds)
+            client = Client(scheduler, timeout=PATIENCE)
     except (OSError, ValueError, TypeError) as error:  # TimeoutError is an OSError
         raise StudyError(f"The scheduler at {scheduler} does not answer; nothing was started.") from error
     with client:

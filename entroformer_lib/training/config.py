@@ -52,8 +52,8 @@ class TrainConfig:
     pretrain_mask: float = 0.5
     """Share of the latents masked meanwhile."""
     transforms: str | None = None
-    """A model whose g_a, g_s and gains are taken and kept frozen; with @ and a lambda, at that rate alone. Only the
-    entropy model is trained, on `latents`, by its rate."""
+    """A model whose g_a, g_s and gains are taken and kept frozen; with @ and a lambda, at that rate alone; or
+    zoo:NAME:QUALITY of CompressAI. Only the entropy model is trained, on `latents`, by its rate."""
     latents: str | None = None
     """Folder of the latents of these transforms, written by python -m entroformer_lib.training.latents."""
     missing: float = 0.0
