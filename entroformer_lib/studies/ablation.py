@@ -25,6 +25,7 @@ from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.models.config import SIZES
 from entroformer_lib.studies.ablation_grids import BOTH, Grid
 from entroformer_lib.studies.ablation_runs import RECIPE, Run, Terms, runs_of, tasks_of
+from entroformer_lib.studies.latent_rates import COLUMNS, ROWS
 from entroformer_lib.studies.provenance import as_json, provenance
 from entroformer_lib.studies.rate_distortion import pictures_to_test
 from entroformer_lib.studies.sweep import Outcome, Task, check, connected, sweep
@@ -55,7 +56,9 @@ class Study:
         if scheduler is not None:
             with connected(scheduler):
                 pass  # before minutes go into the latents
-        write_latents(self.terms.transforms, self.terms.train_on, Path(self.terms.latents), self.terms.crop)
+        latents = Path(self.terms.latents)
+        if not (latents / "latents.json").exists():
+            write_latents(self.terms.transforms, self.terms.train_on, latents, self.terms.crop)
         return sweep(self.tasks, self.root, scheduler, workers, report)
 
     def plan(self) -> list[dict]:
@@ -109,7 +112,9 @@ def prepare(grids: list[Grid], terms: Terms, root: Path, seeds: Iterable[int] = 
     digest = transforms_digest(frozen_transforms(terms.transforms))
     if (Path(terms.latents) / "latents.json").exists():
         check_note(Path(terms.latents) / "latents.json", {"transforms_sha256": digest, "crop": terms.crop})
-    pictures_to_test(Path(terms.kodak), terms.limit)
+    pictures = len(pictures_to_test(Path(terms.kodak), terms.limit))
+    if pictures < ROWS * COLUMNS and any(grid.name == "table4" for grid in grids):
+        raise StudyError(f"Table 4 is measured on mosaics of {ROWS * COLUMNS} pictures, and there are {pictures}.")
     study = Study(grids, runs_of(grids, seeds, terms.size), terms, root, digest)
     check(study.tasks, root)
     return study
@@ -153,7 +158,7 @@ def rows_of(study: Study) -> dict[str, list[dict]]:
             for grid, columns in run.rows:
                 rows[grid] += [
                     {"grid": grid, "run": run.name, "seed": run.seed, **columns, **row}
-                    for row in ROWS.get(grid, _whole_rows)(columns, answers)
+                    for row in ROWS_OF.get(grid, _whole_rows)(columns, answers)
                 ]
     return rows
 
@@ -191,7 +196,7 @@ def _joint_rows(columns: dict, answers: dict) -> list[dict]:
     return [{**{key: _rounded(found[key]) for key in ("bpp", "rd_loss")}, "mse": found["mse"], "lmbda": found["lmbda"]}]
 
 
-ROWS: dict[str, Callable[[dict, dict], list[dict]]] = {
+ROWS_OF: dict[str, Callable[[dict, dict], list[dict]]] = {
     "figure7": _figure7_rows,
     "table3": _table3_rows,
     "table4": _table4_rows,
@@ -235,11 +240,13 @@ def save(study: Study, folder: Path | None = None) -> list[Path]:
 
 def _settings(study: Study) -> dict:
     terms = study.terms
+    latents = json.loads((Path(terms.latents) / "latents.json").read_text())
     return {
         "transforms": terms.transforms,
         "transforms_sha256": study.transforms_sha256,
         **{key: getattr(terms, key) for key in ("size", "steps", "crop")},
         **RECIPE,
+        "latents": {key: latents[key] for key in ("pictures", "per_picture", "seed")},
         "test_pictures": len(pictures_to_test(Path(terms.kodak), terms.limit)),
     }
 

@@ -46,18 +46,13 @@ class Terms:
     crop: int = 256
     limit: int | None = None
     accelerator: str = "auto"
+    checkpoint_seconds: float = 30.0
 
     def base(self, root: Path) -> TrainConfig:
         """The recipe, before a variant changes something."""
-        values = {**RECIPE, "steps": self.steps, "crop": self.crop, "accelerator": self.accelerator, "devices": 1}
-        return TrainConfig(
-            data="DATA",
-            out=str(root),
-            transforms=self.transforms,
-            latents=self.latents,
-            **values,
-            checkpoint_seconds=30,
-        )
+        ours = ("transforms", "latents", "steps", "crop", "accelerator", "checkpoint_seconds")
+        values = {name: getattr(self, name) for name in ours}
+        return TrainConfig(data="DATA", out=str(root), devices=1, **RECIPE, **values)
 
     def config(self, entry: Entry, seed: int, root: Path) -> TrainConfig:
         """The run of a row."""
@@ -93,8 +88,9 @@ def runs_of(grids: list[Grid], seeds: Iterable[int], size: str = "tiny") -> list
     for seed in seeds:
         for grid in grids:
             for entry in grid.entries:
-                name = f"{names[_kind(entry, size)]}-seed{seed}"
-                run = found.get(name) or Run(name, dataclasses.replace(entry, name=name), seed, ("weights",), ())
+                entry = dataclasses.replace(entry, name=names[_kind(entry, size)])
+                name = entry.variant(size, seed).name
+                run = found.get(name) or Run(name, entry, seed, ("weights",), ())
                 answers = tuple(dict.fromkeys((*run.answers, *grid.answers)))
                 rows = (*run.rows, (grid.name, entry.columns))
                 found[name] = dataclasses.replace(run, answers=answers, rows=rows)
@@ -160,9 +156,9 @@ class RunWork:
         return _test_latents(self.terms, model.config.downsampling, None, str(_device(model)))
 
     def squares(self, model: Entroformer) -> list[torch.Tensor]:
-        """Latents of their middles, eight in a batch: [8, M, 16, 16] each."""
+        """Latents of their middles in batches: [8, M, 16, 16] where the pictures are large enough."""
         found = _test_latents(self.terms, model.config.downsampling, latent_rates.SQUARE, str(_device(model)))
-        return list(torch.cat([one.y for one in found]).split(8))
+        return latent_rates.batches(found)
 
 
 def _device(model: Entroformer) -> torch.device:
@@ -223,7 +219,8 @@ def _sizes(work: RunWork, folder: Path, model: Entroformer) -> list[dict]:
         squares = [square for _, mosaic in mosaics for square in latent_rates.squares_of(mosaic, size)]
         latents = [latent_rates.latents_of(source, square, "", model.config.downsampling) for square in squares]
         measured = [row["bpp"] for row in latent_rates.rates(model, latents)]
-        rows.append({"size": size, "squares": len(squares), "bpp": statistics.mean(measured)})
+        if measured:
+            rows.append({"size": size, "squares": len(squares), "bpp": statistics.mean(measured)})
     return rows
 
 

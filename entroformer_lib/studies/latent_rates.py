@@ -44,6 +44,14 @@ def latents_of(source: Entroformer, picture: Image.Image, name: str, factor: int
     return Latents(name, source.scaled(source.eval().g_a(x)), picture.width * picture.height)
 
 
+def batches(latents: Iterable[Latents], size: int = 8) -> list[Tensor]:
+    """Latents of one shape together, up to `size` at a time: [B, M, h, w]"""
+    shapes: dict[tuple, list[Tensor]] = {}
+    for one in latents:
+        shapes.setdefault(tuple(one.y.shape), []).append(one.y)
+    return [part for alike in shapes.values() for part in torch.cat(alike).split(size)]
+
+
 @functools.lru_cache(maxsize=4)
 def pictures_of(folder: str, limit: int | None = None) -> list[tuple[str, Image.Image]]:
     """Name and picture (RGB) of all files of a folder."""
@@ -96,7 +104,7 @@ def rates(model: Entroformer, latents: Iterable[Latents]) -> list[dict]:
 
 @torch.inference_mode()
 def mean_rate(model: Entroformer, batches: Iterable[Tensor]) -> float:
-    """Mean bits per pixel over latents of one size.  batches: [B, M, h, w] each"""
+    """Bits per pixel over all latents, a latent for 256 pixels.  batches: [B, M, h, w] each"""
     bits = pixels = 0
     model.eval()
     for y in batches:

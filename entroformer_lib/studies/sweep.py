@@ -17,6 +17,8 @@ import contextlib
 import fcntl
 import json
 import logging
+import os
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -159,12 +161,14 @@ def perform(task: Task, root: Path, wait: bool = True) -> Outcome | None:
 @contextlib.contextmanager
 def _locked(folder: Path, wait: bool) -> Iterator[bool]:
     """Alone in a folder, or False where somebody else is and we do not wait."""
-    with open(folder / "lock", "w") as file:
+    with open(folder / "lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
             return
+        file.truncate(0)
+        print(socket.gethostname(), os.getpid(), file=file, flush=True)  # for people: who works here
         yield True  # closing the file gives the lock back
 
 
