@@ -23,7 +23,7 @@ from tqdm import tqdm
 from entroformer_lib.errors import Stopped, TrainingError
 from entroformer_lib.files import replacing
 from entroformer_lib.memory import keep_freed_memory
-from entroformer_lib.models.config import parse_fields
+from entroformer_lib.models.config import named_config, parse_fields
 from entroformer_lib.models.entroformer import Entroformer, build_model
 from entroformer_lib.models.gain import RateGain
 from entroformer_lib.models.zoo import device_name, load_model, save_weights
@@ -73,8 +73,6 @@ def train(config: TrainConfig, progress: bool = True, watch: Callable[[dict, Ent
         keep_freed_memory()
     torch.manual_seed(config.seed)
     model = _initial_model(config)
-    if config.one_way and model.config.context != "parallel":
-        raise TrainingError("Only a parallel model can see its context one way or both ways (one_way).")
     optimizer = build_optimizer(model, config.optimizer, config.lr)
     for part in (model.g_a, model.g_s):
         part.to(memory_format=torch.channels_last)
@@ -153,6 +151,9 @@ def _check(config: TrainConfig, out: Path, fabric: Fabric) -> None:
         raise TrainingError("missing is a share below 1, and goes with the latents of frozen transforms.")
     if config.one_way and not config.transforms or not 0 <= config.one_way <= 1:
         raise TrainingError("one_way is a share of at most 1, and goes with the latents of frozen transforms.")
+    fields = parse_fields(config.architecture)
+    if config.one_way and named_config(config.model, config.preset, **fields).context != "parallel":
+        raise TrainingError("Only a parallel model can see its context one way or both ways (one_way).")
     if config.lmbdas and config.pretrain_lmbda is not None:
         raise TrainingError("pretrain_lmbda goes with one lmbda; with lmbdas the high rates are trained all along.")
     if not 0 <= config.ema < 1:
