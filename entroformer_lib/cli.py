@@ -238,6 +238,7 @@ def study_ablation(
     scheduler: str | None = None,
     workers: int = 1,
     dry_run: bool = False,
+    save_only: bool = False,
     results: Path | None = None,
 ) -> None:
     """Train entropy models that differ in one choice, on equal terms, and measure them: tables 1, 3, 4, figures 6, 7.
@@ -270,6 +271,7 @@ def study_ablation(
         scheduler: Address of a dask scheduler to run on.
         workers: Runs at a time on this machine, each on one core, or one GPU each.
         dry_run: Print what would run and the time it is estimated to take, and start nothing.
+        save_only: Write the results of the runs that are finished, and start nothing.
         results: Folder for the results; by default data/results.
     """
     data = Path(os.environ.get("ENTROFORMER_DATA") or "pictures")
@@ -284,7 +286,7 @@ def study_ablation(
     if dry_run:
         print(ablation.plan_in_words(study))
         return
-    outcomes = study.go(scheduler, workers, lambda outcome: print(outcome, flush=True))
+    outcomes = [] if save_only else study.go(scheduler, workers, lambda outcome: print(outcome, flush=True))
     for path in ablation.save(study, results):
         print(path)
     failed = [outcome.name for outcome in outcomes if outcome.error]

@@ -84,18 +84,18 @@ def sizes(rows: pd.DataFrame) -> Figure:
 
 
 def table1_dots(rows: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """`dots` of table 1: saving over the convolution in percent.
+    """`dots` of table 1: saving over the convolution in percent, of whole pictures and of parts as large as the crops.
 
     rows: of the grid; table: of `paper_data.table1_data`
     """
-    cnn = rows[rows["context"] == "cnn"]["bpp"].mean()
-    found = []
+    convolution, found = rows["context"] == "cnn", []
     for one, position in zip(table.itertuples(), ("cnn", *POSITIONS), strict=True):
         row = "convolution" if position == "cnn" else one.position
         found.append((row, PUBLISHED, one.published_saving_percent))
-        convolution = rows["context"] == "cnn"
         kind = convolution if position == "cnn" else rows["position"].eq(position) & ~convolution
-        found += [(row, "here", 100 * (1 - bpp / cnn)) for bpp in rows[kind]["bpp"]]
+        for source, column in (("here, whole pictures", "bpp"), ("here, 256 x 256 pixels", "bpp_middle")):
+            base = rows[convolution][column].mean()
+            found += [(row, source, 100 * (1 - bpp / base)) for bpp in rows[kind][column]]
     return pd.DataFrame(found, columns=["row", "source", "value"])
 
 
