@@ -23,7 +23,7 @@ from entroformer_lib.studies import ablation, latent_rates
 from entroformer_lib.studies.ablation_grids import GRIDS, Entry, Grid, grids_of, own_entry
 from entroformer_lib.studies.ablation_runs import Terms, runs_of
 from entroformer_lib.training.latents import frozen_transforms, transforms_digest, write_latents
-from entroformer_lib.views import paper_data, paper_figures
+from entroformer_lib.views import ablation_figures, paper_data, paper_figures
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's advice
 
@@ -185,6 +185,35 @@ def test_killed_in_the_middle_of_training(source, cache, photo_folder, tmp_path)
     torch.set_num_threads(threads)
     weights = [study.tasks[0].answer(study.root, "weights")["weights_sha256"] for study in (disturbed, alone)]
     assert weights[0] == weights[1]  # went on exactly where it was
+
+
+# ---- what is drawn ----
+
+
+def made_up(saving: float, **columns) -> list[dict]:
+    """Two seeds that save so many percent of one bit per pixel, half a point apart."""
+    return [
+        {"seed": seed, "bpp": bpp, "bpp_middle": 2 * bpp, **columns}
+        for seed, bpp in enumerate((1 - (saving + 0.25) / 100, 1 - (saving - 0.25) / 100))
+    ]
+
+
+def test_dots_of_table1_are_savings_over_the_convolution(tmp_path, monkeypatch):
+    rows = made_up(0, context="cnn", position="none")
+    for i, position in enumerate(paper_data.POSITIONS):
+        rows += made_up(i + 1, context="serial", position=position)
+    (tmp_path / "results").mkdir()
+    saved = {"rows": [{"grid": "table1", **row} for row in rows]}
+    (tmp_path / "results" / "ablation-table1.json").write_text(json.dumps(saved))
+    (tmp_path / "reference").symlink_to(Path(__file__).parents[1] / "data" / "reference")
+    monkeypatch.setattr(paper_data, "data_folder", lambda: tmp_path)
+    dots = ablation_figures.table1_dots(paper_data.ablation("table1"), paper_data.table1_data())
+    means = dots.groupby(["row", "source"], sort=False)["value"].mean().unstack(0)
+    assert means.loc["here, whole pictures"].tolist() == pytest.approx([0, 1, 2, 3, 4, 5])
+    assert means.loc["here, 256 x 256 pixels"].tolist() == pytest.approx([0, 1, 2, 3, 4, 5])
+    assert means.loc["published"].tolist() == [0, 0.8, 0.9, 4.0, 4.9, 5.8]
+    points = [line.get_xdata() for line in ablation_figures.dots(dots, "saved, %").axes[0].lines]
+    assert sorted(x for line in points for x in line if len(line) > 2) == pytest.approx(sorted(dots["value"]))
 
 
 # ---- bad input: a sentence, and nothing started ----

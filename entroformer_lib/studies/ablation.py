@@ -219,7 +219,7 @@ def save(study: Study, folder: Path | None = None) -> list[Path]:
     Args:
         folder: by default data/results.
     """
-    folder, paths = folder or data_folder() / "results", []
+    folder, paths, record = folder or data_folder() / "results", [], provenance()
     folder.mkdir(parents=True, exist_ok=True)
     for grid, rows in rows_of(study).items():
         if not rows:
@@ -231,7 +231,7 @@ def save(study: Study, folder: Path | None = None) -> list[Path]:
             "rows": rows,
             "pictures": {name: _pictures(task, study.root) for name, (_, task) in runs.items()},
             "runs": {name: _record(run, task, study.root) for name, (run, task) in runs.items()},
-            "provenance": provenance(),
+            "provenance": record,
         }
         paths.append(folder / f"ablation-{grid}.json")
         write_bytes(paths[-1], as_json(result).encode())
