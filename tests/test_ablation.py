@@ -245,6 +245,13 @@ def test_latents_of_other_transforms_are_refused(terms, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_transforms_of_several_rates_need_one_of_them(terms, tmp_path):
+    path = tmp_path / "rates.safetensors"
+    save_weights(micro_model("parallel", lmbdas=(0.01, 0.02, 0.04)), path, {})
+    with pytest.raises(StudyError, match="several rates"):
+        ablation.prepare(grids_of(["table1"]), dataclasses.replace(terms, transforms=str(path)), tmp_path / "runs")
+
+
 def test_runs_of_other_length_are_refused(terms, tmp_path):
     grid = [Grid("one", "", (Entry("a", "cnn", {"hyperprior": False}),))]
     ablation.prepare(grid, terms, tmp_path, seeds=(0,)).go()

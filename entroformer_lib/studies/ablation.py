@@ -14,6 +14,7 @@ that leaves out, the grid `joint` checks: it trains one pair of variants from th
 what is checked before it starts, what it would take, and the saved result.
 """
 
+import dataclasses
 import json
 import statistics
 from collections.abc import Callable, Iterable
@@ -104,12 +105,18 @@ def prepare(grids: list[Grid], terms: Terms, root: Path, seeds: Iterable[int] = 
     Raises:
         UserError: transforms that do not exist, latents of other transforms, no test pictures, runs of another kind.
     """
-    root = root.resolve()
+    root = root.resolve()  # workers may stand elsewhere
+    places = {name: str(Path(getattr(terms, name)).absolute()) for name in ("latents", "train_on", "kodak")}
+    terms = dataclasses.replace(terms, **places)
     if terms.size not in SIZES:
         raise StudyError(f"There is no size '{terms.size}'; there are {', '.join(SIZES)}.")
     if not grids:
         raise StudyError("Name a grid, or fields for a row of your own.")
-    digest = transforms_digest(frozen_transforms(terms.transforms))
+    source = frozen_transforms(terms.transforms)
+    if source.gain is not None:
+        middle = source.config.lmbdas[len(source.config.lmbdas) // 2]
+        raise StudyError(f"{terms.transforms} has several rates; name one, such as {terms.transforms}@{middle:g}.")
+    digest = transforms_digest(source)
     if (Path(terms.latents) / "latents.json").exists():
         check_note(Path(terms.latents) / "latents.json", {"transforms_sha256": digest, "crop": terms.crop})
     pictures = len(pictures_to_test(Path(terms.kodak), terms.limit))

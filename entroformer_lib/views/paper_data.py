@@ -13,6 +13,7 @@ For each figure or table a function `…_data` reads data/results (None where th
         grid figure7   top_k, None: dense; step
         grid table3    context: "hyperprior only", "hyperprior + unidirectional", "hyperprior + bidirectional"
         grid table4    size (pixels), position: "absolute" or another one; "none" is not in the table
+        (more grids stand beside them, for notebook 05: of studies/ablation.py)
     attention_maps.json      of studies/attention_maps.py                                  (figures 8, 9, 10)
 """
 
