@@ -89,7 +89,8 @@ def plan_in_words(study: Study) -> str:
         lines.append(f"{row['run']:28} {row['state']:10} {_in_minutes(row['seconds']):>10}  {', '.join(row['grids'])}")
     left = [row["seconds"] for row in rows if row["missing"]]
     known = [seconds for seconds in left if seconds is not None]
-    lines.append(f"{len(left)} of {len(rows)} runs to do, {_in_minutes(sum(known))} one after the other")
+    total = f", {_in_minutes(sum(known))} one after the other" if known or not left else ""
+    lines.append(f"{len(left)} of {len(rows)} runs to do{total}")
     if len(known) < len(left):
         lines.append(f"{len(left) - len(known)} of them cannot be estimated before a run like them is finished")
     return "\n".join(lines)
