@@ -192,6 +192,9 @@ def _table3_rows(columns: dict, answers: dict) -> list[dict]:
         bpp = _mean(row["bpp"] for row in answers["second_slice"] if row["context"] == context)
         grid = "table3" if columns["trained"] == BOTH else "table3_separate"
         rows.append({"grid": grid, "context": context, "bpp": bpp})
+    if columns["trained"] == BOTH:
+        pictures = answers["second_slice"]
+        rows += [{"grid": "table3_pictures", **row, "bpp": _rounded(row["bpp"])} for row in pictures]
     return rows + [{"grid": "table3_whole", **row} for row in _whole_rows(columns, answers)]
 
 
