@@ -1,9 +1,10 @@
 """The command line, `entroformer …`. Nothing heavy is imported before a command runs, so `--help` answers at once."""
 
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, arg
@@ -13,6 +14,8 @@ from entroformer_lib.training.config import TrainConfig
 
 ABOUT = "Learned image compression you can look inside."
 app = tyro.extras.SubcommandApp()
+studies = tyro.extras.SubcommandApp()
+app.command(studies, name="study", help="Run a study: entroformer study ablation --help shows one.")
 
 Output = Annotated[Path | None, arg(aliases=["-o"], metavar="FILE")]
 
@@ -215,6 +218,80 @@ def evaluate(
         print(text) if quiet else write_bytes(json_file, text.encode())
         if done is not None:
             done.unlink(missing_ok=True)
+
+
+@studies.command(name="ablation")
+def study_ablation(
+    grid: tuple[str, ...] = (),
+    fields: tuple[str, ...] = (),
+    model: str = "context",
+    transforms: str = "tiny-rates@0.02",
+    train_on: str | None = None,
+    kodak: Path | None = None,
+    out: Path = Path("runs/ablation"),
+    latents: Path | None = None,
+    size: Literal["tiny", "study", "base"] = "tiny",
+    steps: int = 400,
+    crop: int = 256,
+    seeds: tuple[int, ...] = (0, 1),
+    limit: int | None = None,
+    scheduler: str | None = None,
+    workers: int = 1,
+    dry_run: bool = False,
+    save_only: bool = False,
+    results: Path | None = None,
+) -> None:
+    """Train entropy models that differ in one choice, on equal terms, and measure them: tables 1, 3, 4, figures 6, 7.
+
+    The transforms are frozen, and their latents computed once. A finished run is never repeated; after a kill the same
+    command goes on.
+
+    Grids: table1, figure6, figure7, table3, table4, released, joint.
+
+    Example: entroformer study ablation --grid table1 figure6 --dry-run
+
+    A row of your own: entroformer study ablation --grid table1 --fields radius=2 top_k=8
+
+    On many machines: entroformer study ablation --grid table1 --scheduler tcp://host:8786
+
+    Args:
+        grid: Which grids.
+        fields: One more row, of your own: fields of the architecture to change.
+        model: Variant of that row: context, serial, parallel, cnn, hyperprior.
+        transforms: The model whose transforms all have, at a lambda; or zoo:NAME:QUALITY for CompressAI's own.
+        train_on: Pictures to train on; by default train/ in the folder that ENTROFORMER_DATA names.
+        kodak: Folder of the test pictures; by default kodak/ there.
+        out: Folder of the runs.
+        latents: Folder of the latents' cache; by default latents/ in the folder of the runs.
+        size: Of the entropy models.
+        steps: Steps of each run.
+        crop: Side of a crop in pixels.
+        seeds: A run of each row for each of them.
+        limit: Only the first test pictures.
+        scheduler: Address of a dask scheduler to run on.
+        workers: Runs at a time on this machine, each on one core, or one GPU each.
+        dry_run: Print what would run and the time it is estimated to take, and start nothing.
+        save_only: Write the results of the runs that are finished, and start nothing.
+        results: Folder for the results; by default data/results.
+    """
+    data = Path(os.environ.get("ENTROFORMER_DATA") or "pictures")
+    from entroformer_lib.studies import ablation
+    from entroformer_lib.studies.ablation_grids import grids_of
+
+    terms = ablation.Terms(
+        transforms, str(latents or out / "latents"), str(train_on or data / "train"), str(kodak or data / "kodak"),
+        size, steps, crop, limit,
+    )  # fmt: skip
+    study = ablation.prepare(grids_of(grid, fields, model), terms, out, seeds)
+    if dry_run:
+        print(ablation.plan_in_words(study))
+        return
+    outcomes = [] if save_only else study.go(scheduler, workers, lambda outcome: print(outcome, flush=True))
+    for path in ablation.save(study, results):
+        print(path)
+    failed = [outcome.name for outcome in outcomes if outcome.error]
+    if failed:
+        raise UserError(f"{len(failed)} of {len(study.runs)} runs failed: {', '.join(failed)}.")
 
 
 @app.command

@@ -25,6 +25,10 @@ class TrainingError(UserError):
     """A training run that cannot start or cannot go on."""
 
 
+class Stopped(TrainingError):
+    """A training run that was stopped by a signal and left a checkpoint."""
+
+
 class RateError(UserError):
     """A rate that a model cannot give."""
 

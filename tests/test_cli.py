@@ -69,6 +69,61 @@ def test_every_command_has_help_with_an_example():
         assert f"entroformer {command} " in call(command, "--help")[0]
 
 
+def test_studies_are_listed_and_have_help():
+    assert "study" in call("--help")[0]
+    assert "ablation" in call("study", "--help")[0]
+    text = call("study", "ablation", "--help")[0]
+    assert "entroformer study ablation --grid" in text and "--dry-run" in text
+
+
+def study(folder, photos, *arguments, expect: int = 0) -> tuple[str, str]:
+    """A study of micro transforms that takes a second."""
+    terms = ("--transforms", "micro", "--train-on", photos, "--kodak", photos, "--out", folder / "runs")
+    small = ("--steps", 2, "--crop", 64, "--limit", 1, "--results", folder / "results")
+    return call("study", "ablation", *terms, *small, *arguments, expect=expect)
+
+
+def test_dry_run_starts_nothing(photo_folder, tmp_path):
+    out, _ = study(tmp_path, photo_folder, "--grid", "table1", "figure6", "--dry-run")
+    assert "diamond-seed1" in out and "26 of 26 runs to do" in out
+    study(tmp_path, photo_folder, "--grid", "table1", "--save-only")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's advice
+def test_a_row_of_ones_own(photo_folder, tmp_path):
+    """Trained, measured and saved; then it is there, and nothing is done again."""
+    own = ("--fields", "dim=24", "heads=2", "context_layers=1", "top_k=4", "--seeds", 3)
+    out, _ = study(tmp_path, photo_folder, *own)
+    assert "done" in out and "ablation-own.json" in out
+    (row,) = json.loads((tmp_path / "results" / "ablation-own.json").read_text())["rows"]
+    assert row["seed"] == 3 and row["bpp"] > 0 and row["name"] == "dim=24 heads=2 context_layers=1 top_k=4"
+    again, _ = study(tmp_path, photo_folder, *own)
+    assert "done" not in again
+    assert "finished" in study(tmp_path, photo_folder, *own, "--dry-run")[0]
+    _, errors = study(tmp_path, photo_folder, *own, "--crop", 128, expect=1)
+    assert "other crop" in errors
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (("--grid", "table9"), "no grid 'table9'"),
+        ((), "Name a grid"),
+        (("--fields", "radios=2"), "no field 'radios'"),
+        (("--fields", "radius"), "name=value"),
+        (("--fields", "radius=2", "--model", "rnn"), "no model 'tiny-rnn'"),
+        (("--grid", "table1", "--transforms", "nothing"), "no model 'nothing'"),
+        (("--grid", "table1", "--kodak", "/nowhere"), "nowhere"),
+        (("--grid", "table1", "--scheduler", "nonsense"), "does not answer; nothing was started"),
+    ],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, tuple) else "",
+)
+def test_a_study_that_cannot_be(arguments, sentence, photo_folder, tmp_path):
+    assert sentence in study(tmp_path, photo_folder, *arguments, expect=1)[1]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_there_and_back_in_real_processes(folder, tmp_path):
     done = process("compress", folder / "cat.png", "-o", tmp_path / "cat.ef", "--model", "micro")
     assert done.returncode == 0 and "bits per pixel" in done.stdout, done.stderr

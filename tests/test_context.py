@@ -16,6 +16,24 @@ def parameters(model, y_hat):
     return torch.stack(model.entropy_parameters(hyper, model.context_model(y_hat)))[:, 0].flatten(2)
 
 
+def test_one_way_context_is_causal():
+    """One picture sees its context one way, the other both ways: in the first nothing after a site moves it."""
+    model = micro_model("parallel")
+    y_hat = torch.randn(1, 24, H, W).mul(4).round()
+    one_way = torch.tensor([True, False])
+    with torch.no_grad():
+        before = model.context_model(y_hat.expand(2, -1, -1, -1), one_way=one_way).flatten(2)
+        assert torch.equal(before[1], model.context_model(y_hat)[0].flatten(1))
+        for i in first_slice(H, W).flatten().nonzero()[:, 0].tolist():
+            changed = y_hat.clone()
+            changed.view(1, 24, -1)[:, :, i] += 3
+            after = model.context_model(changed.expand(2, -1, -1, -1), one_way=one_way).flatten(2)
+            assert torch.equal(after[0, :, :i], before[0, :, :i]), i
+            if 0 < i < H * W - 1:
+                assert not torch.equal(after[0, :, i:], before[0, :, i:])
+                assert not torch.equal(after[1, :, :i], before[1, :, :i])
+
+
 @pytest.mark.parametrize("variant", ["serial", "context"])
 @pytest.mark.parametrize("position", ["diamond", "none", "absolute", "relative_1d", "relative_2d"])
 def test_serial_is_causal(variant, position):

@@ -169,9 +169,23 @@ def test_random_missing_belongs_to_the_sample():
     assert shares.max() < 0.85 and shares.std() > 0.05  # each crop has a share of its own
 
 
+def test_one_way_needs_a_parallel_model(config):
+    with pytest.raises(TrainingError, match="parallel"):
+        train(replace(config, one_way=0.5), progress=False)
+    model = load_model(train(replace(config, one_way=0.5, model="tiny-parallel"), progress=False), "cpu")
+    assert model.config.context == "parallel"
+
+
 @pytest.mark.parametrize(
     "change",
-    [dict(latents=None), dict(transforms=None, missing=0.0), dict(init="x"), dict(missing=1.0), dict(last_crop=192)],
+    [
+        dict(one_way=1.5),
+        dict(latents=None),
+        dict(transforms=None, missing=0.0),
+        dict(init="x"),
+        dict(missing=1.0),
+        dict(last_crop=192),
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_combinations_that_cannot_be_are_refused(config, change):

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Parameters that make a notebook quick; what is not here runs as it is.
-QUICK: dict[str, dict] = {"01_train": {"steps": 80}}
+QUICK: dict[str, dict] = {"01_train": {"steps": 80}, "05_ablations": {"steps": 20}}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")), ids=lambda p: p.stem)

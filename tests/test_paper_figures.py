@@ -114,6 +114,8 @@ def made_up_ablation() -> list[dict]:
 
 
 def test_results_that_come_later_are_drawn(other_results, tmp_path):
+    for path in other_results.glob("ablation*.json"):
+        path.unlink()
     (other_results / "ablation-all.json").write_text(json.dumps({"rows": made_up_ablation()}))
     maps = [
         {"figure": n, "title": f"{n} {i}", "query": [1, 2], "probs": [[0.1, 0.2, 0.3, 0.4]] * 3}

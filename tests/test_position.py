@@ -39,7 +39,7 @@ def test_both_ways_through_the_diamond_give_the_same_bits(monkeypatch):
     """Also for keys that are a part of the grid in any order, and queries that are not among them."""
     relative = RelativePosition("diamond", 3, head_dim=6)
     sites = grid_sites(7, 9)[torch.randperm(63)]
-    for keys, queries in [(sites, sites), (sites[:30], sites[30:]), (sites[:1], sites[5:20])]:
+    for keys, queries in [(sites, sites), (sites[:30], sites[30:]), (sites[:27], sites[5:20])]:
         q = torch.randn(2, 2, len(queries), 6)
         ways = []
         for few in (0, 99):

@@ -122,10 +122,17 @@ class ParallelContext(nn.Module):
         self.embed = nn.Linear(c.M, c.dim)
         self.stack = Stack(c, c.context_layers, c.top_k, c.radius)
 
-    def forward(self, y_hat: Tensor, kept: Tensor | None = None, missing: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        y_hat: Tensor,
+        kept: Tensor | None = None,
+        missing: Tensor | None = None,
+        one_way: Tensor | None = None,
+    ) -> Tensor:
         """kept: bool [B, 1, h, w], the sites that serve as context instead of the checkerboard's; for the random-mask
         pretraining (A.5, carried over to the parallel model: the kept half is predicted by the hyperprior alone).
-        missing: bool [B, 1, h, w], see above."""
+        missing: bool [B, 1, h, w], see above. one_way: bool [B], pictures of which each site sees only those context
+        sites that stand before it in raster order, for the comparison of Table 3; the coder never does that."""
         B, M, h, w = y_hat.shape
         if kept is None:
             kept = first_slice(h, w, y_hat.device).expand(1, 1, h, w)
@@ -133,7 +140,13 @@ class ParallelContext(nn.Module):
         tokens = self.embed((y_hat * known).flatten(2).transpose(1, 2))  # [B, n, D]
         number = torch.arange(h * w, device=y_hat.device)
         context = known.flatten(2)[:, :, None]  # [B or 1, 1, 1, n]
-        tokens = self.stack(tokens, grid_sites(h, w, y_hat.device), visible=lambda i: context | (number == i[:, None]))
+        both_ways = None if one_way is None else ~one_way[:, None, None, None]  # [B, 1, 1, 1]
+
+        def visible(i: Tensor) -> Tensor:
+            seen = context if both_ways is None else context & (both_ways | (number < i[:, None]))
+            return seen | (number == i[:, None])
+
+        tokens = self.stack(tokens, grid_sites(h, w, y_hat.device), visible=visible)
         return tokens.transpose(1, 2).reshape(B, -1, h, w) * ~kept
 
     @torch.no_grad()

@@ -168,12 +168,13 @@ class Entroformer(CompressionModel):
         kept: Tensor | None = None,
         missing: Tensor | None = None,
         level: Tensor | float | None = None,
+        one_way: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The entropy model alone, without g_a and g_s: what `forward` does with the latents.
 
         y: [B, M, H/16, W/16], scaled by the gain but not yet rounded; missing: bool [B, 1, H/16, W/16], latents that
-        nobody may use as context, see the context models; level: that of the gain
-        ->  likelihoods as `forward` returns them, and y_hat.
+        nobody may use as context, see the context models; level: that of the gain; one_way: bool [B], see
+        ParallelContext  ->  likelihoods as `forward` returns them, and y_hat.
         """
         likelihoods = {}
         hyper, rate = None, self.rate(level)
@@ -185,7 +186,7 @@ class Entroformer(CompressionModel):
                 likelihoods["z"] = self.z_prior.likelihood(self._noisy(z, z_hat, noise, "z"))
             hyper = self.synthesised(z_hat, rate)
         y_hat = ste_round(float_or_wider(y))
-        means, scales = self.distributions(y_hat, hyper, kept, missing, rate)
+        means, scales = self.distributions(y_hat, hyper, kept, missing, rate, one_way)
         with torch.autocast(y.device.type, enabled=False):
             likelihoods["y"] = self.gaussian(self._noisy(float_or_wider(y), y_hat, noise, "y"), means, scales)
         return likelihoods, y_hat
@@ -197,20 +198,24 @@ class Entroformer(CompressionModel):
         kept: Tensor | None = None,
         missing: Tensor | None = None,
         rate: Rate | None = None,
+        one_way: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The Gaussian of every latent, given all latents that may be known before it.
 
-        y_hat: [B, M, h, w], hyper: of `synthesised`, [B, D, h, w] or None; kept, missing: see the context models;
-        rate: of `self.rate`  ->  means, scales: [B, M, h, w]
+        y_hat: [B, M, h, w], hyper: of `synthesised`, [B, D, h, w] or None; kept, missing, one_way: see the context
+        models; rate: of `self.rate`  ->  means, scales: [B, M, h, w]
         """
         if rate is not None:
             y_hat = y_hat * rate.inverse
         if isinstance(self.context_model, GroupedMixer):
-            if kept is not None or missing is not None:
+            if any(mask is not None for mask in (kept, missing, one_way)):
                 raise NotImplementedError("Masks are for Entroformer's context models; GroupedMixer has none.")
             means, log_scales = self.entropy_parameters.raw(*self.context_model(y_hat, hyper), rate)
             return means, log_scales.exp()
-        context = None if self.context_model is None else self.context_model(y_hat, kept, missing)
+        context = None
+        if self.context_model is not None:
+            only_parallel = {} if one_way is None else {"one_way": one_way}
+            context = self.context_model(y_hat, kept, missing, **only_parallel)
         if rate is not None and hyper is None:
             context = context + rate.vector
         return self.entropy_parameters(hyper, context, rate)

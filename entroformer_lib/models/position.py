@@ -75,7 +75,7 @@ class RelativePosition(nn.Module):
 
     def spread(self, products: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
         """Products with every distinct vector: [B, heads, q, buckets]  ->  those of every pair: [B, heads, q, n]."""
-        if self.kind == "diamond" and len(queries) > FEW_QUERIES:
+        if self.kind == "diamond" and len(queries) > FEW_QUERIES and len(self.vectors) < len(keys):
             return self._diamond(products, queries, keys)
         index = self.buckets(queries, keys).expand(*products.shape[:2], -1, -1)  # a view, no copy
         return products.gather(-1, index)

@@ -44,7 +44,7 @@ from entroformer_lib.studies.missing_context import (
     only_positions,
     scene_of,
 )
-from entroformer_lib.studies.provenance import provenance
+from entroformer_lib.studies.provenance import as_json, provenance
 from entroformer_lib.studies.rate_distortion import pictures_to_test
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.variants import Variant, trained
@@ -313,7 +313,7 @@ def save(measured: dict, order: Sequence[str]) -> Path:
         "provenance": provenance(),
     }
     path = data_folder() / "results" / "position_masking.json"
-    write_bytes(path, _lines(result).encode())
+    write_bytes(path, as_json(result).encode())
     return path
 
 
@@ -337,18 +337,6 @@ def _rounded(table: pd.DataFrame) -> list[dict]:
     """Rows as JSON has them: six digits behind the point, None for what is not a number."""
     rows = table.astype(object).where(table.notna(), None).to_dict("records")
     return [{k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
-
-
-def _lines(result: dict) -> str:
-    """JSON with one line for each row of a table."""
-    parts = []
-    for key, value in result.items():
-        if isinstance(value, list):
-            text = "[\n" + ",\n".join(json.dumps(row) for row in value) + "\n]"
-        else:
-            text = json.dumps(value, indent=1)
-        parts.append(f"{json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def main() -> None:

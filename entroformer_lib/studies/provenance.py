@@ -1,6 +1,7 @@
 """Where a result comes from: saved beside every number."""
 
 import datetime
+import json
 import os
 import platform
 import shlex
@@ -47,3 +48,15 @@ def git_revision() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return revision.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def as_json(result: dict) -> str:
+    """JSON with one line for each row of a table."""
+    parts = []
+    for key, value in result.items():
+        if isinstance(value, list):
+            text = "[\n" + ",\n".join(json.dumps(row) for row in value) + "\n]"
+        else:
+            text = json.dumps(value, indent=1)
+        parts.append(f"{json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"

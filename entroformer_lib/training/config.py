@@ -52,13 +52,16 @@ class TrainConfig:
     pretrain_mask: float = 0.5
     """Share of the latents masked meanwhile."""
     transforms: str | None = None
-    """A model whose g_a, g_s and gains are taken and kept frozen; with @ and a lambda, at that rate alone. Only the
-    entropy model is trained, on `latents`, by its rate."""
+    """A model whose g_a, g_s and gains are taken and kept frozen; with @ and a lambda, at that rate alone; or
+    zoo:NAME:QUALITY of CompressAI. Only the entropy model is trained, on `latents`, by its rate."""
     latents: str | None = None
     """Folder of the latents of these transforms, written by python -m entroformer_lib.training.latents."""
     missing: float = 0.0
     """Each crop hides a random share of its latents, up to this one, from all the others: for what a position is worth.
     Only on latents."""
+    one_way: float = 0.0
+    """Share of the crops in which a parallel model sees only the context before a latent, in raster order: for the
+    comparison of one-way and two-way context. Only on latents."""
     init: str | None = None
     """Weights to go on from: a name of `entroformer models` or a .safetensors file. With architecture or lmbdas, what
     still fits is taken, tensor by tensor, and the rest begins afresh."""

@@ -302,6 +302,12 @@ def random_missing(samples: range, size: tuple[int, int], largest: float, seed: 
     return torch.stack(masks).to(device)
 
 
+def random_one_way(samples: range, share: float, seed: int, device="cpu") -> Tensor:
+    """Which samples see their context one way: bool [B], `share` of them in the long run."""
+    drawn = [np.random.default_rng((seed, 8, g)).random() < share for g in samples]
+    return torch.tensor(drawn, device=device)
+
+
 def random_levels(samples: range, count: int, seed: int) -> list[int]:
     """Which of `count` rates each sample of a variable-rate run has. All come up equally often in every `count`
     samples, so that the mean of a batch's losses jumps less."""

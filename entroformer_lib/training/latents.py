@@ -27,6 +27,7 @@ from entroformer_lib.errors import DataError
 from entroformer_lib.files import replacing, write_bytes
 from entroformer_lib.models.config import named_config
 from entroformer_lib.models.entroformer import Entroformer
+from entroformer_lib.models.pretrained import PREFIX, pretrained_lmbda, pretrained_transforms
 from entroformer_lib.models.zoo import load_model
 from entroformer_lib.training.data import crop_of, picture_number, pictures_in
 
@@ -35,7 +36,10 @@ DOWNSCALE = 0.5  # as in training on pictures
 
 def frozen_transforms(name: str) -> Entroformer:
     """The model that gives g_a, g_s and its gains. A rate behind @ (`tiny-rates@0.013`) is worked into the kernels of
-    the last layer of g_a and the first of g_s, which makes transforms of one rate."""
+    the last layer of g_a and the first of g_s, which makes transforms of one rate. `zoo:mbt2018-mean:4` means those of
+    CompressAI's pretrained model."""
+    if name.startswith(PREFIX):
+        return pretrained_transforms(name)
     model = load_model(name, device="cpu")
     if "@" not in name:
         return model
@@ -68,6 +72,8 @@ def with_transforms(source: Entroformer, name: str, preset: str = "paper", **fie
 
 def trained_lmbda(name: str) -> float | None:
     """The lambda that transforms were trained for; None: several."""
+    if name.startswith(PREFIX):
+        return pretrained_lmbda(name)
     _, _, lmbda = name.partition("@")
     return float(lmbda) if lmbda else load_model(name, device="cpu").card.get("lmbda")
 
@@ -86,7 +92,7 @@ def write_latents(transforms: str, data: str, out: Path, crop: int = 256, per_pi
     """Computes y of random crops of every picture and keeps them in half precision. A finished cache is left as it is.
 
     Args:
-        transforms: The model whose g_a is used; with @ and a lambda, at that rate.
+        transforms: The model whose g_a is used; with @ and a lambda, at that rate; or zoo:NAME:QUALITY of CompressAI.
         data: Pictures, as for training.
         out: Folder of the cache: latents.npy, [pictures, per_picture, M, h, w], and latents.json.
         crop: Side of a crop in pixels. Pictures that are smaller are left out.
@@ -100,7 +106,7 @@ def write_latents(transforms: str, data: str, out: Path, crop: int = 256, per_pi
     wanted = {"transforms_sha256": transforms_digest(model), "crop": crop, "per_picture": per_picture, "seed": seed}
     note = out / "latents.json"
     if note.exists():
-        _check_note(note, wanted)
+        check_note(note, wanted)
         return out
     out.mkdir(parents=True, exist_ok=True)
     pictures = [p for p in pictures_in(data) if min(p.shape[:2]) >= crop]
@@ -125,7 +131,7 @@ def latents_of(model: Entroformer, picture: np.ndarray, crop: int, seeds: list[t
     return model.g_a(torch.stack(crops)).half().numpy()
 
 
-def _check_note(note: Path, wanted: dict) -> dict:
+def check_note(note: Path, wanted: dict) -> dict:
     """The cache's note, if it says what is wanted."""
     try:
         found = json.loads(note.read_text())
@@ -155,7 +161,7 @@ class LatentCrops:
     """
 
     def __init__(self, folder: Path, model: Entroformer, crop: int, seed: int = 0, device="cpu"):
-        note = _check_note(folder / "latents.json", {"transforms_sha256": transforms_digest(model), "crop": crop})
+        note = check_note(folder / "latents.json", {"transforms_sha256": transforms_digest(model), "crop": crop})
         self.seed, self.device = seed, device
         try:
             self.table = np.load(folder / "latents.npy", mmap_mode="r")  # [pictures, per_picture, M, h, w]

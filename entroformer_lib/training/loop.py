@@ -10,6 +10,7 @@ import json
 import math
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,10 +20,10 @@ from lightning.fabric import Fabric
 from lightning.fabric.loggers import TensorBoardLogger
 from tqdm import tqdm
 
-from entroformer_lib.errors import TrainingError
+from entroformer_lib.errors import Stopped, TrainingError
 from entroformer_lib.files import replacing
 from entroformer_lib.memory import keep_freed_memory
-from entroformer_lib.models.config import parse_fields
+from entroformer_lib.models.config import named_config, parse_fields
 from entroformer_lib.models.entroformer import Entroformer, build_model
 from entroformer_lib.models.gain import RateGain
 from entroformer_lib.models.zoo import device_name, load_model, save_weights
@@ -33,6 +34,7 @@ from entroformer_lib.training.data import (
     random_kept,
     random_levels,
     random_missing,
+    random_one_way,
     uniform_noise,
 )
 from entroformer_lib.training.latents import LatentCrops, frozen_transforms, trained_lmbda, with_transforms
@@ -149,6 +151,11 @@ def _check(config: TrainConfig, out: Path, fabric: Fabric) -> None:
         raise TrainingError("On latents of frozen transforms there is no init, last_crop or pretrain_lmbda.")
     if config.missing and not config.transforms or not 0 <= config.missing < 1:
         raise TrainingError("missing is a share below 1, and goes with the latents of frozen transforms.")
+    if config.one_way and not config.transforms or not 0 <= config.one_way <= 1:
+        raise TrainingError("one_way is a share of at most 1, and goes with the latents of frozen transforms.")
+    fields = parse_fields(config.architecture)
+    if config.one_way and named_config(config.model, config.preset, **fields).context != "parallel":
+        raise TrainingError("Only a parallel model can see its context one way or both ways (one_way).")
     if config.lmbdas and config.pretrain_lmbda is not None:
         raise TrainingError("pretrain_lmbda goes with one lmbda; with lmbdas the high rates are trained all along.")
     if not 0 <= config.ema < 1:
@@ -161,7 +168,7 @@ def _check(config: TrainConfig, out: Path, fabric: Fabric) -> None:
         saved = out / "config.json"
         if saved.exists():
             # What runs of earlier versions do not have.
-            young = {"architecture": [], "missing": 0.0, "even_rates": False}
+            young = {"architecture": [], "missing": 0.0, "one_way": 0.0, "even_rates": False}
             was = {**young, **json.loads(saved.read_text())}
             changed = [k for k, v in json.loads(text).items() if was.get(k) != v and k not in RUNTIME_FIELDS]
             if changed:
@@ -204,7 +211,8 @@ class Run:
 
     def go(self, crops: Crops, first: int, progress: bool, watch=None) -> Path:
         c = self.config
-        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        caught = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        previous = {s: signal.signal(s, self._on_signal) for s in caught}
         bar = tqdm(total=c.steps, initial=first, disable=not progress, unit="step", file=sys.stderr)
         begin = saved_at = time.monotonic()
         logged_at, logged = begin, first
@@ -227,7 +235,7 @@ class Run:
                     self.save(step + 1, self.seconds + now - begin)
                     saved_at = now
                 if stop:
-                    raise TrainingError(
+                    raise Stopped(
                         f"Stopped by a signal at step {step + 1} of {c.steps}; "
                         f"the same command goes on from {self.out / 'checkpoint.pt'}."
                     )
@@ -275,7 +283,8 @@ class Run:
         try:
             if c.transforms:
                 missing = random_missing(samples, (h, w), c.missing, c.seed, device) if c.missing else None
-                terms = self.step_module(x, noise, kept, level, missing)
+                one_way = random_one_way(samples, c.one_way, c.seed, device) if c.one_way else None
+                terms = self.step_module(x, noise, kept, level, missing, one_way)
             else:
                 terms = self.step_module(x, lmbda, noise, kept, level)
             self.fabric.backward(terms["loss"])

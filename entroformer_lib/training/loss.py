@@ -38,10 +38,12 @@ class RateStep(nn.Module):
         kept: Tensor | None = None,
         level: Tensor | None = None,
         missing: Tensor | None = None,
+        one_way: Tensor | None = None,
     ) -> dict:
         """y: [B, M, h, w] of g_a, before the gain  ->  scalars `loss`, `rd_loss` = `bpp`, `bpp_y`, `bpp_z`."""
         with torch.autocast(y.device.type, torch.bfloat16, enabled=self.bf16):
-            likelihoods, _ = self.model.likelihoods(self.model.scaled(y, level), noise, kept, missing, level)
+            y = self.model.scaled(y, level)
+            likelihoods, _ = self.model.likelihoods(y, noise, kept, missing, level, one_way)
         bpp = rates(likelihoods, pixels=256 * y.size(2) * y.size(3))
         rate, weight, lmbdas = sum(bpp.values()), 1.0, self.model.config.lmbdas  # [B]
         if level is not None and self.even:

@@ -12,7 +12,8 @@ For each figure or table a function `…_data` reads data/results (None where th
         grid figure6   radius; None: unlimited; position "none" is the baseline
         grid figure7   top_k, None: dense; step
         grid table3    context: "hyperprior only", "hyperprior + unidirectional", "hyperprior + bidirectional"
-        grid table4    size (pixels), position: "absolute" or another one
+        grid table4    size (pixels), position: "absolute" or another one; "none" is not in the table
+        (more grids stand beside them, for notebook 05: of studies/ablation.py)
     attention_maps.json      of studies/attention_maps.py                                  (figures 8, 9, 10)
 """
 
@@ -234,6 +235,7 @@ def table4_data() -> pd.DataFrame | None:
     rows = ablation("table4")
     if rows is None:
         return None
+    rows = rows[rows["position"] != "none"]
     data = pd.DataFrame(reference("paper_tables")["table4_image_size"]["rows"])
     data.columns = ["size", *(f"published_{name}" for name in data.columns[1:])]
     kinds = np.where(rows["position"] == "absolute", "absolute_bpp", "relative_bpp")

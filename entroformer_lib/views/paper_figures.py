@@ -158,15 +158,18 @@ def figure6(data: pd.DataFrame) -> Figure:
 
 @styled
 def figure7(data: pd.DataFrame) -> Figure:
-    """Learning curves, one for each k; the mean over the seeds with their range."""
-    figure, ax = new_figure(ONE_COLUMN * 1.4, 2.8)
+    """Learning curves, one for each k: the mean over the seeds with their range; on the right their second half."""
+    figure, axes = new_figure(TWO_COLUMNS, 2.8, 1, 2)
+    half = data["step"].max() / 2
     for (k, part), colour in zip(data.groupby("top_k"), COLOURS, strict=False):
         curve = part.groupby("step")["bpp"].agg(["mean", "min", "max"])
         name, line = ("dense", "--") if np.isinf(k) else (f"k = {k:g}", "-")
-        ax.plot(curve.index, curve["mean"], line, color=colour, label=name)
-        ax.fill_between(curve.index, curve["min"], curve["max"], color=colour, alpha=0.2, linewidth=0)
-    ax.set(xlabel="step", ylabel="bits per pixel")
-    ax.legend()
+        for ax, shown in zip(axes, (curve, curve[curve.index >= half]), strict=True):
+            ax.plot(shown.index, shown["mean"], line, color=colour, label=name)
+            ax.fill_between(shown.index, shown["min"], shown["max"], color=colour, alpha=0.2, linewidth=0)
+    for ax in axes:
+        ax.set(xlabel="step", ylabel="bits per pixel")
+    axes[0].legend()
     return figure
 
 

@@ -1,0 +1,163 @@
+"""What is compared: the paper's ablations, and what the released code does otherwise, as data.
+
+A row of a grid says which model and what its saved rows say of it. How rows become runs stands in `ablation_runs.py`.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from entroformer_lib.errors import StudyError
+from entroformer_lib.models.config import named_config, parse_fields
+from entroformer_lib.training.variants import Variant
+
+BOTH = "both directions"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of a grid: which model, and what its saved rows say of it.
+
+    model: variant of `named_config`, without the size. architecture: fields of EntroformerConfig over its own.
+    training: fields of TrainConfig over the recipe. columns: of the saved rows.
+    """
+
+    name: str
+    model: str = "context"
+    architecture: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+    columns: dict = field(default_factory=dict)
+
+    def variant(self, size: str, seed: int) -> Variant:
+        """The run of this row."""
+        training = {"model": f"{size}-{self.model}", "seed": seed, **self.training}
+        return Variant(f"{self.name}-seed{seed}", self.architecture, training)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Rows that are compared.  answers: what is measured of each run, names of MEASURES"""
+
+    name: str
+    about: str
+    entries: tuple[Entry, ...]
+    answers: tuple[str, ...] = ("kodak",)
+
+
+def _position(position: str, **fields) -> Entry:
+    return Entry(
+        position, "context", {"position": position, **fields}, columns={"context": "serial", "position": position}
+    )
+
+
+def _radius(h: int | None, largest: int = 30) -> Entry:
+    """Diamond of radius h; None: as large as the crops of training, so that every offset has a vector of its own."""
+    columns = {"radius": h, "position": "diamond"}
+    return Entry(f"h-{h or 'all'}", "context", {"radius": h or largest}, columns=columns)
+
+
+def _top_k(k: int | None) -> Entry:
+    return Entry(f"k-{k or 'dense'}", "context", {"top_k": k}, columns={"top_k": k})
+
+
+def _released(name: str, difference: str, model: str = "context", **architecture) -> Entry:
+    return Entry(name, model, architecture, columns={"model": model, "difference": difference})
+
+
+GRIDS = {
+    grid.name: grid
+    for grid in (
+        Grid(
+            "table1",
+            "position encodings of a context model without hyperprior, and the convolution",
+            (
+                Entry("cnn", "cnn", {"hyperprior": False}, columns={"context": "cnn", "position": "none"}),
+                *map(_position, ("none", "absolute", "relative_1d", "relative_2d", "diamond")),
+            ),
+        ),
+        Grid(
+            "figure6",
+            "the diamond's radius h, against no position encoding",
+            (
+                Entry("h-none", "context", {"position": "none"}, columns={"radius": 0, "position": "none"}),
+                *map(_radius, (1, 2, 3, 4, 5, 6, 7, None)),
+            ),
+        ),
+        Grid(
+            "figure7",
+            "k of top-k attention, with learning curves, and the k used at test time",
+            tuple(map(_top_k, (8, 16, 32, 64, 128, None))),
+            ("kodak", "curve", "k_at_test"),
+        ),
+        Grid(
+            "table3",
+            "what the second slice is predicted from: one model that has learned both directions, and one for each",
+            (
+                Entry("both-directions", "parallel", training={"one_way": 0.5}, columns={"trained": BOTH}),
+                Entry("parallel", "parallel", columns={"trained": "bidirectional"}),
+                Entry("one-way", "parallel", training={"one_way": 1.0}, columns={"trained": "unidirectional"}),
+                Entry("hyperprior", "hyperprior", columns={"trained": "hyperprior"}),
+                Entry("serial", "serial", columns={"trained": "serial"}),
+            ),
+            ("kodak", "second_slice"),
+        ),
+        Grid(
+            "table4",
+            "absolute and relative positions in pictures larger than the crops of training",
+            tuple(dataclasses.replace(_position(p), columns={"position": p}) for p in ("absolute", "diamond", "none")),
+            ("kodak", "sizes"),
+        ),
+        Grid(
+            "released",
+            "what the released code does otherwise than the paper, one by one",
+            (
+                _released("paper", "as in the paper"),
+                _released("scale-width", "attention scale 1/sqrt(dim)", attention_scale="width"),
+                _released("shared-positions", "one position table for all blocks", share_position=True),
+                _released("k-jitter", "k drawn anew at every pass", top_k_jitter=True),
+                _released("leaky-relu", "LeakyReLU instead of ReLU", activation="leaky_relu"),
+                _released("gelu", "GELU instead of ReLU (in neither)", activation="gelu"),
+                _released("paper", "as in the paper", "parallel"),
+                _released("gaussian-z", "Gaussian prior of z", "parallel", z_prior="gaussian"),
+            ),
+        ),
+        Grid(
+            "joint",
+            "one pair of variants with transforms that learn along",
+            tuple(
+                Entry(f"joint-{p}", "context", {"position": p}, {"transforms": None, "latents": None}, {"position": p})
+                for p in ("none", "diamond")
+            ),
+            ("rate_distortion",),
+        ),
+    )
+}
+
+
+def grids_of(names: Iterable[str], fields: tuple[str, ...] = (), model: str = "context") -> list[Grid]:
+    """Grids by name, and one of a single row of the reader's own where fields are given.
+
+    Args:
+        names: keys of GRIDS.
+        fields: of the architecture, such as ("radius=2", "top_k=8").
+        model: variant of `named_config` for that row.
+
+    Raises:
+        StudyError: no such grid. ConfigError: no such field, or a value that it cannot have.
+    """
+    grids = []
+    for name in names:
+        if name not in GRIDS:
+            raise StudyError(f"There is no grid '{name}'; there are {', '.join(GRIDS)}.")
+        grids.append(GRIDS[name])
+    if fields:
+        own = own_entry(" ".join(fields), model, **parse_fields(fields))
+        grids.append(Grid("own", "a row of your own", (own,), ("kodak", "curve")))
+    return grids
+
+
+def own_entry(name: str, model: str = "context", **architecture) -> Entry:
+    """A row of the reader's own; a ConfigError where the architecture has no such field or value."""
+    named_config(f"tiny-{model}", **architecture)
+    folder = "".join(c if c.isalnum() or c in "=.-" else "_" for c in name)
+    return Entry(folder, model, architecture, columns={"name": name})

@@ -1,0 +1,363 @@
+"""Ablations on equal terms: which runs there are, that only what a row names differs, and what is measured."""
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from compressai.models import MeanScaleHyperprior
+from conftest import MICRO, micro_model
+
+from entroformer_lib.errors import ConfigError, DataError, StudyError, UserError, WeightsError
+from entroformer_lib.models import config as model_config
+from entroformer_lib.models.entroformer import Entroformer
+from entroformer_lib.models.pretrained import pretrained_lmbda, with_transforms_of
+from entroformer_lib.models.zoo import load_model, save_weights
+from entroformer_lib.studies import ablation, latent_rates
+from entroformer_lib.studies.ablation_grids import GRIDS, Entry, Grid, grids_of, own_entry
+from entroformer_lib.studies.ablation_runs import Terms, runs_of
+from entroformer_lib.training.latents import frozen_transforms, transforms_digest, write_latents
+from entroformer_lib.views import ablation_figures, paper_data, paper_figures
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's advice
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> str:
+    """Weights that give the transforms."""
+    path = tmp_path_factory.mktemp("source") / "source.safetensors"
+    save_weights(micro_model("parallel"), path, {"lmbda": 0.02})
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def cache(source, photo_folder, tmp_path_factory) -> str:
+    return str(write_latents(source, str(photo_folder), tmp_path_factory.mktemp("cache"), crop=64, per_picture=2))
+
+
+@pytest.fixture
+def terms(source, cache, photo_folder, monkeypatch) -> Terms:
+    monkeypatch.setitem(model_config.SIZES, "tiny", MICRO)
+    return Terms(source, cache, str(photo_folder), str(photo_folder), steps=4, crop=64, limit=2, accelerator="cpu")
+
+
+def micro_entry(name: str, **architecture) -> Entry:
+    """A row that is as small in processes which know nothing of MICRO."""
+    small = {key: value for key, value in MICRO.items() if key not in ("N", "M")}
+    return Entry(name, "context", {**small, **architecture}, columns={"name": name})
+
+
+# ---- which runs ----
+
+
+def test_a_run_in_many_grids_is_trained_once():
+    runs = {run.name: run for run in runs_of(grids_of(GRIDS), (0,))}
+    assert {grid for grid, _ in runs["diamond-seed0"].rows} == {"table1", "figure6", "figure7", "table4", "released"}
+    assert {grid for grid, _ in runs["none-seed0"].rows} == {"table1", "figure6", "table4"}
+    assert {grid for grid, _ in runs["parallel-seed0"].rows} == {"table3", "released"}
+    assert "h-3-seed0" not in runs and "k-16-seed0" not in runs  # both are the diamond
+    assert set(runs["diamond-seed0"].answers) == {"weights", "kodak", "curve", "k_at_test", "sizes"}
+    assert len(runs_of(grids_of(GRIDS), (0, 1))) == 2 * len(runs)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_names_do_not_depend_on_which_grids_are_asked_for(grid):
+    everything = {run.name for run in runs_of(grids_of(GRIDS), (0,))}
+    assert {run.name for run in runs_of(grids_of([grid]), (0,))} <= everything
+
+
+def test_in_another_size_other_rows_coincide():
+    """k = 32 is `study`'s own; 16 is tiny's."""
+    runs = {run.name for run in runs_of(grids_of(["table1", "figure7"]), (0,), "study")}
+    assert "k-16-seed0" in runs and "k-32-seed0" not in runs
+
+
+def test_only_what_a_row_names_differs():
+    terms = Terms("tiny-rates@0.02", "latents", "photos", "kodak")
+    configs = [terms.config(run.entry, run.seed, Path("runs")) for run in runs_of(grids_of(GRIDS), (0,))]
+    frozen = [dataclasses.asdict(config) for config in configs if config.transforms]
+    joint = [dataclasses.asdict(config) for config in configs if not config.transforms]
+    named = {"model", "architecture", "out", "one_way"}
+    for group, free in ((frozen, named), (joint, {"out", "init"})):
+        assert len(group) > 1
+        assert len({config["out"] for config in group}) == len(group)
+        for name in group[0]:
+            if name not in free:
+                assert all(config[name] == group[0][name] for config in group), name
+    assert {config["lmbda"] for config in joint} == {0.02}
+
+
+# ---- the study at micro size ----
+
+
+def test_study_trains_measures_and_saves(terms, tmp_path):
+    """The whole of table 1 with two seeds: results, and nothing twice."""
+    study = ablation.prepare(grids_of(["table1"]), terms, tmp_path / "runs", seeds=(0, 1))
+    assert {row["state"] for row in study.plan()} == {"not begun"}
+    assert all(outcome.error is None for outcome in study.go())
+    assert study.go() == []
+    (path,) = ablation.save(study, tmp_path / "results")
+    result = json.loads(path.read_text())
+    assert len(result["rows"]) == 12 and len(result["runs"]) == 12
+    for row in result["rows"]:
+        pictures = result["pictures"][row["run"]]
+        assert row["bpp"] == pytest.approx(np.mean(list(pictures.values())), abs=1e-5) and len(pictures) == 2
+    assert result["settings"]["transforms_sha256"] == transforms_digest(frozen_transforms(terms.transforms))
+    assert result["runs"]["absolute-seed1"]["seed"] == 1 and "revision" in result["provenance"]
+    assert str(tmp_path) not in path.read_text().replace(terms.transforms, "")
+    digests = {run["weights_sha256"] for run in result["runs"].values()}
+    assert len(digests) == 12  # no two are the same model
+
+
+def test_estimates_come_from_finished_runs(terms, tmp_path):
+    two = Grid("two", "", (Entry("a", "context", {}), Entry("b", "context", {"radius": 2})))
+    one = ablation.prepare([dataclasses.replace(two, entries=two.entries[:1])], terms, tmp_path, seeds=(0,))
+    both = ablation.prepare([two], terms, tmp_path, seeds=(0,))
+    assert [row["seconds"] for row in both.plan()] == [None, None]
+    assert "cannot be estimated" in ablation.plan_in_words(both)
+    one.go()
+    first, second = both.plan()
+    assert (first["state"], first["seconds"]) == ("finished", 0) and second["seconds"] > 0
+    assert "1 of 2 runs to do" in ablation.plan_in_words(both)
+
+
+def test_all_that_is_measured(terms, tmp_path, monkeypatch):
+    """Learning curve, other k, second slice and the joint pair give the rows that the figures read."""
+    grids = [
+        dataclasses.replace(GRIDS["figure7"], entries=GRIDS["figure7"].entries[-1:]),
+        dataclasses.replace(GRIDS["table3"], entries=GRIDS["table3"].entries[:1]),
+        dataclasses.replace(GRIDS["joint"], entries=GRIDS["joint"].entries[:1]),
+    ]
+    study = ablation.prepare(grids, terms, tmp_path / "runs", seeds=(0,))
+    assert [outcome.error for outcome in study.go()] == [None] * 3
+    rows = ablation.rows_of(study)
+    assert [row["step"] for row in rows["figure7"] if row["grid"] == "figure7"] == [terms.steps]
+    at_test = [row for row in rows["figure7"] if row["grid"] == "figure7_k_at_test"]
+    assert {row["k_at_test"] for row in at_test} == {4, 8, 16, 32, 64, 128, None}
+    own = next(row["bpp"] for row in at_test if row["k_at_test"] is None)
+    end = next(row["bpp_middle"] for row in rows["figure7"] if row["grid"] == "figure7_end")
+    assert own == pytest.approx(end) == pytest.approx(rows["figure7"][0]["bpp"])  # trained dense, measured dense
+    contexts = [row["context"] for row in rows["table3"] if row["grid"] == "table3"]
+    assert contexts == list(latent_rates.CONTEXTS)
+    (joint,) = rows["joint"]
+    assert joint["rd_loss"] == pytest.approx(joint["bpp"] + joint["lmbda"] * 255**2 * joint["mse"], abs=1e-4)
+    learned = load_model(tmp_path / "runs" / "joint-none-seed0" / "weights.safetensors", "cpu")
+    assert transforms_digest(learned) != study.transforms_sha256  # they learned along
+    ablation.save(study, tmp_path / "results")
+    monkeypatch.setattr(paper_data, "data_folder", lambda: tmp_path)
+    (tmp_path / "reference").symlink_to(Path(__file__).parents[1] / "data" / "reference")
+    assert paper_data.table3_data().set_index("context")["bpp"].notna().all()
+    assert paper_figures.figure7(paper_data.figure7_data()).axes
+
+
+def test_killed_in_the_middle_of_training(source, cache, photo_folder, tmp_path):
+    """Two processes train three models, one is killed: the weights are those of a run that nobody disturbed."""
+    terms = Terms(source, cache, str(photo_folder), str(photo_folder), steps=75, crop=64, limit=2, accelerator="cpu")
+    terms = dataclasses.replace(terms, checkpoint_seconds=0.0)
+    entries = tuple(micro_entry(name, position=name) for name in ("none", "diamond", "absolute"))
+    grid = Grid("own", "", entries)
+    disturbed = ablation.prepare([grid], terms, tmp_path / "disturbed", seeds=(0,))
+    first = tmp_path / "disturbed" / "none-seed0"
+
+    def kill() -> None:
+        log = first / "log.jsonl"
+        while not (log.exists() and log.read_text().count("\n") >= 1):
+            time.sleep(0.01)
+        os.kill(int((first / "lock").read_text().split()[1]), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    outcomes = disturbed.go(workers=2)
+    killer.join()
+    assert sorted((o.name, o.error) for o in outcomes) == sorted((f"{e.name}-seed0", None) for e in entries)
+    steps = [json.loads(line)["step"] for line in (first / "log.jsonl").read_text().splitlines()]
+    assert steps == [25, 50, 75]
+    alone = ablation.prepare([dataclasses.replace(grid, entries=entries[:1])], terms, tmp_path / "alone", seeds=(0,))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the workers have
+    alone.go()
+    torch.set_num_threads(threads)
+    weights = [study.tasks[0].answer(study.root, "weights")["weights_sha256"] for study in (disturbed, alone)]
+    assert weights[0] == weights[1]  # went on exactly where it was
+
+
+# ---- what is drawn ----
+
+
+def made_up(saving: float, **columns) -> list[dict]:
+    """Two seeds that save so many percent of one bit per pixel, half a point apart."""
+    return [
+        {"seed": seed, "bpp": bpp, "bpp_middle": 2 * bpp, **columns}
+        for seed, bpp in enumerate((1 - (saving + 0.25) / 100, 1 - (saving - 0.25) / 100))
+    ]
+
+
+def test_dots_of_table1_are_savings_over_the_convolution(tmp_path, monkeypatch):
+    rows = made_up(0, context="cnn", position="none")
+    for i, position in enumerate(paper_data.POSITIONS):
+        rows += made_up(i + 1, context="serial", position=position)
+    (tmp_path / "results").mkdir()
+    saved = {"rows": [{"grid": "table1", **row} for row in rows]}
+    (tmp_path / "results" / "ablation-table1.json").write_text(json.dumps(saved))
+    (tmp_path / "reference").symlink_to(Path(__file__).parents[1] / "data" / "reference")
+    monkeypatch.setattr(paper_data, "data_folder", lambda: tmp_path)
+    dots = ablation_figures.table1_dots(paper_data.ablation("table1"), paper_data.table1_data())
+    means = dots.groupby(["row", "source"], sort=False)["value"].mean().unstack(0)
+    assert means.loc["here, whole pictures"].tolist() == pytest.approx([0, 1, 2, 3, 4, 5])
+    assert means.loc["here, 256 x 256 pixels"].tolist() == pytest.approx([0, 1, 2, 3, 4, 5])
+    assert means.loc["published"].tolist() == [0, 0.8, 0.9, 4.0, 4.9, 5.8]
+    points = [line.get_xdata() for line in ablation_figures.dots(dots, "saved, %").axes[0].lines]
+    assert sorted(x for line in points for x in line if len(line) > 2) == pytest.approx(sorted(dots["value"]))
+
+
+# ---- bad input: a sentence, and nothing started ----
+
+
+def test_unknown_names_are_refused(terms, tmp_path):
+    with pytest.raises(StudyError, match="no grid 'table9'; there are table1"):
+        grids_of(["table9"])
+    with pytest.raises(ConfigError, match="no field 'radios'"):
+        grids_of(["table1"], ("radios=2",))
+    with pytest.raises(ConfigError, match="cannot be 'triangle'"):
+        own_entry("mine", position="triangle")
+    with pytest.raises(StudyError, match="Name a grid"):
+        ablation.prepare([], terms, tmp_path / "runs")
+    with pytest.raises(StudyError, match="size"):
+        ablation.prepare(grids_of(["table1"]), dataclasses.replace(terms, size="giant"), tmp_path / "runs")
+    with pytest.raises(StudyError, match="mosaics of 6"):
+        ablation.prepare(grids_of(["table4"]), terms, tmp_path / "runs")
+    with pytest.raises(UserError, match="picture"):
+        ablation.prepare(grids_of(["table1"]), dataclasses.replace(terms, kodak=str(tmp_path)), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_latents_of_other_transforms_are_refused(terms, tmp_path):
+    other = tmp_path / "other.safetensors"
+    save_weights(micro_model("parallel", seed=1), other, {"lmbda": 0.02})
+    with pytest.raises(DataError, match="other transforms"):
+        ablation.prepare(grids_of(["table1"]), dataclasses.replace(terms, transforms=str(other)), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_transforms_of_several_rates_need_one_of_them(terms, tmp_path):
+    path = tmp_path / "rates.safetensors"
+    save_weights(micro_model("parallel", lmbdas=(0.01, 0.02, 0.04)), path, {})
+    with pytest.raises(StudyError, match="several rates"):
+        ablation.prepare(grids_of(["table1"]), dataclasses.replace(terms, transforms=str(path)), tmp_path / "runs")
+
+
+def test_runs_of_other_length_are_refused(terms, tmp_path):
+    grid = [Grid("one", "", (Entry("a", "cnn", {"hyperprior": False}),))]
+    ablation.prepare(grid, terms, tmp_path, seeds=(0,)).go()
+    with pytest.raises(StudyError, match="another steps"):
+        ablation.prepare(grid, dataclasses.replace(terms, steps=5), tmp_path, seeds=(0,))
+
+
+# ---- what is measured ----
+
+
+@pytest.fixture
+def picture_latents(photo) -> list[latent_rates.Latents]:
+    return [latent_rates.latents_of(micro_model("parallel"), photo, "photo", 64)]
+
+
+def test_second_slice_and_the_first_are_the_whole(picture_latents):
+    model = micro_model("parallel")
+    rows = {row["context"]: row["bpp"] for row in latent_rates.second_slice_rates(model, picture_latents)}
+    bits, first = model.estimated_bits(picture_latents[0].y)["y"][0], latent_rates.first_slice(8, 12)
+    assert rows["hyperprior + bidirectional"] == pytest.approx(float(bits[~first].sum()) / picture_latents[0].pixels)
+    assert len(set(rows.values())) == 3
+    serial = latent_rates.second_slice_rates(micro_model("serial"), picture_latents)
+    assert [row["context"] for row in serial] == ["hyperprior + serial"]
+
+
+def test_hyperprior_only_asks_no_context(picture_latents):
+    """Other weights of the context model change the other two rates, and not that of the hyperprior."""
+    model = micro_model("parallel")
+    before = [row["bpp"] for row in latent_rates.second_slice_rates(model, picture_latents)]
+    with torch.no_grad():
+        model.context_model.embed.weight.mul_(-1)
+    after = [row["bpp"] for row in latent_rates.second_slice_rates(model, picture_latents)]
+    assert before[0] == after[0] and before[1] != after[1] and before[2] != after[2]
+
+
+def test_k_at_test_time_is_that_of_a_model_with_it(picture_latents):
+    model, dense = micro_model("context"), micro_model("context", top_k=None)
+    dense.load_state_dict({**model.state_dict(), "_extra_state": dense.get_extra_state()})
+    few = latent_rates.mean_rate(model, [one.y for one in picture_latents])
+    latent_rates.use_top_k(model, None)
+    rates = [latent_rates.mean_rate(m, [one.y for one in picture_latents]) for m in (model, dense)]
+    assert rates[0] == rates[1] != few
+
+
+def test_mosaics_show_the_same_pixels_at_each_size():
+    rng = np.random.default_rng(0)
+    from PIL import Image
+
+    shapes = [(512, 768, 3), (768, 512, 3)] * 3
+    pictures = [("", Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8))) for shape in shapes]
+    ((_, mosaic),) = latent_rates.mosaics(pictures)
+    assert mosaic.size == (1200, 1200)
+    squares = {size: latent_rates.squares_of(mosaic, size) for size in (300, 600, 900, 1200)}
+    assert {size: len(found) for size, found in squares.items()} == {300: 16, 600: 4, 900: 1, 1200: 1}
+    sums = [sum(int(np.asarray(s).sum(dtype=np.int64)) for s in squares[size]) for size in (300, 600, 1200)]
+    assert sums[0] == sums[1] == sums[2]
+
+
+def test_rates_are_of_the_pixels_without_padding(photo):
+    """192 x 128 pixels, and one row less: as many latents, fewer pixels."""
+    model = micro_model("context")
+    whole, cut = (latent_rates.latents_of(model, photo.crop((0, 0, 192, height)), "", 16) for height in (128, 127))
+    assert whole.y.shape == cut.y.shape and cut.pixels == 192 * 127
+    (row,) = latent_rates.rates(model, [cut])
+    assert row["bpp"] == pytest.approx(float(model.estimated_bits(cut.y)["y"].sum()) / (192 * 127))
+
+
+# ---- transforms of CompressAI ----
+
+
+@pytest.fixture(scope="module")
+def theirs() -> MeanScaleHyperprior:
+    """As `zoo:mbt2018-mean` gives it, with random weights: the pretrained ones need a network."""
+    torch.manual_seed(0)
+    return MeanScaleHyperprior(16, 24).eval()
+
+
+def test_their_transforms_are_ours_but_for_the_border(theirs, photo):
+    ours = with_transforms_of(theirs)
+    x = torch.from_numpy(np.asarray(photo).copy()).permute(2, 0, 1)[None] / 255
+    with torch.no_grad():
+        y = theirs.g_a(x)
+        inside = (..., slice(2, -2), slice(2, -2))
+        torch.testing.assert_close(ours.g_a(x)[inside], y[inside], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.g_s(y), theirs.g_s(y), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(ours.g_a(x), y)  # black and grey borders
+
+
+def test_an_entropy_model_trains_behind_their_transforms(theirs, photo_folder, tmp_path, terms):
+    path = tmp_path / "theirs.safetensors"
+    save_weights(with_transforms_of(theirs), path, {"lmbda": 0.013})
+    terms = dataclasses.replace(terms, transforms=str(path), latents=str(tmp_path / "latents"))
+    study = ablation.prepare(
+        [Grid("own", "", (own_entry("mine", radius=2),), ("kodak",))], terms, tmp_path / "runs", (0,)
+    )
+    assert [outcome.error for outcome in study.go()] == [None]
+    weights = tmp_path / "runs" / study.runs[0].name / "weights.safetensors"
+    assert isinstance(load_model(weights, "cpu"), Entroformer)
+
+
+def test_without_a_network_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # nothing fetched before
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody answers
+    with pytest.raises(WeightsError, match="need a network"):
+        frozen_transforms("zoo:mbt2018-mean:4")
+    for name in ("zoo:mbt2018-mean", "zoo:mbt2018-mean:9", "zoo:cheng2020-attn:3", "zoo:"):
+        with pytest.raises(WeightsError, match="no transforms"):
+            frozen_transforms(name)
+    assert pretrained_lmbda("zoo:mbt2018-mean:4") == 0.013
