@@ -141,18 +141,23 @@ def measured_curve(label: str, points: dict | list, metric: str = "psnr_db") -> 
 def saved_points() -> pd.DataFrame:
     """All that was measured on Kodak, from data/results: one row per codec and setting, means over the pictures.
 
-    Columns: codec, setting (lambda or quality), bpp, psnr_db, ms_ssim_db (-10 log10 of one minus the mean MS-SSIM).
+    Columns: codec, optimised_for (mse, ms-ssim or codec), setting (lambda or quality), bpp, psnr_db, ms_ssim_db
+    (-10 log10 of one minus the mean MS-SSIM).
     """
     folder, rows = data_folder() / "results", []
     for path in sorted(folder.glob("*-kodak.json")):
-        mean = json.loads(path.read_text())["mean"]
+        saved = json.loads(path.read_text())
+        mean, goal = saved["mean"], saved.get("optimised_for", "mse")
         points = [(None, mean)] if "bpp" in mean else [(float(lmbda), row) for lmbda, row in mean.items()]
-        rows += [{"codec": path.name.removesuffix("-kodak.json"), "setting": s, **row} for s, row in points]
+        name = path.name.removesuffix("-kodak.json")
+        rows += [{"codec": name, "optimised_for": goal, "setting": s, **row} for s, row in points]
     if (folder / "classical.json").exists():
-        rows += json.loads((folder / "classical.json").read_text())["mean"]
+        classical = json.loads((folder / "classical.json").read_text())["mean"]
+        rows += [{"optimised_for": "codec", **row} for row in classical]
     table = pd.DataFrame(rows)
     table["ms_ssim_db"] = decibels(table["ms_ssim"])
-    return table[["codec", "setting", "bpp", "psnr_db", "ms_ssim_db"]].sort_values(["codec", "bpp"], ignore_index=True)
+    columns = ["codec", "optimised_for", "setting", "bpp", "psnr_db", "ms_ssim_db"]
+    return table[columns].sort_values(["codec", "bpp"], ignore_index=True)
 
 
 def curve_of(points: pd.DataFrame, codec: str, quality: str = "psnr_db") -> Curve:

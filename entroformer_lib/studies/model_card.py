@@ -68,7 +68,7 @@ def _measure_and_write(trained: Entroformer, card: dict, name: str, kodak: Path)
     points = {lmbda: _mean([row for row in rows if row["lmbda"] == lmbda]) for lmbda in {row["lmbda"] for row in rows}}
     record = provenance(model, seed=card["training"]["seed"])
     mean = points[None] if None in points else {f"{lmbda:g}": points[lmbda] for lmbda in sorted(points)}
-    result = {"images": rows, "mean": mean, "provenance": record}
+    result = {"images": rows, "mean": mean, "optimised_for": card["metric"], "provenance": record}
     write_bytes(data_folder() / "results" / f"{name}-kodak.json", json.dumps(result, indent=1).encode())
 
     card["kodak"] = {**mean, "images": len(rows), "date": record["date"]}
