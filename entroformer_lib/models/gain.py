@@ -49,7 +49,15 @@ class RateGain(nn.Module):
 
     def forward(self, level: Tensor) -> tuple[Tensor, Tensor]:
         """level: [B] in [0, levels - 1]  ->  gain and inverse: [B, M, 1, 1]"""
-        return tuple(at_level(table, level).exp()[..., None, None] for table in (self.log_gain, self.log_inverse))
+        low = level.floor().clamp(0, len(self.lmbdas) - 2)
+        part = (level - low)[:, None]  # [B, 1]
+        i = low.long()
+        return (
+            tuple(  # lerp and not `at_level`, whose last bit differs: caches of latents know transforms by their bits
+                torch.lerp(table[i], table[i + 1], part.to(table.dtype)).exp()[..., None, None]
+                for table in (self.log_gain, self.log_inverse)
+            )
+        )
 
     def level_of(self, lmbda: float) -> float:
         """The level of a lambda; between two trained ones in proportion to its logarithm.
