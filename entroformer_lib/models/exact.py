@@ -96,7 +96,7 @@ class ExactEntropyModel:
             return split(y_hat, self.context_model.counts, self.context_model.order_name)[0]
         return y_hat[0].flatten(1).T.contiguous()
 
-    def _code(self, size, z_hat: Tensor | None, symbols_of: SymbolsOf, rate: Rate | None) -> None:
+    def _code(self, size, z_hat: Tensor | None, symbols_of: SymbolsOf, rate: Rate | None = None) -> None:
         """Runs the model's coding steps."""
         h, w = size
         rate = rate and Rate(*(t.to(self.device, torch.float32) for t in rate))
