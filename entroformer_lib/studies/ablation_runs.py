@@ -78,19 +78,19 @@ class Run:
 def runs_of(grids: list[Grid], seeds: Iterable[int], size: str = "tiny") -> list[Run]:
     """Each different run once, with the rows of all grids that it belongs to: seed by seed, in the order of the grids.
 
-    A run's name is that of its first row among all GRIDS, whichever of them are asked for.
+    A run is its first row among all GRIDS, whichever of them are asked for: its name, and how its fields are written.
     """
-    names: dict[str, str] = {}
+    first: dict[str, Entry] = {}
     for grid in (*GRIDS.values(), *grids):
         for entry in grid.entries:
-            names.setdefault(_kind(entry, size), entry.name)
+            first.setdefault(_kind(entry, size), entry)
     found: dict[str, Run] = {}
     for seed in seeds:
         for grid in grids:
             for entry in grid.entries:
-                entry = dataclasses.replace(entry, name=names[_kind(entry, size)])
-                name = entry.variant(size, seed).name
-                run = found.get(name) or Run(name, entry, seed, ("weights",), ())
+                known = first[_kind(entry, size)]
+                name = known.variant(size, seed).name
+                run = found.get(name) or Run(name, known, seed, ("weights",), ())
                 answers = tuple(dict.fromkeys((*run.answers, *grid.answers)))
                 rows = (*run.rows, (grid.name, entry.columns))
                 found[name] = dataclasses.replace(run, answers=answers, rows=rows)
