@@ -12,6 +12,7 @@ from PIL import Image
 from entroformer_lib.datasets import SAMPLES, sample_picture
 from entroformer_lib.models.config import named_config
 from entroformer_lib.models.entroformer import Entroformer
+from entroformer_lib.models.zoo import save_weights
 
 collect_ignore = [] if browser_path() else ["test_browser.py"]
 
@@ -34,6 +35,14 @@ def micro_model(variant: str = "parallel", preset: str = "paper", seed: int = 0,
 @pytest.fixture(params=VARIANTS)
 def any_variant(request) -> Entroformer:
     return micro_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory) -> str:
+    """Weights that give frozen transforms."""
+    path = tmp_path_factory.mktemp("source") / "source.safetensors"
+    save_weights(micro_model("parallel"), path, {"lmbda": 0.02})
+    return str(path)
 
 
 def pictures_folder(part: str) -> Path | None:

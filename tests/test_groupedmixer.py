@@ -256,6 +256,15 @@ def test_training_reaches_every_weight():
         assert parameter.grad.abs().sum() > 0, name
 
 
+def test_it_can_be_trained_after_it_has_coded(photo):
+    """What coding has kept of a grid must not stop gradients."""
+    model = small()
+    windows.cache_clear()
+    codec.encode(model, photo)
+    out = model.train()(codec.to_tensor(photo, model))
+    sum(-p.log().sum() for p in out["likelihoods"].values()).backward()
+
+
 def test_points_of_the_mixers():
     model = small()
     y, hyper = some_latents()

@@ -24,14 +24,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's ad
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> str:
-    """Weights that give the transforms."""
-    path = tmp_path_factory.mktemp("source") / "source.safetensors"
-    save_weights(micro_model("parallel"), path, {"lmbda": 0.02})
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def cache(source, photo_folder, tmp_path_factory) -> Path:
     return write_latents(source, str(photo_folder), tmp_path_factory.mktemp("cache"), crop=128, per_picture=2)
 

@@ -11,7 +11,7 @@ scaled, so the file's exactness knows nothing of rates. Each lambda the model wa
 one answer to the rate control that the paper's discussion leaves open.
 
 An entropy model that is told nothing of the gain (`rate_aware=False`, as the first models) has to guess it from the
-latents, and a transformer hardly can: its layer norms take away the size of what they see. One that is told
+latents, which is harder for a transformer: its layer norms take away the size of what they see. One that is told
 (`RateKnowledge`) sees latents in the units of y before the gain, the same at all rates, and its means and scales are
 multiplied by the gain behind it. Then both sides of the coder need the same gain to the last bit, so there it is made
 of operations that IEEE 754 fixes (`exact=True`).

@@ -100,6 +100,7 @@ def merge(groups: Tensor, size: tuple[int, int], counts: Counts, order: str = "c
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept may be needed for gradients later, whoever asked first
 def windows(height: int, width: int, side: int, shift: int) -> tuple[Tensor, Tensor]:
     """Windows of a grid, moved up and left by `shift`; at the border they are partly empty.
 
