@@ -64,6 +64,16 @@ def _released(name: str, difference: str, model: str = "context", **architecture
     return Entry(name, model, architecture, columns={"model": model, "difference": difference})
 
 
+def _grouped(name: str, difference: str, **architecture) -> Entry:
+    return Entry(f"grouped-{name}", "groupedmixer", architecture, columns={"difference": difference})
+
+
+def _groups(k_c: int, k_h: int = 2, k_w: int = 2) -> Entry:
+    G = k_c * k_h * k_w
+    columns = {"groups": G, "slices": k_c, "phases": k_h * k_w}
+    return Entry(f"groups-{G}", "groupedmixer", {"groups": (k_c, k_h, k_w)}, columns=columns)
+
+
 GRIDS = {
     grid.name: grid
     for grid in (
@@ -120,6 +130,24 @@ GRIDS = {
                 _released("paper", "as in the paper", "parallel"),
                 _released("gaussian-z", "Gaussian prior of z", "parallel", z_prior="gaussian"),
             ),
+        ),
+        Grid(
+            "groupedmixer",
+            "GroupedMixer without one of its mixers, with another inner mixer, with other orders of its groups",
+            (
+                _grouped("whole", "as it is: both mixers, windows, channel slice by channel slice"),
+                _grouped("no-cross", "without the cross-group mixer", cross=False),
+                _grouped("no-inner", "without the inner-group mixer", inner="none"),
+                _grouped("top-k", "top-k attention over the whole group instead of windows", inner="top_k"),
+                _grouped("raster", "order: the phases of a slice row by row", group_order="raster"),
+                _grouped("sites", "order: all slices of a phase before the next phase", group_order="sites"),
+                _grouped("deeper", "6 pairs of mixers instead of 3", context_layers=6),
+            ),
+        ),
+        Grid(
+            "groups",
+            "number of GroupedMixer's groups",
+            (_groups(1, 1, 2), _groups(1), _groups(2), _groups(3), _groups(6), _groups(12)),
         ),
         Grid(
             "joint",
