@@ -146,8 +146,8 @@ GRIDS = {
         ),
         Grid(
             "groups",
-            "number of GroupedMixer's groups",
-            (_groups(1, 1, 2), _groups(1), _groups(2), _groups(3), _groups(6), _groups(12)),
+            "number of GroupedMixer's groups, G = 2 to 64",
+            (_groups(1, 1, 2), *map(_groups, (1, 2, 4, 8, 16))),
         ),
         Grid(
             "joint",

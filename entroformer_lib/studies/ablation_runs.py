@@ -8,11 +8,13 @@ import dataclasses
 import json
 import statistics
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from entroformer_lib.errors import ConfigError
 from entroformer_lib.models.config import named_config
 from entroformer_lib.models.entroformer import Entroformer
 from entroformer_lib.models.zoo import load_model, save_weights, weights_digest
@@ -79,11 +81,15 @@ def runs_of(grids: list[Grid], seeds: Iterable[int], size: str = "tiny") -> list
     """Each different run once, with the rows of all grids that it belongs to: seed by seed, in the order of the grids.
 
     A run is its first row among all GRIDS, whichever of them are asked for: its name, and how its fields are written.
+
+    Raises:
+        ConfigError: a row that this size cannot have.
     """
     first: dict[str, Entry] = {}
     for grid in (*GRIDS.values(), *grids):
         for entry in grid.entries:
-            first.setdefault(_kind(entry, size), entry)
+            with nullcontext() if grid in grids else suppress(ConfigError):  # others may not exist in this size
+                first.setdefault(_kind(entry, size), entry)
     found: dict[str, Run] = {}
     for seed in seeds:
         for grid in grids:
