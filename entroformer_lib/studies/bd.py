@@ -141,8 +141,8 @@ def measured_curve(label: str, points: dict | list, metric: str = "psnr_db") -> 
 def saved_points() -> pd.DataFrame:
     """All that was measured on Kodak, from data/results: one row per codec and setting, means over the pictures.
 
-    Columns: codec, optimised_for (mse, ms-ssim or codec), setting (lambda or quality), bpp, psnr_db, ms_ssim_db
-    (-10 log10 of one minus the mean MS-SSIM).
+    Columns: codec, optimised_for (mse, ms-ssim or codec), transforms (of an entropy model behind frozen ones: whose),
+    setting (lambda or quality), bpp, psnr_db, ms_ssim_db (-10 log10 of one minus the mean MS-SSIM).
     """
     folder, rows = data_folder() / "results", []
     for path in sorted(folder.glob("*-kodak.json")):
@@ -150,13 +150,14 @@ def saved_points() -> pd.DataFrame:
         mean, goal = saved["mean"], saved.get("optimised_for", "mse")
         points = [(None, mean)] if "bpp" in mean else [(float(lmbda), row) for lmbda, row in mean.items()]
         name = path.name.removesuffix("-kodak.json")
-        rows += [{"codec": name, "optimised_for": goal, "setting": s, **row} for s, row in points]
+        about = {"codec": name, "optimised_for": goal, "transforms": saved.get("transforms")}
+        rows += [{**about, "setting": setting, **row} for setting, row in points]
     if (folder / "classical.json").exists():
         classical = json.loads((folder / "classical.json").read_text())["mean"]
         rows += [{"optimised_for": "codec", **row} for row in classical]
     table = pd.DataFrame(rows)
     table["ms_ssim_db"] = decibels(table["ms_ssim"])
-    columns = ["codec", "optimised_for", "setting", "bpp", "psnr_db", "ms_ssim_db"]
+    columns = ["codec", "optimised_for", "transforms", "setting", "bpp", "psnr_db", "ms_ssim_db"]
     return table[columns].sort_values(["codec", "bpp"], ignore_index=True)
 
 
