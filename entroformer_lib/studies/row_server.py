@@ -22,6 +22,7 @@ from torch import Tensor
 from entroformer_lib.coding import codec
 from entroformer_lib.errors import AttentionError
 from entroformer_lib.models.context import first_slice
+from entroformer_lib.models.gain import Rate
 from entroformer_lib.models.position import grid_sites
 from entroformer_lib.models.priors import LIKELIHOOD_FLOOR, gaussian_mass
 from entroformer_lib.studies.capture import POINTS, attention_points, capture
@@ -50,6 +51,8 @@ class RowServer:
     """Rows of attention for one picture: any latent, layer, head and k, without ever holding an [n, n] map.
 
     Sites are numbers in raster order on the latent grid of the *padded* picture: site = row * width + column.
+
+    A model of variable rate is looked at as it is when the server is made: at the level that `codec.encode` would take.
 
     It runs a float64 copy of the entropy model; the coder's integers agree with it to about 15 bits. For each k, the
     tokens that serve as context go through all blocks once and leave their keys and values (n x 2D per layer); after
@@ -86,28 +89,32 @@ class RowServer:
             }
             words = what.get(model.config.context, "This model is a GroupedMixer (see notebook 07)")
             raise AttentionError(f"{words}; the explorer takes a serial or a parallel model.")
-        if model.config.rate_aware:
-            raise AttentionError("The explorer does not yet take models whose entropy model is told the rate.")
         model.eval()
         c = self.config = model.config
-        self.name = getattr(model, "name", None) or f"untrained {c.variant}"
+        level = codec.level_of_file(model)
+        self.name = name_at(model, level)
         self.kind = c.context
         self.layers, self.heads, self.radius, self.default_k = c.context_layers, c.heads, c.radius, c.top_k
         rgb, _ = codec.to_rgb(codec.open_picture(picture))
         x = codec.to_tensor(rgb, model)
         self.picture = codec.to_picture(x)  # padded, as the latents see it
         self.size = rgb.size  # (width, height) before padding
-        y_hat, z = model.latents(x)
+        y_hat, z = model.latents(x, level)
+        rate = self._rate = wide_rate(model, level)
         self._context, self._parameters, h_s = (
             part if part is None else copy.deepcopy(part).eval().double()
             for part in (model.context_model, model.entropy_parameters, model.h_s)
         )
         self.height, self.width = y_hat.shape[-2:]
-        self._values = y_hat[0].double().flatten(1).T  # [n, M]
+        y_hat = y_hat.double()
+        self._values = y_hat[0].flatten(1).T  # [n, M], as they are coded
+        seen = y_hat if rate is None else y_hat * rate.inverse
+        self._seen = seen[0].flatten(1).T  # [n, M], as the context model sees them
         self._hyper = None
         if z is not None:
             z_hat = model.z_prior.quantize_z(z).double()
-            self._hyper = h_s(z_hat).flatten(2)[0].T  # [n, D]
+            hyper = h_s(z_hat) if rate is None else h_s(z_hat * rate.z_inverse) + rate.vector
+            self._hyper = hyper.flatten(2)[0].T  # [n, D]
         self._sites = grid_sites(self.height, self.width, y_hat.device)
         self._first = first_slice(self.height, self.width, y_hat.device).flatten()
         self._held: OrderedDict[int, object] = OrderedDict()
@@ -315,7 +322,7 @@ class RowServer:
             block.attention.top_k = stack.top_k
         if stack.top_k not in self._held:
             carriers = self._carriers()
-            tokens, sites = self._context.embed(self._values[carriers])[None], self._sites[carriers]
+            tokens, sites = self._context.embed(self._seen[carriers])[None], self._sites[carriers]
             cache = stack.cache(batch=1, capacity=len(carriers))
             if self.kind == "parallel":
                 stack.fill(tokens, sites, cache)
@@ -347,7 +354,7 @@ class RowServer:
         cache, carriers, stack = self._cache(k), self._carriers(), self._context.stack
         device = carriers.device
         own = torch.tensor([self.origin(site) for site in sites], device=device)
-        values = self._values[own]
+        values = self._seen[own]
         if self.kind == "parallel":
             values = values * self._first[own, None]  # the second slice enters as zero
         # The last column is a query's own key; in the first slice it is among the others.
@@ -393,7 +400,9 @@ class RowServer:
         feature = None if context is None else context.T[None, :, :, None]
         if hyper is None and feature is None:
             feature = self._values.new_zeros(1, self.config.dim, len(sites), 1)
-        means, scales = self._parameters(hyper, feature)
+        if hyper is None and self._rate is not None:
+            feature = feature + self._rate.vector
+        means, scales = self._parameters(hyper, feature, self._rate)
         means, scales = (v[0, :, :, 0].T for v in (means, scales))
         mass = gaussian_mass(self._values[sites], means, scales).clamp(min=LIKELIHOOD_FLOOR)
         return means, scales, -mass.log2()
@@ -410,6 +419,20 @@ class RowServer:
     def _cost_of(self, sites: Sequence[int], feature: Tensor) -> Tensor:
         """Bits of some latents, summed over channels: [q]."""
         return self._predict(sites, feature)[2].sum(1)
+
+
+def name_at(model, level: float | None) -> str:
+    """A model's name, and in variable rate the lambda of the level, as `load_model` takes it: `tiny-rates@0.013`."""
+    name = getattr(model, "name", None) or f"untrained {model.config.variant}"
+    return name if level is None else f"{name}@{model.gain.lmbda_of(level):.3g}"
+
+
+def wide_rate(model, level: float | None) -> Rate | None:
+    """What the entropy model is told of a level, in float64; None where it is told nothing."""
+    if model.rate_knowledge is None:
+        return None
+    knowledge, gain = (copy.deepcopy(part).double() for part in (model.rate_knowledge, model.gain))
+    return knowledge(gain, gain.log_gain.new_tensor([level]))
 
 
 def _parts(items: Sequence[int]) -> Iterator[list[int]]:
