@@ -19,13 +19,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from entroformer_lib.coding import codec
 from entroformer_lib.errors import AttentionError
 from entroformer_lib.models.context import first_slice
-from entroformer_lib.models.gain import Rate
 from entroformer_lib.models.position import grid_sites
 from entroformer_lib.models.priors import LIKELIHOOD_FLOOR, gaussian_mass
 from entroformer_lib.studies.capture import POINTS, attention_points, capture
+from entroformer_lib.studies.wide_latents import wide_latents
 
 GROUPS = 6  # of channels, in the explorer's side panel
 QUERIES_AT_ONCE = 128
@@ -79,6 +78,8 @@ class RowServer:
         AttentionError: a model without context model.
     """
 
+    slices = 1  # of channels that are predicted one after the other; see `group_server` for more
+
     @torch.inference_mode()
     def __init__(self, model, picture):
         attention_points(model)  # a sentence for what is no Entroformer
@@ -87,34 +88,21 @@ class RowServer:
                 "none": "This model predicts from the hyperprior alone",
                 "cnn": "The context of this model is a CNN",
             }
-            words = what.get(model.config.context, "This model is a GroupedMixer (see notebook 07)")
-            raise AttentionError(f"{words}; the explorer takes a serial or a parallel model.")
-        model.eval()
+            words = what.get(model.config.context, "This model is a GroupedMixer, which attends in groups")
+            raise AttentionError(f"{words}; rows of attention are those of serial and parallel models.")
+        scene = wide_latents(model, picture)
         c = self.config = model.config
-        level = codec.level_of_file(model)
-        self.name = name_at(model, level)
+        self.name, self.picture, self.size = scene.name, scene.picture, scene.size
         self.kind = c.context
         self.layers, self.heads, self.radius, self.default_k = c.context_layers, c.heads, c.radius, c.top_k
-        rgb, _ = codec.to_rgb(codec.open_picture(picture))
-        x = codec.to_tensor(rgb, model)
-        self.picture = codec.to_picture(x)  # padded, as the latents see it
-        self.size = rgb.size  # (width, height) before padding
-        y_hat, z = model.latents(x, level)
-        rate = self._rate = wide_rate(model, level)
-        self._context, self._parameters, h_s = (
-            part if part is None else copy.deepcopy(part).eval().double()
-            for part in (model.context_model, model.entropy_parameters, model.h_s)
+        self._context, self._parameters = (
+            copy.deepcopy(part).eval().double() for part in (model.context_model, model.entropy_parameters)
         )
+        y_hat, self._rate = scene.y_hat, scene.rate
         self.height, self.width = y_hat.shape[-2:]
-        y_hat = y_hat.double()
         self._values = y_hat[0].flatten(1).T  # [n, M], as they are coded
-        seen = y_hat if rate is None else y_hat * rate.inverse
-        self._seen = seen[0].flatten(1).T  # [n, M], as the context model sees them
-        self._hyper = None
-        if z is not None:
-            z_hat = model.z_prior.quantize_z(z).double()
-            hyper = h_s(z_hat) if rate is None else h_s(z_hat * rate.z_inverse) + rate.vector
-            self._hyper = hyper.flatten(2)[0].T  # [n, D]
+        self._seen = scene.seen[0].flatten(1).T  # [n, M], as the context model sees them
+        self._hyper = None if scene.hyper is None else scene.hyper[0].flatten(1).T  # [n, D]
         self._sites = grid_sites(self.height, self.width, y_hat.device)
         self._first = first_slice(self.height, self.width, y_hat.device).flatten()
         self._held: OrderedDict[int, object] = OrderedDict()
@@ -289,15 +277,8 @@ class RowServer:
         return spearman(a, b)
 
     def check_layer(self, layer: int, head: int = 0) -> None:
-        """A sentence for a layer or head that does not exist.
-
-        Raises:
-            AttentionError: with what there is.
-        """
-        if not 0 <= layer < self.layers:
-            raise AttentionError(f"There is no layer {layer}; this model's context has layers 0 to {self.layers - 1}.")
-        if not 0 <= head < self.heads:
-            raise AttentionError(f"There is no head {head}; this model has heads 0 to {self.heads - 1}.")
+        """`check_layer` of this server."""
+        check_layer(self, layer, head)
 
     # -- how --
 
@@ -421,18 +402,16 @@ class RowServer:
         return self._predict(sites, feature)[2].sum(1)
 
 
-def name_at(model, level: float | None) -> str:
-    """A model's name, and in variable rate the lambda of the level, as `load_model` takes it: `tiny-rates@0.013`."""
-    name = getattr(model, "name", None) or f"untrained {model.config.variant}"
-    return name if level is None else f"{name}@{model.gain.lmbda_of(level):.3g}"
+def check_layer(server, layer: int, head: int = 0) -> None:
+    """A sentence for a layer or head that a server does not have.
 
-
-def wide_rate(model, level: float | None) -> Rate | None:
-    """What the entropy model is told of a level, in float64; None where it is told nothing."""
-    if model.rate_knowledge is None:
-        return None
-    knowledge, gain = (copy.deepcopy(part).double() for part in (model.rate_knowledge, model.gain))
-    return knowledge(gain, gain.log_gain.new_tensor([level]))
+    Raises:
+        AttentionError: with what there is.
+    """
+    if not 0 <= layer < server.layers:
+        raise AttentionError(f"There is no layer {layer}; this model's context has layers 0 to {server.layers - 1}.")
+    if not 0 <= head < server.heads:
+        raise AttentionError(f"There is no head {head}; this model has heads 0 to {server.heads - 1}.")
 
 
 def _parts(items: Sequence[int]) -> Iterator[list[int]]:
