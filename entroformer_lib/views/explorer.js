@@ -370,7 +370,7 @@ function sideOf(facts, scatters) {
         `<span>context ${saved >= 0 ? "saves" : "costs"}</span><b>${number(Math.abs(saved))} bits</b></div>` +
         `<table><thead><tr><th>channel group</th><th>actual value</th><th>predicted mean</th><th>predicted scale</th><th>bits</th><th>bits, hyper&shy;prior only</th></tr></thead>` +
         `<tbody>${rows.join("")}</tbody></table>` +
-        `${place < facts.length - 1 ? "" : explained(counts)}</section>` +
+        `${place < facts.findLastIndex(({ slice }) => slice === undefined) ? "" : explained(counts)}</section>` +
         (scatters[place] ? `<section>${scatterOf(scatters[place])}</section>` : "")
       );
     })
@@ -502,7 +502,7 @@ export function mount(root, source) {
     const columns = panels.length <= 4 ? Math.min(2, panels.length) : each <= 4 ? each : 3;
     const besideTable = panels.length === 2 && panels[0].kind !== "groups" && panels[1].kind === "groups";
     box.style.gridTemplateColumns = besideTable ? "minmax(0, 5fr) minmax(0, 3fr)" : `repeat(${columns}, minmax(0, 1fr))`;
-    box.style.alignItems = besideTable ? "start" : "";
+    box.style.alignItems = panels.some((panel) => panel.kind === "groups") ? "start" : "";
     let start = 0;
     panels.forEach((panel, i) => {
       const figure = box.children[i];
