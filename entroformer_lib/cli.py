@@ -308,7 +308,7 @@ def explore(
     """Write a page that shows what the entropy model looks at when it predicts each block of a picture.
 
     One HTML file, for lectures and supplements: click a block, choose layer, head and k. It needs no network and no
-    Python; up to 25 MB.
+    Python; up to 25 MB. Of a GroupedMixer it shows the attention inside a group and among the groups.
 
     Example: entroformer explore photo.png --model tiny-parallel -o page.html
 
@@ -326,11 +326,11 @@ def explore(
         output = _output(output, image.with_suffix(".html"), force)
     from entroformer_lib.coding import codec
     from entroformer_lib.files import write_bytes
-    from entroformer_lib.studies.row_server import RowServer
+    from entroformer_lib.studies.group_server import server_of
     from entroformer_lib.views.explorer_page import explorer_page, serve_page
 
     picture = codec.open_picture(image)
-    rows = RowServer(_load(model, device), picture)
+    rows = server_of(_load(model, device), picture)
     start = {name: value for name, value in (("layer", layer), ("head", head)) if value is not None}
     rows.check_layer(**{"layer": 0, **start})
     page = explorer_page(rows, image.stem, _counter(), **start)

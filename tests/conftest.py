@@ -17,7 +17,12 @@ from entroformer_lib.models.zoo import save_weights
 collect_ignore = [] if browser_path() else ["test_browser.py"]
 
 MICRO = dict(N=16, M=24, Z=12, dim=24, heads=2, top_k=6, hyper_top_k=(6, 6, 6), context_layers=2)
+<<<<<<< HEAD
 VARIANTS = ("serial", "parallel", "hyperprior", "context", "cnn", "minnen", "groupedmixer")
+=======
+LMBDAS = (0.01, 0.04, 0.16)
+VARIANTS = ("serial", "parallel", "hyperprior", "context", "cnn", "groupedmixer")
+>>>>>>> helper-b
 
 
 def micro_model(variant: str = "parallel", preset: str = "paper", seed: int = 0, **overrides) -> Entroformer:
@@ -29,6 +34,14 @@ def micro_model(variant: str = "parallel", preset: str = "paper", seed: int = 0,
         for name, parameter in model.named_parameters():
             if name.startswith(("h_s", "context_model", "entropy_parameters")) and parameter.dim() > 1:
                 parameter.mul_(2)
+    return model
+
+
+def aware_model(variant: str = "parallel", **overrides) -> Entroformer:
+    """A micro model of variable rate whose entropy model is told the rate, and lively in what it makes of that."""
+    model = micro_model(variant, lmbdas=LMBDAS, rate_aware=True, **overrides)
+    torch.nn.init.normal_(model.rate_knowledge.vectors)
+    torch.nn.init.normal_(model.rate_knowledge.z_log_gain, std=0.2)
     return model
 
 

@@ -1,11 +1,12 @@
 """The points inside attention, the row server and the two studies on it."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import VARIANTS, micro_model
+from conftest import VARIANTS, aware_model, micro_model
 
 from entroformer_lib.coding import codec
 from entroformer_lib.errors import AttentionError
@@ -180,6 +181,52 @@ def test_bits_are_those_of_the_model(server, model, photo):
         if not server.has_context(site) and server.kind == "parallel":
             assert facts["bits"] == facts["hyper_bits"]
     assert server.total_bits(k) == pytest.approx(bits["context"].sum())
+
+
+@pytest.mark.parametrize("variant", ["serial", "parallel", "context"])
+def test_bits_of_a_model_that_is_told_the_rate(variant, photo):
+    """They are the model's own at the level that it has, in float64, and fall with the rate."""
+    model, sums = aware_model(variant), []
+    wide = copy.deepcopy(model).double()
+    for level in (2.0, 0.75, 0.0):
+        model.level = level + 0.001  # a file says levels in 1/256
+        server = RowServer(model, photo)
+        model.level = 1.3  # the server keeps its own
+        with torch.inference_mode():
+            y = model.scaled(model.g_a(codec.to_tensor(photo, model)), level)
+        expected = wide.estimated_bits(y.double(), level)["y"][0].numpy()
+        bits = server.bits(server.default_k)
+        np.testing.assert_allclose(bits["context"], expected, atol=1e-5)
+        facts = [server.facts(site, server.default_k) for site in (0, 50)]
+        np.testing.assert_allclose([f["bits"] for f in facts], expected.ravel()[[0, 50]], atol=1e-5)
+        first = 0 if variant != "parallel" else 1
+        assert facts[0]["hyper_bits"] == pytest.approx(bits["hyper"][0, 0])
+        assert (bits["hyper"].ravel()[first] == bits["context"].ravel()[first]) == (variant == "parallel")
+        sums.append(expected.sum())
+        assert server.name == f"untrained {model.config.variant}@{model.gain.lmbda_of(level):.3g}"
+    assert sums == sorted(sums, reverse=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_context_model_that_is_told_the_rate_sees_latents_of_the_same_size(kind, photo):
+    """And hiding a position costs something there, if some head looks at it, and else nothing."""
+    model = aware_model(kind)
+    model.level = 0.0
+    server = RowServer(model, photo)
+    np.testing.assert_allclose(server._seen, server._values * 2, rtol=1e-6)  # the middle of LMBDAS has a gain of 1
+    positions, bits = server.costs(50, 6)
+    assert len(positions) and np.abs(bits).max() > 1e-3
+    rest = np.setdiff1d(np.flatnonzero(server.visible(50)), [*positions, server.origin(50)])[:3]
+    np.testing.assert_allclose(server.costs(50, 6, rest)[1], 0, atol=1e-9)
+
+
+def test_studies_take_models_that_are_told_the_rate(photo):
+    model = aware_model("parallel")
+    model.level = 0.5
+    table = study.head_profile(model, [photo])
+    usual = rd.bit_maps(model, photo)["y"].sum()
+    assert np.allclose(100 * table.masked_bits / table.masked_percent, usual, rtol=1e-3)
+    assert len(study.attention_against_cost(model, [photo], ks=(6,), queries=2)) == 5
 
 
 def test_predictions_are_what_the_coder_uses(server, model, photo):

@@ -13,13 +13,13 @@ from conftest import micro_model
 
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.models.zoo import load_model, save_weights
-from entroformer_lib.studies.row_server import RowServer
+from entroformer_lib.studies.group_server import server_of
 from entroformer_lib.views.explorer import SCRIPT
-from entroformer_lib.views.explorer_model import MODES, Exploration
+from entroformer_lib.views.explorer_model import Exploration
 from entroformer_lib.views.explorer_page import explorer_page
 
 SCREENSHOTS = ROOT / "build" / "screenshots"
-KINDS = ("parallel", "serial")
+KINDS = ("parallel", "serial", "groupedmixer")
 CLICK = 'canvas.addEventListener("click"'
 
 
@@ -28,13 +28,13 @@ def folder(tmp_path_factory):
     """Weights and a picture with a grid of 8 x 12 latents."""
     folder = tmp_path_factory.mktemp("browser")
     for kind in KINDS:
-        save_weights(micro_model(kind), folder / f"{kind}.safetensors", {})
+        save_weights(micro_model(kind, window=4), folder / f"{kind}.safetensors", {})
     sample_picture("astronaut").crop((100, 0, 292, 128)).save(folder / "photo.png")
     return folder
 
 
 def exploration(folder, kind) -> Exploration:
-    return Exploration(RowServer(load_model(folder / f"{kind}.safetensors", "cpu"), folder / "photo.png"))
+    return Exploration(server_of(load_model(folder / f"{kind}.safetensors", "cpu"), folder / "photo.png"))
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +100,18 @@ def as_the_user_does(page, view: Exploration, name: str) -> list[float]:
     after(lambda: page.keyboard.press("ArrowLeft"), layer=view.layer - 1)
     page.locator(".ef-head").focus()
     after(lambda: page.keyboard.press("ArrowRight"), head=0)
-    page.locator(".ef-k").focus()
-    after(lambda: page.keyboard.press("ArrowRight"), k=view.ks[view.ks.index(view.k) + 1])
-    after(lambda: page.keyboard.press("Home"), k=view.ks[0])  # the model's own: the page holds costs for that
-    for mode in (*list(MODES)[1:], "head"):
+    grouped = server.kind == "grouped"
+    assert page.locator(".ef-k").is_visible() != grouped and page.locator(".ef-slice").is_visible() == grouped
+    if grouped:
+        page.locator(".ef-slice").focus()
+        after(lambda: page.keyboard.press("ArrowRight"), slice=2)
+        after(lambda: choose_group(page, 5, len(server.order)), **at_group(view, 5))
+    else:
+        page.locator(".ef-k").focus()
+        after(lambda: page.keyboard.press("ArrowRight"), k=view.ks[view.ks.index(view.k) + 1])
+        after(lambda: page.keyboard.press("Home"), k=view.ks[0])  # the model's own: the page holds costs for that
+    assert page.locator(".ef-modes button").count() == len(view.modes)
+    for mode in (*view.modes[1:], "head"):
         page.click(f"button[data-mode={mode}]")
         view.update(mode=mode)
         page.wait_for_function(
@@ -114,6 +122,20 @@ def as_the_user_does(page, view: Exploration, name: str) -> list[float]:
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=SCREENSHOTS / f"{name}-{mode}.png")
     return seconds
+
+
+def choose_group(page, group: int, groups: int) -> None:
+    """Clicks a row of the table of groups, whose left margin is as wide as the one above."""
+    table = page.locator("canvas.ef-groups").first
+    box, (margin, cell) = table.bounding_box(), table.evaluate("c => [c.table.pad, c.table.cell]")
+    assert margin + groups * cell == pytest.approx(1, abs=0.02)
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] * (margin + (group + 0.5) * cell))
+
+
+def at_group(view: Exploration, group: int) -> dict:
+    """The selection of a group at the present place."""
+    channel_slice, row, column = view.servers[0].order[group]
+    return {"row": view.row // 2 * 2 + row, "column": view.column // 2 * 2 + column, "slice": channel_slice}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -132,12 +154,12 @@ def test_exported_page(watched, folder, kind):
 
 NOTEBOOK = """\
 from entroformer_lib import load_model
-from entroformer_lib.studies.row_server import RowServer
+from entroformer_lib.studies.group_server import server_of
 from entroformer_lib.views.explorer import Explorer
 from entroformer_lib.views.explorer_model import Exploration
-Explorer(Exploration(RowServer(load_model("{kind}.safetensors", "cpu"), "photo.png")))"""
+Explorer(Exploration(server_of(load_model("{kind}.safetensors", "cpu"), "photo.png")))"""
 TWO = """
-one, other = (RowServer(load_model(kind + ".safetensors", "cpu"), "photo.png") for kind in ("parallel", "serial"))
+one, other = (server_of(load_model(kind + ".safetensors", "cpu"), "photo.png") for kind in ("parallel", "serial"))
 Explorer(Exploration(one, other))"""
 CUT = """
 from entroformer_lib.views import explorer
@@ -171,6 +193,6 @@ def test_two_models_in_jupyterlab(watched, folder, jupyter):
     source = NOTEBOOK.format(kind="parallel").rsplit("\n", 1)[0] + TWO
     open_notebook(watched, jupyter, folder / "two.ipynb", [perhaps_cut(source)])
     run_all(watched)
-    view = Exploration(*(exploration(folder, kind).servers[0] for kind in KINDS))
+    view = Exploration(*(exploration(folder, kind).servers[0] for kind in KINDS[:2]))
     as_the_user_does(watched, view, "jupyterlab-two")
     assert watched.locator(".ef-side h3").all_inner_texts()[:2] == ["parallel", "serial"]

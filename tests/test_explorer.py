@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import micro_model
+from conftest import aware_model, micro_model
 
 from entroformer_lib import cli
 from entroformer_lib.errors import AttentionError
@@ -337,6 +337,19 @@ def test_explore_writes_a_page(folder, monkeypatch, capsys):
     assert "32 latents x 2 layers x 2 heads" in capsys.readouterr().out
     meta, _ = stored(type("Text", (), {"text": (folder / "page.html").read_text()}))
     assert (meta["height"], meta["width"], meta["name"]) == (4, 8, "parallel")
+
+
+def test_explore_takes_the_rate_that_the_entropy_model_is_told(folder, monkeypatch):
+    save_weights(aware_model(), folder / "weights" / "aware.safetensors", {})
+    bits = []
+    for lmbda in ("0.01", "0.16"):
+        page = folder / f"{lmbda}.html"
+        assert explore(monkeypatch, folder / "small.png", "--model", f"aware@{lmbda}", "-o", page) == 0
+        meta, data = stored(type("Text", (), {"text": page.read_text()}))
+        assert meta["name"] == f"aware@{lmbda}"
+        facts = np.frombuffer(data, "<f4", 32 * meta["facts_width"], meta["sections"][0]["facts"]).reshape(32, -1)
+        bits.append(facts[:, 0].sum())
+    assert bits[0] < bits[1]
 
 
 def test_explore_serves(folder, monkeypatch, capsys):

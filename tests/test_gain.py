@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import VARIANTS, micro_model
+from conftest import LMBDAS, VARIANTS, aware_model, micro_model
 
 from entroformer_lib.coding import codec
 from entroformer_lib.coding.bitstream import Container
@@ -14,8 +14,6 @@ from entroformer_lib.models.exact import ExactEntropyModel
 from entroformer_lib.models.gain import RateGain, exact_exp
 from entroformer_lib.models.zoo import list_models, load_model, save_weights
 from entroformer_lib.training.loop import MS_SSIM_OVER_MSE
-
-LMBDAS = (0.01, 0.04, 0.16)
 
 
 @pytest.fixture
@@ -34,6 +32,8 @@ def test_levels_of_lambdas():
     gain = RateGain(LMBDAS, 2)
     assert [gain.level_of(v) for v in LMBDAS] == [0, 1, 2]
     assert gain.level_of(0.02) == pytest.approx(0.5)
+    for lmbda in (*LMBDAS, 0.013, 0.1):
+        assert gain.lmbda_of(gain.level_of(lmbda)) == pytest.approx(lmbda)
     with pytest.raises(ValueError, match="0.01 to 0.16"):
         gain.level_of(0.2)
 
@@ -130,13 +130,6 @@ def test_gains_begin_at_the_same_rates_where_the_distortion_is_another():
 
 
 # ---- an entropy model that is told the rate ----
-
-
-def aware_model(variant):
-    model = micro_model(variant, lmbdas=LMBDAS, rate_aware=True)
-    torch.nn.init.normal_(model.rate_knowledge.vectors)
-    torch.nn.init.normal_(model.rate_knowledge.z_log_gain, std=0.2)
-    return model
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 import torch
 from compressai.layers import MaskedConv2d
-from conftest import micro_model
+from conftest import aware_model, micro_model
 
+from entroformer_lib.coding import codec
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.errors import StudyError
 from entroformer_lib.models.context import first_slice
@@ -58,6 +59,21 @@ def test_equals_one_mask_at_a_time(variant, spacing, picture):
         assert row["sites"] == count
         assert row["bpp_all"] == pytest.approx(whole / count / 256, rel=1e-5)
         assert row["ratio"] == pytest.approx(masked / whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("variant", CONTEXTS)
+def test_a_model_that_is_told_the_rate(variant, picture):
+    """The rate with nothing missing is the model's own at its level, whole and patch by patch."""
+    model = aware_model(variant)
+    model.level = 0.5
+    scene = mc.scene_of(model, picture)
+    with torch.inference_mode():
+        y = model.scaled(model.g_a(codec.to_tensor(picture, model)))
+    assert torch.allclose(scene.bits, model.estimated_bits(y)["y"][0], rtol=1e-3, atol=1e-2)
+    (row,) = mc.mask_beyond(scene, radii=(2,), stride=4)
+    sites = scene.predicted() & (torch.arange(scene.size[0])[:, None] % 4 + torch.arange(scene.size[1]) % 4 == 0)
+    assert row["bpp_all"] == pytest.approx(float(scene.bits[sites].mean()) / 256)
+    assert row["ratio"] != 1
 
 
 @pytest.mark.parametrize("variant", CONTEXTS)

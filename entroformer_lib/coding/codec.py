@@ -45,8 +45,12 @@ def encode(model: Entroformer, image, bpp: float | None = None) -> bytes:
     x = to_tensor(picture, model)
     if bpp is not None:
         return _encode_within(model, x, picture.size, grey, bpp)
-    level = None if model.gain is None else round(model.level * LEVEL_STEPS) / LEVEL_STEPS
-    return _encode_at(model, x, picture.size, grey, level)
+    return _encode_at(model, x, picture.size, grey, level_of_file(model))
+
+
+def level_of_file(model: Entroformer) -> float | None:
+    """The level that `encode` codes at: the model's, as a file can say it; None in a model of one rate."""
+    return None if model.gain is None else round(model.level * LEVEL_STEPS) / LEVEL_STEPS
 
 
 def _encode_at(model: Entroformer, x: Tensor, size: tuple[int, int], grey: bool, level: float | None) -> bytes:

@@ -71,6 +71,12 @@ class RateGain(nn.Module):
         low, high = self.lmbdas[i], self.lmbdas[i + 1]
         return i + math.log(lmbda / low) / math.log(high / low)
 
+    def lmbda_of(self, level: float) -> float:
+        """Inverse of `level_of`."""
+        i = min(int(level), len(self.lmbdas) - 2)
+        low, high = self.lmbdas[i], self.lmbdas[i + 1]
+        return low * (high / low) ** (level - i)
+
     @torch.no_grad()
     def begin_from(self, other: "RateGain", scale: float = 1.0) -> None:
         """Takes the gains that another model's gains give at these lambdas: linear in the logarithms, beyond the ends

@@ -19,12 +19,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from entroformer_lib.coding import codec
 from entroformer_lib.errors import AttentionError
 from entroformer_lib.models.context import first_slice
 from entroformer_lib.models.position import grid_sites
 from entroformer_lib.models.priors import LIKELIHOOD_FLOOR, gaussian_mass
 from entroformer_lib.studies.capture import POINTS, attention_points, capture
+from entroformer_lib.studies.wide_latents import wide_latents
 
 GROUPS = 6  # of channels, in the explorer's side panel
 QUERIES_AT_ONCE = 128
@@ -51,6 +51,8 @@ class RowServer:
 
     Sites are numbers in raster order on the latent grid of the *padded* picture: site = row * width + column.
 
+    A model of variable rate is looked at as it is when the server is made: at the level that `codec.encode` would take.
+
     It runs a float64 copy of the entropy model; the coder's integers agree with it to about 15 bits. For each k, the
     tokens that serve as context go through all blocks once and leave their keys and values (n x 2D per layer); after
     that a latent costs a pass of a single token. Another k starts again from the first layer, as if the model had been
@@ -76,6 +78,8 @@ class RowServer:
         AttentionError: a model without context model.
     """
 
+    slices = 1  # of channels that are predicted one after the other; see `group_server` for more
+
     @torch.inference_mode()
     def __init__(self, model, picture):
         attention_points(model)  # a sentence for what is no Entroformer
@@ -84,30 +88,21 @@ class RowServer:
                 "none": "This model predicts from the hyperprior alone",
                 "cnn": "The context of this model is a CNN",
             }
-            words = what.get(model.config.context, "This model is a GroupedMixer (see notebook 07)")
-            raise AttentionError(f"{words}; the explorer takes a serial or a parallel model.")
-        if model.config.rate_aware:
-            raise AttentionError("The explorer does not yet take models whose entropy model is told the rate.")
-        model.eval()
+            words = what.get(model.config.context, "This model is a GroupedMixer, which attends in groups")
+            raise AttentionError(f"{words}; rows of attention are those of serial and parallel models.")
+        scene = wide_latents(model, picture)
         c = self.config = model.config
-        self.name = getattr(model, "name", None) or f"untrained {c.variant}"
+        self.name, self.picture, self.size = scene.name, scene.picture, scene.size
         self.kind = c.context
         self.layers, self.heads, self.radius, self.default_k = c.context_layers, c.heads, c.radius, c.top_k
-        rgb, _ = codec.to_rgb(codec.open_picture(picture))
-        x = codec.to_tensor(rgb, model)
-        self.picture = codec.to_picture(x)  # padded, as the latents see it
-        self.size = rgb.size  # (width, height) before padding
-        y_hat, z = model.latents(x)
-        self._context, self._parameters, h_s = (
-            part if part is None else copy.deepcopy(part).eval().double()
-            for part in (model.context_model, model.entropy_parameters, model.h_s)
+        self._context, self._parameters = (
+            copy.deepcopy(part).eval().double() for part in (model.context_model, model.entropy_parameters)
         )
+        y_hat, self._rate = scene.y_hat, scene.rate
         self.height, self.width = y_hat.shape[-2:]
-        self._values = y_hat[0].double().flatten(1).T  # [n, M]
-        self._hyper = None
-        if z is not None:
-            z_hat = model.z_prior.quantize_z(z).double()
-            self._hyper = h_s(z_hat).flatten(2)[0].T  # [n, D]
+        self._values = y_hat[0].flatten(1).T  # [n, M], as they are coded
+        self._seen = scene.seen[0].flatten(1).T  # [n, M], as the context model sees them
+        self._hyper = None if scene.hyper is None else scene.hyper[0].flatten(1).T  # [n, D]
         self._sites = grid_sites(self.height, self.width, y_hat.device)
         self._first = first_slice(self.height, self.width, y_hat.device).flatten()
         self._held: OrderedDict[int, object] = OrderedDict()
@@ -282,15 +277,8 @@ class RowServer:
         return spearman(a, b)
 
     def check_layer(self, layer: int, head: int = 0) -> None:
-        """A sentence for a layer or head that does not exist.
-
-        Raises:
-            AttentionError: with what there is.
-        """
-        if not 0 <= layer < self.layers:
-            raise AttentionError(f"There is no layer {layer}; this model's context has layers 0 to {self.layers - 1}.")
-        if not 0 <= head < self.heads:
-            raise AttentionError(f"There is no head {head}; this model has heads 0 to {self.heads - 1}.")
+        """`check_layer` of this server."""
+        check_layer(self, layer, head)
 
     # -- how --
 
@@ -315,7 +303,7 @@ class RowServer:
             block.attention.top_k = stack.top_k
         if stack.top_k not in self._held:
             carriers = self._carriers()
-            tokens, sites = self._context.embed(self._values[carriers])[None], self._sites[carriers]
+            tokens, sites = self._context.embed(self._seen[carriers])[None], self._sites[carriers]
             cache = stack.cache(batch=1, capacity=len(carriers))
             if self.kind == "parallel":
                 stack.fill(tokens, sites, cache)
@@ -347,7 +335,7 @@ class RowServer:
         cache, carriers, stack = self._cache(k), self._carriers(), self._context.stack
         device = carriers.device
         own = torch.tensor([self.origin(site) for site in sites], device=device)
-        values = self._values[own]
+        values = self._seen[own]
         if self.kind == "parallel":
             values = values * self._first[own, None]  # the second slice enters as zero
         # The last column is a query's own key; in the first slice it is among the others.
@@ -393,7 +381,9 @@ class RowServer:
         feature = None if context is None else context.T[None, :, :, None]
         if hyper is None and feature is None:
             feature = self._values.new_zeros(1, self.config.dim, len(sites), 1)
-        means, scales = self._parameters(hyper, feature)
+        if hyper is None and self._rate is not None:
+            feature = feature + self._rate.vector
+        means, scales = self._parameters(hyper, feature, self._rate)
         means, scales = (v[0, :, :, 0].T for v in (means, scales))
         mass = gaussian_mass(self._values[sites], means, scales).clamp(min=LIKELIHOOD_FLOOR)
         return means, scales, -mass.log2()
@@ -410,6 +400,18 @@ class RowServer:
     def _cost_of(self, sites: Sequence[int], feature: Tensor) -> Tensor:
         """Bits of some latents, summed over channels: [q]."""
         return self._predict(sites, feature)[2].sum(1)
+
+
+def check_layer(server, layer: int, head: int = 0) -> None:
+    """A sentence for a layer or head that a server does not have.
+
+    Raises:
+        AttentionError: with what there is.
+    """
+    if not 0 <= layer < server.layers:
+        raise AttentionError(f"There is no layer {layer}; this model's context has layers 0 to {server.layers - 1}.")
+    if not 0 <= head < server.heads:
+        raise AttentionError(f"There is no head {head}; this model has heads 0 to {server.heads - 1}.")
 
 
 def _parts(items: Sequence[int]) -> Iterator[list[int]]:

@@ -41,7 +41,8 @@ def attention_maps(
     figure, axes = new_figure(TWO_COLUMNS, rows * inches + 0.8, rows, columns, squeeze=False)
     titles = titles or [panel.title for panel in panels]
     for axis, panel, title in zip(axes.flat, panels, titles, strict=False):
-        _map(axis, picture, panel, f"{title} (up to {panel.values.max():.0%})")
+        draw = _table if panel.kind == "groups" else _map
+        draw(axis, picture, panel, f"{title} (up to {panel.values.max():.0%})")
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
     scale = ScalarMappable(FuncNorm(ROOT, 0, 1), SEQUENTIAL)
@@ -80,6 +81,17 @@ def _map(axis, picture: Image.Image, panel: Panel, title: str) -> None:
     axis.set(xlim=extent[:2], ylim=extent[2:], xticks=[], yticks=[])
     axis.set_title(title, fontsize=7)
     axis.spines[:].set_visible(False)
+
+
+def _table(axis, picture: Image.Image, panel: Panel, title: str) -> None:
+    """A GroupedMixer's groups: a row for each that is predicted, a column for each that is seen, the start first."""
+    axis.imshow(np.where(panel.decoded[..., None], _colours(panel), to_rgba("0.9")), interpolation="nearest")
+    row = panel.query[0]
+    for edge, line in (("white", 2.6), (QUERY, 1.4)):
+        axis.add_patch(Rectangle((-0.5, row - 0.5), row + 1, 1, fill=False, edgecolor=edge, linewidth=line))
+    last = len(panel.values) - 1
+    axis.set(xticks=[0, last], xticklabels=["start", f"group {last - 1}"], yticks=[0, last], ylabel="predicted group")
+    axis.set_title(title, fontsize=7)
 
 
 def _veil(decoded: np.ndarray) -> np.ndarray:

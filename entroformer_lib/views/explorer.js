@@ -1,9 +1,10 @@
 // The attention explorer: draws frames and sends selections. In a notebook the frames come from Python
 // (views/explorer.py), in an exported page from the rows stored in it (PageSource below). No libraries.
 //
-// A frame: {selection, caption, panels: [{title, kind, low, high, query, origin, radius, model}], facts: one per model
-// (and k, side by side), scatters: one per model or none} and bytes:
-// for each panel n values, then n flags (1 decoded, 2 selected), n = height * width of the latent grid.
+// A frame: {selection, caption, panels: [{title, kind, low, high, query, origin, radius, model, shape}], facts: one per
+// model (and k, side by side), scatters: one per model or none} and bytes:
+// for each panel n values, then n flags (1 decoded, 2 selected), n = rows * columns of its shape: the latent grid, or of
+// kind "groups" G * G.
 
 const MEAN = -1;
 const DENSE = 0;
@@ -23,6 +24,12 @@ export const MODES = {
   cost: "attention against cost",
 };
 
+export const GROUPED_MODES = {
+  head: "one head",
+  heads: "all heads of the inner mixer",
+  groups: "all heads of the cross mixer",
+};
+
 const EXPLAINED = {
   head: "Where this head looks when the chosen latent is predicted: the brighter, the more attention.",
   heads: "The same latent seen by every head of the layer, and their mean, last. Each map has its own scale.",
@@ -33,23 +40,43 @@ const EXPLAINED = {
     "Orange: hiding it makes the latent dearer, so it helped. Blue: hiding it makes it cheaper. White frames: the positions that were hidden, those that some head looks at.",
 };
 
-const ABOUT = `
+const GROUPED_EXPLAINED = {
+  head:
+    "Left: where the inner mixer looks when this slice of the chosen latent is predicted, inside its window. " +
+    "Right: how much each group looks at those before it, in the cross mixer at this place; click a row to choose its group.",
+  heads: "The same latent and slice seen by every head of the inner mixer, and their mean, last. Each map has its own scale.",
+  groups: "The groups at this place seen by every head of the cross mixer, and their mean, last. Click a row to choose its group.",
+};
+
+const WHAT = `
 <p>A learned codec turns the picture into a grid of <b>latents</b>, one for each block of 16 x 16 pixels, each a list of
 integers. To store them in few bits it must <b>predict</b> them, and it has two sources: a small side file about the
 whole picture (the <b>hyperprior</b>), and the latents that the decoder already knows (the <b>context</b>). The context
 is read by a transformer. Its <b>attention</b> says how much each known latent counts in the prediction of the next.
-It has several <b>layers</b>, one after the other, and in each several <b>heads</b>, which look at different things.
-Only the <b>k</b> best-matching positions take part.</p>
-<ul>
-<li>The <b style="color:#D55E00">orange square</b> is the latent that is predicted. Click another block, or move it with the arrow keys.</li>
+It has several <b>layers</b>, one after the other, and in each several <b>heads</b>, which look at different things.`;
+const QUERY = `
+<li>The <b style="color:#D55E00">orange square</b> is the latent that is predicted. Click another block, or move it with the arrow keys.</li>`;
+const ABOUT = `${WHAT} Only the <b>k</b> best-matching positions take part.</p>
+<ul>${QUERY}
 <li>Yellow blocks get much attention, dark blue ones little; the colour goes with the square root. White frames: the k positions that take part.</li>
 <li>Shaded, crossed-out blocks are <b>not decoded yet</b>: the prediction may not look at them.</li>
 <li>The dashed diamond holds the neighbours whose exact offset the model knows. Outside, all offsets are alike to it.</li>
 <li>Bits: what storing this latent costs. The difference of the two numbers is what the context saved.</li>
 </ul>`;
+const ABOUT_GROUPS = `${WHAT}</p>
+<ul>${QUERY}
+<li>The <b style="color:#56B4E9">blue frame</b> is the latent of the group before at the same place: what is predicted next is read off its token. The attention lies on latents of that group.</li>
+<li>Yellow blocks get much attention, dark blue ones little; the colour goes with the square root. Inside a group attention ends at the border of a <b>window</b>.</li>
+<li>Shaded, crossed-out blocks: of them <b>no channel is decoded yet</b>.</li>
+<li>The dashed diamond holds the neighbours in the group whose exact offset the model knows.</li>
+<li>The table of groups: a row for each group that is predicted, its columns the groups before it. The first column is a start that says nothing of the picture.</li>
+</ul>`;
 const ABOUT_KIND = {
   parallel:
     "decodes in <b>two passes</b> like the two colours of a chessboard. The first pass is predicted by the hyperprior alone; the second sees all of the first, before and after it, and itself.",
+  grouped:
+    "decodes <b>group after group</b>: the channels are cut into slices, the blocks into interleaved phases, and a group is one slice at one phase. " +
+    "Two mixers take turns: the <b>inner mixer</b> looks around among the latents of one group, the <b>cross mixer</b> looks at the earlier groups, at its own place only.",
   serial:
     "decodes <b>one latent after the other</b>, row by row, and sees what came before. The attention shown is that of the latent just before (<b style='color:#56B4E9'>blue frame</b>), which predicts the chosen one; in the first column that is the end of the row above.",
 };
@@ -78,6 +105,8 @@ const STYLE = `
 .ef-panel figcaption { font-size: 13px; display: flex; justify-content: space-between; align-items: center; gap: 2px 8px; flex-wrap: wrap; }
 .ef-legend { display: inline-flex; gap: 5px; align-items: center; font-size: 12px; color: #333; white-space: nowrap; }
 .ef-legend i { display: inline-block; width: 70px; height: 9px; border: 1px solid #999; }
+.ef-panel canvas.ef-groups { max-width: 640px; }
+.ef-side tr.ef-chosen { font-weight: 600; background: #FBE8DC; }
 .ef-panel canvas { width: 100%; display: block; cursor: crosshair; touch-action: manipulation; }
 .ef-panel canvas:focus-visible { outline: 3px solid ${SKY}; }
 .ef-side { flex: 1 1 290px; max-width: 400px; }
@@ -114,7 +143,7 @@ function cividis(t) {
 
 /** Red, green, blue and alpha of a byte, or null where nothing is painted. */
 function colourOf(kind, value) {
-  if (kind === "attention") return value ? [...cividis(value / 255), 0.75 + (0.25 * value) / 255] : null;
+  if (kind !== "cost") return value ? [...cividis(value / 255), 0.75 + (0.25 * value) / 255] : null;
   const strength = (value - 128) / 127; // cost: the middle is zero
   if (!strength) return null;
   return [...(strength > 0 ? [213, 94, 0] : [0, 114, 178]), 0.45 + 0.55 * Math.abs(strength)];
@@ -190,6 +219,60 @@ function drawPanel(canvas, meta, picture, panel, values, flags, large) {
   frame(g, panel.query, cell, VERMILLION);
 }
 
+/** A table of groups: a row for each that is predicted, a column for each that is seen; the chosen row is framed. */
+function drawGroups(canvas, { counts, order }, panel, values, flags) {
+  const count = order.length;
+  const cell = Math.max(10, Math.round(560 / count));
+  const pad = 3.4 * 13;
+  const [w, h] = [pad + count * cell + 2, pad + count * cell + 2];
+  if (canvas.width !== w || canvas.height !== h) Object.assign(canvas, { width: w, height: h });
+  const g = canvas.getContext("2d");
+  g.fillStyle = "#fff";
+  g.fillRect(0, 0, w, h);
+  for (let i = 0; i < flags.length; i++) {
+    const [x, y] = [pad + (i % count) * cell, pad + Math.floor(i / count) * cell];
+    const colour = flags[i] & DECODED ? [...cividis(values[i] / 255), 1] : [225, 225, 225, 1];
+    g.fillStyle = rgba(colour);
+    g.fillRect(x, y, cell, cell);
+  }
+  const places = counts[1] * counts[2];
+  const rules = (every, colour, width) => {
+    Object.assign(g, { strokeStyle: colour, lineWidth: width });
+    g.beginPath();
+    for (let i = 0; i < count; i += every) {
+      line(g, pad + (i + 1) * cell, pad, pad + (i + 1) * cell, h - 2); // columns begin with the start
+      line(g, pad, pad + i * cell, w - 2, pad + i * cell);
+    }
+    g.stroke();
+  };
+  rules(1, "rgba(255,255,255,0.5)", 1);
+  const sliceBySlice = order.findIndex(([slice]) => slice > 0) === places;
+  if (sliceBySlice) rules(places, "#fff", 3);
+  g.fillStyle = "#1a1a1a";
+  g.font = "13px system-ui, sans-serif";
+  const step = Math.ceil(22 / cell);
+  g.textBaseline = "middle";
+  for (let i = 0; i < count; i += step) {
+    g.textAlign = "right";
+    g.fillText(String(i), pad - 5, pad + (i + 0.5) * cell);
+    g.textAlign = "center";
+    if (i || cell < 34) g.fillText(i ? String(i - 1) : "s", pad + (i + 0.5) * cell, pad - 10);
+    else g.fillText("start", pad + 0.5 * cell, pad - 10);
+  }
+  g.fillText("looks at group", pad + (count * cell) / 2, 12);
+  g.save();
+  g.translate(10, pad + (count * cell) / 2);
+  g.rotate(-Math.PI / 2);
+  g.fillText("group that is predicted", 0, 0);
+  g.restore();
+  const row = panel.query[0];
+  for (const [stroke, width] of [["#fff", 6], [VERMILLION, 3]]) {
+    Object.assign(g, { strokeStyle: stroke, lineWidth: width });
+    g.strokeRect(pad, pad + row * cell, (row + 1) * cell, cell);
+  }
+  canvas.table = { pad: pad / w, cell: cell / w };
+}
+
 function line(g, x0, y0, x1, y1) {
   g.moveTo(x0, y0);
   g.lineTo(x1, y1);
@@ -254,10 +337,10 @@ const rgba = (colour) => `rgba(${colour.join()})`;
 function legendOf(panel) {
   const stops = [];
   for (let i = 0; i <= 8; i++) {
-    stops.push(panel.kind === "attention" ? `rgb(${cividis(i / 8).join()})` : rgba(colourOf("cost", 1 + (254 * i) / 8) || [255, 255, 255, 1]));
+    stops.push(panel.kind !== "cost" ? `rgb(${cividis(i / 8).join()})` : rgba(colourOf("cost", 1 + (254 * i) / 8) || [255, 255, 255, 1]));
   }
   const [low, high] =
-    panel.kind === "attention"
+    panel.kind !== "cost"
       ? ["0", `${percent(panel.high)} of the attention`]
       : [`${number(-panel.high)}`, `+${number(panel.high)} bits`];
   return `<span class="ef-legend">${low}<i style="background:linear-gradient(90deg,${stops.join()})"></i>${high}</span>`;
@@ -265,13 +348,14 @@ function legendOf(panel) {
 
 function sideOf(facts, scatters) {
   const several = facts.length > 1;
-  const most = Math.max(...facts.flatMap((f) => [f.bits, f.hyper_bits]), 1e-9);
+  const most = Math.max(...facts.flatMap((f) => [f.bits, f.hyper_bits ?? 0]), 1e-9);
   const explained = (counts) =>
     `<small>Groups of ${counts} channels, group 1 holds those with the largest values in this picture. ` +
     `Values, means and scales as root mean squares over the group. Scale: how unsure the prediction is.</small>`;
   const bar = (bits, name) => `<div class="ef-bar ${name}" style="width:${((100 * Math.max(bits, 0)) / most).toFixed(1)}%"></div>`;
   return facts
     .map((f, place) => {
+      if (f.slice !== undefined) return slicesOf(f, several, bar(f.bits, ""));
       const saved = f.hyper_bits - f.bits;
       const rows = f.groups.map(
         (g, i) =>
@@ -286,11 +370,30 @@ function sideOf(facts, scatters) {
         `<span>context ${saved >= 0 ? "saves" : "costs"}</span><b>${number(Math.abs(saved))} bits</b></div>` +
         `<table><thead><tr><th>channel group</th><th>actual value</th><th>predicted mean</th><th>predicted scale</th><th>bits</th><th>bits, hyper&shy;prior only</th></tr></thead>` +
         `<tbody>${rows.join("")}</tbody></table>` +
-        `${place < facts.length - 1 ? "" : explained(counts)}</section>` +
+        `${place < facts.findLastIndex(({ slice }) => slice === undefined) ? "" : explained(counts)}</section>` +
         (scatters[place] ? `<section>${scatterOf(scatters[place])}</section>` : "")
       );
     })
     .join("");
+}
+
+/** The side panel of a GroupedMixer: what each channel slice of the latent costs. */
+function slicesOf(f, several, bar) {
+  const chosen = f.groups[f.slice];
+  const rows = f.groups.map(
+    (g, i) =>
+      `<tr${i === f.slice ? ' class="ef-chosen"' : ""}><td>${i}</td><td>${g.group}</td><td>${number(g.value)}</td>` +
+      `<td>${number(g.mean)}</td><td>${number(g.scale)}</td><td>${number(g.bits)}</td></tr>`,
+  );
+  return (
+    `<section><h3>${several ? escape(f.name) : "What this latent costs"}</h3><div class="ef-bits">` +
+    `<span>all its channels</span><b>${number(f.bits)} bits</b><span></span>${bar}` +
+    `<span>slice ${f.slice}</span><b>${number(chosen.bits)} bits</b></div>` +
+    `<table><thead><tr><th>channel slice</th><th>coded as group</th><th>actual value</th><th>predicted mean</th><th>predicted scale</th><th>bits</th></tr></thead>` +
+    `<tbody>${rows.join("")}</tbody></table>` +
+    `<small>Slices of ${chosen.channels} channels. Values, means and scales as root mean squares over the slice. ` +
+    `Scale: how unsure the prediction is.</small></section>`
+  );
 }
 
 function scatterOf({ attention, bits, rho }) {
@@ -319,14 +422,16 @@ const escape = (text) => text.replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`)
 
 // ---- the explorer ----
 
-const SLIDERS = { layer: "layer", head: "head", k: "k", other_k: "k on the right" };
+const SLIDERS = { layer: "layer", head: "head", k: "k", other_k: "k on the right", slice: "channel slice" };
 
 /** Puts an explorer into `root`. source: {meta, send(selection), listen(callback(frame, bytes))}. */
 export function mount(root, source) {
   const { meta } = source;
+  const grouped = meta.models.every(({ kind }) => kind === "grouped");
+  const [modes, explained] = grouped ? [GROUPED_MODES, GROUPED_EXPLAINED] : [MODES, EXPLAINED];
   root.innerHTML =
     `<style>${STYLE}</style><div class="ef-explorer"><details class="ef-about" ${meta.open ? "open" : ""}><summary>What is shown here</summary>` +
-    `<div>${ABOUT}${aboutModels(meta.models)}</div></details>` +
+    `<div>${grouped ? ABOUT_GROUPS : ABOUT}${aboutModels(meta.models)}</div></details>` +
     `<div class="ef-controls"><span class="ef-modes" role="group" aria-label="what to show"></span><span class="ef-break"></span>` +
     Object.entries(SLIDERS).map(([n, words]) => `<label>${words} <input type="range" class="ef-${n}" aria-label="${words}"><output></output></label>`).join("") +
     `</div><div class="ef-caption" aria-live="polite"></div><div class="ef-note"></div>` +
@@ -344,15 +449,16 @@ export function mount(root, source) {
     head: { values: [MEAN, ...Array(meta.heads).keys()], words: (v) => (v === MEAN ? "mean over heads" : `${v} (0 to ${meta.heads - 1})`) },
     k: { values: meta.ks, words: kWords },
     other_k: { values: meta.ks, words: kWords },
+    slice: { values: [...Array(meta.slices).keys()], words: (v) => `${v} (0 to ${meta.slices - 1})` },
   };
   for (const [name, { values }] of Object.entries(scales)) {
     const slider = find(`.ef-${name}`);
     Object.assign(slider, { min: 0, max: values.length - 1, step: 1 });
     slider.addEventListener("input", () => source.send({ [name]: values[slider.valueAsNumber] }));
   }
-  for (const [mode, words] of Object.entries(MODES)) {
+  for (const mode of meta.modes) {
     const button = document.createElement("button");
-    Object.assign(button, { textContent: words, type: "button" });
+    Object.assign(button, { textContent: modes[mode], type: "button" });
     button.dataset.mode = mode;
     button.addEventListener("click", () => source.send({ mode }));
     find(".ef-modes").append(button);
@@ -365,6 +471,12 @@ export function mount(root, source) {
     const canvas = figure.querySelector("canvas");
     canvas.addEventListener("click", (event) => {
       const box = canvas.getBoundingClientRect();
+      const panel = last.panels[index];
+      if (panel.kind === "groups") {
+        const row = Math.floor(((event.clientY - box.top) / box.height - canvas.table.pad) / canvas.table.cell);
+        if (row >= 0 && row < panel.shape[0]) source.send(siteOfGroup(meta.models[panel.model], last.selection, row));
+        return;
+      }
       const place = (offset, size, count) => Math.min(Math.max(Math.floor((offset / size) * count), 0), count - 1);
       source.send({
         row: place(event.clientY - box.top, box.height, meta.height),
@@ -388,33 +500,45 @@ export function mount(root, source) {
     while (box.children.length > panels.length) box.lastChild.remove();
     const each = Math.max(...meta.models.map((_, m) => panels.filter((p) => p.model === m).length)); // maps of one model
     const columns = panels.length <= 4 ? Math.min(2, panels.length) : each <= 4 ? each : 3;
-    box.style.gridTemplateColumns = `repeat(${columns}, minmax(0, 1fr))`;
-    const n = meta.height * meta.width;
+    const besideTable = panels.length === 2 && panels[0].kind !== "groups" && panels[1].kind === "groups";
+    box.style.gridTemplateColumns = besideTable ? "minmax(0, 5fr) minmax(0, 3fr)" : `repeat(${columns}, minmax(0, 1fr))`;
+    box.style.alignItems = panels.some((panel) => panel.kind === "groups") ? "start" : "";
+    let start = 0;
     panels.forEach((panel, i) => {
       const figure = box.children[i];
       figure.style.gridColumnStart = each > 1 && panel.model !== panels[i - 1]?.model ? 1 : "auto"; // a row for each model
       figure.querySelector("figcaption").innerHTML = `<span>${escape(panel.title)}</span>${legendOf(panel)}`;
       const canvas = figure.querySelector("canvas");
       canvas.setAttribute("aria-label", panel.title);
-      const [values, flags] = [0, n].map((start) => bytes.subarray(2 * n * i + start, 2 * n * i + start + n));
-      drawPanel(canvas, meta, picture, panel, values, flags, panels.length < 3);
+      const n = panel.shape[0] * panel.shape[1];
+      const [values, flags] = [0, n].map((more) => bytes.subarray(start + more, start + more + n));
+      start += 2 * n;
+      canvas.classList.toggle("ef-groups", panel.kind === "groups");
+      if (panel.kind === "groups") drawGroups(canvas, meta.models[panel.model], panel, values, flags);
+      else drawPanel(canvas, meta, picture, panel, values, flags, panels.length < 3);
     });
     for (const [name, { values, words }] of Object.entries(scales)) {
       const slider = find(`.ef-${name}`);
       if (values.includes(selection[name])) slider.value = values.indexOf(selection[name]);
       slider.nextElementSibling.textContent = words(selection[name]);
-      slider.disabled = (name === "head" && selection.mode === "heads") || (name === "k" && selection.mode === "ks");
-      slider.parentElement.hidden = name === "other_k" && selection.mode !== "pair";
+      slider.disabled = (name === "head" && ["heads", "groups"].includes(selection.mode)) || (name === "k" && selection.mode === "ks");
+      slider.parentElement.hidden = values.length < 2 || (name === "other_k" && selection.mode !== "pair");
     }
     for (const button of find(".ef-modes").children) button.setAttribute("aria-pressed", button.dataset.mode === selection.mode);
     find(".ef-caption").textContent = last.caption;
-    find(".ef-note").textContent = EXPLAINED[selection.mode] + (last.note ? ` ${last.note}` : "");
+    find(".ef-note").textContent = explained[selection.mode] + (last.note ? ` ${last.note}` : "");
     find(".ef-body").classList.toggle("ef-two", panels.length === 2); // the numbers of each under its map
     find(".ef-side").innerHTML = sideOf(last.facts, last.scatters);
   }
 
   picture.onload = () => source.listen(show);
   picture.src = meta.picture;
+}
+
+/** The choice of a row in a table of groups: its channel slice, and the site of its phase at the same place. */
+function siteOfGroup({ counts: [, down, right], order }, { row, column }, group) {
+  const [slice, i, j] = order[group];
+  return { row: row - (row % down) + i, column: column - (column % right) + j, slice };
 }
 
 // ---- the exported page: frames from stored rows ----
@@ -435,7 +559,8 @@ export class PageSource {
     this.meta = meta;
     this.n = meta.height * meta.width;
     this.sections = meta.sections.map((s) => new Section(s, meta, this.n, buffer));
-    this.costs = new Costs(meta.costs, buffer);
+    this.costs = meta.costs && new Costs(meta.costs, buffer);
+    if (meta.models[0].kind === "grouped") this.groups = new Groups(meta, buffer);
     this.selection = { ...meta.selection };
     this.snap();
   }
@@ -492,6 +617,7 @@ export class PageSource {
     const clip = (v, low, high) => Math.min(Math.max(v, low), high);
     s.layer = clip(s.layer, 0, layers - 1);
     s.head = clip(s.head, MEAN, heads - 1);
+    s.slice = clip(s.slice, 0, this.meta.slices - 1);
     s.row = clip(s.row, 0, height - 1);
     s.column = clip(s.column, 0, width - 1);
     if (s.mode === "cost" || !this.section(s.k)) s.k = own;
@@ -509,6 +635,7 @@ export class PageSource {
     const site = row * width + column;
     const section = this.section(k);
     const words = `layer ${layer}, ${headInWords(head)}, ${kInWords(k)}`;
+    if (this.groups) return this.frameOfGroups(site);
     let maps;
     if (mode === "heads") {
       maps = [...Array(heads).keys(), MEAN].map((h) => [headInWords(h), section, h]);
@@ -522,7 +649,8 @@ export class PageSource {
     const parts = [];
     const decoded = this.decoded(site);
     const add = (title, kind, { values, high, selected }) => {
-      panels.push({ title, kind, low: 0, high, query: [row, column], origin: this.origin(site), radius: this.meta.radius, model: 0 });
+      const shape = [this.meta.height, width];
+      panels.push({ title, kind, low: 0, high, query: [row, column], origin: this.origin(site), radius: this.meta.radius, model: 0, shape });
       parts.push(values, decoded.map((d, i) => (d ? DECODED : 0) | (selected[i] ? SELECTED : 0)));
     };
     for (const [title, from, h] of maps) add(title, "attention", this.toBytes(from.attention(site, layer, h), from.k));
@@ -544,6 +672,53 @@ export class PageSource {
     const note = held.length < this.n ? `For this view the page holds ${held.length} of ${this.n} latents and takes the nearest.` : "";
     const frame = { selection: { ...this.selection }, caption: this.caption(site, facts), note, panels, facts, scatters };
     return { frame, bytes };
+  }
+
+  /** The same of a GroupedMixer: the inner mixer over the picture, and the cross mixer's groups. */
+  frameOfGroups(site) {
+    const { layer, head, row, column, slice, mode } = this.selection;
+    const { height, width, heads, name, radius } = this.meta;
+    const groups = this.groups;
+    const group = groups.number(row, column, slice);
+    const decoded = groups.decoded(group);
+    const panels = [];
+    const parts = [];
+    const add = (title, kind, values, flags, more) => {
+      const { values: codes, high } = this.toBytes(values, DENSE);
+      panels.push({ title, kind, low: 0, high, model: 0, ...more });
+      parts.push(codes, flags);
+    };
+    const inner = (title, h) => {
+      const more = { query: [row, column], origin: groups.origin(row, column, group), radius, shape: [height, width] };
+      add(title, "attention", this.section(DENSE).attention(site, layer, h, slice), decoded, more);
+    };
+    const cross = (title, h) => {
+      const more = { query: [group, 0], origin: [group, 0], radius: 0, shape: [groups.count, groups.count] };
+      add(title, "groups", groups.attention(row, column, layer, h), groups.before, more);
+    };
+    const every = [...Array(heads).keys(), MEAN];
+    const words = `mixer, layer ${layer}, ${headInWords(head)}`;
+    if (mode === "heads") every.forEach((h) => inner(headInWords(h), h));
+    else if (mode === "groups") every.forEach((h) => cross(headInWords(h), h));
+    else {
+      inner(`inner ${words}`, head);
+      if (groups.bytes) cross(`cross ${words}`, head);
+    }
+    const { bits, groups: slices } = this.section(DENSE).facts(site, slice);
+    slices.forEach((s, i) => (s.group = groups.number(row, column, i)));
+    const facts = [{ name, model: 0, bits, hyper_bits: null, slice, groups: slices }];
+    const before = group > 1 ? `groups 0 to ${group - 1}` : group ? "group 0" : "no latents";
+    const what = {
+      head: `Layer ${layer}, ${headInWords(head)}.`,
+      heads: `Layer ${layer}, every head.`,
+      groups: `Layer ${layer}, every head of the cross mixer.`,
+    }[mode];
+    const caption =
+      `Latent row ${row}, column ${column}: channel slice ${slice} is group ${group} (of 0 to ${groups.count - 1}) and sees ${before}. ` +
+      `${what} ${slices[slice].bits.toFixed(1)} bits, with the other slices ${bits.toFixed(1)}.`;
+    const bytes = new Uint8Array(parts.reduce((sum, part) => sum + part.length, 0));
+    parts.reduce((start, part) => (bytes.set(part, start), start + part.length), 0);
+    return { frame: { selection: { ...this.selection }, caption, note: "", panels, facts, scatters: [] }, bytes };
   }
 
   origin(site) {
@@ -599,13 +774,62 @@ export class PageSource {
   }
 }
 
+/** A GroupedMixer's groups: their order, and the cross mixers' attention at every place. */
+class Groups {
+  constructor(meta, buffer) {
+    const { counts, order } = meta.models[0];
+    Object.assign(this, { meta, counts, order, count: order.length, across: Math.ceil(meta.width / counts[2]) });
+    this.before = Uint8Array.from({ length: this.count ** 2 }, (_, i) => (i % this.count <= Math.floor(i / this.count) ? DECODED : 0));
+    if (meta.cross === undefined) return;
+    const places = Math.ceil(meta.height / counts[1]) * this.across;
+    this.bytes = new Uint8Array(buffer, meta.cross, places * meta.layers * meta.heads * this.count ** 2);
+  }
+
+  number(row, column, slice) {
+    const [, down, right] = this.counts;
+    return this.order.findIndex(([s, i, j]) => s === slice && i === row % down && j === column % right);
+  }
+
+  /** Sites of which at least one slice is known before a group. */
+  decoded(group) {
+    const [, down, right] = this.counts;
+    const { height, width } = this.meta;
+    const known = new Set(this.order.slice(0, group).map(([, i, j]) => i * right + j));
+    const flag = (_, site) => (known.has((Math.floor(site / width) % down) * right + ((site % width) % right)) ? DECODED : 0);
+    return Uint8Array.from({ length: height * width }, flag);
+  }
+
+  /** The site of the group before at the same place. */
+  origin(row, column, group) {
+    const [, i, j] = this.order[Math.max(group - 1, 0)];
+    const [, down, right] = this.counts;
+    const { height, width } = this.meta;
+    return [Math.min(row - (row % down) + i, height - 1), Math.min(column - (column % right) + j, width - 1)];
+  }
+
+  /** Attention among the groups at a site's place: Float32Array [G * G]; head -1 is the mean. */
+  attention(row, column, layer, head) {
+    const { layers, heads } = this.meta;
+    const place = Math.floor(row / this.counts[1]) * this.across + Math.floor(column / this.counts[2]);
+    const size = this.count ** 2;
+    const out = new Float32Array(size);
+    const wanted = head === MEAN ? [...Array(heads).keys()] : [head];
+    for (const h of wanted) {
+      const start = ((place * layers + layer) * heads + h) * size;
+      for (let i = 0; i < size; i++) out[i] += (this.bytes[start + i] / 255) ** 2 / wanted.length;
+    }
+    return out;
+  }
+}
+
 /** All rows of one k. Sparse: counts, positions and bytes of what is attended; dense: a byte for every site. */
 class Section {
   constructor(s, meta, n, buffer) {
     Object.assign(this, { k: s.k, sites: s.sites ?? [...Array(n).keys()], n, meta });
     this.number = new Map(this.sites.map((site, i) => [site, i]));
-    const maps = this.sites.length * meta.layers * meta.heads;
-    this.factsOf = new Float32Array(buffer, s.facts, this.sites.length * meta.facts_width);
+    const queries = this.sites.length * meta.slices; // site by site, in each its channel slices
+    const maps = queries * meta.layers * meta.heads;
+    this.factsOf = new Float32Array(buffer, s.facts, queries * meta.facts_width);
     if (s.dense !== undefined) {
       this.dense = new Uint8Array(buffer, s.dense, maps * n);
       return;
@@ -617,13 +841,18 @@ class Section {
     this.bytes = new Uint8Array(buffer, s.bytes, this.starts[maps]);
   }
 
+  /** The number of a site, and of its channel slice, among what is held. */
+  query(site, slice) {
+    return this.number.get(site) * this.meta.slices + slice;
+  }
+
   /** Attention of one latent: Float32Array [n]; head -1 is the mean. */
-  attention(site, layer, head) {
+  attention(site, layer, head, slice = 0) {
     const { layers, heads } = this.meta;
     const out = new Float32Array(this.n);
     const wanted = head === MEAN ? [...Array(heads).keys()] : [head];
     for (const h of wanted) {
-      const map = (this.number.get(site) * layers + layer) * heads + h;
+      const map = (this.query(site, slice) * layers + layer) * heads + h;
       const put = (position, byte) => (out[position] += (byte / 255) ** 2 / wanted.length);
       if (this.dense) {
         for (let i = 0; i < this.n; i++) put(i, this.dense[map * this.n + i]);
@@ -634,9 +863,10 @@ class Section {
     return out;
   }
 
-  facts(site) {
+  facts(site, slice = 0) {
     const width = this.meta.facts_width;
-    const [bits, hyper, ...rest] = this.factsOf.subarray(this.number.get(site) * width, (this.number.get(site) + 1) * width);
+    const query = this.query(site, slice);
+    const [bits, hyper, ...rest] = this.factsOf.subarray(query * width, (query + 1) * width);
     const groups = this.meta.group_channels.map((channels, i) => {
       const [value, mean, scale, b, hb] = rest.slice(5 * i, 5 * i + 5);
       return { channels, value, mean, scale, bits: b, hyper_bits: hb };

@@ -12,15 +12,15 @@ import anywidget
 import numpy as np
 import traitlets
 
-from entroformer_lib.views.explorer_model import Exploration, Panel, own_k
+from entroformer_lib.views.explorer_model import Exploration, Panel, grouped, own_k
 
 SCRIPT = Path(__file__).with_name("explorer.js")
 DECODED, SELECTED = 1, 2  # bits of a flag
 
 
 class Explorer(anywidget.AnyWidget):
-    """Shows an exploration; `explorer.view` is the exploration, and setting its layer, head, k, row, column or mode
-    in a cell moves the widget too."""
+    """Shows an exploration; `explorer.view` is the exploration, and setting its layer, head, k, row, column, slice or
+    mode in a cell moves the widget too."""
 
     _esm = SCRIPT
     meta = traitlets.Dict().tag(sync=True)
@@ -55,11 +55,18 @@ def meta_of(view: Exploration) -> dict:
         "radius": server.radius,
         "kind": server.kind,
         "name": server.name,
-        "models": [{"name": s.name, "kind": s.kind, "own_k": own_k(s)} for s in view.servers],
+        "slices": max(s.slices for s in view.servers),
+        "models": [{"name": s.name, "kind": s.kind, "own_k": own_k(s), **groups_of(s)} for s in view.servers],
+        "modes": view.modes,
         "ks": view.ks,
         "own_k": own_k(server),
         "picture": data_url(server.picture),
     }
+
+
+def groups_of(server) -> dict:
+    """Of a GroupedMixer: `counts` [k_c, k_h, k_w] and the `order` of its groups, each [slice, row and column phase]."""
+    return {"counts": list(server.counts), "order": [list(g) for g in server.order]} if grouped(server) else {}
 
 
 def frame_of(view: Exploration) -> tuple[dict, bytes]:
@@ -72,7 +79,7 @@ def frame_of(view: Exploration) -> tuple[dict, bytes]:
         "caption": view.caption(),
         "panels": [
             {"title": p.title, "kind": p.kind, "low": 0, "high": height_of(p), "query": p.query, "origin": p.origin}
-            | {"radius": p.radius, "model": p.model}
+            | {"radius": p.radius, "model": p.model, "shape": p.values.shape}
             for p in panels
         ],
         "facts": view.facts(),
@@ -91,7 +98,7 @@ def height_of(panel: Panel) -> float:
 
 
 def bytes_of(panel: Panel) -> bytes:
-    """n values on a square-root scale (of a cost: 128 is zero), then n flags: 1 decoded, 2 selected."""
+    """n values on a square-root scale (of a cost: 128 is zero), then n flags: 1 decoded, 2 selected. n: entries."""
     values = panel.values / (height_of(panel) or 1)
     if panel.kind == "cost":
         values = 128 + np.round(127 * np.sign(values) * np.sqrt(np.abs(values)))

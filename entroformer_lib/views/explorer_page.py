@@ -8,6 +8,9 @@ Layout of the data, before gzip and base64; every block starts at a multiple of 
 (a section): facts float32 [sites, 2 + 5 groups] (see `RowServer.many`), and either dense uint8 [sites, layers, heads,
 n], or counts uint16 [sites, layers, heads] with positions uint16 and bytes uint8 of all counted entries in that order.
 Costs: counts uint16 [sites], positions uint16, bits float32.
+
+Of a GroupedMixer: one section, with k = 0 for none, of all queries instead of sites (site by site, in each its channel
+slices), stored as counts, positions and bytes; no costs; and `cross` uint8 [places, layers, heads, G, G].
 """
 
 import base64
@@ -26,7 +29,7 @@ import numpy as np
 from entroformer_lib import __version__
 from entroformer_lib.errors import AttentionError
 from entroformer_lib.views.explorer import SCRIPT, meta_of
-from entroformer_lib.views.explorer_model import DENSE, Exploration, k_in_words
+from entroformer_lib.views.explorer_model import DENSE, Exploration, grouped, k_in_words, own_k
 
 LARGEST_PAGE = 25_000_000  # bytes
 LARGEST_OWN = 25_000_000  # bytes before compression that the rows of the model's own k may take
@@ -46,13 +49,16 @@ class Page:
     layers: int
     heads: int
     ks: tuple[int, ...]
+    slices: int = 1
 
     def in_words(self) -> str:
         """One line for whoever made it."""
         ks = ", ".join(k_in_words(k) for k in self.ks)
+        slices = f" x {self.slices} channel slices" if self.slices > 1 else ""
+        more = f"{self.queries_compared:,} latents also with {ks} and measured costs; " if self.queries_compared else ""
         return (
-            f"{self.queries:,} latents x {self.layers} layers x {self.heads} heads; "
-            f"{self.queries_compared:,} latents also with {ks} and measured costs; {len(self.text) / 1e6:.1f} MB"
+            f"{self.queries:,} latents{slices} x {self.layers} layers x {self.heads} heads; {more}"
+            f"{len(self.text) / 1e6:.1f} MB"
         )
 
 
@@ -60,7 +66,7 @@ def explorer_page(server, title: str = "", progress: Progress | None = None, **s
     """Builds the page of one picture and model.
 
     Args:
-        server: the row server.
+        server: a row server or a group server.
         title: what the picture is called.
         progress: called with (what, done, total).
         selection: where the page starts, see `Exploration`.
@@ -68,41 +74,20 @@ def explorer_page(server, title: str = "", progress: Progress | None = None, **s
     Raises:
         AttentionError: the picture is too large.
     """
-    view = Exploration(server, **selection)
-    own = DENSE if server.default_k is None else server.default_k
-    every, some = list(range(server.n)), lattice(server, view.ks)
-    _check_size(server, own)
-    blob = _Blob()
-    sections = []
-    total = sum(len(some if k != own or own == DENSE else every) for k in view.ks) + len(some)
-    done = 0
-
-    def tell(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress:
-            progress("latents", done, total)
-
-    for k in view.ks:
-        held = every if k == own and own != DENSE else some
-        sections.append(_section(server, held, k, blob, tell))
-    costs = _costs(server, some, own, blob, tell)
+    view, blob = Exploration(server, **selection), _Blob()
+    _check_size(server)
+    stored, held, compared, about = (_groups if grouped(server) else _every_k)(server, view, blob, progress)
     meta = {
         **meta_of(view),
         "selection": view.selection(),
-        "sections": sections,
-        "costs": costs,
+        **stored,
         "facts_width": 2 + 5 * len(server.channel_groups),
         "group_channels": [len(group) for group in server.channel_groups],
         "open": True,
     }
-    held = len(some if own == DENSE else every)
-    *others, last = (k_in_words(k) for k in view.ks if k != own)
     about = (
         f"Model {server.name}, {server.kind} context. The latent grid has {server.height} x {server.width} places, one "
-        f"for each block of 16 x 16 pixels. With the model's own choice, {k_in_words(own)}, this page holds the "
-        f"attention of {held:,} latents in {server.layers} layers with {server.heads} heads; for {len(some):,} latents "
-        f"also with {', '.join(others)} and {last}, and the measured costs."
+        f"for each block of 16 x 16 pixels. {about}"
     )
     text = PAGE.substitute(
         title=html.escape(f"What the entropy model looks at: {title}" if title else "What the entropy model looks at"),
@@ -114,7 +99,53 @@ def explorer_page(server, title: str = "", progress: Progress | None = None, **s
     )
     if len(text.encode()) > LARGEST_PAGE:
         raise AttentionError(_too_large(server, f"the page would have {len(text) / 1e6:.0f} MB"))
-    return Page(text, held, len(some), server.layers, server.heads, tuple(view.ks))
+    return Page(text, held, compared, server.layers, server.heads, tuple(view.ks), server.slices)
+
+
+def _every_k(server, view: Exploration, blob: "_Blob", progress: Progress | None) -> tuple[dict, int, int, str]:
+    """Rows with each k, and costs.  ->  what `meta` says of them, latents held, latents held with all k, in words"""
+    own = own_k(server)
+    every, some = list(range(server.n)), lattice(server, view.ks)
+    tell = _teller(progress, sum(len(some if k != own or own == DENSE else every) for k in view.ks) + len(some))
+    sections = []
+    for k in view.ks:
+        held = every if k == own and own != DENSE else some
+        sections.append(_section(server, held, k, blob, tell))
+    costs = _costs(server, some, own, blob, tell)
+    held = len(some if own == DENSE else every)
+    *others, last = (k_in_words(k) for k in view.ks if k != own)
+    about = (
+        f"With the model's own choice, {k_in_words(own)}, this page holds the attention of {held:,} latents in "
+        f"{server.layers} layers with {server.heads} heads; "
+        f"for {len(some):,} latents also with {', '.join(others)} and {last}, and the measured costs."
+    )
+    return {"sections": sections, "costs": costs}, held, len(some), about
+
+
+def _groups(server, view: Exploration, blob: "_Blob", progress: Progress | None) -> tuple[dict, int, int, str]:
+    """The same of a GroupedMixer: rows of all queries, and the cross mixers' groups."""
+    queries = list(range(server.n * server.slices))
+    stored = {"sections": [_section(server, queries, DENSE, blob, _teller(progress, len(queries)))]}
+    if server.has_groups:
+        stored["cross"] = blob.add(to_bytes(server.all_groups()), "u1")
+    about = (
+        f"This page holds the attention of {server.n:,} latents, in each {server.slices} channel slices, in "
+        f"{server.layers} layers with {server.heads} heads. The entropy model is a GroupedMixer (Li et al. 2024)."
+    )
+    return stored, server.n, 0, about
+
+
+def _teller(progress: Progress | None, total: int) -> Callable[[int], None]:
+    """Counts what is done."""
+    done = 0
+
+    def tell(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress("latents", done, total)
+
+    return tell
 
 
 def lattice(server, ks: list[int]) -> list[int]:
@@ -129,15 +160,19 @@ def lattice(server, ks: list[int]) -> list[int]:
     return [row * server.width + column for row in rows for column in columns]
 
 
-def _check_size(server, own: int) -> None:
-    needed = server.n * server.layers * server.heads * BYTES_PER_ENTRY * own
+def _check_size(server) -> None:
+    needed = server.n * _bytes_per_site(server)
     if needed > LARGEST_OWN or server.n > 2**16 - 1:
         raise AttentionError(_too_large(server, f"its rows need {needed / 1e6:.0f} MB"))
 
 
+def _bytes_per_site(server) -> int:
+    entries = server.row_entries if grouped(server) else own_k(server) or 1
+    return server.slices * server.layers * server.heads * BYTES_PER_ENTRY * entries
+
+
 def _too_large(server, why: str) -> str:
-    own = server.default_k or 1
-    most = min(LARGEST_OWN // (server.layers * server.heads * BYTES_PER_ENTRY * own), 2**16 - 1)
+    most = min(LARGEST_OWN // _bytes_per_site(server), 2**16 - 1)
     width, height = server.picture.size
     return (
         f"The picture is too large for a page: {width} x {height} pixels are {server.n:,} latents, and {why}; with "
@@ -169,11 +204,12 @@ def to_bytes(probs: np.ndarray) -> np.ndarray:
 
 
 def _section(server, sites: list[int], k: int, blob: _Blob, tell) -> dict:
+    full = k == DENSE and not grouped(server)
     dense, counts, positions, values, facts = [], [], [], [], []
     for part, probs, lines in server.many(sites, k or None):
         codes = to_bytes(probs)
         facts.append(lines)
-        if k == DENSE:
+        if full:
             dense.append(codes)
         else:
             attended = codes > 0
@@ -184,7 +220,7 @@ def _section(server, sites: list[int], k: int, blob: _Blob, tell) -> dict:
     section = {"k": k, "facts": blob.add(np.concatenate(facts), "<f4")}
     if len(sites) < server.n:
         section["sites"] = sites
-    if k == DENSE:
+    if full:
         return {**section, "dense": blob.add(np.concatenate(dense), "u1")}
     parts = (("counts", counts, "<u2"), ("positions", positions, "<u2"), ("bytes", values, "u1"))
     return section | {name: blob.add(np.concatenate(arrays), kind) for name, arrays, kind in parts}
