@@ -4,6 +4,7 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -38,6 +39,19 @@ def test_rates_are_divided_at_equal_pictures(saved):
     assert table.loc["minnen", "percent"] == pytest.approx(100 * (1 / 1.1 - 1)) and table.loc["cnn", "percent"] == 0
     pictures = same_transforms.by_picture(rates, "minnen", "cnn", 0.0035)
     assert len(pictures) == 24 and np.allclose(pictures["saving_percent"], 100 * (1 - 1 / 1.1))
+
+
+def test_a_saving_that_follows_a_property_is_found(saved):
+    path = saved / "results" / "serial-kodak.json"
+    result = json.loads(path.read_text())
+    for row in result["images"]:
+        row["bpp"] *= 1 - 0.001 * int(row["image"][-2:])
+    path.write_text(json.dumps(result))
+    rates = same_transforms.saved_rates()
+    numbers = pd.DataFrame([{"image": f"kodim{i:02d}", "number": i} for i in range(1, 25)])
+    table = same_transforms.explained(rates, "serial", "minnen", numbers)
+    percent = table[table["saving"] == "saving_percent"]
+    assert np.allclose(percent["number"], 1) and len(table) == 2 * rates["lmbda"].nunique()
 
 
 def test_a_bd_rate_says_the_same(saved):

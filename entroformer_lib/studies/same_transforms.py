@@ -78,8 +78,27 @@ def overall(rates: pd.DataFrame, base: str) -> pd.DataFrame:
 
 
 def by_picture(rates: pd.DataFrame, variant: str, base: str, lmbda: float) -> pd.DataFrame:
-    """What one variant saves over another on each picture.  ->  image, bpp (of base), saving_percent"""
+    """What one variant saves over another on each picture.  ->  image, bpp (of base), saving_percent, saved_bpp"""
     here = rates[rates["lmbda"] == lmbda]
     mine, theirs = (here[here["variant"] == v].set_index("image")["bpp"] for v in (variant, base))
-    saving = 100 * (1 - mine / theirs)
-    return pd.DataFrame({"bpp": theirs, "saving_percent": saving}).dropna().reset_index(names="image")
+    columns = {"bpp": theirs, "saving_percent": 100 * (1 - mine / theirs), "saved_bpp": theirs - mine}
+    return pd.DataFrame(columns).dropna().reset_index(names="image")
+
+
+def explained(rates: pd.DataFrame, variant: str, base: str, properties: pd.DataFrame) -> pd.DataFrame:
+    """Spearman's rank correlation, over the pictures, of what a variant saves with properties of the pictures.
+
+    Args:
+        properties: a column `image`, and one for each property.
+
+    Returns:
+        A row for each lambda and kind of saving (saving_percent or saved_bpp), a column for each property and `bpp`.
+    """
+    rows = []
+    names = ["bpp", *properties.columns.drop("image")]
+    for lmbda in sorted(rates["lmbda"].unique()):
+        table = by_picture(rates, variant, base, lmbda).merge(properties, on="image")
+        for saving in ("saving_percent", "saved_bpp"):
+            rho = {name: table[name].corr(table[saving], method="spearman") for name in names}
+            rows.append({"lmbda": lmbda, "saving": saving, **rho})
+    return pd.DataFrame(rows)
