@@ -138,6 +138,7 @@ GRIDS = {
                 _grouped("whole", "as it is: both mixers, windows, channel slice by channel slice"),
                 _grouped("no-cross", "without the cross-group mixer", cross=False),
                 _grouped("no-inner", "without the inner-group mixer", inner="none"),
+                _grouped("window-4", "windows of 4x4 instead of 8x8", window=4),
                 _grouped("top-k", "top-k attention over the whole group instead of windows", inner="top_k"),
                 _grouped("raster", "order: the phases of a slice row by row", group_order="raster"),
                 _grouped("sites", "order: all slices of a phase before the next phase", group_order="sites"),
