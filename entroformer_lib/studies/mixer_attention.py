@@ -46,9 +46,7 @@ class MixerMaps:
         if not self._inner:
             raise AttentionError("This model has no inner-group mixers.")
         sizes = (len(self._inner), len(self.order), rows, columns)
-        for name, value, size in zip(
-            ("layer", "slot", "row", "column"), (layer, slot, *place), sizes, strict=True
-        ):
+        for name, value, size in zip(("layer", "slot", "row", "column"), (layer, slot, *place), sizes, strict=True):
             if not 0 <= value < size:
                 raise AttentionError(f"There is no {name} {value}; there are 0 to {size - 1}.")
         token, probs = place[0] * columns + place[1], self._inner[layer]
@@ -86,9 +84,7 @@ def mixer_maps(model, picture) -> MixerMaps:
     cross = torch.stack([probs.mean(0) for probs in found["cross"]]).numpy() if c.cross else None
     order = group_order(c.groups, c.group_order)
     bits = _bits_of_groups(-likelihoods.double().log2().cpu()[0], c.groups, order)
-    return MixerMaps(
-        codec.to_picture(x), c, group_grid(*size, c.groups), order, cross, bits, found.get("inner", [])
-    )
+    return MixerMaps(codec.to_picture(x), c, group_grid(*size, c.groups), order, cross, bits, found.get("inner", []))
 
 
 def _bits_of_groups(bits: Tensor, counts: tuple[int, int, int], order: list[tuple[int, int, int]]) -> np.ndarray:

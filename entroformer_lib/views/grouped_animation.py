@@ -49,7 +49,9 @@ def decoding(counts: Counts, orders: Iterable[str] = tuple(ORDERS), size: tuple[
     ]
     middles = [(size[0] + 1) * s + (size[0] - 1) / 2 for s in range(counts[0])]
     figure.update_xaxes(showticklabels=False, showgrid=False, zeroline=False, title="columns of latents")
-    figure.update_yaxes(autorange="reversed", showgrid=False, zeroline=False, tickvals=middles, ticktext=[""] * len(middles))
+    figure.update_yaxes(
+        autorange="reversed", showgrid=False, zeroline=False, tickvals=middles, ticktext=[""] * len(middles)
+    )
     figure.update_yaxes(ticktext=[f"slice {s + 1}" for s in range(counts[0])], col=1)
     figure.update_layout(
         width=860, height=200 + 22 * (size[0] + 1) * counts[0], template="plotly_white", margin={"t": 60, "l": 60},
@@ -79,7 +81,15 @@ def _buttons() -> dict:
         {"label": "Play", "method": "animate", "args": [None, play]},
         {"label": "Pause", "method": "animate", "args": [[None], stop]},
     ]
-    return {"type": "buttons", "direction": "left", "buttons": buttons, "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top"}
+    return {
+        "type": "buttons",
+        "direction": "left",
+        "buttons": buttons,
+        "x": 0,
+        "xanchor": "left",
+        "y": -0.2,
+        "yanchor": "top",
+    }
 
 
 def _slider(names: list[str]) -> dict:

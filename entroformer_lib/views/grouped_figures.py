@@ -96,7 +96,11 @@ def inner_windows(grid: tuple[int, int], side: int, place: tuple[int, int]) -> F
     grid: rows and columns of a group; place: of the token
     """
     figure, axes = new_figure(TWO_COLUMNS, TWO_COLUMNS / 3 * grid[0] / grid[1] + 0.75, 1, 3, sharey=True)
-    panels = (("windows of layers 0, 2, …", (0,)), ("windows of layers 1, 3, …", (1,)), ("through both", (0, 1)))
+    panels = (
+        ("windows of layers 0, 2, …", (0,)),
+        ("windows of layers 1, 3, …", (1,)),
+        ("layer 0, then layer 1", (0, 1)),
+    )
     colours = ListedColormap([UNSEEN, SEEN, TOKEN])
     for ax, (title, layers) in zip(axes, panels, strict=True):
         shown = seen_in_windows(grid, side, place, layers).astype(int)
@@ -111,7 +115,9 @@ def inner_windows(grid: tuple[int, int], side: int, place: tuple[int, int]) -> F
         ax.set(title=title, xlabel="column of the group", xlim=(-0.5, grid[1] - 0.5), ylim=(grid[0] - 0.5, -0.5))
     axes[0].set_ylabel("row of the group")
     entries = ((TOKEN, "a token"), (SEEN, "what reaches it"), (UNSEEN, "what does not"))
-    figure.legend([Patch(facecolor=c) for c, _ in entries], [w for _, w in entries], loc="outside lower center", ncols=3)
+    figure.legend(
+        [Patch(facecolor=c) for c, _ in entries], [w for _, w in entries], loc="outside lower center", ncols=3
+    )
     return figure
 
 
@@ -128,9 +134,7 @@ def cross_maps(cross: np.ndarray, every: int = 4) -> Figure:
     """
     layers, heads, G, _ = cross.shape
     panel = (TWO_COLUMNS - 0.9) / max(heads, 3)
-    figure, axes = new_figure(
-        TWO_COLUMNS, layers * panel + 0.5, layers, heads, squeeze=False, sharex=True, sharey=True
-    )
+    figure, axes = new_figure(TWO_COLUMNS, layers * panel + 0.5, layers, heads, squeeze=False, sharex=True, sharey=True)
     later = np.triu(np.ones((G, G), dtype=bool), 1)
     norm = PowerNorm(0.5, 0, 1)
     for (layer, head), ax in np.ndenumerate(axes):
@@ -216,7 +220,7 @@ def bits_of_groups(bits: np.ndarray, order: list[tuple[int, int, int]], latents:
     """
     figure, ax = new_figure(TWO_COLUMNS * 0.75, 2.3)
     named = set()
-    for g, ((s, i, j), value) in enumerate(zip(order, bits, strict=True)):
+    for g, ((s, *_), value) in enumerate(zip(order, bits, strict=True)):
         label = None if s in named else f"slice {s + 1}"
         named.add(s)
         colour, hatch = COLOURS[s % len(COLOURS)], ("", "///", "...", "xxx")[s % 4]
@@ -239,7 +243,8 @@ def cache_rows(saved: dict) -> pd.DataFrame:
 
 @styled
 def cache_saving(rows: pd.DataFrame) -> Figure:
-    """How many times as long coding takes without the context cache, against the number of groups.
+    """How many times as long coding takes without the context cache, against the number of groups; the names are sizes
+    of GroupedMixer.
 
     rows: of `cache_rows`
     """
@@ -249,12 +254,10 @@ def cache_saving(rows: pd.DataFrame) -> Figure:
     ax.plot(line, (line + 1) / 2, "--", color="0.5", linewidth=1, label="passes saved, (G + 1) / 2")
     ax.plot(rows["groups"], rows["ratio"], "o", color=COLOURS[0], markersize=5, label="measured")
     for row in rows.itertuples():
-        ax.annotate(
-            row.model, (row.groups, row.ratio), xytext=(0, -5), textcoords="offset points", ha="center", va="top",
-            fontsize=6,
-        )  # fmt: skip
+        name, place = row.model.replace("-groupedmixer", ""), (row.groups, row.ratio)
+        ax.annotate(name, place, xytext=(0, -6), textcoords="offset points", ha="center", va="top", fontsize=6)
     ax.set(xlim=(0, most), ylim=(0, (most + 1) / 2), xlabel="number of groups G")
-    ax.set_ylabel("time without the cache over time with it")
+    ax.set_ylabel("time without cache / with cache")
     ax.legend(loc="upper left")
     ax.grid(alpha=0.25, linewidth=0.5)
     return figure

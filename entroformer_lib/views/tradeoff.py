@@ -1,0 +1,207 @@
+"""Rate against the number of groups and against decoding time, from saved results.
+
+Functions that read give None where there is no result yet; `pending` says it in a sentence.
+"""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from entroformer_lib.errors import DataError
+from entroformer_lib.views import paper_data
+from entroformer_lib.views.style import COLOURS, GREYS, TWO_COLUMNS, label_ends, new_figure, styled
+
+NAMES = {
+    "hyperprior": "hyperprior alone",
+    "cnn": "convolution",
+    "parallel": "Entroformer, parallel",
+    "serial": "Entroformer, serial",
+    "groupedmixer": "GroupedMixer",
+}
+MARKERS = {"hyperprior": "v", "cnn": "^", "parallel": "s", "serial": "D", "groupedmixer": "o"}
+VARIANT_COLOURS = {"hyperprior": COLOURS[6], "cnn": COLOURS[3], "parallel": COLOURS[0], "serial": COLOURS[2]}
+FAMILIES = {"shipped": "shipped models", "runs": "runs of the ablations"}
+
+
+def pending(name: str) -> str:
+    """What stands in a figure's place until there is a result."""
+    return f"There is no data/results/{name}.json yet, so there is no figure here."
+
+
+# ---- rate against the number of groups ----
+
+
+def groups_data() -> pd.DataFrame | None:
+    """groups, slices, phases, seed, bpp of the grid `groups`, whole pictures."""
+    rows = paper_data.ablation("groups")
+    return None if rows is None else rows.sort_values(["groups", "seed"], ignore_index=True)
+
+
+def lines_beside(grid: str = "groups") -> dict[str, float]:
+    """Mean rates of the hyperprior alone, the parallel and the serial model, where they were trained on the same terms
+    as the runs of a grid; empty where they were not."""
+    ours, theirs = (paper_data.result(f"ablation-{name}") for name in (grid, "table3"))
+    if ours is None or theirs is None or ours["settings"] != theirs["settings"]:
+        return {}
+    rows = pd.DataFrame([row for row in theirs["rows"] if row["grid"] == "table3_whole"])
+    names = {"hyperprior": "hyperprior", "bidirectional": "parallel", "serial": "serial"}
+    means = rows.groupby("trained")["bpp"].mean()
+    return {NAMES[variant]: float(means[trained]) for trained, variant in names.items() if trained in means}
+
+
+@styled
+def groups_curve(rows: pd.DataFrame, lines: dict[str, float] | None = None) -> Figure:
+    """Rate against the number of groups, a point for each seed, a line through the means; other models are level lines.
+
+    rows: of `groups_data`; lines: of `lines_beside`
+    """
+    figure, ax = new_figure(TWO_COLUMNS * 0.75, 2.8)
+    means = rows.groupby("groups")["bpp"].mean()
+    place = {G: i for i, G in enumerate(means.index)}
+    ax.plot(rows["groups"].map(place), rows["bpp"], "o", color=COLOURS[0], markersize=4, alpha=0.7)
+    ax.plot(range(len(means)), means, color=COLOURS[0], label="GroupedMixer")
+    kinds = rows.drop_duplicates("groups").set_index("groups")
+    names = [f"{G}\n{kinds.loc[G, 'slices']} x {kinds.loc[G, 'phases']}" for G in means.index]
+    ax.set_xticks(range(len(means)), names)
+    most, values = len(means) - 0.7, [*rows["bpp"], *(lines or {}).values()]
+    ends = []
+    for colour, dashes, (name, bpp) in zip(GREYS, ("--", ":", "-."), (lines or {}).items(), strict=False):
+        ax.axhline(bpp, color=colour, linestyle=dashes, linewidth=1)
+        ends.append((bpp, most, name, colour))
+    room = max(values) - min(values) or 0.01
+    label_ends(ax, ends, most, gap=room / 12)
+    ax.set(xlim=(-0.3, most), ylim=(min(values) - 0.08 * room, max(values) + 0.08 * room))
+    ax.set(xlabel="number of groups G\nchannel slices x phases", ylabel="bits per pixel, estimated")
+    ax.legend()
+    ax.grid(axis="y", alpha=0.25, linewidth=0.5)
+    return figure
+
+
+def mixer_dots(rows: pd.DataFrame) -> pd.DataFrame:
+    """`ablation_figures.dots` of the grid `groupedmixer`: rate against the whole model, in percent.
+
+    Raises:
+        DataError: the whole model is not among the rows.
+    """
+    whole = rows["run"].str.startswith("grouped-whole-") if len(rows) else pd.Series(dtype=bool)
+    if not whole.any():
+        raise DataError("The whole GroupedMixer is not among the saved rows, so nothing can be compared with it.")
+    base = rows[whole]["bpp"].mean()
+    return pd.DataFrame({"row": rows["difference"], "source": "here", "value": 100 * (rows["bpp"] / base - 1)})
+
+
+# ---- rate against decoding time ----
+
+
+def tradeoff_points(saved: dict) -> pd.DataFrame:
+    """A row for each model: family, model, variant, groups, parameters, bpp and seconds (means over the pictures:
+    decode_s, and entropy_model_s, its stages context and parameters), percent (rate against the family's parallel
+    model).
+
+    saved: tradeoff.json
+
+    Raises:
+        DataError: a family without a parallel model.
+    """
+    rows = pd.DataFrame(saved["rows"])
+    rows["entropy_model_s"] = rows["context_s"] + rows["parameters_s"]
+    rows["groups"] = rows["groups"].astype(float)
+    keys = ["family", "model", "variant", "groups", "parameters"]
+    columns = ["bpp", "psnr_db", "decode_s", "entropy_model_s"]
+    points = rows.groupby(keys, sort=False, dropna=False)[columns].mean().reset_index()
+    for family, part in points.groupby("family"):
+        reference = part[part["variant"] == "parallel"]["bpp"]
+        if len(reference) != 1:
+            raise DataError(f"The family '{family}' has {len(reference)} parallel models to compare with, not one.")
+        points.loc[part.index, "percent"] = 100 * (part["bpp"] / float(reference.iloc[0]) - 1)
+    return points
+
+
+def front(points: pd.DataFrame, seconds: str = "decode_s") -> pd.DataFrame:
+    """The points than which none is both faster and smaller, from the fastest on."""
+    kept, least = [], np.inf
+    for index, row in points.sort_values([seconds, "percent"]).iterrows():
+        if row["percent"] < least:
+            kept.append(index)
+            least = row["percent"]
+    return points.loc[kept]
+
+
+@styled
+def tradeoff(points: pd.DataFrame) -> Figure:
+    """Rate against decoding time, a row of panels for each family: of the whole decoding, and of the entropy model's
+    own stages. Left and down is better; the dashed line joins what no other model beats in both.
+
+    points: of `tradeoff_points`
+    """
+    families = list(dict.fromkeys(points["family"]))
+    kinds = {"decode_s": "seconds to decode a picture", "entropy_model_s": "of these in context and parameters, s"}
+    figure, axes = new_figure(TWO_COLUMNS, 2.9 * len(families), len(families), 2, squeeze=False, sharey="row")
+    for row, family in zip(axes, families, strict=True):
+        part = points[points["family"] == family]
+        for ax, (seconds, label) in zip(row, kinds.items(), strict=True):
+            shown = part[part[seconds] > 0]
+            best = front(shown, seconds)
+            ax.plot(best[seconds], best["percent"], "--", color="0.6", linewidth=0.8, zorder=1, label="no model beats")
+            grouped = shown[shown["variant"] == "groupedmixer"].sort_values("groups")
+            if len(grouped) > 1:
+                ax.plot(grouped[seconds], grouped["percent"], color=COLOURS[1], linewidth=1, zorder=2)
+            for one in shown.itertuples():
+                colour = VARIANT_COLOURS.get(one.variant, COLOURS[1])
+                ax.plot(getattr(one, seconds), one.percent, MARKERS.get(one.variant, "o"), color=colour, markersize=5)
+            ax.axhline(0, color="0.85", linewidth=0.8, zorder=0)
+            ax.set(xscale="log", xlabel=label)
+            _margins(ax, shown[seconds], shown["percent"])
+            ax.grid(alpha=0.2, linewidth=0.5, which="both")
+        row[0].set_ylabel("rate against the parallel model, %")
+        row[0].set_title(FAMILIES.get(family, family), loc="left")
+        row[1].legend(loc="upper right")
+    figure.draw_without_rendering()  # now the axes stand where they will
+    for row, family in zip(axes, families, strict=True):
+        for ax, seconds in zip(row, kinds, strict=True):
+            part = points[(points["family"] == family) & (points[seconds] > 0)]
+            _label_points(ax, [(getattr(p, seconds), p.percent, *_label(p)) for p in part.itertuples()])
+    return figure
+
+
+def _label(point) -> tuple[str, str]:
+    """Text and colour."""
+    if point.variant == "groupedmixer":
+        return f"GroupedMixer, G = {point.groups:.0f}", COLOURS[1]
+    return NAMES.get(point.variant, point.model), VARIANT_COLOURS.get(point.variant, "0.2")
+
+
+def _margins(ax, seconds: pd.Series, percent: pd.Series) -> None:
+    """Room for the labels."""
+    low, high = np.log10(seconds.min()), np.log10(seconds.max())
+    room = max(high - low, 0.2)
+    ax.set_xlim(10 ** (low - 0.2 * room), 10 ** (high + 0.3 * room))
+    room = max(percent.max() - percent.min(), 0.5)
+    ax.set_ylim(percent.min() - 0.2 * room, percent.max() + 0.25 * room)
+
+
+def _label_points(ax, points: list[tuple[float, float, str, str]]) -> None:
+    """Text beside each point, where it covers no other point and no other text.  points: (x, y, text, colour)"""
+    marks = [ax.transData.transform((x, y)) for x, y, _, _ in points]
+    frame, taken = ax.get_window_extent(), []
+    for x, y, text, colour in points:
+        best = None
+        for reach, (right, up) in itertools.product((6, 12, 20), ((1, 0), (1, 1), (1, -1), (-1, 0), (-1, 1), (-1, -1))):
+            note = ax.annotate(
+                text, (x, y), xytext=(right * reach, up * reach), textcoords="offset points", fontsize=6,
+                color=colour, ha="left" if right > 0 else "right", va="center",
+            )  # fmt: skip
+            box = note.get_window_extent(ax.figure.canvas.get_renderer()).padded(1)
+            faults = sum(box.overlaps(other) for other in taken) + sum(box.contains(*mark) for mark in marks)
+            faults += not (frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1)
+            if best is None or faults < best[0]:
+                if best is not None:
+                    best[1].remove()
+                best = (faults, note, box)
+            else:
+                note.remove()
+            if best[0] == 0:
+                break
+        taken.append(best[2])
