@@ -36,6 +36,11 @@ class MixerMaps:
     bits: np.ndarray
     _inner: list[Tensor]
 
+    @property
+    def latents_of_a_group(self) -> int:
+        """How many latents a group has, those in the padding included."""
+        return self.grid[0] * self.grid[1] * self.config.M // self.config.groups[0]
+
     def inner(self, layer: int, slot: int, place: tuple[int, int]) -> np.ndarray:
         """Where the token of a slot at a place (row, column) looks inside its group.  ->  [heads, rows, columns]
 

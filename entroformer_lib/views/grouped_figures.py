@@ -179,6 +179,12 @@ def cross_shares(cross: np.ndarray, order: list[tuple[int, int, int]]) -> pd.Dat
     return pd.DataFrame(100 * sums.reshape(-1, len(kinds)) / max(G - 2, 1), index, kinds)
 
 
+def even_attention(cross: np.ndarray) -> np.ndarray:
+    """What `cross` would be if each slot looked at all that it may see alike."""
+    G = cross.shape[-1]
+    return np.broadcast_to(np.tril(np.ones((G, G))) / np.arange(1, G + 1)[:, None], cross.shape)
+
+
 @styled
 def inner_maps(picture: Image.Image, maps: list[np.ndarray], place: tuple[int, int]) -> Figure:
     """Where one token looks inside its group, over the picture: a row for each layer, a column for each head.
@@ -230,6 +236,15 @@ def bits_of_groups(bits: np.ndarray, order: list[tuple[int, int, int]], latents:
     ax.set(xlabel="group, and its phase (row, column)", ylabel="bits per latent")
     ax.legend(ncols=min(4, len(named)), loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
+
+
+def bits_of_phases(bits: np.ndarray, order: list[tuple[int, int, int]]) -> pd.DataFrame:
+    """Bits of each group in percent of those of the first phase of its slice: a row for each slice, a column for each
+    phase in the order of coding.  bits: [G]"""
+    rows = pd.DataFrame({"slice": [s + 1 for s, _, _ in order], "phase": [p for _, *p in order], "bits": bits})
+    rows["phase"] = rows["phase"].map(lambda phase: f"({phase[0]}, {phase[1]})")
+    table = rows.pivot(index="slice", columns="phase", values="bits")[list(dict.fromkeys(rows["phase"]))]
+    return 100 * table.div(table.iloc[:, 0], axis=0)
 
 
 # ---- the context cache ----

@@ -8,6 +8,7 @@ import itertools
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from entroformer_lib.errors import DataError
 from entroformer_lib.views import paper_data
@@ -61,12 +62,12 @@ def groups_curve(rows: pd.DataFrame, lines: dict[str, float] | None = None) -> F
     means = rows.groupby("groups")["bpp"].mean()
     place = {G: i for i, G in enumerate(means.index)}
     ax.plot(rows["groups"].map(place), rows["bpp"], "o", color=COLOURS[0], markersize=4, alpha=0.7)
-    ax.plot(range(len(means)), means, color=COLOURS[0], label="GroupedMixer")
+    ax.plot(range(len(means)), means, color=COLOURS[0])
     kinds = rows.drop_duplicates("groups").set_index("groups")
     names = [f"{G}\n{kinds.loc[G, 'slices']} x {kinds.loc[G, 'phases']}" for G in means.index]
     ax.set_xticks(range(len(means)), names)
     most, values = len(means) - 0.7, [*rows["bpp"], *(lines or {}).values()]
-    ends = []
+    ends = [(means.iloc[-1], len(means) - 1, "GroupedMixer", COLOURS[0])]
     for colour, dashes, (name, bpp) in zip(GREYS, ("--", ":", "-."), (lines or {}).items(), strict=False):
         ax.axhline(bpp, color=colour, linestyle=dashes, linewidth=1)
         ends.append((bpp, most, name, colour))
@@ -74,7 +75,6 @@ def groups_curve(rows: pd.DataFrame, lines: dict[str, float] | None = None) -> F
     label_ends(ax, ends, most, gap=room / 12)
     ax.set(xlim=(-0.3, most), ylim=(min(values) - 0.08 * room, max(values) + 0.08 * room))
     ax.set(xlabel="number of groups G\nchannel slices x phases", ylabel="bits per pixel, estimated")
-    ax.legend()
     ax.grid(axis="y", alpha=0.25, linewidth=0.5)
     return figure
 
@@ -144,7 +144,15 @@ def tradeoff(points: pd.DataFrame) -> Figure:
         for ax, (seconds, label) in zip(row, kinds.items(), strict=True):
             shown = part[part[seconds] > 0]
             best = front(shown, seconds)
-            ax.plot(best[seconds], best["percent"], "--", color="0.6", linewidth=0.8, zorder=1, label="no model beats")
+            ax.plot(
+                best[seconds],
+                best["percent"],
+                "--",
+                color="0.6",
+                linewidth=0.8,
+                zorder=1,
+                label="none is both faster and smaller",
+            )
             grouped = shown[shown["variant"] == "groupedmixer"].sort_values("groups")
             if len(grouped) > 1:
                 ax.plot(grouped[seconds], grouped["percent"], color=COLOURS[1], linewidth=1, zorder=2)
@@ -153,6 +161,9 @@ def tradeoff(points: pd.DataFrame) -> Figure:
                 ax.plot(getattr(one, seconds), one.percent, MARKERS.get(one.variant, "o"), color=colour, markersize=5)
             ax.axhline(0, color="0.85", linewidth=0.8, zorder=0)
             ax.set(xscale="log", xlabel=label)
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            ax.xaxis.set_minor_formatter(NullFormatter())
             _margins(ax, shown[seconds], shown["percent"])
             ax.grid(alpha=0.2, linewidth=0.5, which="both")
         row[0].set_ylabel("rate against the parallel model, %")
@@ -162,14 +173,16 @@ def tradeoff(points: pd.DataFrame) -> Figure:
     for row, family in zip(axes, families, strict=True):
         for ax, seconds in zip(row, kinds, strict=True):
             part = points[(points["family"] == family) & (points[seconds] > 0)]
-            _label_points(ax, [(getattr(p, seconds), p.percent, *_label(p)) for p in part.itertuples()])
+            first = part[part["variant"] == "groupedmixer"]["groups"].min()
+            labels = [(getattr(p, seconds), p.percent, *_label(p, p.groups == first)) for p in part.itertuples()]
+            _label_points(ax, labels)
     return figure
 
 
-def _label(point) -> tuple[str, str]:
-    """Text and colour."""
+def _label(point, first: bool) -> tuple[str, str]:
+    """Text and colour; of several GroupedMixers only the first says what it is."""
     if point.variant == "groupedmixer":
-        return f"GroupedMixer, G = {point.groups:.0f}", COLOURS[1]
+        return f"{'GroupedMixer, ' * first}G = {point.groups:.0f}", COLOURS[1]
     return NAMES.get(point.variant, point.model), VARIANT_COLOURS.get(point.variant, "0.2")
 
 
@@ -186,22 +199,23 @@ def _label_points(ax, points: list[tuple[float, float, str, str]]) -> None:
     """Text beside each point, where it covers no other point and no other text.  points: (x, y, text, colour)"""
     marks = [ax.transData.transform((x, y)) for x, y, _, _ in points]
     frame, taken = ax.get_window_extent(), []
+    sides = ((1, 0), (1, 1), (1, -1), (0, 1), (0, -1), (-1, 0), (-1, 1), (-1, -1))
+    back = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.3}
     for x, y, text, colour in points:
-        best = None
-        for reach, (right, up) in itertools.product((6, 12, 20), ((1, 0), (1, 1), (1, -1), (-1, 0), (-1, 1), (-1, -1))):
+        tried = []
+        for reach, (right, up) in itertools.product((6, 9, 14, 20), sides):
             note = ax.annotate(
                 text, (x, y), xytext=(right * reach, up * reach), textcoords="offset points", fontsize=6,
-                color=colour, ha="left" if right > 0 else "right", va="center",
+                color=colour, ha=("right", "center", "left")[right + 1], va="center", bbox=back,
             )  # fmt: skip
-            box = note.get_window_extent(ax.figure.canvas.get_renderer()).padded(1)
+            box = note.get_window_extent().padded(1)
             faults = sum(box.overlaps(other) for other in taken) + sum(box.contains(*mark) for mark in marks)
             faults += not (frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1)
-            if best is None or faults < best[0]:
-                if best is not None:
-                    best[1].remove()
-                best = (faults, note, box)
-            else:
-                note.remove()
-            if best[0] == 0:
+            tried.append((faults, note, box))
+            if not faults:
                 break
+        best = min(tried, key=lambda one: one[0])
+        for one in tried:
+            if one is not best:
+                one[1].remove()
         taken.append(best[2])
