@@ -54,7 +54,7 @@ def decoding(counts: Counts, orders: Iterable[str] = tuple(ORDERS), size: tuple[
     )
     figure.update_yaxes(ticktext=[f"slice {s + 1}" for s in range(counts[0])], col=1)
     figure.update_layout(
-        width=860, height=200 + 22 * (size[0] + 1) * counts[0], template="plotly_white", margin={"t": 60, "l": 60},
+        width=860, height=200 + 22 * (size[0] + 1) * counts[0], template="plotly_white", margin={"t": 80, "l": 60},
         legend={"orientation": "h", "x": 0.5, "xanchor": "center", "y": -0.08, "yanchor": "top"},
         updatemenus=[_buttons()], sliders=[_slider(names)],
     )  # fmt: skip

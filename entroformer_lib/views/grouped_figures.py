@@ -126,7 +126,8 @@ def inner_windows(grid: tuple[int, int], side: int, place: tuple[int, int]) -> F
 
 @styled
 def cross_maps(cross: np.ndarray, every: int = 4) -> Figure:
-    """How much each slot looks at earlier ones, for each layer and head, the mean over places.
+    """How much each slot looks at earlier ones, for each layer and head, the mean over places. Groups are counted from
+    1; S is the learned start.
 
     Args:
         cross: [layers, heads, G, G]: layer, head, slot that looks, slot looked at.
@@ -137,17 +138,19 @@ def cross_maps(cross: np.ndarray, every: int = 4) -> Figure:
     figure, axes = new_figure(TWO_COLUMNS, layers * panel + 0.5, layers, heads, squeeze=False, sharex=True, sharey=True)
     later = np.triu(np.ones((G, G), dtype=bool), 1)
     norm = PowerNorm(0.5, 0, 1)
+    firsts = list(range(0, G, every))
     for (layer, head), ax in np.ndenumerate(axes):
         image = ax.imshow(np.where(later, np.nan, cross[layer, head]), cmap=SEQUENTIAL, norm=norm)
-        for at in range(every, G, every):
-            ax.plot([-0.5, at - 0.5], [at - 0.5] * 2, color="w", linewidth=0.5)
-            ax.plot([at - 0.5] * 2, [at - 0.5, G - 0.5], color="w", linewidth=0.5)
-        ax.set(xticks=range(0, G, every), yticks=range(0, G, every))
+        for at in firsts:  # slot i predicts group i, and slot i + 1 holds it
+            ax.plot([-0.5, at + 0.5], [at - 0.5] * 2, color="w", linewidth=0.5)
+            ax.plot([at + 0.5] * 2, [at + 0.5, G - 0.5], color="w", linewidth=0.5)
+        ax.set_xticks([0, *(at + 1 for at in firsts if at + 1 < G)], ["S", *(at + 1 for at in firsts if at + 1 < G)])
+        ax.set_yticks(firsts, [at + 1 for at in firsts])
         ax.set_title(f"layer {layer}, head {head}")
     for ax in axes[-1]:
-        ax.set_xlabel("slot looked at")
+        ax.set_xlabel("group looked at")
     for ax in axes[:, 0]:
-        ax.set_ylabel("slot that looks")
+        ax.set_ylabel("group predicted")
     bar = figure.colorbar(image, ax=axes, pad=0.02)
     bar.set_ticks([0, 0.05, 0.25, 0.5, 1])
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1))
@@ -159,11 +162,11 @@ def cross_maps(cross: np.ndarray, every: int = 4) -> Figure:
 def cross_shares(cross: np.ndarray, order: list[tuple[int, int, int]]) -> pd.DataFrame:
     """Of what a cross mixer's attention consists, in percent, the mean over the slots after the first two.
 
-    cross: [layers, heads, G, G]; order: of `group_order`. A row for each layer and head: the own slot (which holds the
-    group before), the start, and of the other slots those which hold the predicted slice, the predicted phase, neither.
+    cross: [layers, heads, G, G]; order: of `group_order`. A row for each layer and head: the last group (which the own
+    slot holds), the start, and of the other groups those of the predicted slice, of the predicted phase, of neither.
     """
     layers, heads, G, _ = cross.shape
-    kinds = ("own slot", "start", "same slice", "same phase", "neither")
+    kinds = ("last group", "start", "same slice", "same phase", "neither")
     sums = np.zeros((layers, heads, len(kinds)))
     for slot in range(2, G):
         for other in range(slot + 1):
