@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
 from entroformer_lib.errors import DataError
 from entroformer_lib.views import paper_data
@@ -196,20 +197,22 @@ def _margins(ax, seconds: pd.Series, percent: pd.Series) -> None:
 
 
 def _label_points(ax, points: list[tuple[float, float, str, str]]) -> None:
-    """Text beside each point, where it covers no other point and no other text.  points: (x, y, text, colour)"""
-    marks = [ax.transData.transform((x, y)) for x, y, _, _ in points]
-    frame, taken = ax.get_window_extent(), []
+    """Text beside each point, where it covers no point, no other text and, if it can be, no line.
+
+    points: (x, y, text, colour)
+    """
+    marks = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in (ax.transData.transform(p[:2]) for p in points)]
+    curves, frame, taken = _pixels_of_lines(ax), ax.get_window_extent(), []
     sides = ((1, 0), (1, 1), (1, -1), (0, 1), (0, -1), (-1, 0), (-1, 1), (-1, -1))
-    back = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.3}
     for x, y, text, colour in points:
         tried = []
         for reach, (right, up) in itertools.product((6, 9, 14, 20), sides):
             note = ax.annotate(
                 text, (x, y), xytext=(right * reach, up * reach), textcoords="offset points", fontsize=6,
-                color=colour, ha=("right", "center", "left")[right + 1], va="center", bbox=back,
+                color=colour, ha=("right", "center", "left")[right + 1], va="center",
             )  # fmt: skip
             box = note.get_window_extent().padded(1)
-            faults = sum(box.overlaps(other) for other in taken) + sum(box.contains(*mark) for mark in marks)
+            faults = sum(box.overlaps(other) for other in (*taken, *marks)) + 0.5 * bool(box.count_contains(curves))
             faults += not (frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1)
             tried.append((faults, note, box))
             if not faults:
@@ -219,3 +222,13 @@ def _label_points(ax, points: list[tuple[float, float, str, str]]) -> None:
             if one is not best:
                 one[1].remove()
         taken.append(best[2])
+
+
+def _pixels_of_lines(ax) -> np.ndarray:
+    """Places on the curves of a panel, [n, 2]; level lines do not count."""
+    found, steps = [np.empty((0, 2))], np.linspace(0, 1, 50)[:, None]
+    for line in ax.lines:
+        if line.get_transform() == ax.transData:
+            corners = ax.transData.transform(line.get_xydata())
+            found += [a + (b - a) * steps for a, b in itertools.pairwise(corners)]
+    return np.concatenate(found)
