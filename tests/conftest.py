@@ -17,7 +17,7 @@ from entroformer_lib.models.zoo import save_weights
 collect_ignore = [] if browser_path() else ["test_browser.py"]
 
 MICRO = dict(N=16, M=24, Z=12, dim=24, heads=2, top_k=6, hyper_top_k=(6, 6, 6), context_layers=2)
-VARIANTS = ("serial", "parallel", "hyperprior", "context", "cnn", "groupedmixer")
+VARIANTS = ("serial", "parallel", "hyperprior", "context", "cnn", "minnen", "groupedmixer")
 
 
 def micro_model(variant: str = "parallel", preset: str = "paper", seed: int = 0, **overrides) -> Entroformer:

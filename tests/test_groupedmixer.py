@@ -235,6 +235,21 @@ def test_lists_by_loops_and_by_tensors(empty, threads, monkeypatch):
     assert torch.equal(ours, integer_mixers.by_tensors(q, k, v, listed, extra))
 
 
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("grid", [(8, 8), (16, 15), (5, 11), (3, 2)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_whole_windows_and_lists_of_tokens(slots, grid, threads, monkeypatch):
+    model = small()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x = torch.randn(1, slots, grid[0] * grid[1], model.config.dim)
+    for pair in model.context_model.pairs:  # the second one's windows are shifted
+        mixer = integer_mixers.IntegerWindow(pair.inner, pair.norm1)
+        whole = mixer(x, grid)
+        with monkeypatch.context() as lists:
+            lists.setattr(integer_mixers, "MOST_TOKENS", 0)
+            assert torch.equal(whole, mixer(x, grid))
+
+
 @pytest.mark.parametrize("fields", [{}, {"inner": "top_k"}, {"groups": (1, 2, 2), "lmbdas": (0.01, 0.02)}])
 def test_a_picture_comes_back(fields, photo):
     model = small(**fields)

@@ -355,15 +355,53 @@ def attend_listed(q_high, q_low, q_scale, k_high, k_low, k_scale, v_high, v_low,
                 out[i, first + c] = joined(high[c], cross[c]) / f32(total)
 
 
+@loop
+def weights_of_windows(high, cross, q_scale, k_scale, index, bucket, products, w_high, w_low, total):
+    """Sums of digits to softmax weights, for all pairs of a window's tokens, all heads.
+
+    high, cross: float32 [W, heads, s, s], integers; q_scale, k_scale: [n]; index: int64 [W, s], numbers of tokens, -1
+    for none; bucket: int16 [s, s] and products: [heads, n, buckets]  ->  w_high, w_low: float32 [W, heads, s, s],
+    integers; total: float32 [W, heads, s]
+    """
+    W, heads, s, _ = high.shape
+    scores = np.empty(s, dtype=f32)
+    for i in range(W):
+        for h in range(heads):
+            for a in range(s):
+                t = index[i, a]
+                if t < 0:
+                    w_high[i, h, a, :] = f32(0)
+                    w_low[i, h, a, :] = f32(0)
+                    total[i, h, a] = f32(1)
+                    continue
+                factor = q_scale[t] * f32(256)
+                most = f32(-np.inf)
+                for b in range(s):
+                    u = index[i, b]
+                    scores[b] = f32(-np.inf)
+                    if u >= 0:
+                        joint = high[i, h, a, b] * f32(256) + cross[i, h, a, b]
+                        scores[b] = joint * factor * k_scale[u] + products[h, t, bucket[a, b]]
+                    most = max(most, scores[b])
+                sum_of_weights = i32(0)
+                for b in range(s):
+                    w = i32(np.rint(exp_of_negative(scores[b] - most) * f32(PEAK)))  # 0 where there is no token
+                    sum_of_weights = i32(sum_of_weights + w)
+                    upper = i32((w + i32(128)) >> i32(8))
+                    w_high[i, h, a, b] = f32(upper)
+                    w_low[i, h, a, b] = f32(i32(w - i32(256) * upper))
+                total[i, h, a] = f32(sum_of_weights)
+
+
 @functools.cache
 def _pool(threads: int) -> concurrent.futures.ThreadPoolExecutor:
     return concurrent.futures.ThreadPoolExecutor(threads)
 
 
-def in_threads(work, count: int) -> None:
-    """work(start, stop) over parts of range(count), one for each of torch's threads; the loops release Python's
-    lock."""
-    threads = max(1, min(torch.get_num_threads(), count // 16))
+def in_threads(work, count: int, least: int = 16) -> None:
+    """work(start, stop) over parts of range(count), one for each of torch's threads, of at least so many each; the
+    loops release Python's lock."""
+    threads = max(1, min(torch.get_num_threads(), count // least))
     if threads == 1:
         return work(0, count)
     edges = [count * i // threads for i in range(threads + 1)]

@@ -28,6 +28,7 @@ class EntroformerConfig:
     # grouped: GroupedMixer, its own fields below
     context: Context = "serial"
     hyperprior: bool = True  # False leaves only the context model (Figure 5, right)
+    hyper: Literal["transformer", "cnn"] = "transformer"  # layers of h_a and h_s; cnn: as Minnen et al. (2018)
 
     # Sizes (Table 5)
     N: int = 192  # channels inside g_a and g_s
@@ -100,10 +101,13 @@ class EntroformerConfig:
     @property
     def variant(self) -> str:
         """`serial`, `parallel`, `cnn`, `groupedmixer`, `hyperprior` (no context), or `context-serial` and so on (no
-        hyperprior)."""
-        if self.context in ("none", "grouped"):
-            return {"none": "hyperprior", "grouped": "groupedmixer"}[self.context]
-        return self.context if self.hyperprior else f"context-{self.context}"
+        hyperprior); `hyperprior-cnn`, `minnen` (context and hyperprior CNNs) and so on with the hyperprior as a CNN."""
+        if not self.hyperprior:
+            return f"context-{self.context}"
+        name = {"none": "hyperprior", "grouped": "groupedmixer"}.get(self.context, self.context)
+        if self.hyper == "transformer":
+            return name
+        return "minnen" if self.context == "cnn" else f"{name}-cnn"
 
     def to_json(self) -> str:
         """The config as JSON with sorted keys, so that equal configs give equal text."""
@@ -113,6 +117,8 @@ class EntroformerConfig:
             del values["lmbdas"]
         if not self.rate_aware:
             del values["rate_aware"]
+        if self.hyper == "transformer":
+            del values["hyper"]
         if self.context != "grouped":
             for name in GROUPED_FIELDS:
                 del values[name]
@@ -185,14 +191,19 @@ VARIANTS = {
     "cnn": dict(context="cnn"),
     "hyperprior": dict(context="none"),
     "context": dict(context="serial", hyperprior=False),
+    # What the paper's Figure 5 compares with: everything a CNN, and each half of it alone
+    "minnen": dict(context="cnn", hyper="cnn"),
+    "hyperprior-cnn": dict(context="none", hyper="cnn"),
+    "context-cnn": dict(context="cnn", hyperprior=False),
     "groupedmixer": dict(context="grouped"),
     "groupedmixer-fast": dict(context="grouped"),
     "groupedmixer-large": dict(context="grouped"),
 }
 
-# k_c of GroupedMixer's sizes; with 2 x 2 phases G = 4 k_c. And its pairs of mixers: wide as the rest, they are costly.
+# k_c of GroupedMixer's sizes; with 2 x 2 phases G = 4 k_c. And its pairs of mixers: each runs for G groups, which has
+# k_c times as many tokens as a layer of Entroformer, so there are fewer.
 GROUPED = {
-    "base": ({"groupedmixer": 5, "groupedmixer-fast": 2, "groupedmixer-large": 10}, dict(M=320)),
+    "base": ({"groupedmixer": 5, "groupedmixer-fast": 2, "groupedmixer-large": 10}, dict(M=320, context_layers=4)),
     "study": ({"groupedmixer": 4, "groupedmixer-fast": 2, "groupedmixer-large": 8}, dict(context_layers=4)),
     "tiny": ({"groupedmixer": 3, "groupedmixer-fast": 1, "groupedmixer-large": 6}, dict(context_layers=3)),
 }
@@ -215,7 +226,8 @@ def named_config(name: str, preset: str = "paper", **overrides) -> EntroformerCo
 
     Args:
         name: `{base, study, tiny}-{serial, parallel, cnn, hyperprior, context, groupedmixer}`; GroupedMixer also has
-            `-groupedmixer-fast` and `-groupedmixer-large`, with fewer and more groups.
+            `-groupedmixer-fast` and `-groupedmixer-large`, with fewer and more groups. `minnen` is a CNN throughout,
+            `hyperprior-cnn` and `context-cnn` are its halves.
         preset: `paper` (as written) or `official` (as released).
         overrides: any fields of EntroformerConfig.
 

@@ -26,7 +26,7 @@ from entroformer_lib.models.context import build_context
 from entroformer_lib.models.exact import ExactEntropyModel
 from entroformer_lib.models.gain import Rate, RateGain, RateKnowledge
 from entroformer_lib.models.groupedmixer import GroupedMixer
-from entroformer_lib.models.hyperprior import HyperAnalysis, HyperSynthesis, per_site
+from entroformer_lib.models.hyperprior import build_hyperprior, per_site
 from entroformer_lib.models.priors import FactorizedPrior, GaussianConditional, GaussianPrior, ste_round
 from entroformer_lib.models.transforms import Analysis, Synthesis
 
@@ -110,8 +110,7 @@ class Entroformer(CompressionModel):
         self.gain = RateGain(c.lmbdas, c.M) if c.lmbdas else None
         self.level = (len(c.lmbdas) - 1) / 2  # the middle
         self.rate_knowledge = RateKnowledge(self.gain, c.Z, c.dim) if c.rate_aware else None
-        self.h_a = HyperAnalysis(c) if c.hyperprior else None
-        self.h_s = HyperSynthesis(c) if c.hyperprior else None
+        self.h_a, self.h_s = build_hyperprior(c)
         grouped = c.context == "grouped"
         self.context_model = GroupedMixer(c) if grouped else build_context(c)
         self.entropy_parameters = GroupedParameters(c) if grouped else EntropyParameters(c)

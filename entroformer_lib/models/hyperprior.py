@@ -1,7 +1,10 @@
 """Hyper analysis h_a and hyper synthesis h_s: a small side picture z that says how y varies from place to place.
 
-Three transformer blocks each (Table 5), on grids of 1/16, 1/32 and 1/64 of the picture: between the blocks h_a halves
-the grid with a 3x3 convolution of stride 2, h_s doubles it with a 3x3 convolution and a pixel shuffle.
+The transformer's have three blocks each (Table 5), on grids of 1/16, 1/32 and 1/64 of the picture: between the blocks
+h_a halves the grid with a 3x3 convolution of stride 2, h_s doubles it with a 3x3 convolution and a pixel shuffle.
+
+Those of a CNN, for comparison, have three convolutions each, after Minnen et al. (2018). Transposed 5x5 convolutions of
+stride 2 in theirs are here 3x3 convolutions with a pixel shuffle, which see as far.
 """
 
 from torch import Tensor, nn
@@ -67,3 +70,40 @@ class HyperSynthesis(nn.Module):
         x = self.up[0](self.blocks[0](x))  # [B, D, H/32, W/32]
         x = self.up[1](self.blocks[1](x))  # [B, D, H/16, W/16]
         return self.blocks[2](x)
+
+
+class CnnHyperAnalysis(nn.Sequential):
+    """h_a as a CNN.  y: [B, M, H/16, W/16]  ->  z: [B, Z, H/64, W/64]"""
+
+    def __init__(self, c: EntroformerConfig):
+        super().__init__(
+            nn.Conv2d(c.M, c.dim, 3, padding=1),  # [B, D, H/16, W/16]
+            nn.LeakyReLU(),
+            nn.Conv2d(c.dim, c.dim, 5, stride=2, padding=2),  # [B, D, H/32, W/32]
+            nn.LeakyReLU(),
+            nn.Conv2d(c.dim, c.Z, 5, stride=2, padding=2),  # [B, Z, H/64, W/64]
+        )
+
+
+class CnnHyperSynthesis(nn.Sequential):
+    """h_s as a CNN.  z_hat: [B, Z, H/64, W/64]  ->  hyperprior feature: [B, D, H/16, W/16]"""
+
+    def __init__(self, c: EntroformerConfig):
+        super().__init__(
+            nn.Conv2d(c.Z, 4 * c.dim, 3, padding=1),
+            nn.PixelShuffle(2),  # [B, D, H/32, W/32]
+            nn.LeakyReLU(),
+            nn.Conv2d(c.dim, 4 * c.dim, 3, padding=1),
+            nn.PixelShuffle(2),  # [B, D, H/16, W/16]
+            nn.LeakyReLU(),
+            nn.Conv2d(c.dim, c.dim, 3, padding=1),
+        )
+
+
+def build_hyperprior(c: EntroformerConfig) -> tuple[nn.Module | None, nn.Module | None]:
+    """h_a and h_s as the config wants them."""
+    if not c.hyperprior:
+        return None, None
+    if c.hyper == "cnn":
+        return CnnHyperAnalysis(c), CnnHyperSynthesis(c)
+    return HyperAnalysis(c), HyperSynthesis(c)

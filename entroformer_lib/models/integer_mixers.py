@@ -1,7 +1,8 @@
 """GroupedMixer's mixers in the integers of `integer.py`.
 
-Windows and cross-group attention are the same thing to a query: a short list of keys. So both end in one function,
-`attend_lists`: in compiled loops on a CPU, in tensor operations elsewhere, with the same bits.
+Windows and cross-group attention are the same thing to a query: a short list of keys. So both can end in one function,
+`attend_lists`: in compiled loops on a CPU, in tensor operations elsewhere, with the same bits. The tokens of a window
+share their list, so on a CPU `attend_windows` multiplies whole windows instead, which is faster: the same bits again.
 """
 
 import torch
@@ -21,6 +22,7 @@ from entroformer_lib.models.integer_layers import (
 from entroformer_lib.models.position import grid_sites
 
 QUERIES = 1024  # that the tensor operations take at a time
+MOST_TOKENS = 512  # of a window, for exact sums in float32
 
 
 def attend_lists(q: Digits, k: Digits, v: tuple[Tensor, Tensor], listed: Tensor, extra: Tensor) -> Tensor:
@@ -78,6 +80,44 @@ def by_tensors(q, k, v, listed, extra) -> Tensor:
     return out
 
 
+def attend_windows(q: Digits, k: Digits, v: tuple[Tensor, Tensor], index: Tensor, bucket, products) -> Tensor:
+    """`attend_lists` where tokens share their lists, on a CPU: products of whole windows, in float32, where sums of
+    products of digits over a head or a window of up to MOST_TOKENS are exact.
+
+    Args:
+        q, k, v: as for `attend_lists`, of the same n tokens.
+        index: numbers of a window's tokens, -1 for none: [W, s].
+        bucket, products: relative positions, [s, s] and [heads, n, buckets].
+
+    Returns:
+        [W s, D], in units of value_scale / 256; places without a token hold nothing of meaning.
+    """
+    heads, (W, s) = len(products), index.shape
+    here = index.clamp(min=0)
+
+    def windowed(*digits_of_it: Tensor) -> list[Tensor]:  # [n, D] each  ->  [W, heads, s, d]
+        return [t[here].float().unflatten(2, (heads, -1)).transpose(1, 2) for t in digits_of_it]
+
+    with torch.autocast("cpu", enabled=False):
+        (q_high, q_low), (k_high, k_low), (v_high, v_low) = windowed(*q[:2]), windowed(*k[:2]), windowed(*v)
+        high = q_high @ k_high.transpose(2, 3)  # [W, heads, s, s]
+        cross = torch.cat((q_high, q_low), dim=3) @ torch.cat((k_low, k_high), dim=3).transpose(2, 3)
+        w_high, w_low, total = torch.empty_like(high), torch.empty_like(high), torch.empty(W, heads, s)
+        scales, result = [array(q.scale[:, 0]), array(k.scale[:, 0])], [t.numpy() for t in (w_high, w_low, total)]
+        of_window = [array(t) for t in (high, cross, index)]
+        more = array(bucket), array(products)
+
+        def part(i, j):
+            a, b, numbers = (t[i:j] for t in of_window)
+            compiled.weights_of_windows(a, b, *scales, numbers, *more, *(t[i:j] for t in result))
+
+        compiled.in_threads(part, W, least=8)
+        high = w_high @ v_high  # [W, heads, s, d]
+        cross = torch.cat((w_high, w_low), dim=3) @ torch.cat((v_low, v_high), dim=2)
+        out = high.mul_(256).add_(cross).div_(total[..., None])
+    return out.transpose(1, 2).reshape(W * s, -1)
+
+
 class _Mixer(nn.Module):
     """What both have: projections in digits."""
 
@@ -108,16 +148,22 @@ class IntegerWindow(_Mixer):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         _, S, n, D = x.shape
         index, place = (t.to(x.device) for t in windows(*grid, self.side, self.shift))
-        in_window = place % self.side**2  # [n]
-        listed = index[place // self.side**2]  # [n, side^2]
-        first = torch.arange(S, device=x.device)[:, None, None] * n
-        listed = torch.where(listed < 0, listed, listed + first).flatten(0, 1).to(torch.int32)  # [S n, side^2]
+        first = torch.arange(S, device=x.device)[:, None, None]
+        index = torch.where(index < 0, index, index + first * n)  # [S, windows, side^2], numbers among all S n tokens
+        place = (place + first[:, 0] * index[0].numel()).flatten()  # [S n]
         q, k, v = self.project(x.reshape(S * n, D))
-        sites = grid_sites(self.side, self.side, x.device)
-        buckets = self.relative.buckets(sites, sites)[in_window].long()  # [n, side^2]
         products = self.relative.products(q, self.heads)  # [heads, S n, buckets]
-        extra = products.gather(2, buckets.repeat(S, 1).expand(self.heads, -1, -1))
-        return self.result(attend_lists(q, k, v[:2], listed, extra)).view(1, S, n, D)
+        sites = grid_sites(self.side, self.side, x.device)
+        bucket, index = self.relative.buckets(sites, sites), index.flatten(0, 1)  # [side^2, side^2], [W, side^2]
+        full = index.numel() <= 1.5 * S * n  # shifted windows of a small picture are half empty
+        if x.device.type == "cpu" and full and self.side**2 <= MOST_TOKENS:
+            looked = attend_windows(q, k, v[:2], index, bucket, products)[place]
+        else:
+            listed = index[place // self.side**2].to(torch.int32)  # [S n, side^2]
+            buckets = bucket[place % self.side**2].long()  # [S n, side^2]
+            extra = products.gather(2, buckets.expand(self.heads, -1, -1))
+            looked = attend_lists(q, k, v[:2], listed, extra)
+        return self.result(looked).view(1, S, n, D)
 
 
 class IntegerCross(_Mixer):

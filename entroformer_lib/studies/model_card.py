@@ -26,7 +26,13 @@ CURVE_POINTS = 60
 
 
 def publish(
-    run: Positional[Path], name: Positional[str], kodak: Path, data: str = "", limits: str = "", before: str = ""
+    run: Positional[Path],
+    name: Positional[str],
+    kodak: Path,
+    data: str = "",
+    limits: str = "",
+    before: str = "",
+    lmbdas: tuple[float, ...] = (),
 ) -> None:
     """Writes data/weights/NAME.safetensors, NAME.md and data/results/NAME-kodak.json.
 
@@ -37,6 +43,7 @@ def publish(
         data: What it was trained on, in words.
         limits: A sentence on what it is not good for.
         before: What had been trained before this run, where it began from other weights.
+        lmbdas: Measure a model of variable rate at these alone; by default at all that it serves.
     """
     trained = load_model(run / "weights.safetensors", "cpu")
     card = {**trained.card, "trained_on": data, "limits": limits, "before": before}
@@ -44,6 +51,7 @@ def publish(
     if card["training"].get("latents"):
         card["training"]["latents"] = "runs/latents"
     card["curve"] = training_curve(run / "log.jsonl")
+    card["lmbdas"], card["measured_at"] = list(trained.config.lmbdas), list(lmbdas or trained.config.lmbdas)
     _measure_and_write(trained, card, name, kodak)
 
 
@@ -64,11 +72,16 @@ def _measure_and_write(trained: Entroformer, card: dict, name: str, kodak: Path)
     model = load_model(weights)
     paths = {path.stem: path for path in pictures_to_test(kodak)}
     done = data_folder() / "results" / f"{name}-kodak.json.rows"
-    rows = [_with_jpeg(row, paths) for row in measure(tasks_of(str(weights), paths.values()), done, report=_tell)]
+    tasks = tasks_of(str(weights), paths.values())
+    if card.get("measured_at"):
+        tasks = [task for task in tasks if task.setting in card["measured_at"]]
+    rows = [_with_jpeg(row, paths) for row in measure(tasks, done, report=_tell)]
     points = {lmbda: _mean([row for row in rows if row["lmbda"] == lmbda]) for lmbda in {row["lmbda"] for row in rows}}
     record = provenance(model, seed=card["training"]["seed"])
     mean = points[None] if None in points else {f"{lmbda:g}": points[lmbda] for lmbda in sorted(points)}
-    result = {"images": rows, "mean": mean, "optimised_for": card["metric"], "provenance": record}
+    about = {"optimised_for": card["metric"], "variant": model.config.variant}
+    about["transforms"] = card["training"].get("transforms")  # whose they are, where they were kept
+    result = {"images": rows, "mean": mean, **about, "provenance": record}
     write_bytes(data_folder() / "results" / f"{name}-kodak.json", json.dumps(result, indent=1).encode())
 
     card["kodak"] = {**mean, "images": len(rows), "date": record["date"]}
@@ -146,7 +159,7 @@ def card_text(name: str, card: dict, rows: list[dict]) -> str:
         f"- Trained on: {card['trained_on']}",
         *([f"- Transforms: those of {training['transforms']}, kept; trained on latents"] if frozen else []),
         f"- Goal: {'rate' if frozen else training['metric']}, lmbda "
-        + (", ".join(f"{v:g}" for v in points if v) or f"{card['lmbda']:g}"),
+        + (", ".join(f"{v:g}" for v in card.get("lmbdas") or points if v) or f"{card['lmbda']:g}"),
         f"- Command (DATA is the folder of the pictures): `{training_command(training)}`",
         *([f"- Before this run: {card['before']}"] if card.get("before") else []),
         f"- Device and time: {card['device']}, {card['train_seconds'] / 60:.0f} minutes",

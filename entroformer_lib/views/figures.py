@@ -146,6 +146,28 @@ def per_picture(rows: list[dict], rate: str, other: str, title: str = "") -> Fig
 
 
 @styled
+def who_gains(table, columns: dict[str, str], label: str = "rate saved, %") -> Figure:
+    """What each picture saves, against several of its properties, with Spearman's rank correlations.
+
+    Args:
+        table: a row for each picture: image, saving_percent, and the properties.
+        columns: {property: how the axis calls it}.
+    """
+    figure, axes = new_figure(TWO_COLUMNS, 2.7, 1, len(columns), sharey=True, squeeze=False)
+    for ax, (column, words) in zip(axes[0], columns.items(), strict=True):
+        ax.scatter(table[column], table["saving_percent"], s=12, color=COLOURS[0])
+        for row in table.to_dict("records"):
+            name = row["image"].removeprefix("kodim")
+            place = (row[column], row["saving_percent"])
+            ax.annotate(name, place, xytext=(2, 2), textcoords="offset points", fontsize=6, color="0.35")
+        rho = table[column].corr(table["saving_percent"], method="spearman")
+        ax.set(xlabel=words, title=f"rank correlation {rho:+.2f}")
+        ax.axhline(0, color="0.6", linewidth=0.8)
+    axes[0, 0].set_ylabel(label)
+    return figure
+
+
+@styled
 def differences(names: list[str], percent: list[float], spread: float | None = None, label: str = "") -> Figure:
     """Horizontal bars of differences from a baseline in percent; the grey band is what another seed changes."""
     figure, axes = new_figure(TWO_COLUMNS * 0.75, 0.25 * len(names) + 0.7)

@@ -32,6 +32,8 @@ from entroformer_lib.views.paper_data import (
     masking_data,
     rate_distortion_comparison,
     rate_distortion_data,
+    same_transforms_comparison,
+    same_transforms_data,
     table1_comparison,
     table1_data,
     table2_comparison,
@@ -54,6 +56,7 @@ from entroformer_lib.views.paper_figures import (
     masking_by_distance,
     masking_maps,
     rate_distortion_figure,
+    same_transforms,
     table_figure,
 )
 
@@ -97,6 +100,8 @@ ITEMS = (
          claim="not in the paper"),
     Item("figure05_rate_distortion", "Rate and PSNR on Kodak", "*-kodak.json",
          rate_distortion_data("psnr", FEW_CURVES), rate_distortion_figure("PSNR, dB"), rate_distortion_comparison),
+    Item("figure05_variants", "Rate of entropy models behind the same transforms", "*-kodak.json",
+         same_transforms_data, same_transforms, same_transforms_comparison),
     Item("figure06_clipping_distance", "Saving against the clipping distance h", "ablation*.json", figure6_data,
          figure6, figure6_comparison),
     Item("figure07_top_k", "Learning curves for several k", "ablation*.json", figure7_data, figure7,

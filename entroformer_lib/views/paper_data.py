@@ -4,6 +4,8 @@ For each figure or table a function `…_data` reads data/results (None where th
 `…_comparison` puts numbers of it beside published ones (data/reference). The results and their columns:
 
     *-kodak.json             `mean`, or one for each lambda: bpp, psnr_db, ms_ssim         (figures 5, 11, 12)
+                             `transforms`: whose were kept; of such models, the serial one stands in figures 5 left and
+                             11, and all of them in 5 right
     position_masking.json    of studies/position_masking.py                                (figure 3)
     latency.json             of studies/latency.py                                         (table 2)
     model_sizes.json         of studies/model_sizes.py                                     (table 6)
@@ -25,6 +27,7 @@ import numpy as np
 import pandas as pd
 
 from entroformer_lib.files import data_folder
+from entroformer_lib.studies.same_transforms import WORDS, against, saved_rates
 
 AUTHORS = "Entroformer, serial (authors)"
 POSITIONS = ("none", "absolute", "relative_1d", "relative_2d", "diamond")
@@ -127,6 +130,8 @@ def rate_distortion_data(metric: str, published: tuple[str, ...]) -> Callable[[]
             mean = saved.get("mean", {})
             if metric == "psnr" and saved.get("optimised_for") == "ms-ssim":
                 continue
+            if saved.get("transforms") and saved["variant"] != "serial":
+                continue  # a cloud of curves that differ by percents: figure 5 right
             points = [mean] if "bpp" in mean else list(mean.values())
             key = "psnr_db" if metric == "psnr" else "ms_ssim"
             label = path.stem.removesuffix("-kodak")
@@ -145,6 +150,35 @@ def rate_distortion_data(metric: str, published: tuple[str, ...]) -> Callable[[]
         return data
 
     return read
+
+
+BASE = "minnen"  # what figure 5 right compares with: context and hyperprior are CNNs
+CLAIMS = (  # variant, compared with, percent saved "at low bit rates" (section 4.2)
+    ("serial", "minnen", 5.2),
+    ("hyperprior", "hyperprior-cnn", 12.4),
+    ("context-serial", "context-cnn", 11.3),
+    ("parallel", "serial", -1.0),
+)
+
+
+def same_transforms_data() -> pd.DataFrame | None:
+    """variant, lmbda, psnr_db, base_bpp, bpp, percent of BASE, label: a row for each model and lambda."""
+    rates = saved_rates()
+    if not (rates["variant"] == BASE).any():
+        return None
+    data = against(rates, BASE)
+    return data.assign(label=data["variant"].map(WORDS))
+
+
+def same_transforms_comparison(data: pd.DataFrame) -> list[Comparison]:
+    """What the paper says of figure 5, at the lower half of our lambdas (its "low bit rates")."""
+    low = data[data["lmbda"] <= data["lmbda"].median()].pivot(index="lmbda", columns="variant", values="bpp")
+    found = []
+    for variant, base, published in CLAIMS:
+        if variant in low and base in low:
+            saved = float((100 * (1 - low[variant] / low[base])).mean())
+            found.append(Comparison(f"saved by {WORDS[variant]} over {WORDS[base]}", published, saved, "%"))
+    return found
 
 
 def rate_distortion_comparison(data: pd.DataFrame) -> list[Comparison]:

@@ -139,6 +139,40 @@ def rate_distortion_figure(quality: str) -> Callable[[pd.DataFrame], Figure]:
     return draw
 
 
+LINES = {  # variant of figure 5 right: colour, marker, dashes
+    "minnen": ("0.3", "s", "-"),
+    "cnn": (COLOURS[1], "D", "-"),
+    "serial": (COLOURS[0], "o", "-"),
+    "parallel": (COLOURS[4], "v", "-"),
+    "groupedmixer": (COLOURS[2], "^", "-"),
+    "hyperprior-cnn": ("0.3", "s", "--"),
+    "hyperprior": (COLOURS[0], "o", "--"),
+    "context-cnn": ("0.3", "s", ":"),
+    "context-serial": (COLOURS[0], "o", ":"),
+}
+
+
+@styled
+def same_transforms(data: pd.DataFrame) -> Figure:
+    """Rate against the CNN's at equal pictures: whole entropy models on the left, their halves on the right."""
+    figure, axes = new_figure(TWO_COLUMNS, 3.0, 1, 2)
+    halves = data["label"].str.endswith("alone")
+    for ax, part, title in zip(
+        axes, (data[~halves], data[halves]), ("context and hyperprior", "one alone"), strict=True
+    ):
+        for variant, line in part.groupby("variant", sort=False):
+            colour, marker, dashes = LINES[variant]
+            ax.plot(line["base_bpp"], line["percent"], marker + dashes, color=colour, markersize=4,
+                    label=line["label"].iloc[0].removesuffix(" alone"))  # fmt: skip
+        ax.axhline(0, color="0.3", linewidth=0.6, zorder=0)
+        ax.set(title=title, xlabel="bits per pixel of CNN context with CNN hyperprior")
+        ax.grid(alpha=0.25, linewidth=0.5)
+        if len(part):
+            ax.legend(loc="best")
+    axes[0].set_ylabel("rate against it at equal pictures, %")
+    return figure
+
+
 # ---- grids of the ablation ----
 
 
