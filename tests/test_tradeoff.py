@@ -12,12 +12,12 @@ from entroformer_lib.coding import codec
 from entroformer_lib.errors import DataError, StudyError
 from entroformer_lib.models import config as model_config
 from entroformer_lib.models.zoo import save_weights
-from entroformer_lib.studies import ablation, tradeoff
+from entroformer_lib.studies import ablation, both_systems, same_transforms, tradeoff
 from entroformer_lib.studies.ablation_grids import GRIDS
 from entroformer_lib.studies.ablation_runs import Terms
 from entroformer_lib.studies.latency import STAGES
 from entroformer_lib.training.latents import write_latents
-from entroformer_lib.views import both_systems, paper_data
+from entroformer_lib.views import paper_data
 from entroformer_lib.views import tradeoff as views
 from entroformer_lib.views.ablation_figures import dots
 
@@ -27,9 +27,10 @@ VARIANTS = {"few": dict(groups=(1, 1, 2)), "many": dict(groups=(2, 2, 2)), "para
 
 @pytest.fixture
 def results(tmp_path, monkeypatch) -> Path:
-    """An empty folder of results, which the views read."""
+    """An empty folder of results, which is read."""
     (tmp_path / "data" / "results").mkdir(parents=True)
-    monkeypatch.setattr(paper_data, "data_folder", lambda: tmp_path / "data")
+    for module in (paper_data, same_transforms, both_systems):
+        monkeypatch.setattr(module, "data_folder", lambda: tmp_path / "data")
     return tmp_path / "data" / "results"
 
 
@@ -128,22 +129,22 @@ def test_what_trainings_differ_in():
 
 
 def test_points_are_relative_to_the_parallel_model(saved):
-    points = views.tradeoff_points(saved).set_index("model")
+    points = tradeoff.points(saved).set_index("model")
     rows = {row["model"]: row for row in saved["rows"]}
     for name in VARIANTS:
         assert points.loc[name, "percent"] == pytest.approx(100 * (rows[name]["bpp"] / rows["parallel"]["bpp"] - 1))
         both = rows[name]["context_s"] + rows[name]["parameters_s"]
         assert points.loc[name, "entropy_model_s"] == pytest.approx(both)
     without = {"rows": [row for row in saved["rows"] if row["variant"] != "parallel"]}
-    with pytest.raises(DataError, match="0 parallel models"):
-        views.tradeoff_points(without)
+    with pytest.raises(StudyError, match="0 parallel models"):
+        tradeoff.points(without)
 
 
 def test_means_are_over_pictures_and_families_stay_apart(saved):
     """The same rows once more as another picture of twice the bits, and as another family of three times the bits."""
     more = [{**row, "image": "more", "bpp": 2 * row["bpp"], "decode_s": 3 * row["decode_s"]} for row in saved["rows"]]
     other = [{**row, "family": "shipped", "bpp": 3 * row["bpp"]} for row in saved["rows"]]
-    one, all_of_them = (views.tradeoff_points({"rows": rows}) for rows in (saved["rows"], saved["rows"] + more + other))
+    one, all_of_them = (tradeoff.points({"rows": rows}) for rows in (saved["rows"], saved["rows"] + more + other))
     mine = all_of_them[all_of_them["family"] == "runs"]
     assert np.allclose(mine["bpp"], 1.5 * one["bpp"]) and np.allclose(mine["decode_s"], 2 * one["decode_s"])
     for _, part in all_of_them.groupby("family"):
@@ -151,7 +152,7 @@ def test_means_are_over_pictures_and_families_stay_apart(saved):
 
 
 def test_the_front_is_what_none_beats_in_both(saved):
-    points = views.tradeoff_points(saved)
+    points = tradeoff.points(saved)
     kept = set(views.front(points)["model"])
     for one in points.itertuples():
         beaten = any(
@@ -162,7 +163,7 @@ def test_the_front_is_what_none_beats_in_both(saved):
 
 
 def test_each_model_is_drawn_and_named_once_in_each_panel(saved):
-    points = views.tradeoff_points(saved)
+    points = tradeoff.points(saved)
     figure = views.tradeoff(points)
     assert len(figure.axes) == 2
     for ax, seconds in zip(figure.axes, ("decode_s", "entropy_model_s"), strict=True):
@@ -232,46 +233,57 @@ def test_mixers_are_compared_with_the_whole(grid_results, monkeypatch):
 # ---- both systems side by side ----
 
 
-def kodak_result(path: Path, row: dict, lmbda: str = "0.02") -> None:
-    path.write_text(json.dumps({"mean": {lmbda: {"bpp": row["bpp"], "psnr_db": row["psnr_db"]}}}))
+def kodak_results(folder: Path, rows: list[dict], lmbda: float = 0.02, more: float = 0.0) -> None:
+    """Results as published, at two lambdas, of which the second takes twice the bits; more: dB of the last model."""
+    for row in rows:
+        better = more * (row is rows[-1])
+        image = {"image": row["image"], "psnr_db": row["psnr_db"] + better, "encode_s": 1.0, "decode_s": 1.0}
+        images = [{**image, "lmbda": l, "bpp": k * row["bpp"]} for l, k in ((0.01, 1), (lmbda, 2))]
+        result = {"images": images, "mean": {}, "transforms": "tiny-rates", "variant": row["variant"]}
+        (folder / f"{row['model']}-kodak.json").write_text(json.dumps(result))
+
+
+def published_rows(saved: dict) -> list[dict]:
+    """Rows of the study as those of shipped models: a GroupedMixer, the parallel model and the hyperprior."""
+    names = {"many": "tiny-grouped", "parallel": "tiny-parallel", "hyperprior": "tiny-hyper"}
+    rows = [row for row in saved["rows"] if row["model"] in names]
+    return [{**row, "family": "shipped", "model": names[row["model"]]} for row in rows]
 
 
 def test_the_table_has_the_saved_numbers(saved, results):
-    names = {"few": "tiny-groupedmixer", "parallel": "tiny-parallel", "hyperprior": "tiny-hyperprior"}
-    rows = [{**row, "family": "shipped", "model": names.get(row["model"], "x")} for row in saved["rows"]]
-    for row in rows[:1] + rows[2:]:
-        kodak_result(results / f"{row['model']}-kodak.json", row)
-    table = both_systems.side_by_side()
-    assert list(table["model"]) == ["tiny-hyperprior", "tiny-parallel", "tiny-groupedmixer"]
-    assert table["decode_s"].isna().all()  # not measured yet
+    rows = published_rows(saved)
+    kodak_results(results, rows)
+    assert set(tradeoff.published()) == {row["model"] for row in rows}
+    assert both_systems.side_by_side()["decode_s"].isna().all()  # not measured yet
+    assert "–" in both_systems.in_markdown(both_systems.side_by_side())
     (results / "tradeoff.json").write_text(json.dumps({**saved, "rows": rows}))
-    table = both_systems.side_by_side()
-    text = both_systems.side_by_side_markdown(table)
-    base = next(row for row in rows if row["model"] == "tiny-parallel")
-    for row in rows[:1] + rows[2:]:
-        (line,) = [line for line in text.splitlines() if f"| {row['model']} |" in line]
-        both = row["context_s"] + row["parameters_s"]
-        for part in (
-            f"{100 * (row['bpp'] / base['bpp'] - 1):+.1f}%", f"{row['decode_s']:.2f}", f"{both:.2f}",
-            f"{row['parameters'] / 1e6:.2f} million", f"(data/results/{row['model']}-kodak.json)",
-        ):  # fmt: skip
-            assert part in line
+    text = both_systems.in_markdown(both_systems.side_by_side())
+    base = next(row for row in rows if row["variant"] == "parallel")
+    for row in rows:
+        (line,) = [line for line in text.splitlines() if f"[{row['model']}]" in line]
+        percent, both = 100 * (row["bpp"] / base["bpp"] - 1), row["context_s"] + row["parameters_s"]
+        expected = [same_transforms.WORDS[row["variant"]], f"{percent:+.1f}%", f"{percent:+.1f}% to {percent:+.1f}%"]
+        expected += [f"{row['decode_s']:.2f}", f"{both:.2f}", f"{row['parameters'] / 1e6:.2f}"]
+        expected += [f"[{row['model']}](data/results/{row['model']}-kodak.json)"]
+        assert line == "| " + " | ".join(expected) + " |"
     assert len({line.count("|") for line in text.splitlines()}) == 1
 
 
 def test_other_qualities_and_lambdas_are_no_comparison(saved, results):
-    row = saved["rows"][0]
-    kodak_result(results / "tiny-parallel-kodak.json", row)
-    kodak_result(results / "tiny-serial-kodak.json", {**row, "psnr_db": row["psnr_db"] + 0.1})
-    with pytest.raises(DataError, match="other transforms"):
+    rows = published_rows(saved)
+    kodak_results(results, rows, more=0.1)
+    with pytest.raises(StudyError, match="another quality"):
         both_systems.side_by_side()
-    kodak_result(results / "tiny-serial-kodak.json", row, "0.04")
-    with pytest.raises(DataError, match="different lambdas"):
+    kodak_results(results, rows)
+    kodak_results(results, rows[:1], lmbda=0.04)
+    with pytest.raises(StudyError, match="other lambdas"):
         both_systems.side_by_side()
 
 
-def test_without_results_a_sentence(results, capsys):
+def test_without_results_a_sentence(results, photo_folder, capsys):
     assert views.groups_data() is None and both_systems.side_by_side() is None
     assert views.pending("tradeoff") == "There is no data/results/tradeoff.json yet, so there is no figure here."
     both_systems.main()
-    assert "tiny-parallel-kodak.json" in capsys.readouterr().out
+    assert capsys.readouterr().out.strip() == both_systems.NONE
+    with pytest.raises(StudyError, match="no shipped models"):
+        tradeoff.save(photo_folder)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import pandas as pd
 import torch
 import tyro
 from PIL import Image
@@ -32,9 +33,9 @@ from entroformer_lib.studies.latency import STAGES
 from entroformer_lib.studies.provenance import as_json, provenance
 from entroformer_lib.studies.quality import psnr_db
 from entroformer_lib.studies.rate_distortion import pictures_to_test
+from entroformer_lib.studies.same_transforms import saved_rates
 from entroformer_lib.training.config import RUNTIME_FIELDS
 
-MODELS = ("tiny-hyperprior", "tiny-cnn", "tiny-parallel", "tiny-groupedmixer", "tiny-serial")
 SHIPPED, RUNS = "shipped", "runs"
 SAME_QUALITY = 0.02  # dB: what the rounding of folded gains may change
 FREE = {*RUNTIME_FIELDS, "model", "architecture", "one_way", "seed", "out", "data", "latents", "init"}
@@ -139,6 +140,11 @@ def model_at(name_or_folder: str | Path, lmbda: float) -> Entroformer:
     return model
 
 
+def published() -> tuple[str, ...]:
+    """Names of the shipped models behind the transforms of tiny-rates, as measured on Kodak."""
+    return tuple(saved_rates()["model"].unique())
+
+
 def differences(models: Iterable[Entroformer]) -> list[str]:
     """Names of what else the models' trainings differ in than the model, its fields, the seed and the machine."""
     trainings = [model.card.get("training") or {} for model in models]
@@ -148,7 +154,7 @@ def differences(models: Iterable[Entroformer]) -> list[str]:
 
 def save(
     kodak: Path,
-    models: tuple[str, ...] = MODELS,
+    models: tuple[str, ...] | None = None,
     runs: tuple[Path, ...] = (),
     lmbda: float = 0.02,
     limit: int | None = 4,
@@ -159,7 +165,8 @@ def save(
 
     Args:
         kodak: Folder of the test pictures.
-        models: Names of shipped models with common transforms, one of them parallel; none leaves them out.
+        models: Names of shipped models with common transforms, one of them parallel; by default all that were published
+            behind the transforms of tiny-rates. None after the option leaves them out.
         runs: Folders of finished training runs with common transforms, one of them of the parallel model.
         lmbda: Where all of them code.
         limit: Only the first pictures.
@@ -167,8 +174,10 @@ def save(
         out: Another file.
     """
     keep_freed_memory()
-    names = {SHIPPED: models, RUNS: runs}
+    names = {SHIPPED: published() if models is None else models, RUNS: runs}
     families = {family: [model_at(name, lmbda) for name in those] for family, those in names.items() if those}
+    if not families:
+        raise StudyError("There are no shipped models with common transforms to measure, and no runs were named.")
     pictures = [(p.stem, codec.to_rgb(codec.open_picture(p))[0]) for p in pictures_to_test(kodak, limit)]
     rows = run(families, pictures, repeats)
     result = {
@@ -189,6 +198,33 @@ def _terms(models: list[Entroformer]) -> dict:
         "steps": {model.name: (model.card.get("training") or {}).get("steps") for model in models},
         "weights_sha256": {model.name: weights_digest(model).hex() for model in models},
     }
+
+
+# ---- what is read from the result ----
+
+
+def points(saved: dict) -> pd.DataFrame:
+    """A row for each model: family, model, variant, groups, parameters, bpp and seconds (means over the pictures:
+    decode_s, and entropy_model_s, its stages context and parameters), percent (rate against the family's parallel
+    model).
+
+    saved: tradeoff.json
+
+    Raises:
+        StudyError: a family without a parallel model.
+    """
+    rows = pd.DataFrame(saved["rows"])
+    rows["entropy_model_s"] = rows["context_s"] + rows["parameters_s"]
+    rows["groups"] = rows["groups"].astype(float)
+    keys = ["family", "model", "variant", "groups", "parameters"]
+    columns = ["bpp", "psnr_db", "decode_s", "entropy_model_s"]
+    table = rows.groupby(keys, sort=False, dropna=False)[columns].mean().reset_index()
+    for family, part in table.groupby("family"):
+        reference = part[part["variant"] == "parallel"]["bpp"]
+        if len(reference) != 1:
+            raise StudyError(f"The family '{family}' has {len(reference)} parallel models to compare with, not one.")
+        table.loc[part.index, "percent"] = 100 * (part["bpp"] / float(reference.iloc[0]) - 1)
+    return table
 
 
 if __name__ == "__main__":

@@ -17,13 +17,18 @@ from entroformer_lib.views.style import COLOURS, GREYS, TWO_COLUMNS, label_ends,
 
 NAMES = {
     "hyperprior": "hyperprior alone",
-    "cnn": "convolution",
+    "hyperprior-cnn": "CNN hyperprior alone",
+    "minnen": "CNN context, CNN hyperprior",
+    "cnn": "CNN context",
     "parallel": "Entroformer, parallel",
     "serial": "Entroformer, serial",
     "groupedmixer": "GroupedMixer",
+    "context-cnn": "CNN context alone",
+    "context-serial": "serial context alone",
 }
-MARKERS = {"hyperprior": "v", "cnn": "^", "parallel": "s", "serial": "D", "groupedmixer": "o"}
+MARKERS = {"hyperprior": "v", "hyperprior-cnn": "<", "minnen": ">", "cnn": "^", "parallel": "s", "serial": "D"}
 VARIANT_COLOURS = {"hyperprior": COLOURS[6], "cnn": COLOURS[3], "parallel": COLOURS[0], "serial": COLOURS[2]}
+GROUPED, OTHER = COLOURS[1], "0.35"
 FAMILIES = {"shipped": "shipped models", "runs": "runs of the ablations"}
 
 
@@ -96,30 +101,6 @@ def mixer_dots(rows: pd.DataFrame) -> pd.DataFrame:
 # ---- rate against decoding time ----
 
 
-def tradeoff_points(saved: dict) -> pd.DataFrame:
-    """A row for each model: family, model, variant, groups, parameters, bpp and seconds (means over the pictures:
-    decode_s, and entropy_model_s, its stages context and parameters), percent (rate against the family's parallel
-    model).
-
-    saved: tradeoff.json
-
-    Raises:
-        DataError: a family without a parallel model.
-    """
-    rows = pd.DataFrame(saved["rows"])
-    rows["entropy_model_s"] = rows["context_s"] + rows["parameters_s"]
-    rows["groups"] = rows["groups"].astype(float)
-    keys = ["family", "model", "variant", "groups", "parameters"]
-    columns = ["bpp", "psnr_db", "decode_s", "entropy_model_s"]
-    points = rows.groupby(keys, sort=False, dropna=False)[columns].mean().reset_index()
-    for family, part in points.groupby("family"):
-        reference = part[part["variant"] == "parallel"]["bpp"]
-        if len(reference) != 1:
-            raise DataError(f"The family '{family}' has {len(reference)} parallel models to compare with, not one.")
-        points.loc[part.index, "percent"] = 100 * (part["bpp"] / float(reference.iloc[0]) - 1)
-    return points
-
-
 def front(points: pd.DataFrame, seconds: str = "decode_s") -> pd.DataFrame:
     """The points than which none is both faster and smaller, from the fastest on."""
     kept, least = [], np.inf
@@ -135,7 +116,7 @@ def tradeoff(points: pd.DataFrame) -> Figure:
     """Rate against decoding time, a row of panels for each family: of the whole decoding, and of the entropy model's
     own stages. Left and down is better; the dashed line joins what no other model beats in both.
 
-    points: of `tradeoff_points`
+    points: of `studies.tradeoff.points`
     """
     families = list(dict.fromkeys(points["family"]))
     kinds = {"decode_s": "seconds to decode a picture", "entropy_model_s": "of these in context and parameters, s"}
@@ -156,10 +137,10 @@ def tradeoff(points: pd.DataFrame) -> Figure:
             )
             grouped = shown[shown["variant"] == "groupedmixer"].sort_values("groups")
             if len(grouped) > 1:
-                ax.plot(grouped[seconds], grouped["percent"], color=COLOURS[1], linewidth=1, zorder=2)
+                ax.plot(grouped[seconds], grouped["percent"], color=GROUPED, linewidth=1, zorder=2)
             for one in shown.itertuples():
-                colour = VARIANT_COLOURS.get(one.variant, COLOURS[1])
-                ax.plot(getattr(one, seconds), one.percent, MARKERS.get(one.variant, "o"), color=colour, markersize=5)
+                marker = MARKERS.get(one.variant, "o")
+                ax.plot(getattr(one, seconds), one.percent, marker, color=_colour(one), markersize=5)
             ax.axhline(0, color="0.85", linewidth=0.8, zorder=0)
             ax.set(xscale="log", xlabel=label)
             ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -175,16 +156,22 @@ def tradeoff(points: pd.DataFrame) -> Figure:
         for ax, seconds in zip(row, kinds, strict=True):
             part = points[(points["family"] == family) & (points[seconds] > 0)]
             first = part[part["variant"] == "groupedmixer"]["groups"].min()
-            labels = [(getattr(p, seconds), p.percent, *_label(p, p.groups == first)) for p in part.itertuples()]
+            labels = [
+                (getattr(p, seconds), p.percent, _label(p, p.groups == first), _colour(p)) for p in part.itertuples()
+            ]
             _label_points(ax, labels)
     return figure
 
 
-def _label(point, first: bool) -> tuple[str, str]:
-    """Text and colour; of several GroupedMixers only the first says what it is."""
+def _colour(point) -> str:
+    return GROUPED if point.variant == "groupedmixer" else VARIANT_COLOURS.get(point.variant, OTHER)
+
+
+def _label(point, first: bool) -> str:
+    """Of several GroupedMixers only the first says what it is."""
     if point.variant == "groupedmixer":
-        return f"{'GroupedMixer, ' * first}G = {point.groups:.0f}", COLOURS[1]
-    return NAMES.get(point.variant, point.model), VARIANT_COLOURS.get(point.variant, "0.2")
+        return f"{'GroupedMixer, ' * first}G = {point.groups:.0f}"
+    return NAMES.get(point.variant, point.model)
 
 
 def _margins(ax, seconds: pd.Series, percent: pd.Series) -> None:
