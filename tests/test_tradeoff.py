@@ -238,7 +238,7 @@ def kodak_results(folder: Path, rows: list[dict], lmbda: float = 0.02, more: flo
     for row in rows:
         better = more * (row is rows[-1])
         image = {"image": row["image"], "psnr_db": row["psnr_db"] + better, "encode_s": 1.0, "decode_s": 1.0}
-        images = [{**image, "lmbda": l, "bpp": k * row["bpp"]} for l, k in ((0.01, 1), (lmbda, 2))]
+        images = [{**image, "lmbda": at, "bpp": k * row["bpp"]} for at, k in ((0.01, 1), (lmbda, 2))]
         result = {"images": images, "mean": {}, "transforms": "tiny-rates", "variant": row["variant"]}
         (folder / f"{row['model']}-kodak.json").write_text(json.dumps(result))
 

@@ -13,7 +13,7 @@ import pandas as pd
 from entroformer_lib.errors import StudyError
 from entroformer_lib.files import data_folder
 from entroformer_lib.studies.same_transforms import WORDS, overall, saved_rates
-from entroformer_lib.studies.tradeoff import SAME_QUALITY, points
+from entroformer_lib.studies.tradeoff import SAME_QUALITY, SHIPPED, points
 
 NONE = "No models behind the same transforms as a parallel one are published yet, so there is no table here."
 
@@ -37,7 +37,8 @@ def side_by_side(reference: str = "parallel") -> pd.DataFrame | None:
     columns = ["decode_s", "entropy_model_s", "parameters"]
     measured = pd.DataFrame(columns=["model", *columns])
     if path.is_file():
-        measured = points(json.loads(path.read_text())).query("family == @SHIPPED")[["model", *columns]]
+        every = points(json.loads(path.read_text()))
+        measured = every[every["family"] == SHIPPED][["model", *columns]]
     table = overall(rates, reference).merge(measured, on="model", how="left")
     return table.assign(source="data/results/" + table["model"] + "-kodak.json")
 
