@@ -176,6 +176,17 @@ def test_each_model_is_drawn_and_named_once_in_each_panel(saved):
         assert ax.get_xscale() == "log"
 
 
+def test_labels_of_points_close_together_keep_apart(saved):
+    points = tradeoff.points(saved)
+    near = 1 + 0.02 * np.arange(len(points))
+    points = points.assign(decode_s=near, entropy_model_s=near, percent=0.1 * np.arange(len(points)))
+    for ax in views.tradeoff(points).axes:
+        boxes = [text.get_window_extent() for text in ax.texts]
+        marks = ax.transData.transform(points[["decode_s", "percent"]].to_numpy())
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+        assert not any(box.count_contains(marks) for box in boxes)
+
+
 # ---- grids: rows made by the study itself, at the smallest size ----
 
 
