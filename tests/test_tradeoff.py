@@ -179,7 +179,7 @@ def test_each_model_is_drawn_and_named_once_in_each_panel(saved):
 def test_labels_of_points_close_together_keep_apart(saved):
     points = tradeoff.points(saved)
     near = 1 + 0.02 * np.arange(len(points))
-    points = points.assign(decode_s=near, entropy_model_s=near, percent=0.1 * np.arange(len(points)))
+    points = points.assign(decode_s=near, entropy_model_s=near, percent=0.02 * np.arange(len(points)))
     for ax in views.tradeoff(points).axes:
         boxes = [text.get_window_extent() for text in ax.texts]
         marks = ax.transData.transform(points[["decode_s", "percent"]].to_numpy())
@@ -297,4 +297,4 @@ def test_without_results_a_sentence(results, photo_folder, capsys):
     both_systems.main()
     assert capsys.readouterr().out.strip() == both_systems.NONE
     with pytest.raises(StudyError, match="no shipped models"):
-        tradeoff.save(photo_folder)
+        tradeoff.save(photo_folder, out=results / "tradeoff.json")
