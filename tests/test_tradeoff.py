@@ -178,8 +178,8 @@ def test_each_model_is_drawn_and_named_once_in_each_panel(saved):
 
 def test_labels_of_points_close_together_keep_apart(saved):
     points = tradeoff.points(saved)
-    near = 1 + 0.02 * np.arange(len(points))
-    points = points.assign(decode_s=near, entropy_model_s=near, percent=0.02 * np.arange(len(points)))
+    near = np.array([1, 1, 1.03, 1.03])  # two at one place, two beside them
+    points = points.assign(decode_s=near, entropy_model_s=near, percent=0.0)
     for ax in views.tradeoff(points).axes:
         boxes = [text.get_window_extent() for text in ax.texts]
         marks = ax.transData.transform(points[["decode_s", "percent"]].to_numpy())
