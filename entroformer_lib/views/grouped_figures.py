@@ -1,0 +1,281 @@
+"""How GroupedMixer works, in figures: its groups, what each mixer sees, what the cache saves. No model runs in here."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+from matplotlib.colors import ListedColormap, PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import PercentFormatter
+from PIL import Image
+
+from entroformer_lib.models.groupedmixer import Counts, group_order, windows
+from entroformer_lib.views.style import COLOURS, ONE_COLUMN, SEQUENTIAL, TWO_COLUMNS, new_figure, styled
+
+ORDERS = {
+    "channels": "channels: slice by slice,\ndiagonal phases first",
+    "raster": "raster: slice by slice,\nphases row by row",
+    "sites": "sites: phase by phase,\nin each all slices",
+}
+UNSEEN, SEEN, TOKEN = "0.92", COLOURS[4], COLOURS[1]
+
+
+# ---- groups ----
+
+
+def group_numbers(counts: Counts, order: str, size: tuple[int, int]) -> np.ndarray:
+    """Which group a latent belongs to, counted from 0 in the order of coding.
+
+    size: rows and columns of latents  ->  [k_c, rows, columns]
+    """
+    numbers = np.empty((counts[0], *size), dtype=int)
+    for g, (s, i, j) in enumerate(group_order(counts, order)):
+        numbers[s, i :: counts[1], j :: counts[2]] = g
+    return numbers
+
+
+@styled
+def tiling(counts: Counts, orders: Iterable[str] = tuple(ORDERS)) -> Figure:
+    """A corner of the latents, slice below slice: in each cell the number of its group, counted from 1 as it is coded.
+    A column for each order; a white frame around each k_h x k_w latents.
+    """
+    orders = list(orders)
+    k_c, k_h, k_w = counts
+    size = (2 * k_h, 2 * k_w)
+    panel = TWO_COLUMNS / max(3, len(orders)) - 0.45  # inches wide
+    height = k_c * (panel * size[0] / size[1] * 0.62 + 0.08) + 0.75
+    figure, axes = new_figure(TWO_COLUMNS, height, k_c, len(orders), squeeze=False)
+    G = k_c * k_h * k_w
+    for column, order in enumerate(orders):
+        numbers = group_numbers(counts, order, size)
+        for s, ax in enumerate(axes[:, column]):
+            image = ax.imshow(numbers[s] + 1, cmap=SEQUENTIAL, vmin=1, vmax=G, aspect="auto")
+            for (row, at), number in np.ndenumerate(numbers[s]):
+                colour = "k" if number > 0.6 * (G - 1) else "w"
+                ax.text(at, row, number + 1, ha="center", va="center", color=colour)
+            for row in range(0, size[0], k_h):
+                for at in range(0, size[1], k_w):
+                    ax.add_patch(Rectangle((at - 0.5, row - 0.5), k_w, k_h, fill=False, edgecolor="w", linewidth=2.5))
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+            if column == 0:
+                ax.set_ylabel(f"slice {s + 1}")
+        axes[0, column].set_title(ORDERS.get(order, order))
+    for ax in axes[-1]:
+        ax.set_xlabel("columns of latents")
+    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar.set_ticks(sorted({1, (1 + G) // 2, G}))
+    bar.set_label("group, in the order of coding")
+    bar.outline.set_visible(False)
+    return figure
+
+
+# ---- the inner mixer's windows ----
+
+
+def seen_in_windows(grid: tuple[int, int], side: int, place: tuple[int, int], layers: Iterable[int]) -> np.ndarray:
+    """The places of a group from which something reaches the token at `place` through inner mixers one after the other.
+
+    grid: rows and columns of the group; side: of a window; layers: their numbers, first to last  ->  bool [rows,
+    columns]
+    """
+    seen = np.zeros(grid[0] * grid[1], dtype=bool)
+    seen[place[0] * grid[1] + place[1]] = True
+    for layer in reversed(list(layers)):
+        for window in windows(*grid, side, side // 2 * (layer % 2))[0].numpy():
+            inside = window[window >= 0]
+            seen[inside] |= seen[inside].any()
+    return seen.reshape(grid)
+
+
+@styled
+def inner_windows(grid: tuple[int, int], side: int, place: tuple[int, int]) -> Figure:
+    """Windows of the inner mixer in even and odd layers, and what a token sees through both.
+
+    grid: rows and columns of a group; place: of the token
+    """
+    figure, axes = new_figure(TWO_COLUMNS, TWO_COLUMNS / 3 * grid[0] / grid[1] + 0.75, 1, 3, sharey=True)
+    panels = (
+        ("windows of layers 0, 2, …", (0,)),
+        ("windows of layers 1, 3, …", (1,)),
+        ("layer 0, then layer 1", (0, 1)),
+    )
+    colours = ListedColormap([UNSEEN, SEEN, TOKEN])
+    for ax, (title, layers) in zip(axes, panels, strict=True):
+        shown = seen_in_windows(grid, side, place, layers).astype(int)
+        shown[place] = 2
+        ax.imshow(shown, cmap=colours, vmin=0, vmax=2)
+        if len(layers) == 1:
+            start = side // 2 * (layers[0] % 2)
+            for at in range(-start, grid[0] + 1, side):
+                ax.axhline(at - 0.5, color="0.3", linewidth=1)
+            for at in range(-start, grid[1] + 1, side):
+                ax.axvline(at - 0.5, color="0.3", linewidth=1)
+        ax.set(title=title, xlabel="column of the group", xlim=(-0.5, grid[1] - 0.5), ylim=(grid[0] - 0.5, -0.5))
+    axes[0].set_ylabel("row of the group")
+    entries = ((TOKEN, "a token"), (SEEN, "what reaches it"), (UNSEEN, "what does not"))
+    figure.legend(
+        [Patch(facecolor=c) for c, _ in entries], [w for _, w in entries], loc="outside lower center", ncols=3
+    )
+    return figure
+
+
+# ---- attention of a model ----
+
+
+@styled
+def cross_maps(cross: np.ndarray, every: int = 4) -> Figure:
+    """How much each slot looks at earlier ones, for each layer and head, the mean over places. Groups are counted from
+    1; S is the learned start.
+
+    Args:
+        cross: [layers, heads, G, G]: layer, head, slot that looks, slot looked at.
+        every: groups between two lines: those of a slice, or of a phase.
+    """
+    layers, heads, G, _ = cross.shape
+    panel = (TWO_COLUMNS - 0.9) / max(heads, 3)
+    figure, axes = new_figure(TWO_COLUMNS, layers * panel + 0.5, layers, heads, squeeze=False, sharex=True, sharey=True)
+    later = np.triu(np.ones((G, G), dtype=bool), 1)
+    norm = PowerNorm(0.5, 0, 1)
+    firsts = list(range(0, G, every))
+    for (layer, head), ax in np.ndenumerate(axes):
+        image = ax.imshow(np.where(later, np.nan, cross[layer, head]), cmap=SEQUENTIAL, norm=norm)
+        for at in firsts:  # slot i predicts group i, and slot i + 1 holds it
+            ax.plot([-0.5, at + 0.5], [at - 0.5] * 2, color="w", linewidth=0.5)
+            ax.plot([at + 0.5] * 2, [at + 0.5, G - 0.5], color="w", linewidth=0.5)
+        ax.set_xticks([0, *(at + 1 for at in firsts if at + 1 < G)], ["S", *(at + 1 for at in firsts if at + 1 < G)])
+        ax.set_yticks(firsts, [at + 1 for at in firsts])
+        ax.set_title(f"layer {layer}, head {head}")
+    for ax in axes[-1]:
+        ax.set_xlabel("group looked at")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("group predicted")
+    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar.set_ticks([0, 0.05, 0.25, 0.5, 1])
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1))
+    bar.set_label("attention, mean over all places")
+    bar.outline.set_visible(False)
+    return figure
+
+
+def cross_shares(cross: np.ndarray, order: list[tuple[int, int, int]]) -> pd.DataFrame:
+    """Of what a cross mixer's attention consists, in percent, the mean over the slots after the first two.
+
+    cross: [layers, heads, G, G]; order: of `group_order`. A row for each layer and head: the last group (which the own
+    slot holds), the start, and of the other groups those of the predicted slice, of the predicted phase, of neither.
+    """
+    layers, heads, G, _ = cross.shape
+    kinds = ("last group", "start", "same slice", "same phase", "neither")
+    sums = np.zeros((layers, heads, len(kinds)))
+    for slot in range(2, G):
+        for other in range(slot + 1):
+            if other == slot:
+                kind = 0
+            elif other == 0:
+                kind = 1
+            else:
+                held, wanted = order[other - 1], order[slot]
+                kind = 2 if held[0] == wanted[0] else 3 if held[1:] == wanted[1:] else 4
+            sums[:, :, kind] += cross[:, :, slot, other]
+    index = pd.MultiIndex.from_product([range(layers), range(heads)], names=["layer", "head"])
+    return pd.DataFrame(100 * sums.reshape(-1, len(kinds)) / max(G - 2, 1), index, kinds)
+
+
+def even_attention(cross: np.ndarray) -> np.ndarray:
+    """What `cross` would be if each slot looked at all that it may see alike."""
+    G = cross.shape[-1]
+    return np.broadcast_to(np.tril(np.ones((G, G))) / np.arange(1, G + 1)[:, None], cross.shape)
+
+
+@styled
+def inner_maps(picture: Image.Image, maps: list[np.ndarray], place: tuple[int, int]) -> Figure:
+    """Where one token looks inside its group, over the picture: a row for each layer, a column for each head.
+
+    Args:
+        picture: padded to the latent grid.
+        maps: [heads, rows, columns] of each layer, shares of attention.
+        place: row and column of the token.
+    """
+    layers, heads = len(maps), len(maps[0])
+    rows, columns = maps[0][0].shape
+    panel = (TWO_COLUMNS - 0.8) / max(heads, 3)
+    height = layers * (panel * rows / columns + 0.2) + 0.15
+    figure, axes = new_figure(TWO_COLUMNS, height, layers, heads, squeeze=False)
+    extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
+    grey = 0.25 + 0.7 * np.asarray(picture.convert("L")) / 255
+    norm = PowerNorm(0.5, 0, max(float(m.max()) for m in maps))
+    for (layer, head), ax in np.ndenumerate(axes):
+        seen = maps[layer][head]
+        ax.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=extent)
+        image = ax.imshow(
+            np.where(seen > 0, seen, np.nan), cmap=SEQUENTIAL, norm=norm, extent=extent, interpolation="nearest"
+        )
+        ax.add_patch(Rectangle((place[1] - 0.5, place[0] - 0.5), 1, 1, fill=False, edgecolor=TOKEN, linewidth=1.4))
+        ax.set(xticks=[], yticks=[], title=f"layer {layer}, head {head}")
+        ax.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, 0))
+    bar.set_label("attention of the framed place")
+    bar.outline.set_visible(False)
+    return figure
+
+
+@styled
+def bits_of_groups(bits: np.ndarray, order: list[tuple[int, int, int]], latents: float) -> Figure:
+    """What each group costs, in the order of coding, a colour for each slice.
+
+    bits: [G]; latents: of one group
+    """
+    figure, ax = new_figure(TWO_COLUMNS * 0.75, 2.3)
+    named = set()
+    for g, ((s, *_), value) in enumerate(zip(order, bits, strict=True)):
+        label = None if s in named else f"slice {s + 1}"
+        named.add(s)
+        colour, hatch = COLOURS[s % len(COLOURS)], ("", "///", "...", "xxx")[s % 4]
+        ax.bar(g, value / latents, color=colour, hatch=hatch, edgecolor="w", linewidth=0, label=label)
+    ax.set_xticks(range(len(order)), [f"{g + 1}\n({i}, {j})" for g, (_, i, j) in enumerate(order)])
+    ax.tick_params(axis="x", labelsize=6 if len(order) <= 20 else 4)
+    ax.set(xlabel="group, and its phase (row, column)", ylabel="bits per latent")
+    ax.legend(ncols=min(4, len(named)), loc="lower center", bbox_to_anchor=(0.5, 1))
+    return figure
+
+
+def bits_of_phases(bits: np.ndarray, order: list[tuple[int, int, int]]) -> pd.DataFrame:
+    """Bits of each group in percent of those of the first phase of its slice: a row for each slice, a column for each
+    phase in the order of coding.  bits: [G]"""
+    rows = pd.DataFrame({"slice": [s + 1 for s, _, _ in order], "phase": [p for _, *p in order], "bits": bits})
+    rows["phase"] = rows["phase"].map(lambda phase: f"({phase[0]}, {phase[1]})")
+    table = rows.pivot(index="slice", columns="phase", values="bits")[list(dict.fromkeys(rows["phase"]))]
+    return 100 * table.div(table.iloc[:, 0], axis=0)
+
+
+# ---- the context cache ----
+
+
+def cache_rows(saved: dict) -> pd.DataFrame:
+    """The saved measurement beside the law: model, groups, cached_s, uncached_s, ratio, law.  saved: context_cache"""
+    rows = pd.DataFrame(saved["rows"])
+    return rows.assign(law=(rows["groups"] + 1) / 2).sort_values("groups", ignore_index=True)
+
+
+@styled
+def cache_saving(rows: pd.DataFrame) -> Figure:
+    """How many times as long coding takes without the context cache, against the number of groups; the names are sizes
+    of GroupedMixer.
+
+    rows: of `cache_rows`
+    """
+    figure, ax = new_figure(ONE_COLUMN * 1.4, 2.6)
+    most = 1.15 * rows["groups"].max()
+    line = np.array([1, most])
+    ax.plot(line, (line + 1) / 2, "--", color="0.5", linewidth=1, label="passes saved, (G + 1) / 2")
+    ax.plot(rows["groups"], rows["ratio"], "o", color=COLOURS[0], markersize=5, label="measured")
+    for row in rows.itertuples():
+        name, place = row.model.replace("-groupedmixer", ""), (row.groups, row.ratio)
+        ax.annotate(name, place, xytext=(0, -6), textcoords="offset points", ha="center", va="top", fontsize=6)
+    ax.set(xlim=(0, most), ylim=(0, (most + 1) / 2), xlabel="number of groups G")
+    ax.set_ylabel("time without cache / with cache")
+    ax.legend(loc="upper left")
+    ax.grid(alpha=0.25, linewidth=0.5)
+    return figure
