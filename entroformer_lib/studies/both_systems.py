@@ -12,7 +12,7 @@ import pandas as pd
 
 from entroformer_lib.errors import StudyError
 from entroformer_lib.files import data_folder
-from entroformer_lib.studies.same_transforms import WORDS, overall, saved_rates
+from entroformer_lib.same_transforms import WORDS, overall, saved_rates
 from entroformer_lib.studies.tradeoff import SAME_QUALITY, SHIPPED, points
 
 NONE = "No models behind the same transforms as a parallel one are published yet, so there is no table here."

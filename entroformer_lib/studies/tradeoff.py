@@ -29,11 +29,11 @@ from entroformer_lib.memory import keep_freed_memory
 from entroformer_lib.models.clock import stage_times
 from entroformer_lib.models.entroformer import Entroformer
 from entroformer_lib.models.zoo import device_name, load_model, weights_digest
+from entroformer_lib.same_transforms import saved_rates
 from entroformer_lib.studies.latency import STAGES
 from entroformer_lib.studies.provenance import as_json, provenance
 from entroformer_lib.studies.quality import psnr_db
 from entroformer_lib.studies.rate_distortion import pictures_to_test
-from entroformer_lib.studies.same_transforms import saved_rates
 from entroformer_lib.training.config import RUNTIME_FIELDS
 
 SHIPPED, RUNS = "shipped", "runs"
