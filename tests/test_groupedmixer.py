@@ -235,6 +235,18 @@ def test_lists_by_loops_and_by_tensors(empty, threads, monkeypatch):
     assert torch.equal(ours, integer_mixers.by_tensors(q, k, v, listed, extra))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_projections_by_loops_and_by_tensors(threads, monkeypatch):
+    pair = small().context_model.pairs[0]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    mixer = integer_mixers.IntegerCross(pair.cross, pair.norm2)
+    x = torch.randn(50, len(mixer.value_scale)) * torch.linspace(0, 3, 50)[:, None]
+    q, k, v = mixer.qkv(x).chunk(3, dim=-1)
+    expected = digits(q * mixer.scale), digits(k), digits(v, mixer.value_scale)
+    for ours, theirs in zip(mixer.project(x), expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.parametrize("slots", [1, 3])
 @pytest.mark.parametrize("grid", [(8, 8), (16, 15), (5, 11), (3, 2)])
 @pytest.mark.parametrize("threads", [1, 2])

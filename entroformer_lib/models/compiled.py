@@ -11,6 +11,7 @@ Arrays are numpy's. Digits (see `integer.digits`): int8 high and low with x = (2
 
 import concurrent.futures
 import functools
+import itertools
 import math
 
 import numba
@@ -356,12 +357,28 @@ def attend_listed(q_high, q_low, q_scale, k_high, k_low, k_scale, v_high, v_low,
 
 
 @loop
-def weights_of_windows(high, cross, q_scale, k_scale, index, bucket, products, w_high, w_low, total):
+def split_projection(x, scale, value_scale, q_high, q_low, q_scale, k_high, k_low, k_scale, v_high, v_low):
+    """Digits of queries, keys and values that lie beside each other in rows [n, 3 D]. The queries are scaled in place;
+    values have scales of their own, [D]."""
+    D = len(value_scale)
+    for i in range(len(x)):
+        for c in range(D):
+            x[i, c] *= f32(scale)
+        q_scale[i] = digits(x[i, :D], q_high[i], q_low[i])
+        k_scale[i] = digits(x[i, D : 2 * D], k_high[i], k_low[i])
+        for c in range(D):
+            v = i32(min(max(np.rint(x[i, 2 * D + c] / value_scale[c]), f32(-PEAK)), f32(PEAK)))
+            v_high[i, c] = (v + i32(128)) >> i32(8)
+            v_low[i, c] = v - i32(256) * i32(v_high[i, c])
+
+
+@loop
+def weights_of_windows(high, cross, q_scale, k_scale, index, bucket, products, weights, total):
     """Sums of digits to softmax weights, for all pairs of a window's tokens, all heads.
 
     high, cross: float32 [W, heads, s, s], integers; q_scale, k_scale: [n]; index: int64 [W, s], numbers of tokens, -1
-    for none; bucket: int16 [s, s] and products: [heads, n, buckets]  ->  w_high, w_low: float32 [W, heads, s, s],
-    integers; total: float32 [W, heads, s]
+    for none; bucket: int16 [s, s] and products: [heads, n, buckets]  ->  weights: float32 [W, heads, s, 2 s],
+    their high digits beside the low ones; total: float32 [W, heads, s]
     """
     W, heads, s, _ = high.shape
     scores = np.empty(s, dtype=f32)
@@ -370,8 +387,7 @@ def weights_of_windows(high, cross, q_scale, k_scale, index, bucket, products, w
             for a in range(s):
                 t = index[i, a]
                 if t < 0:
-                    w_high[i, h, a, :] = f32(0)
-                    w_low[i, h, a, :] = f32(0)
+                    weights[i, h, a, :] = f32(0)
                     total[i, h, a] = f32(1)
                     continue
                 factor = q_scale[t] * f32(256)
@@ -388,8 +404,8 @@ def weights_of_windows(high, cross, q_scale, k_scale, index, bucket, products, w
                     w = i32(np.rint(exp_of_negative(scores[b] - most) * f32(PEAK)))  # 0 where there is no token
                     sum_of_weights = i32(sum_of_weights + w)
                     upper = i32((w + i32(128)) >> i32(8))
-                    w_high[i, h, a, b] = f32(upper)
-                    w_low[i, h, a, b] = f32(i32(w - i32(256) * upper))
+                    weights[i, h, a, b] = f32(upper)
+                    weights[i, h, a, s + b] = f32(i32(w - i32(256) * upper))
                 total[i, h, a] = f32(sum_of_weights)
 
 
@@ -405,5 +421,8 @@ def in_threads(work, count: int, least: int = 16) -> None:
     if threads == 1:
         return work(0, count)
     edges = [count * i // threads for i in range(threads + 1)]
-    list(_pool(threads).map(work, edges[:-1], edges[1:]))
+    others = [_pool(threads - 1).submit(work, *part) for part in itertools.pairwise(edges[1:])]
+    work(0, edges[1])  # here, which saves waking a thread
+    for other in others:
+        other.result()
     return None

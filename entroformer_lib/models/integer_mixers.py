@@ -16,7 +16,6 @@ from entroformer_lib.models.integer_layers import (
     IntegerLinear,
     IntegerPosition,
     array,
-    digits_of_rows,
     value_scale,
 )
 from entroformer_lib.models.position import grid_sites
@@ -93,28 +92,27 @@ def attend_windows(q: Digits, k: Digits, v: tuple[Tensor, Tensor], index: Tensor
         [W s, D], in units of value_scale / 256; places without a token hold nothing of meaning.
     """
     heads, (W, s) = len(products), index.shape
-    here = index.clamp(min=0)
+    here, d = index.clamp(min=0), q.high.size(1) // heads
 
-    def windowed(*digits_of_it: Tensor) -> list[Tensor]:  # [n, D] each  ->  [W, heads, s, d]
-        return [t[here].float().unflatten(2, (heads, -1)).transpose(1, 2) for t in digits_of_it]
+    def windowed(first: Tensor, second: Tensor) -> Tensor:  # [n, D] each  ->  [W, heads, s, 2, d], in their own bytes
+        return torch.stack((first, second), dim=1)[here].unflatten(3, (heads, d)).permute(0, 3, 1, 2, 4)
 
     with torch.autocast("cpu", enabled=False):
-        (q_high, q_low), (k_high, k_low), (v_high, v_low) = windowed(*q[:2]), windowed(*k[:2]), windowed(*v)
-        high = q_high @ k_high.transpose(2, 3)  # [W, heads, s, s]
-        cross = torch.cat((q_high, q_low), dim=3) @ torch.cat((k_low, k_high), dim=3).transpose(2, 3)
-        w_high, w_low, total = torch.empty_like(high), torch.empty_like(high), torch.empty(W, heads, s)
-        scales, result = [array(q.scale[:, 0]), array(k.scale[:, 0])], [t.numpy() for t in (w_high, w_low, total)]
-        of_window = [array(t) for t in (high, cross, index)]
-        more = array(bucket), array(products)
+        queries = torch.empty(W, heads, s, 2, d).copy_(windowed(*q[:2])).flatten(3)  # high beside low
+        keys = torch.empty(W, heads, s, 2, d).copy_(windowed(k.low, k.high)).flatten(3).transpose(2, 3)
+        values = torch.empty(W, heads, 2, s, d).copy_(windowed(*v[::-1]).transpose(2, 3)).flatten(2, 3)  # low on high
+        high, cross = queries[..., :d] @ keys[:, :, d:], queries @ keys  # [W, heads, s, s]
+        weights, total = torch.empty(W, heads, s, 2 * s), torch.empty(W, heads, s)  # high beside low
+        of_window, result = [array(t) for t in (high, cross, index)], (weights.numpy(), total.numpy())
+        of_tokens = [array(t) for t in (q.scale[:, 0], k.scale[:, 0])], [array(bucket), array(products)]
 
         def part(i, j):
             a, b, numbers = (t[i:j] for t in of_window)
-            compiled.weights_of_windows(a, b, *scales, numbers, *more, *(t[i:j] for t in result))
+            scales, positions = of_tokens
+            compiled.weights_of_windows(a, b, *scales, numbers, *positions, *(t[i:j] for t in result))
 
-        compiled.in_threads(part, W, least=8)
-        high = w_high @ v_high  # [W, heads, s, d]
-        cross = torch.cat((w_high, w_low), dim=3) @ torch.cat((v_low, v_high), dim=2)
-        out = high.mul_(256).add_(cross).div_(total[..., None])
+        compiled.in_threads(part, W, least=4)
+        out = (weights[..., :s] @ values[:, :, s:]).mul_(256).add_(weights @ values).div_(total[..., None])
     return out.transpose(1, 2).reshape(W * s, -1)
 
 
@@ -129,8 +127,22 @@ class _Mixer(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Digits, Digits, Digits]:
         """Queries, keys and values of tokens [q, D]."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        return digits_of_rows(q * self.scale), digits_of_rows(k), digits(v, self.value_scale)
+        joint = self.qkv(x)
+        if x.device.type != "cpu":
+            q, k, v = joint.chunk(3, dim=-1)
+            return digits(q * self.scale), digits(k), digits(v, self.value_scale)
+        n, D = x.shape
+        parts = [torch.empty(n, D, dtype=torch.int8) for _ in range(6)]
+        q_high, q_low, k_high, k_low, v_high, v_low = parts
+        q_scale, k_scale, value_scale = torch.empty(n, 1), torch.empty(n, 1), array(self.value_scale)
+        filled = [t.numpy() for t in (q_high, q_low, q_scale[:, 0], k_high, k_low, k_scale[:, 0], v_high, v_low)]
+        rows = array(joint)
+
+        def part(i, j):
+            compiled.split_projection(rows[i:j], self.scale, value_scale, *(t[i:j] for t in filled))
+
+        compiled.in_threads(part, n)
+        return Digits(q_high, q_low, q_scale), Digits(k_high, k_low, k_scale), Digits(v_high, v_low, self.value_scale)
 
     def result(self, looked: Tensor) -> Tensor:
         """What `attend_lists` returned, through the last projection: [q, D]"""
@@ -176,14 +188,15 @@ class IntegerCross(_Mixer):
     def forward(self, x: Tensor, cache: ContextCache | None = None, layer: int = 0) -> Tensor:
         _, S, n, D = x.shape
         q, k, v = self.project(x.reshape(S * n, D))
+        slots, next_slot, next_place = S, n, 1  # how far apart tokens are in the memory of keys
         kept = (*k, *v[:2])
         if cache is not None:
-            kept = (t.flatten(0, 1) for t in cache.append(layer, *kept))  # [slots n, D]
+            slots, next_slot, next_place = cache.length + 1, 1, cache.slots
+            kept = (t.flatten(0, 1) for t in cache.append(layer, *kept))  # [n all slots, D]
         k_high, k_low, k_scale, *v = kept
-        slots = len(k_high) // n
         at = torch.arange(slots, device=x.device)
         distance = at[slots - S :, None] - at  # [S, slots]
-        listed = at * n + torch.arange(n, device=x.device)[:, None]  # [n, slots]
+        listed = at * next_slot + torch.arange(n, device=x.device)[:, None] * next_place  # [n, slots]
         listed = torch.where(distance[:, None] < 0, -1, listed).flatten(0, 1).to(torch.int32)  # [S n, slots]
         extra = self.bias[:, distance.clamp(min=0)].repeat_interleave(n, 1)  # [heads, S n, slots]
         return self.result(attend_lists(q, Digits(k_high, k_low, k_scale), tuple(v), listed, extra)).view(1, S, n, D)
