@@ -123,7 +123,7 @@ def rate_distortion(measured: list, published: list, quality: str = "PSNR, dB") 
     axes.set_ylim(least_quality, highest)
     label_ends(axes, ends, most, gap=(highest - least_quality) / 28)
     axes.grid(alpha=0.25, linewidth=0.5)
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower right")
     return figure
 
 

@@ -155,7 +155,7 @@ LINES = {  # variant of figure 5 right: colour, marker, dashes
 @styled
 def same_transforms(data: pd.DataFrame) -> Figure:
     """Rate against the CNN's at equal pictures: whole entropy models on the left, their halves on the right."""
-    figure, axes = new_figure(TWO_COLUMNS, 3.0, 1, 2)
+    figure, axes = new_figure(TWO_COLUMNS, 3.6, 1, 2)
     halves = data["label"].str.endswith("alone")
     for ax, part, title in zip(
         axes, (data[~halves], data[halves]), ("context and hyperprior", "one alone"), strict=True
@@ -163,13 +163,12 @@ def same_transforms(data: pd.DataFrame) -> Figure:
         for variant, line in part.groupby("variant", sort=False):
             colour, marker, dashes = LINES[variant]
             ax.plot(line["base_bpp"], line["percent"], marker + dashes, color=colour, markersize=4,
-                    label=line["label"].iloc[0].removesuffix(" alone"))  # fmt: skip
+                    label=line["label"].iloc[0])  # fmt: skip
         ax.axhline(0, color="0.3", linewidth=0.6, zorder=0)
-        ax.set(title=title, xlabel="bits per pixel of CNN context with CNN hyperprior")
+        ax.set(title=title, xlabel="bits per pixel of CNNs throughout")
         ax.grid(alpha=0.25, linewidth=0.5)
-        if len(part):
-            ax.legend(loc="best")
-    axes[0].set_ylabel("rate against it at equal pictures, %")
+    figure.legend(loc="outside lower center", ncols=3)
+    axes[0].set_ylabel("rate against CNNs throughout, %")
     return figure
 
 
