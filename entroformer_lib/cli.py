@@ -246,7 +246,7 @@ def study_ablation(
     The transforms are frozen, and their latents computed once. A finished run is never repeated; after a kill the same
     command goes on.
 
-    Grids: table1, figure6, figure7, table3, table4, released, joint.
+    Grids: table1, figure6, figure7, table3, table4, released, joint, groupedmixer, groups.
 
     Example: entroformer study ablation --grid table1 figure6 --dry-run
 
