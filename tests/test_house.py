@@ -108,6 +108,19 @@ def test_numbers_in_the_readme_are_saved_results():
         assert f"{bd.compare(curve, published[anchor]).rate_percent:+.1f}% against {anchor}" in text
 
 
+def test_the_table_of_both_systems_is_that_of_the_results():
+    from entroformer_lib import same_transforms
+    from entroformer_lib.studies import bd, both_systems
+
+    text = (ROOT / "README.md").read_text()
+    assert both_systems.in_markdown(both_systems.side_by_side()) in text
+    rates = same_transforms.saved_rates().groupby(["variant", "lmbda"])[["bpp", "psnr_db"]].mean()
+    curves = {v: bd.measured_curve(v, rates.loc[v].to_dict("records")) for v in ("serial", "minnen", "cnn")}
+    for anchor, words in (("minnen", "against CNNs throughout"), ("cnn", "against the CNN context")):
+        percent = bd.compare(curves["serial"], curves[anchor]).rate_percent
+        assert f"{percent:+.1f}% {words}" in " ".join(text.split())
+
+
 def test_cards_and_results_belong_to_the_shipped_weights():
     """A card's Kodak numbers are those of the saved result, and the result was measured with these very weights."""
     from entroformer_lib.models.zoo import load_model, weights_digest

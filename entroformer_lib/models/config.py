@@ -203,8 +203,8 @@ VARIANTS = {
 # k_c of GroupedMixer's sizes; with 2 x 2 phases G = 4 k_c. And its pairs of mixers: each runs for G groups, which has
 # k_c times as many tokens as a layer of Entroformer, so there are fewer.
 GROUPED = {
-    "base": ({"groupedmixer": 5, "groupedmixer-fast": 2, "groupedmixer-large": 10}, dict(M=320, context_layers=4)),
-    "study": ({"groupedmixer": 4, "groupedmixer-fast": 2, "groupedmixer-large": 8}, dict(context_layers=4)),
+    "base": ({"groupedmixer": 5, "groupedmixer-fast": 2, "groupedmixer-large": 10}, dict(M=320, context_layers=3)),
+    "study": ({"groupedmixer": 4, "groupedmixer-fast": 2, "groupedmixer-large": 8}, dict(context_layers=3)),
     "tiny": ({"groupedmixer": 3, "groupedmixer-fast": 1, "groupedmixer-large": 6}, dict(context_layers=3)),
 }
 
