@@ -4,8 +4,8 @@ For each figure or table a function `…_data` reads data/results (None where th
 `…_comparison` puts numbers of it beside published ones (data/reference). The results and their columns:
 
     *-kodak.json             `mean`, or one for each lambda: bpp, psnr_db, ms_ssim         (figures 5, 11, 12)
-                             `transforms`: whose were kept; of such models, the serial one stands in figures 5 left and
-                             11, and all of them in 5 right
+                             `transforms`: whose were kept; of such models, the serial one and GroupedMixer stand in
+                             figures 5 left, 11 and 12, and all of them in 5 right
     position_masking.json    of studies/position_masking.py                                (figure 3)
     latency.json             of studies/latency.py                                         (table 2)
     model_sizes.json         of studies/model_sizes.py                                     (table 6)
@@ -130,7 +130,7 @@ def rate_distortion_data(metric: str, published: tuple[str, ...]) -> Callable[[]
             mean = saved.get("mean", {})
             if metric == "psnr" and saved.get("optimised_for") == "ms-ssim":
                 continue
-            if saved.get("transforms") and saved["variant"] != "serial":
+            if saved.get("transforms") and saved["variant"] not in ("serial", "groupedmixer"):
                 continue  # a cloud of curves that differ by percents: figure 5 right
             points = [mean] if "bpp" in mean else list(mean.values())
             key = "psnr_db" if metric == "psnr" else "ms_ssim"
