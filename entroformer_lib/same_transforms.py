@@ -6,6 +6,7 @@ between two models: at equal quality one needs so many bytes and the other so ma
 """
 
 import json
+from pathlib import Path
 
 import pandas as pd
 
@@ -25,14 +26,15 @@ WORDS = {
 }
 
 
-def saved_rates(transforms: str = "tiny-rates") -> pd.DataFrame:
-    """Every picture at every lambda by every model behind these transforms, from data/results/*-kodak.json.
+def saved_rates(transforms: str = "tiny-rates", folder: Path | None = None) -> pd.DataFrame:
+    """Every picture at every lambda by every model behind these transforms, from *-kodak.json in a folder, by default
+    data/results.
 
     Columns: variant (in the order of WORDS), model, image, lmbda, bpp (whole files), psnr_db, encode_s, decode_s. Empty
     where no such model has been measured.
     """
     found = {}
-    for path in sorted((data_folder() / "results").glob("*-kodak.json")):
+    for path in sorted((folder or data_folder() / "results").glob("*-kodak.json")):
         saved = json.loads(path.read_text())
         if saved.get("transforms") == transforms:
             found[saved["variant"]] = (path.name.removesuffix("-kodak.json"), saved["images"])

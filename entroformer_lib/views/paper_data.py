@@ -163,7 +163,7 @@ CLAIMS = (  # variant, compared with, percent saved "at low bit rates" (section 
 
 def same_transforms_data() -> pd.DataFrame | None:
     """variant, lmbda, psnr_db, base_bpp, bpp, percent of BASE, label: a row for each model and lambda."""
-    rates = saved_rates()
+    rates = saved_rates(folder=data_folder() / "results")
     if not (rates["variant"] == BASE).any():
         return None
     data = against(rates, BASE)
