@@ -257,7 +257,7 @@ def study_ablation(
     Args:
         grid: Which grids.
         fields: One more row, of your own: fields of the architecture to change.
-        model: Variant of that row: context, serial, parallel, cnn, hyperprior, groupedmixer.
+        model: Variant of that row: context, serial, parallel, cnn, minnen, hyperprior, groupedmixer.
         transforms: The model whose transforms all have, at a lambda; or zoo:NAME:QUALITY for CompressAI's own.
         train_on: Pictures to train on; by default train/ in the folder that ENTROFORMER_DATA names.
         kodak: Folder of the test pictures; by default kodak/ there.

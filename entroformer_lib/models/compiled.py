@@ -64,6 +64,15 @@ def digits(x, high, low):
 
 
 @loop
+def digits_by(x, scale, high, low):
+    """integer.digits of one row [K] with given scales, [K]."""
+    for i in range(len(x)):
+        v = i32(min(max(np.rint(x[i] / scale[i]), f32(-PEAK)), f32(PEAK)))
+        high[i] = (v + i32(128)) >> i32(8)
+        low[i] = v - i32(256) * i32(high[i])
+
+
+@loop
 def digits_of_rows(x, high, low, scale):
     """integer.digits of rows.  x: [q, K]  ->  high, low: int8 [q, K], scale: [q]"""
     for i in range(len(x)):
@@ -255,10 +264,7 @@ def attend_one(
     q_high, q_low = np.empty(D, dtype=np.int8), np.empty(D, dtype=np.int8)
     q_scale = digits(projected[:D], q_high, q_low)
     k_scale[n - 1] = digits(projected[D : 2 * D], k_high[n - 1], k_low[n - 1])
-    for c in range(D):
-        v = i32(min(max(np.rint(projected[2 * D + c] / value_scale[c]), f32(-PEAK)), f32(PEAK)))
-        v_high[n - 1, c] = (v + i32(128)) >> i32(8)
-        v_low[n - 1, c] = v - i32(256) * i32(v_high[n - 1, c])
+    digits_by(projected[2 * D :], value_scale, v_high[n - 1], v_low[n - 1])
 
     scores, looked = np.empty(n, dtype=f32), np.empty(D, dtype=f32)
     products = np.empty(len(p_high), dtype=f32)
@@ -366,10 +372,7 @@ def split_projection(x, scale, value_scale, q_high, q_low, q_scale, k_high, k_lo
             x[i, c] *= f32(scale)
         q_scale[i] = digits(x[i, :D], q_high[i], q_low[i])
         k_scale[i] = digits(x[i, D : 2 * D], k_high[i], k_low[i])
-        for c in range(D):
-            v = i32(min(max(np.rint(x[i, 2 * D + c] / value_scale[c]), f32(-PEAK)), f32(PEAK)))
-            v_high[i, c] = (v + i32(128)) >> i32(8)
-            v_low[i, c] = v - i32(256) * i32(v_high[i, c])
+        digits_by(x[i, 2 * D :], value_scale, v_high[i], v_low[i])
 
 
 @loop

@@ -173,8 +173,8 @@ class TopKMixer(nn.Module):
 class ContextCache:
     """Keys and values of the slots coded so far, for every cross-group mixer (the paper's context cache).
 
-    The slots of one place lie behind each other in memory, because a token reads those of its own place: the other way
-    round, attention over 20 slots took twice as long.
+    The slots of one place lie behind each other in memory, because a token reads those of its own place, and
+    memory is fast for what lies together.
     """
 
     def __init__(self, layers: int, slots: int):
