@@ -10,7 +10,7 @@ import torch
 from conftest import MICRO, micro_model
 
 from entroformer_lib.coding import codec
-from entroformer_lib.errors import ConfigError, DataError, TrainingError
+from entroformer_lib.errors import ConfigError, DataError, TrainingError, WeightsError
 from entroformer_lib.models import config as model_config
 from entroformer_lib.models.zoo import load_model, save_weights
 from entroformer_lib.training import latents, loop
@@ -18,6 +18,7 @@ from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.data import random_missing
 from entroformer_lib.training.latents import LatentCrops, frozen_transforms, transforms_digest, write_latents
 from entroformer_lib.training.loop import train
+from entroformer_lib.training.loss import RateStep
 from entroformer_lib.training.variants import Variant, train_all
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's advice
@@ -154,6 +155,40 @@ def test_variable_rate_transforms(tmp_path, photo_folder, config, monkeypatch):
     assert model.config.lmbdas == (0.01, 0.02, 0.04) and torch.equal(model.gain.log_gain, load.gain.log_gain)
 
 
+def test_rate_of_rounded_latents_is_the_one_that_is_measured():
+    """No noise on y: the loss in training mode is what `estimated_bits` promises of the rounded latents."""
+    model = micro_model("context")
+    y = model.g_a(torch.rand(2, 3, 64, 128)).detach()
+    bits = model.eval().estimated_bits(y)["y"].sum() / (2 * 64 * 128)
+    model.train()
+    rounded = RateStep(model, rounded=True)(y)
+    torch.testing.assert_close(rounded["bpp"], bits.float(), rtol=1e-5, atol=0)
+    assert not torch.isclose(RateStep(model)(y)["bpp"], rounded["bpp"], rtol=1e-3)
+    rounded["loss"].backward()
+    assert model.context_model.embed.weight.grad.abs().sum() > 0
+
+
+def test_training_goes_on_from_weights(config, source, tmp_path):
+    """Behind the same frozen transforms, on rounded latents; what the architecture changes begins afresh."""
+    first = train(replace(config, missing=0.0), progress=False)
+    on = replace(config, init=str(first), out=str(tmp_path / "on"), steps=1, lr=1e-9, rounded=True, missing=0.0)
+    again, before = load_model(train(on, progress=False), "cpu"), load_model(first, "cpu")
+    assert transforms_digest(again) == transforms_digest(before)
+    for name, weight in before.context_model.named_parameters():
+        torch.testing.assert_close(again.context_model.get_parameter(name), weight, atol=1e-6, rtol=0, msg=name)
+    wider = replace(on, out=str(tmp_path / "wider"), architecture=("context_layers=3",))
+    third = load_model(train(wider, progress=False), "cpu")
+    assert len(third.context_model.stack.blocks) == 3
+    torch.testing.assert_close(third.context_model.embed.weight, before.context_model.embed.weight, atol=1e-6, rtol=0)
+
+
+def test_weights_made_for_other_transforms_are_refused(config, tmp_path):
+    path = tmp_path / "rates.safetensors"
+    save_weights(micro_model("serial", lmbdas=(0.01, 0.02, 0.04)), path, {})
+    with pytest.raises(WeightsError, match="size and rates"):
+        train(replace(config, init=str(path)), progress=False)
+
+
 def test_random_missing_belongs_to_the_sample():
     whole = random_missing(range(0, 6), (16, 16), 0.8, seed=0)
     assert torch.equal(whole[2:4], random_missing(range(2, 4), (16, 16), 0.8, seed=0))
@@ -174,7 +209,7 @@ def test_one_way_needs_a_parallel_model(config):
         dict(one_way=1.5),
         dict(latents=None),
         dict(transforms=None, missing=0.0),
-        dict(init="x"),
+        dict(transforms=None, latents=None, missing=0.0, rounded=True),
         dict(missing=1.0),
         dict(last_crop=192),
     ],

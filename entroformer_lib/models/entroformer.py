@@ -251,7 +251,7 @@ class Entroformer(CompressionModel):
     def _noisy(self, v: Tensor, v_hat: Tensor, noise: dict[str, Tensor] | None, key: str) -> Tensor:
         if not self.training:
             return v_hat
-        return v + (torch.rand_like(v) - 0.5 if noise is None else noise[key])
+        return v + (noise[key] if noise and key in noise else torch.rand_like(v) - 0.5)
 
     def _check_size(self, x: Tensor) -> None:
         factor = self.downsampling_factor

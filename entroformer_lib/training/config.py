@@ -62,6 +62,9 @@ class TrainConfig:
     one_way: float = 0.0
     """Share of the crops in which a parallel model sees only the context before a latent, in raster order: for the
     comparison of one-way and two-way context. Only on latents."""
+    rounded: bool = False
+    """Train the rate of rounded y, which is what a file holds, and not of noisy y. Only on latents, where y needs no
+    gradient."""
     init: str | None = None
     """Weights to go on from: a name of `entroformer models` or a .safetensors file. With architecture or lmbdas, what
     still fits is taken, tensor by tensor, and the rest begins afresh."""

@@ -23,7 +23,7 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from entroformer_lib.errors import DataError
+from entroformer_lib.errors import DataError, WeightsError
 from entroformer_lib.files import replacing, write_bytes
 from entroformer_lib.models.config import named_config
 from entroformer_lib.models.entroformer import Entroformer
@@ -61,11 +61,23 @@ def with_transforms(source: Entroformer, name: str, preset: str = "paper", **fie
     """
     c = source.config
     fields = {**fields, "N": c.N, "M": c.M, "lmbdas": c.lmbdas if source.gain is not None else ()}
-    model = Entroformer(named_config(name, preset, **fields))
+    return freeze(Entroformer(named_config(name, preset, **fields)), source)
+
+
+def freeze(model: Entroformer, source: Entroformer) -> Entroformer:
+    """The model, with g_a, g_s and gains of another one, which no training changes.
+
+    Raises:
+        WeightsError: its transforms are of another size, or for other rates.
+    """
+    size, theirs = ((m.config.N, m.config.M, m.gain and m.gain.lmbdas) for m in (model, source))
+    if size != theirs:
+        raise WeightsError(
+            "An entropy model goes on only behind transforms of the size and rates that it was made for."
+        )
     for part in ("g_a", "g_s", "gain"):
-        theirs = getattr(source, part)
-        if theirs is not None:
-            getattr(model, part).load_state_dict(theirs.state_dict())
+        if getattr(source, part) is not None:
+            getattr(model, part).load_state_dict(getattr(source, part).state_dict())
             getattr(model, part).requires_grad_(False)
     return model
 

@@ -37,7 +37,7 @@ from entroformer_lib.training.data import (
     random_one_way,
     uniform_noise,
 )
-from entroformer_lib.training.latents import LatentCrops, frozen_transforms, trained_lmbda, with_transforms
+from entroformer_lib.training.latents import LatentCrops, freeze, frozen_transforms, trained_lmbda, with_transforms
 from entroformer_lib.training.loss import RateStep, TrainingStep
 from entroformer_lib.training.optimizer import build_optimizer
 from entroformer_lib.training.schedule import learning_rate_factor
@@ -80,7 +80,10 @@ def train(config: TrainConfig, progress: bool = True, watch: Callable[[dict, Ent
         part.to(memory_format=torch.channels_last)
     bf16 = config.precision == "bfloat16"
     even = config.even_rates
-    goal = RateStep(model, bf16, even) if config.transforms else TrainingStep(model, config.metric, bf16, even)
+    if config.transforms:
+        goal = RateStep(model, bf16, even, config.rounded)
+    else:
+        goal = TrainingStep(model, config.metric, bf16, even)
     step_module, optimizer = fabric.setup(goal, optimizer)
     step_module.train()
     run = Run(config, fabric, model, step_module, optimizer)
@@ -97,13 +100,15 @@ def _pictures(config: TrainConfig, model: Entroformer, fabric: Fabric) -> Crops:
 
 def _initial_model(config: TrainConfig) -> Entroformer:
     lmbdas = tuple(config.lmbdas)
-    if config.init is None:
-        fields = {"lmbdas": lmbdas, **parse_fields(config.architecture)}
-        if config.transforms is None:
-            return build_model(config.model, config.preset, **fields)
-        return with_transforms(frozen_transforms(config.transforms), config.model, config.preset, **fields)
-    model = load_model(config.init, device="cpu")
     fields = parse_fields(config.architecture)
+    if config.transforms:
+        source = frozen_transforms(config.transforms)
+        if config.init is None:
+            return with_transforms(source, config.model, config.preset, **fields)
+        return freeze(changed(load_model(config.init, device="cpu"), fields), source)
+    if config.init is None:
+        return build_model(config.model, config.preset, **{"lmbdas": lmbdas, **fields})
+    model = load_model(config.init, device="cpu")
     if lmbdas:
         fields["lmbdas"] = lmbdas
     other_metric = config.metric == "ms-ssim" and model.card.get("metric", "mse") == "mse"
@@ -147,8 +152,10 @@ def _check(config: TrainConfig, out: Path, fabric: Fabric) -> None:
             raise TrainingError(f"The crop must be a multiple of 64 pixels, and is {crop}.")
     if (config.transforms is None) != (config.latents is None):
         raise TrainingError("Frozen transforms and the latents they gave go together: set both or none of the two.")
-    if config.transforms and (config.init or config.last_crop or config.pretrain_lmbda is not None):
-        raise TrainingError("On latents of frozen transforms there is no init, last_crop or pretrain_lmbda.")
+    if config.transforms and (config.last_crop or config.pretrain_lmbda is not None):
+        raise TrainingError("On latents of frozen transforms there is no last_crop or pretrain_lmbda.")
+    if config.rounded and not config.transforms:
+        raise TrainingError("rounded goes with the latents of frozen transforms; g_a learns from noisy latents.")
     if config.missing and not config.transforms or not 0 <= config.missing < 1:
         raise TrainingError("missing is a share below 1, and goes with the latents of frozen transforms.")
     if config.one_way and not config.transforms or not 0 <= config.one_way <= 1:
@@ -168,7 +175,7 @@ def _check(config: TrainConfig, out: Path, fabric: Fabric) -> None:
         saved = out / "config.json"
         if saved.exists():
             # What runs of earlier versions do not have.
-            young = {"architecture": [], "missing": 0.0, "one_way": 0.0, "even_rates": False}
+            young = {"architecture": [], "missing": 0.0, "one_way": 0.0, "even_rates": False, "rounded": False}
             was = {**young, **json.loads(saved.read_text())}
             changed = [k for k, v in json.loads(text).items() if was.get(k) != v and k not in RUNTIME_FIELDS]
             if changed:

@@ -25,11 +25,15 @@ def evenly(lmbda: Tensor, lmbdas: tuple[float, ...]) -> Tensor:
 
 
 class RateStep(nn.Module):
-    """The entropy model alone on given latents, where the transforms are frozen: the loss is the rate."""
+    """The entropy model alone on given latents, where the transforms are frozen: the loss is the rate.
 
-    def __init__(self, model: nn.Module, bf16: bool = False, even: bool = True):
+    Noise on y is there for g_a's gradient. Where g_a is frozen the rate of `rounded` y can be trained, the one that is
+    measured; z comes from h_a, which learns, and keeps its noise.
+    """
+
+    def __init__(self, model: nn.Module, bf16: bool = False, even: bool = True, rounded: bool = False):
         super().__init__()
-        self.model, self.bf16, self.even = model, bf16, even
+        self.model, self.bf16, self.even, self.rounded = model, bf16, even, rounded
 
     def forward(
         self,
@@ -43,6 +47,8 @@ class RateStep(nn.Module):
         """y: [B, M, h, w] of g_a, before the gain  ->  scalars `loss`, `rd_loss` = `bpp`, `bpp_y`, `bpp_z`."""
         with torch.autocast(y.device.type, torch.bfloat16, enabled=self.bf16):
             y = self.model.scaled(y, level)
+            if self.rounded:
+                noise = {**(noise or {}), "y": torch.floor(y + 0.5) - y}
             likelihoods, _ = self.model.likelihoods(y, noise, kept, missing, level, one_way)
         bpp = rates(likelihoods, pixels=256 * y.size(2) * y.size(3))
         rate, weight, lmbdas = sum(bpp.values()), 1.0, self.model.config.lmbdas  # [B]
