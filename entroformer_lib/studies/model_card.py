@@ -50,6 +50,8 @@ def publish(
     card["training"] = {**card["training"], "data": "DATA", "out": f"runs/{name}"}
     if card["training"].get("latents"):
         card["training"]["latents"] = "runs/latents"
+    if (card["training"].get("init") or "").endswith(".safetensors"):
+        card["training"]["init"] = f"runs/{name}-before/weights.safetensors"
     card["curve"] = training_curve(run / "log.jsonl")
     card["lmbdas"], card["measured_at"] = list(trained.config.lmbdas), list(lmbdas or trained.config.lmbdas)
     _measure_and_write(trained, card, name, kodak)
@@ -128,7 +130,11 @@ def training_command(training: dict) -> str:
     for field in dataclasses.fields(TrainConfig):
         value = training.get(field.name, field.default)
         if value not in (field.default, list(field.default) if isinstance(field.default, tuple) else None):
-            words += [f"--{field.name.replace('_', '-')}"]
+            name = field.name.replace("_", "-")
+            if isinstance(value, bool):
+                words += [f"--{name}" if value else f"--no-{name}"]
+                continue
+            words += [f"--{name}"]
             words += map(str, value) if isinstance(value, list | tuple) else [str(value)]
     return shlex.join(words)
 
