@@ -5,6 +5,7 @@ BIN := .venv/bin
 READY := .venv/ready
 ENTROFORMER_DATA ?= $(abspath $(wildcard ../shared/data))
 export ENTROFORMER_DATA
+TEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 
 .PHONY: help setup figures test lint lab bench train-tiny clean
 
@@ -29,7 +30,7 @@ figures: $(READY)
 	$(BIN)/python -m entroformer_lib.views.paper
 
 test: $(READY) lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

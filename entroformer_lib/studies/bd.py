@@ -8,7 +8,7 @@ import functools
 import itertools
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -30,6 +30,12 @@ class Curve:
     bpp: tuple[float, ...]
     quality: tuple[float, ...]
     source: str | None = None
+
+    def above(self, quality: float) -> "Curve":
+        """The points of at least this quality: to compare over a range that others cover too."""
+        kept = [(r, q) for r, q in zip(self.bpp, self.quality, strict=True) if q >= quality]
+        bpp, qualities = zip(*kept, strict=True) if kept else ((), ())
+        return replace(self, bpp=bpp, quality=qualities)
 
 
 @dataclass(frozen=True)
