@@ -1,6 +1,7 @@
 """How long coding takes, where the time goes and how much memory it takes: Table 2, beside CompressAI's models.
 
-    python -m entroformer_lib.studies.latency --out data/results/latency.json
+    python -m entroformer_lib.studies.latency table --out data/results/latency.json
+    python -m entroformer_lib.studies.latency growth --out data/results/latency_growth.json
 
 Weights are random; our models' latents are spread as those of a trained model, so that the coder has something to do.
 All rows of a table come from one run on one machine; compare ratios, not seconds. Each model runs in a process of its
@@ -45,32 +46,30 @@ def lively(model: Entroformer) -> Entroformer:
     return model.eval()
 
 
-def measure(model: Entroformer, picture, direction: str) -> dict:
-    """Seconds of one encode or decode, from picture to bytes or back, and of each stage."""
-    data = codec.encode(model, picture) if direction == "decode" else None
+def measure(model: Entroformer, picture, data: bytes | None = None) -> tuple[dict, bytes]:
+    """Seconds of one encode, or of one decode where there is `data`, and of each stage.  ->  row, data"""
     with stage_times() as stages:
         start = time.perf_counter()
         if data is None:
-            codec.encode(model, picture)
+            data = codec.encode(model, picture)
         else:
             codec.decode(data, model)
         seconds = time.perf_counter() - start
     row = {"seconds": seconds, **{f"{name.replace(' ', '_')}_s": stages.get(name, 0.0) for name in STAGES}}
     row["other_s"] = seconds - sum(stages.values())
-    return row
+    return row, data
 
 
-def measure_compressai(model, picture, direction: str) -> dict:
-    """Seconds of CompressAI's compress or decompress with the transforms in it."""
+def measure_compressai(model, picture, data: dict | None = None) -> tuple[dict, dict]:
+    """Seconds of CompressAI's compress, or of its decompress where there is `data`, with the transforms in it."""
     x = codec.pad(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255, 64)
     with torch.inference_mode():
-        coded = model.compress(x) if direction == "decode" else None
         start = time.perf_counter()
-        if coded is None:
-            model.compress(x)
+        if data is None:
+            data = model.compress(x)
         else:
-            model.decompress(**coded)
-        return {"seconds": time.perf_counter() - start}
+            model.decompress(**data)
+        return {"seconds": time.perf_counter() - start}, data
 
 
 def measure_one(name: str, width: int, height: int, repeats: int) -> list[dict]:
@@ -90,19 +89,20 @@ def measure_one(name: str, width: int, height: int, repeats: int) -> list[dict]:
     else:
         model, one = lively(build_model(name)), measure
         codec.decode(codec.encode(model, picture.resize((64, 64))), model)  # builds the integer copy of the weights
-    rows = []
+    rows, coded = [], None
     for direction in ("encode", "decode"):
         for repeat in range(repeats):
-            row = one(model, picture, direction)
+            row, data = one(model, picture, coded)
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
             size = dict(width=width, height=height)
             rows.append({"model": name, "direction": direction, "repeat": repeat, **size, **row, "peak_mb": peak})
+        coded = data
     return rows
 
 
 def in_own_process(name: str, width: int, height: int, repeats: int) -> list[dict]:
     """`measure_one` in a fresh process."""
-    words = [sys.executable, "-m", "entroformer_lib.studies.latency", "--one", name, "--out", "-"]
+    words = [sys.executable, "-m", "entroformer_lib.studies.latency", "one", "--name", name]
     words += ["--width", str(width), "--height", str(height), "--repeats", str(repeats)]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
@@ -114,7 +114,7 @@ def in_own_process(name: str, width: int, height: int, repeats: int) -> list[dic
     return rows
 
 
-def growth(table: pd.DataFrame) -> dict[str, float]:
+def exponents(table: pd.DataFrame) -> dict[str, float]:
     """Exponents of a fit a * pixels^b through seconds and through memory above that of the smallest picture."""
     pixels = table.width * table.height
     extra = table.peak_mb - table.peak_mb.min()
@@ -126,18 +126,14 @@ def growth(table: pd.DataFrame) -> dict[str, float]:
     }
 
 
-def main(
+def table(
     out: str,
     models: tuple[str, ...] = (*OURS, *COMPRESSAI, *(name + KEPT for name in COMPRESSAI)),
     repeats: int = 3,
     width: int = 768,
     height: int = 512,
-    sides: tuple[int, ...] = SIDES,
-    grown: str = "study-parallel",
-    large: str | None = "base-parallel",
-    one: str | None = None,
-):
-    """Times models on one picture, then one model on growing pictures, and saves rows with their provenance.
+) -> None:
+    """Times models on one picture and saves rows with their provenance.
 
     Args:
         out: The JSON file.
@@ -145,31 +141,42 @@ def main(
         repeats: How often each is timed.
         width: Width of the picture in pixels; it is scikit-image's astronaut, scaled.
         height: Its height.
-        sides: Sides of the square pictures on which growth is measured; none leaves it out.
-        grown: The model for that.
-        large: The model for one picture of 3840x2160 pixels, once.
-        one: Measure only this model, in this process, and print its rows.
     """
-    if one is not None:
-        print(json.dumps(measure_one(one, width, height, repeats)))
-        return
     rows = [row for name in models for row in in_own_process(name, width, height, repeats)]
-    larger = [row for side in sides for row in in_own_process(grown, side, side, 1)]
+    _save(out, {"rows": rows})
+    print(pd.DataFrame(rows).groupby(["model", "direction"]).seconds.median().unstack().round(3).to_string())
+
+
+def growth(
+    out: str,
+    model: str = "study-parallel",
+    sides: tuple[int, ...] = SIDES,
+    large: str | None = "base-parallel",
+) -> None:
+    """Times one model on growing pictures, each once, and saves rows with exponents. To 4096 pixels it takes long.
+
+    Args:
+        out: The JSON file.
+        model: Name for `build_model`.
+        sides: Sides of the square pictures in pixels.
+        large: The model for one picture of 3840x2160 pixels, for its memory; none leaves it out.
+    """
+    rows = [row for side in sides for row in in_own_process(model, side, side, 1)]
     uhd = in_own_process(large, 3840, 2160, 1) if large else []  # its checksum holds, or decoding stops
-    result = {
-        "rows": rows,
-        "growth": larger,
-        "large": uhd,
-        "provenance": {**provenance(), "threads": torch.get_num_threads()},
-    }
-    if larger:
-        decode = pd.DataFrame(larger).query("direction == 'decode'")
-        result["exponents"] = growth(decode)
-        print("exponents of decoding against pixels:", result["exponents"])
+    found = exponents(pd.DataFrame(rows).query("direction == 'decode'"))
+    print("exponents of decoding against pixels:", found)
+    _save(out, {"rows": rows, "large": uhd, "exponents": found})
+
+
+def _one(name: str, width: int, height: int, repeats: int) -> None:
+    """Measures one model in this process and prints its rows."""
+    print(json.dumps(measure_one(name, width, height, repeats)))
+
+
+def _save(out: str, result: dict) -> None:
+    result["provenance"] = {**provenance(), "threads": torch.get_num_threads()}
     write_bytes(Path(out), json.dumps(result, indent=1).encode())
-    table = pd.DataFrame(rows)
-    print(table.groupby(["model", "direction"]).seconds.median().unstack().round(3).to_string())
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.extras.subcommand_cli_from_dict({"table": table, "growth": growth, "one": _one})
