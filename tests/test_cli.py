@@ -1,19 +1,24 @@
 """The command line as a user meets it: in processes of its own, with exit codes and sentences."""
 
+import dataclasses
 import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 from conftest import micro_model
 from PIL import Image
 
 from entroformer_lib import cli
 from entroformer_lib.models.zoo import load_model, save_weights
+from entroformer_lib.studies.model_card import training_command
+from entroformer_lib.training.config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -280,3 +285,13 @@ def test_losses_are_announced(folder, tmp_path):
     Image.new("RGBA", (70, 70), (1, 2, 3, 90)).save(tmp_path / "clear.png")
     _, notes = call("compress", tmp_path / "clear.png", "--model", "micro")
     assert "transparency is not kept" in notes
+
+
+def test_the_command_on_a_card_is_its_run():
+    """What a model card prints, typed again, is the same run: switches, lists and all."""
+    run = TrainConfig(
+        "DATA", "runs/x", rounded=True, even_rates=False, architecture=("position=none",), lmbdas=(0.01, 0.04), init="x"
+    )
+    words = shlex.split(training_command(dataclasses.asdict(run)))
+    assert words[:2] == ["entroformer", "train"]
+    assert tyro.cli(TrainConfig, args=words[2:]) == run
