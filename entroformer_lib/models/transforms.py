@@ -10,7 +10,7 @@ import torch
 from compressai.layers import GDN
 from torch import Tensor, nn
 
-STRIP_ELEMENTS = 2**24  # of a layer's output at a time when no gradient is wanted: 64 MiB in float32
+STRIP_ELEMENTS = 2**24  # of a layer's input or output at a time when no gradient is wanted: 64 MiB in float32
 
 
 def _down(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -72,7 +72,10 @@ def _in_strips(convolution: nn.Module, norm: nn.Module | None, x: Tensor) -> Ten
     B, _, H, W = x.shape
     shrinks = isinstance(convolution, nn.Conv2d)
     height, width = ((H + 1) // 2, (W + 1) // 2) if shrinks else (2 * H, 2 * W)
-    rows = max(2, STRIP_ELEMENTS // (B * convolution.out_channels * width) // 2 * 2)
+    widest = max(
+        convolution.out_channels * width, convolution.in_channels * W * H // height
+    )  # of a row, or what it reads
+    rows = max(2, STRIP_ELEMENTS // (B * widest) // 2 * 2)
     if rows >= height:
         return _pair(convolution, norm, x)
     out = x.new_empty(B, convolution.out_channels, height, width)
