@@ -25,3 +25,14 @@ def test_strips_change_nothing(monkeypatch, elements, size):
         monkeypatch.setattr(transforms, "STRIP_ELEMENTS", elements)
         torch.testing.assert_close(g_a(x), y)
         torch.testing.assert_close(g_s(y), x_hat)
+
+
+def test_strips_bound_what_a_layer_reads_and_writes(monkeypatch):
+    """The last layer of g_s writes three channels and reads N: strips by its output alone would be as large as ever."""
+    g_s, y, limit, seen = Synthesis(64, 12), torch.rand(1, 12, 8, 8), 2**15, []
+    monkeypatch.setattr(transforms, "STRIP_ELEMENTS", limit)
+    for layer in g_s[::2]:
+        layer.register_forward_hook(lambda _, inputs, out: seen.append(max(inputs[0].numel(), out.numel())))
+    with torch.no_grad():
+        g_s(y)
+    assert len(seen) > 8 and max(seen) < 1.5 * limit  # and the neighbouring rows
