@@ -31,7 +31,7 @@ def test_strips_bound_what_a_layer_reads_and_writes(monkeypatch):
     """The last layer of g_s writes three channels and reads N: strips by its output alone would be as large as ever."""
     g_s, y, limit, seen = Synthesis(64, 12), torch.rand(1, 12, 8, 8), 2**15, []
     monkeypatch.setattr(transforms, "STRIP_ELEMENTS", limit)
-    for layer in g_s[::2]:
+    for layer in list(g_s)[::2]:
         layer.register_forward_hook(lambda _, inputs, out: seen.append(max(inputs[0].numel(), out.numel())))
     with torch.no_grad():
         g_s(y)

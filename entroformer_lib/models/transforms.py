@@ -72,9 +72,8 @@ def _in_strips(convolution: nn.Module, norm: nn.Module | None, x: Tensor) -> Ten
     B, _, H, W = x.shape
     shrinks = isinstance(convolution, nn.Conv2d)
     height, width = ((H + 1) // 2, (W + 1) // 2) if shrinks else (2 * H, 2 * W)
-    widest = max(
-        convolution.out_channels * width, convolution.in_channels * W * H // height
-    )  # of a row, or what it reads
+    # A row of the output, or the share of the input that it reads: the last layer of g_s reads far more than it writes.
+    widest = max(convolution.out_channels * width, convolution.in_channels * W * H // height)
     rows = max(2, STRIP_ELEMENTS // (B * widest) // 2 * 2)
     if rows >= height:
         return _pair(convolution, norm, x)
