@@ -145,7 +145,7 @@ def tradeoff(points: pd.DataFrame) -> Figure:
             ax.set(xscale="log", xlabel=label)
             _margins(ax, shown[seconds], shown["percent"])
             low, high = ax.get_xlim()
-            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,)))
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
             ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             ax.xaxis.set_minor_formatter(NullFormatter())
             ax.grid(alpha=0.2, linewidth=0.5, which="both")
