@@ -138,13 +138,15 @@ def models(as_json: Annotated[bool, arg(name="json")] = False) -> None:
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    print(f"{'name':28} {'variant':12} {'lmbda':>8} {'MB':>6}  {'Kodak bpp':>9} {'PSNR dB':>8}  SHA-256")
+    name, variant = (max(len(str(row[column])) for row in [*rows, {column: column}]) for column in ("name", "variant"))
+    print(f"{'name':{name}} {'variant':{variant}} {'lmbda':>8} {'MB':>6}  {'Kodak bpp':>9} {'PSNR dB':>8}  SHA-256")
     for row in rows:
         bpp, psnr = (f"{v:.3f}" if v is not None else "-" for v in (row["kodak_bpp"], row["kodak_psnr_db"]))
         megabytes = f"{row['bytes'] / 1e6:.1f}"
         lmbda = "-" if row["lmbda"] is None else row["lmbda"]
         print(
-            f"{row['name']:28} {row['variant']:12} {lmbda:>8} {megabytes:>6}  {bpp:>9} {psnr:>8}  {row['sha256'][:12]}"
+            f"{row['name']:{name}} {row['variant']:{variant}} {lmbda:>8} {megabytes:>6}  {bpp:>9} {psnr:>8}  "
+            f"{row['sha256'][:12]}"
         )
 
 
