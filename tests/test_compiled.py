@@ -102,11 +102,31 @@ def test_attention_by_loops_and_by_tensors(flat, with_position, with_own, top_k,
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        loops = by_loops(sums, scales, position, own, top_k, values)
+        loops = by_loops(sums, scales, position, own, None, top_k, values)
     finally:
         torch.set_num_threads(before)
-    tensors = by_tensors(sums, scales, position, own, top_k, values)
+    tensors = by_tensors(sums, scales, position, own, None, top_k, values)
     assert torch.equal(loops, tensors) and loops.abs().max() > 0
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("top_k", [2, 16, None])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("look", [by_loops, by_tensors])
+def test_keys_that_a_query_does_not_see_are_as_if_not_there(flat, top_k, threads, look):
+    sums, scales, position, _, values = some_scores(flat)
+    seen = torch.randint(1, 91, (37,), dtype=torch.int32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        all_rows = look(sums, scales, position, None, seen, top_k, values)
+    finally:
+        torch.set_num_threads(before)
+    for i, m in enumerate(seen.tolist()):
+        row = slice(i, i + 1)
+        few = [s[row, :m].contiguous() for s in sums], (scales[0][row], scales[1][:m])
+        place, own_values = (position[0][row, :m].contiguous(), position[1][row]), tuple(v[:m] for v in values)
+        assert torch.equal(all_rows[row], by_tensors(*few, place, None, None, top_k, own_values))
 
 
 @pytest.mark.parametrize("kind", ["diamond", "relative_1d", "relative_2d", None])

@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
-from conftest import MICRO, VARIANTS, micro_model
+from conftest import MICRO, VARIANTS, aware_model, micro_model
 from torch import nn
 
 from entroformer_lib.coding import codec
-from entroformer_lib.models import integer
+from entroformer_lib.models import context, integer
 from entroformer_lib.models.attention import Block, Stack
 from entroformer_lib.models.config import named_config
+from entroformer_lib.models.exact import ExactEntropyModel
 from entroformer_lib.models.integer import chosen, digits, exp_of_negative, largest, product, step_for
 from entroformer_lib.models.integer_copy import integer_copy
 from entroformer_lib.models.integer_layers import (
@@ -147,6 +148,43 @@ def test_cached_steps_equal_each_other_bit_by_bit():
         many = stack(two, torch.cat((sites, sites[-1:])), cache=apart, apart=True)
     # `apart` sums a query's own value outside of the digits, so it is a rounding away; the same keys are chosen
     assert torch.allclose(many[:, :1], last, atol=1e-4)
+
+
+@pytest.mark.parametrize("position", ["none", "absolute", "relative_1d", "relative_2d", "diamond"])
+@pytest.mark.parametrize("variant", ["serial", "cnn"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_all_features_at_once_are_the_bits_of_single_steps(variant, position, flat, monkeypatch):
+    """What a serial encoder computes is what a serial decoder does, also where flat regions make scores equal."""
+    monkeypatch.setattr(context, "PART", 12)
+    model = micro_model(variant, position=position, top_k=4)
+    exact = integer_copy(model.context_model)
+    for size in ((1, 1), (1, 5), (5, 5)):  # 25 tokens: parts of 12, 12 and a single one
+        y_hat = torch.zeros(1, 24, *size) if flat else torch.randn(1, 24, *size).mul(3).round()
+        y_hat[..., -1, -1] += 1
+        steps = torch.zeros(1, model.config.dim, size[0] * size[1])
+
+        def exchange(sites, feature, steps=steps, y_hat=y_hat):
+            steps[:, :, sites] = feature[..., 0]
+            return y_hat[0].flatten(1).T[sites]
+
+        with torch.inference_mode():
+            exact.code(*size, exchange)
+            at_once = exact.features(y_hat)
+        assert torch.equal(at_once.flatten(2), steps) and steps.abs().max() > 0
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("hyperprior", [False, True])
+@pytest.mark.parametrize("variant", ["serial", "cnn"])
+def test_an_encoder_that_takes_no_steps_writes_the_same_string(variant, hyperprior, told, flat_picture):
+    model = (aware_model if told else micro_model)(variant, hyperprior=hyperprior, top_k=4)
+    exact, rate = ExactEntropyModel(model), model.rate(1.3 if told else None, exact=True)
+    y_hat, z = model.latents(codec.to_tensor(flat_picture, model), 1.3 if told else None)
+    z_hat = z if z is None else torch.round(z)
+    at_once = exact.encode(y_hat, z_hat, rate)
+    exact.site_by_site = False
+    assert exact.encode(y_hat, z_hat, rate) == at_once
+    assert torch.equal(exact.decode(at_once, z_hat, y_hat.shape[2:], rate), y_hat)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

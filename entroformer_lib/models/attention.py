@@ -7,6 +7,7 @@ hook it costs nothing.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,17 @@ from entroformer_lib.models.position import RelativePosition, sinusoidal_positio
 
 # Which keys may a query see? Maps query numbers [q] to a mask, True = visible: [q, n] or [B, 1, q, n].
 Visible = Callable[[Tensor], Tensor]
+
+
+class UpToItself(NamedTuple):
+    """Each of n tokens sees those before it and itself; a `Visible` that integer attention knows too."""
+
+    n: int
+
+    def __call__(self, i: Tensor) -> Tensor:
+        """i: [q]  ->  bool [q, n]"""
+        return torch.arange(self.n, device=i.device) <= i[:, None]
+
 
 # Scores held at a time when no gradient is wanted; 2 MiB of float32 stay in a CPU's cache.
 TILE_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}

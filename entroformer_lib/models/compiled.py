@@ -36,6 +36,7 @@ POWERS = np.array([2.0**i for i in range(LOWEST_POWER, 1)], dtype=f32)
 COEFFICIENTS = np.array(POLYNOMIAL, dtype=f32)
 # In the place of what is not there: a bias, positions, a query's own key.
 NONE, NO_PRODUCTS = np.zeros(0, dtype=f32), np.zeros((0, 0), dtype=f32)
+ALL = np.zeros(0, dtype=np.int32)  # how many keys are seen
 NO_DIGITS, NO_BUCKETS = np.zeros((0, 0), dtype=np.int8), np.zeros((1, 0), dtype=np.int16)
 
 
@@ -291,12 +292,13 @@ def attend_one(
 
 @loop
 def attend_rows(
-    high, cross, q_scale, k_scale, bucket, products, top_k, v_high, v_low, own_score, own_high, own_low, out
+    high, cross, q_scale, k_scale, bucket, products, seen, top_k, v_high, v_low, own_score, own_high, own_low, out
 ):
     """Scores of one head to its result, for some queries.
 
     high, cross: int32 [q, n] of queries and keys; q_scale: [q], k_scale: [n]; bucket: int16 [q, n] and products:
-    [q, buckets], or empty; own_score: [q, 1] or empty; v: digits [n, d]; own: digits [q, d]  ->  out: [q, d]
+    [q, buckets], or empty; seen: int32 [q], the query sees so many of the keys, or empty; own_score: [q, 1] or empty,
+    and then all are seen; v: digits [n, d]; own: digits [q, d]  ->  out: [q, d]
     """
     rows, n = high.shape
     d = v_high.shape[1]
@@ -305,16 +307,18 @@ def attend_rows(
     keys, a, b = np.empty(n + extra, dtype=i32), np.empty(d, dtype=i32), np.empty(d, dtype=i32)
     for i in range(rows):
         factor = q_scale[i] * f32(256)
-        for j in range(n):
+        m = seen[i] if len(seen) else n
+        for j in range(m):
             scores[j] = joined(high[i, j], cross[i, j]) * factor * k_scale[j]
         if products.size:
-            for j in range(n):
+            for j in range(m):
                 scores[j] += products[i, bucket[i, j]]
         if extra:
             scores[n] = own_score[i, 0]
             weighted(scores, top_k, v_high, v_low, own_high[i], own_low[i], out[i], keys, a, b)
         else:
-            weighted(scores, top_k, v_high, v_low, v_high[0, :0], v_low[0, :0], out[i], keys, a, b)
+            none = v_high[0, :0]
+            weighted(scores[:m], top_k, v_high[:m], v_low[:m], none, none, out[i], keys[:m], a, b)
 
 
 @loop

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from entroformer_lib.models.attention import Stack
+from entroformer_lib.models.attention import Stack, UpToItself
 from entroformer_lib.models.clock import stage, tell
 from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.position import grid_sites
@@ -76,19 +76,23 @@ class SerialContext(nn.Module):
         return feature.transpose(1, 2).reshape(len(tokens), -1, h, w)
 
     @torch.no_grad()
-    def features(self, y_hat: Tensor, missing: Tensor) -> Tensor:
-        """`forward` in half of the work: a few rows of tokens at a time, with the keys up to them alone.
+    def features(self, y_hat: Tensor, missing: Tensor | None = None) -> Tensor:
+        """`forward` in half of the work: a few rows of tokens at a time, with the keys up to them alone. In integers
+        it gives the bits that the steps of `code` give, so an encoder, which knows all latents, need not take them.
 
         y_hat: [B, M, h, w], missing: bool [B, 1, h, w]  ->  context feature: [B, D, h, w]
         """
         B, M, h, w = y_hat.shape
-        tokens = self.embed((y_hat * ~missing).flatten(2).transpose(1, 2))
+        if missing is not None:
+            y_hat = y_hat * ~missing
+        tokens = self.embed(y_hat.flatten(2).transpose(1, 2))
         sites, number = grid_sites(h, w, y_hat.device), torch.arange(h * w, device=y_hat.device)
         cache, done = self.stack.cache(B, h * w), []
         for part in tokens.split(PART, dim=1):
             end = cache.length + part.size(1)
-            visible = _causal(number[:end], missing.flatten(2)[..., :end])
+            visible = _causal(number[:end], None if missing is None else missing.flatten(2)[..., :end])
             done.append(self.stack(part, sites[:end], visible=visible, cache=cache))
+            tell("sites", end, h * w)
         return self._shifted(torch.cat(done, dim=1), h, w)
 
     def code(self, height: int, width: int, exchange: Exchange) -> Tensor:
@@ -199,7 +203,7 @@ def _causal(number: Tensor, missing: Tensor | None) -> Callable[[Tensor], Tensor
     """Token i sees those up to itself; of the missing ones only itself.  number: [n],
     missing: [B, 1, h, w] or [B, 1, n] or None"""
     if missing is None:
-        return lambda i: number <= i[:, None]
+        return UpToItself(len(number))
     there = ~missing.flatten(2)[:, :, None]  # [B, 1, 1, n]
     return lambda i: (number < i[:, None]) & there | (number == i[:, None])
 
@@ -230,9 +234,20 @@ class CnnContext(nn.Module):
         return feature if kept is None else feature * kept
 
     @torch.no_grad()
-    def features(self, y_hat: Tensor, missing: Tensor) -> Tensor:
-        """`forward`.  y_hat: [B, M, h, w], missing: bool [B, 1, h, w]  ->  context feature: [B, D, h, w]"""
-        return self(y_hat, None, missing)
+    def features(self, y_hat: Tensor, missing: Tensor | None = None) -> Tensor:
+        """`forward` by the linear layer, a row of sites at a time, as the integer copy can do it too.
+
+        y_hat: [B, M, h, w], missing: bool [B, 1, h, w]  ->  context feature: [B, D, h, w]
+        """
+        if missing is not None:
+            y_hat = y_hat * ~missing
+        known = F.pad(y_hat, (2, 2, 2, 0))  # [B, M, h + 2, w + 4]
+        rows = []
+        for i in range(y_hat.size(2)):
+            seen = known[:, :, i : i + 3].unfold(3, 5, 1)  # [B, M, 3, w, 5]
+            patches = seen.permute(0, 3, 1, 2, 4).flatten(3)[..., :12]  # [B, w, M, 12]
+            rows.append(self.taps(patches.flatten(2)))  # [B, w, D]
+        return torch.stack(rows, dim=1).movedim(3, 1)
 
     def code(self, height: int, width: int, exchange: Exchange) -> Tensor:
         """One site at a time.  ->  y_hat: [n, M]"""

@@ -134,7 +134,8 @@ def joined(high: Tensor, cross: Tensor) -> Tensor:
 def chosen(scores: Tensor, top_k: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax over the k largest scores of each row, as integers: weights in digits and their sum.
 
-    scores: float32 [q, n]  ->  high, low: int8 [q, n] with zeros at the keys that are not chosen; total: float32 [q, 1]
+    scores: float32 [q, n], -inf where a key is not seen  ->  high, low: int8 [q, n] with zeros at the keys that are not
+    chosen; total: float32 [q, 1]
     """
     n = scores.size(-1)
     if top_k is None or top_k >= n:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from entroformer_lib.models import compiled
-from entroformer_lib.models.attention import TopKAttention
+from entroformer_lib.models.attention import TopKAttention, UpToItself
 from entroformer_lib.models.integer import (
     Digits,
     chosen,
@@ -230,7 +230,8 @@ def value_scale(qkv: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 
 class IntegerAttention(nn.Module):
-    """TopKAttention in digits, for the coder: one picture, every key visible. Equal scores at rank k are all kept.
+    """TopKAttention in digits, for the coder: one picture; each token sees all keys, or those up to itself. Equal
+    scores at rank k are all kept.
 
     Values have fixed scales, because the sum over tokens needs one scale for all of them, those to come included.
     """
@@ -252,9 +253,10 @@ class IntegerAttention(nn.Module):
         cache.append(layer, k, v)
 
     def forward(self, x, sites, visible=None, relative=None, top_k=None, cache=None, layer=0, apart=False) -> Tensor:
-        """As TopKAttention.forward, for B = 1 and without a mask.  x: [1, q, D]  ->  [1, q, D]"""
-        if visible is not None or x.size(0) != 1:
-            raise NotImplementedError("the coder takes one picture at a time and masks nothing")
+        """As TopKAttention.forward, for B = 1 and no mask but UpToItself.  x: [1, q, D]  ->  [1, q, D]"""
+        causal = isinstance(visible, UpToItself)
+        if not (visible is None or causal) or x.size(0) != 1:
+            raise NotImplementedError("the coder takes one picture at a time and masks nothing but what is to come")
         if cache is not None and x.size(1) == 1 and not apart and x.device.type == "cpu":
             return self._one(x, sites, relative, top_k or self.top_k, cache, layer)
         q, k, v = self._project(x)
@@ -266,7 +268,7 @@ class IntegerAttention(nn.Module):
             own = (k, v) if apart else None
             end = cache.length if apart else cache.append(layer, k, v)
             keys, values = cache.filled(layer, end, self.value_scale)
-        return self.out(self._many(q, keys, values, own, sites, first, relative, top_k or self.top_k))[None]
+        return self.out(self._many(q, keys, values, own, sites, first, relative, top_k or self.top_k, causal))[None]
 
     def _project(self, x: Tensor) -> tuple[Digits, Digits, Digits]:
         q, k, v = self.qkv(x[0]).chunk(3, dim=-1)  # [q, D] each
@@ -288,18 +290,25 @@ class IntegerAttention(nn.Module):
         )
         return out
 
-    def _many(self, q, keys, values, own, sites, first, relative, top_k) -> Tensor:
-        """All queries, tile by tile and head by head.  ->  [q, D]"""
+    def _many(self, q, keys, values, own, sites, first, relative, top_k, causal) -> Tensor:
+        """All queries, tile by tile and head by head.  ->  [q, D]
+
+        Where it is causal, query i sees first + i + 1 keys; a tile takes as many as its last query sees.
+        """
         count, n, d = len(q.high), len(keys.high), self.width // self.heads
         look = by_loops if q.high.device.type == "cpu" else by_tensors
         products = None if relative is None else relative.products(q, self.heads)  # [heads, q, buckets]
         out = torch.empty(count, self.width, device=q.high.device)
         rows = max(64, TILE // max(n, 1))
         for i in (slice(j, min(j + rows, count)) for j in range(0, count, rows)):
+            seen = None
+            if causal:
+                seen = torch.arange(first + i.start + 1, first + i.stop + 1, dtype=torch.int32, device=out.device)
+                n = first + i.stop
             places = None if relative is None else relative.buckets(sites[first:][i], sites[:n])  # [q, n]
             for head in range(self.heads):
                 c = slice(head * d, (head + 1) * d)
-                k_high, k_low = keys.high[:, c].contiguous(), keys.low[:, c].contiguous()
+                k_high, k_low = keys.high[:n, c].contiguous(), keys.low[:n, c].contiguous()
                 k_cross = torch.cat((k_low, k_high), dim=1)  # [n, 2 d]
                 a, b = q.high[i, c].contiguous(), q.low[i, c].contiguous()
                 sums = product(a, k_high.T), product(torch.cat((a, b), dim=1), k_cross.T)  # [q, n] each
@@ -310,8 +319,8 @@ class IntegerAttention(nn.Module):
                     if relative is not None:
                         score = score + position[1][:, relative.own_bucket, None]
                     itself = score, own[1].high[i, c], own[1].low[i, c]
-                v = values.high[:, c].contiguous(), values.low[:, c].contiguous()
-                out[i, c] = look(sums, (q.scale[i], keys.scale), position, itself, top_k, v)
+                v = values.high[:n, c].contiguous(), values.low[:n, c].contiguous()
+                out[i, c] = look(sums, (q.scale[i], keys.scale[:n]), position, itself, seen, top_k, v)
         return out * 256 * values.scale
 
     @staticmethod
@@ -322,7 +331,7 @@ class IntegerAttention(nn.Module):
         return (query * key).sum(-1, keepdim=True).float() * scale * keys.scale[i]
 
 
-def by_tensors(sums, scales, position, own, top_k, values) -> Tensor:
+def by_tensors(sums, scales, position, own, seen, top_k, values) -> Tensor:
     """One head from sums of products to its result, in tensor operations: [q, d], in units of value_scale / 256.
 
     Args:
@@ -330,6 +339,7 @@ def by_tensors(sums, scales, position, own, top_k, values) -> Tensor:
         scales: of queries [q, 1] and keys [n].
         position: bucket of each pair, int16 [q, n], and products with the vectors [q, buckets]; or None.
         own: of queries that also see themselves: score [q, 1], digits of the value [q, d] each; or None.
+        seen: how many of the keys each query sees, int32 [q]; or None, all. Not together with own.
         values: digits [n, d] each.
     """
     (v_high, v_low), n = values, len(values[0])
@@ -338,6 +348,8 @@ def by_tensors(sums, scales, position, own, top_k, values) -> Tensor:
         scores += position[1].gather(1, position[0].long())
     if own is not None:
         scores = torch.cat((scores, own[0]), dim=1)
+    if seen is not None:
+        scores.masked_fill_(torch.arange(n, device=scores.device) >= seen[:, None], -math.inf)
     high, low, total = chosen(scores, top_k)
     cross = product(high[:, :n], v_low) + product(low[:, :n], v_high)
     result = joined(product(high[:, :n], v_high), cross)
@@ -347,7 +359,7 @@ def by_tensors(sums, scales, position, own, top_k, values) -> Tensor:
     return result / total
 
 
-def by_loops(sums, scales, position, own, top_k, values) -> Tensor:
+def by_loops(sums, scales, position, own, seen, top_k, values) -> Tensor:
     """The same bits on a CPU, a row at a time."""
     (high, cross), (q_scale, k_scale) = (t.numpy() for t in sums), (array(t.view(-1)) for t in scales)
     bucket, products = compiled.NO_BUCKETS, compiled.NO_PRODUCTS
@@ -355,15 +367,15 @@ def by_loops(sums, scales, position, own, top_k, values) -> Tensor:
         bucket, products = (array(t) for t in position)
     v_high, v_low = (t.numpy() for t in values)
     q, d = len(high), v_high.shape[1]
-    itself = (array(t) for t in own) if own else (compiled.NO_PRODUCTS, compiled.NO_DIGITS, compiled.NO_DIGITS)
-    itself = tuple(itself)
+    itself = tuple(map(array, own)) if own else (compiled.NO_PRODUCTS, compiled.NO_DIGITS, compiled.NO_DIGITS)
+    visible = compiled.ALL if seen is None else array(seen)
     out = np.empty((q, d), dtype=np.float32)
 
     def part(i, j):
         mine = (t[i:j] for t in itself)
         compiled.attend_rows(
-            high[i:j], cross[i:j], q_scale[i:j], k_scale, bucket[i:j], products[i:j], top_k or 2**31 - 1, v_high, v_low,
-            *mine, out[i:j],
+            high[i:j], cross[i:j], q_scale[i:j], k_scale, bucket[i:j], products[i:j], visible[i:j], top_k or 2**31 - 1,
+            v_high, v_low, *mine, out[i:j],
         )  # fmt: skip
 
     compiled.in_threads(part, q)
