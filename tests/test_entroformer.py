@@ -5,8 +5,9 @@ import torch
 from compressai.losses import RateDistortionLoss
 from compressai.models import CompressionModel
 from compressai.registry import MODELS
-from conftest import VARIANTS, micro_model
+from conftest import VARIANTS, aware_model, micro_model
 
+from entroformer_lib.coding import codec
 from entroformer_lib.errors import ConfigError, WeightsError
 from entroformer_lib.models.entroformer import Entroformer
 
@@ -123,3 +124,19 @@ def test_given_noise_is_used():
     first, second = model(x, noise=noise), model(x, noise=noise)
     assert torch.equal(first["likelihoods"]["y"], second["likelihoods"]["y"])
     assert not torch.equal(model(x)["likelihoods"]["y"], first["likelihoods"]["y"])
+
+
+@pytest.mark.parametrize("build", [micro_model, aware_model])
+def test_an_analysis_of_rounded_latents_sees_nothing_that_rounding_removes(build, photo):
+    models = {name: build("parallel", hyper_input=name) for name in ("y", "rounded")}
+    x = codec.to_tensor(photo, models["y"])
+    y = models["y"].scaled(models["y"].g_a(x))
+    other = torch.floor(y + 0.5) + 0.4 * (2 * torch.rand_like(y) - 1)
+    for name, model in models.items():
+        z, z_other = (model.analysed(v, model.rate()) for v in (y, other))
+        assert torch.allclose(z, z_other, atol=1e-4) == (name == "rounded")
+        picture = codec.decode(codec.encode(model, photo), model)
+        assert picture.size == photo.size
+    x.requires_grad_()  # and g_a still learns what to write into y
+    models["rounded"].train()(x)["likelihoods"]["z"].log().sum().backward()
+    assert x.grad.abs().max() > 0

@@ -29,6 +29,8 @@ class EntroformerConfig:
     context: Context = "serial"
     hyperprior: bool = True  # False leaves only the context model (Figure 5, right)
     hyper: Literal["transformer", "cnn"] = "transformer"  # layers of h_a and h_s; cnn: as Minnen et al. (2018)
+    # What h_a looks at: y, as everywhere; or y after rounding (ours), so that z spends no bits on what rounding removes
+    hyper_input: Literal["y", "rounded"] = "y"
 
     # Sizes (Table 5)
     N: int = 192  # channels inside g_a and g_s
@@ -119,6 +121,8 @@ class EntroformerConfig:
             del values["rate_aware"]
         if self.hyper == "transformer":
             del values["hyper"]
+        if self.hyper_input == "y":
+            del values["hyper_input"]
         if self.context != "grouped":
             for name in GROUPED_FIELDS:
                 del values[name]

@@ -221,6 +221,8 @@ class Entroformer(CompressionModel):
 
     def analysed(self, y: Tensor, rate: Rate | None) -> Tensor:
         """z of y, not yet rounded.  y: [B, M, h, w], scaled by the gain  ->  [B, Z, h/4, w/4]"""
+        if self.config.hyper_input == "rounded":
+            y = ste_round(float_or_wider(y))
         return self.h_a(y) if rate is None else self.h_a(y * rate.inverse) * rate.z_gain
 
     def synthesised(self, z_hat: Tensor, rate: Rate | None) -> Tensor:

@@ -151,7 +151,7 @@ def _predictions(model: Entroformer, y: Tensor) -> Iterable[tuple[str, Tensor]]:
         return
     hyper = None
     if model.h_a is not None:
-        hyper = model.h_s(model.z_prior.quantize_z(model.h_a(y)))
+        hyper = model.h_s(model.z_prior.quantize_z(model.analysed(y, None)))
         y_hat = torch.floor(y + 0.5)
         yield CONTEXTS[0], model.gaussian(y_hat, *model.entropy_parameters(hyper, None))
     for context, one_way in zip(CONTEXTS[1:], (True, False), strict=True):
