@@ -1,0 +1,104 @@
+"""What coding in two passes costs, part by part: a parallel model beside a serial one behind the same transforms.
+
+    python -m entroformer_lib.studies.two_passes --kodak KODAK --out data/results/two_passes.json
+
+A parallel model gains on its second half, which sees neighbours on all sides, and pays twice: for its first half, which
+sees none, and for the hyperprior z that has to speak in their place. The serial model's latents are counted on the same
+two halves. The smaller the picture, the more of a serial model's latents stand at an edge with little before
+them, so the price is also measured on squares. Rates are estimated, as in `latent_rates.py`.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from entroformer_lib.coding import codec
+from entroformer_lib.errors import WeightsError
+from entroformer_lib.files import write_bytes
+from entroformer_lib.models.context import first_slice
+from entroformer_lib.models.entroformer import Entroformer
+from entroformer_lib.models.zoo import load_model
+from entroformer_lib.studies.latent_rates import pictures_of
+from entroformer_lib.studies.provenance import provenance
+from entroformer_lib.training.latents import transforms_digest
+
+LMBDAS = (0.00035, 0.0017, 0.007, 0.029, 0.12)
+SQUARES = (128, 256)  # pixels; and the whole picture
+SHIPPED = ("tiny-serial-rates", "tiny-parallel-rates")
+
+
+@torch.inference_mode()
+def parts(model: Entroformer, y: Tensor, level: float, side: int | None = None) -> dict[str, float]:
+    """Bits of z, of the half that a parallel model codes first, and of the other half.
+
+    y: [1, M, h, w] of g_a; side: of the squares that y is cut into, in pixels, each coded alone; None leaves it whole
+    ->  {"first": bits, "second": bits, "z": bits}
+    """
+    y = model.scaled(y, level)
+    step = max(y.shape) if side is None else side // 16
+    found = dict.fromkeys(("first", "second", "z"), 0.0)
+    for row in y.split(step, dim=2):
+        bits = model.estimated_bits(torch.cat(row.split(step, dim=3)), level)
+        first = first_slice(*bits["y"].shape[-2:])
+        found["first"] += float(bits["y"][:, first].sum())
+        found["second"] += float(bits["y"][:, ~first].sum())
+        found["z"] += float(bits["z"].sum()) if "z" in bits else 0.0
+    return found
+
+
+def compare(
+    kodak: str,
+    out: str,
+    models: tuple[str, str] = SHIPPED,
+    others: tuple[str, ...] = (),
+    limit: int | None = None,
+) -> None:
+    """Measures pairs of models and saves a row for each model, lambda, side and part.
+
+    Args:
+        kodak: Folder of pictures.
+        out: The JSON file.
+        models: A serial and a parallel one behind the same transforms.
+        others: More such pairs, on whole pictures only: LABEL=SERIAL=PARALLEL, each a name or a file.
+        limit: So many pictures; by default all.
+    """
+    pairs = [("", *models, (*SQUARES, None)), *((*pair.split("="), (None,)) for pair in others)]
+    pictures, rows = pictures_of(kodak, limit), []
+    for label, *names, sides in pairs:
+        both = [load_model(name, device="cpu") for name in names]
+        if transforms_digest(both[0]) != transforms_digest(both[1]):
+            raise WeightsError(f"{names[0]} and {names[1]} have other transforms.")
+        with torch.inference_mode():
+            latents = [both[0].g_a(codec.to_tensor(picture, both[0])) for _, picture in pictures]
+        pixels = sum(256 * y[0, 0].numel() for y in latents)
+        for variant, model in zip(("serial", "parallel"), both, strict=True):
+            for lmbda in LMBDAS:
+                level = model.gain.level_of(lmbda)
+                for side in sides:
+                    each = [parts(model, y, level, side) for y in tqdm(latents, desc=f"{variant} {lmbda} {side}")]
+                    mean = {part: sum(one[part] for one in each) / pixels for part in each[0]}
+                    rows.append({"pair": label, "variant": variant, "lmbda": lmbda, "side": side, **mean})
+    result = {"models": list(models), "pictures": len(pictures), "rows": rows, "provenance": provenance()}
+    write_bytes(Path(out), json.dumps(result, indent=1).encode())
+
+
+def price(rows: Sequence[dict], side: int | None = None, pair: str = "") -> list[dict]:
+    """What two passes cost at each lambda, in percent of the serial model's whole rate: `first`, `second` and `z`, and
+    their sum `all`."""
+    chosen = [row for row in rows if row["side"] == side and row["pair"] == pair]
+    serial, parallel = ([row for row in chosen if row["variant"] == v] for v in ("serial", "parallel"))
+    found = []
+    for a, b in zip(serial, parallel, strict=True):
+        whole = sum(a[part] for part in ("first", "second", "z"))
+        percent = {part: 100 * (b[part] - a[part]) / whole for part in ("first", "second", "z")}
+        found.append({"lmbda": a["lmbda"], **percent, "all": sum(percent.values())})
+    return found
+
+
+if __name__ == "__main__":
+    tyro.cli(compare)
