@@ -8,6 +8,7 @@ two halves. The smaller the picture, the more of a serial model's latents stand 
 them, so the price is also measured on squares. Rates are estimated, as in `latent_rates.py`.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,8 +43,8 @@ def parts(model: Entroformer, y: Tensor, level: float, side: int | None = None) 
     y = model.scaled(y, level)
     step = max(y.shape) if side is None else side // 16
     found = dict.fromkeys(("first", "second", "z"), 0.0)
-    for row in y.split(step, dim=2):
-        bits = model.estimated_bits(torch.cat(row.split(step, dim=3)), level)
+    for square in (part for row in y.split(step, dim=2) for part in row.split(step, dim=3)):
+        bits = model.estimated_bits(square, level)
         first = first_slice(*bits["y"].shape[-2:])
         found["first"] += float(bits["y"][:, first].sum())
         found["second"] += float(bits["y"][:, ~first].sum())
@@ -57,6 +58,7 @@ def compare(
     models: tuple[str, str] = SHIPPED,
     others: tuple[str, ...] = (),
     limit: int | None = None,
+    lmbdas: tuple[float, ...] = LMBDAS,
 ) -> None:
     """Measures pairs of models and saves a row for each model, lambda, side and part.
 
@@ -66,6 +68,7 @@ def compare(
         models: A serial and a parallel one behind the same transforms.
         others: More such pairs, on whole pictures only: LABEL=SERIAL=PARALLEL, each a name or a file.
         limit: So many pictures; by default all.
+        lmbdas: Rates at which they are compared.
     """
     pairs = [("", *models, (*SQUARES, None)), *((*pair.split("="), (None,)) for pair in others)]
     pictures, rows = pictures_of(kodak, limit), []
@@ -76,13 +79,11 @@ def compare(
         with torch.inference_mode():
             latents = [both[0].g_a(codec.to_tensor(picture, both[0])) for _, picture in pictures]
         pixels = sum(256 * y[0, 0].numel() for y in latents)
-        for variant, model in zip(("serial", "parallel"), both, strict=True):
-            for lmbda in LMBDAS:
-                level = model.gain.level_of(lmbda)
-                for side in sides:
-                    each = [parts(model, y, level, side) for y in tqdm(latents, desc=f"{variant} {lmbda} {side}")]
-                    mean = {part: sum(one[part] for one in each) / pixels for part in each[0]}
-                    rows.append({"pair": label, "variant": variant, "lmbda": lmbda, "side": side, **mean})
+        work = itertools.product(zip(("serial", "parallel"), both, strict=True), lmbdas, sides)
+        for (variant, model), lmbda, side in tqdm(list(work), desc=label or "shipped", unit="row"):
+            each = [parts(model, y, model.gain.level_of(lmbda), side) for y in latents]
+            mean = {part: sum(one[part] for one in each) / pixels for part in each[0]}
+            rows.append({"pair": label, "variant": variant, "lmbda": lmbda, "side": side, **mean})
     result = {"models": list(models), "pictures": len(pictures), "rows": rows, "provenance": provenance()}
     write_bytes(Path(out), json.dumps(result, indent=1).encode())
 

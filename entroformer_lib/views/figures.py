@@ -253,6 +253,39 @@ def growth(rows: list[dict], exponents: dict[str, float]) -> Figure:
     return figure
 
 
+@styled
+def two_passes(prices: dict[int | None, list[dict]]) -> Figure:
+    """What a parallel model pays and saves beside a serial one, and how that depends on the size of the picture.
+
+    Args:
+        prices: for each side of squares in pixels, and None for whole pictures, a row for each lambda: lmbda, and
+            first, second, z and all in percent of the serial model's rate.
+    """
+    figure, (left, right) = new_figure(TWO_COLUMNS, 2.9, 1, 2)
+    whole = prices[None]
+    places = np.arange(len(whole))
+    labels = {"first": "first half: no context", "z": "hyperprior z", "second": "second half: context all around"}
+    above = np.zeros(len(whole))
+    for (part, label), colour, hatch in zip(labels.items(), COLOURS, ("", "////", ""), strict=False):
+        values = np.array([row[part] for row in whole])
+        left.bar(places, values, bottom=above * (values > 0), color=colour, hatch=hatch, edgecolor="w", label=label)
+        above += values.clip(min=0)
+    left.plot(places, [row["all"] for row in whole], "kD", label="in all", markersize=4)
+    left.axhline(0, color="0.4", linewidth=0.6)
+    left.set_xticks(places, [f"{row['lmbda']:g}" for row in whole])
+    left.set(xlabel="lambda", ylabel="against serial, % of its rate", title="whole pictures")
+    left.set_ylim(top=1.45 * above.max())
+    left.legend(fontsize=7, loc="upper right")
+    names = [f"{side} x {side}" if side else "whole" for side in prices]
+    for i, (row, colour, marker) in enumerate(zip(whole, COLOURS, "osD^vph", strict=False)):
+        values = [rows[i]["all"] for rows in prices.values()]
+        right.plot(names, values, marker + "-", color=colour, label=f"lambda {row['lmbda']:g}")
+    right.set(xlabel="pixels coded together", ylabel="two passes cost, %", title="the same, cut into squares")
+    right.set_ylim(0, 1.4 * max(row["all"] for rows in prices.values() for row in rows))
+    right.legend(fontsize=7, ncols=2, loc="upper left")
+    return figure
+
+
 def _picture(axes, picture: Image.Image, title: str = "") -> None:
     axes.imshow(np.asarray(picture), cmap="gray" if picture.mode == "L" else None, interpolation="nearest")
     axes.set(xticks=[], yticks=[], title=title)
