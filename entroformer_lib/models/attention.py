@@ -256,7 +256,7 @@ class Stack(nn.Module):
         options = dict(visible=visible, top_k=top_k, cache=cache, apart=apart)
         for layer, block in enumerate(self.blocks):
             x = block(x, sites, relative=self._relative(layer), layer=layer, **options)
-            if x.size(1) > 1:
+            if cache is None or apart:  # else whoever feeds the tokens knows how many are to come
                 tell("blocks", layer + 1, len(self.blocks))
         if cache is not None and not apart:
             cache.length += x.size(1)
