@@ -1,5 +1,7 @@
 """The compiled loops give the bits of the tensor operations they stand for."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -76,6 +78,16 @@ def test_threshold_is_the_score_at_rank_k():
             assert torch.equal(torch.from_numpy(keys >= compiled.threshold(keys, k)), scores >= least)
 
 
+@contextmanager
+def threads_of_torch(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def some_scores(flat: bool, q: int = 37, n: int = 90, d: int = 16, buckets: int = 9):
     """What comes before the softmax; `flat` gives few distinct scores, so that many equal the one at rank k."""
     torch.manual_seed(0)
@@ -99,12 +111,8 @@ def some_scores(flat: bool, q: int = 37, n: int = 90, d: int = 16, buckets: int 
 def test_attention_by_loops_and_by_tensors(flat, with_position, with_own, top_k, threads):
     sums, scales, position, own, values = some_scores(flat)
     position, own = position if with_position else None, own if with_own else None
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads_of_torch(threads):
         loops = by_loops(sums, scales, position, own, None, top_k, values)
-    finally:
-        torch.set_num_threads(before)
     tensors = by_tensors(sums, scales, position, own, None, top_k, values)
     assert torch.equal(loops, tensors) and loops.abs().max() > 0
 
@@ -116,12 +124,8 @@ def test_attention_by_loops_and_by_tensors(flat, with_position, with_own, top_k,
 def test_keys_that_a_query_does_not_see_are_as_if_not_there(flat, top_k, threads, look):
     sums, scales, position, _, values = some_scores(flat)
     seen = torch.randint(1, 91, (37,), dtype=torch.int32)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads_of_torch(threads):
         all_rows = look(sums, scales, position, None, seen, top_k, values)
-    finally:
-        torch.set_num_threads(before)
     for i, m in enumerate(seen.tolist()):
         row = slice(i, i + 1)
         few = [s[row, :m].contiguous() for s in sums], (scales[0][row], scales[1][:m])

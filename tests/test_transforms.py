@@ -35,4 +35,4 @@ def test_strips_bound_what_a_layer_reads_and_writes(monkeypatch):
         layer.register_forward_hook(lambda _, inputs, out: seen.append(max(inputs[0].numel(), out.numel())))
     with torch.no_grad():
         g_s(y)
-    assert len(seen) > 8 and max(seen) < 2 * limit  # and the neighbouring rows
+    assert len(seen) > 8 and max(seen) <= 1.5 * limit  # and the neighbouring rows
