@@ -200,7 +200,7 @@ def evaluate(
     from entroformer_lib.studies.rate_distortion import pictures_to_test
 
     loaded = _load(model, device)
-    place = loaded.g_s[0].weight.device.type
+    place = next(loaded.g_s.parameters()).device.type
     tasks = [Task(model, None, str(path), place) for path in pictures_to_test(data, limit)]
     quiet = str(json_file) == "-"
     columns = ("bpp", "bpp_estimated", "psnr_db", "ms_ssim", "encode_s", "decode_s")

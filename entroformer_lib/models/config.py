@@ -32,6 +32,11 @@ class EntroformerConfig:
     # What h_a looks at: y, as everywhere; or y after rounding (ours), so that z spends no bits on what rounding removes
     hyper_input: Literal["y", "rounded"] = "y"
 
+    # g_a and g_s, see transforms.py. gdn: the paper's four 5x5 convolutions; blocks: 1x1 and depthwise ones (ours)
+    transforms: Literal["gdn", "blocks"] = "gdn"
+    stages: tuple[tuple[int, int, int], ...] = ()  # of blocks, fine to coarse: pixels a side, channels, blocks
+    linear_path: Literal["none", "dct"] = "none"  # a linear map of each block of pixels beside g_a and g_s (ours)
+
     # Sizes (Table 5)
     N: int = 192  # channels inside g_a and g_s
     M: int = 384  # channels of the latents y
@@ -79,12 +84,18 @@ class EntroformerConfig:
             raise ConfigError("GroupedMixer's first group is predicted by the hyperprior, so it needs one.")
         if self.context == "grouped" and self.M % self.groups[0]:
             raise ConfigError(f"The {self.M} channels of y do not divide into {self.groups[0]} slices.")
+        if (self.transforms == "blocks") != bool(self.stages):
+            raise ConfigError("Transforms of blocks have stages, and those with GDN have none.")
+        sides = [side for side, _, _ in self.stages]
+        if any(16 % side for side in sides) or not _rises(tuple(sides)):
+            raise ConfigError(f"Stages go from fine to coarse over 1, 2, 4, 8 and 16 pixels a side, not over {sides}.")
         if self.dim % self.heads:
             raise ConfigError(f"The width dim = {self.dim} does not divide into {self.heads} heads.")
         if self.position == "absolute" and self.dim % 4:
             raise ConfigError(f"Absolute positions need a width divisible by 4, and dim is {self.dim}.")
+        stages = tuple(itertools.chain(*self.stages))
         sizes = (self.N, self.M, self.Z, self.dim, self.heads, self.context_layers, self.ffn_ratio, self.radius)
-        if min(sizes + self.hyper_radius + self.groups + (self.window,)) < 1:
+        if min(sizes + self.hyper_radius + self.groups + stages + (self.window,)) < 1:
             raise ConfigError("Every size and radius in a config must be at least 1.")
         if any(k is not None and k < 2 for k in (self.top_k, *self.hyper_top_k)):
             raise ConfigError("top_k must be at least 2, or None for dense attention.")
@@ -126,6 +137,9 @@ class EntroformerConfig:
         if self.context != "grouped":
             for name in GROUPED_FIELDS:
                 del values[name]
+        for name in ("transforms", "stages", "linear_path"):
+            if values[name] in ("gdn", (), "none"):
+                del values[name]
         return json.dumps(values, sort_keys=True)
 
     def replaced(self, **fields) -> "EntroformerConfig":
@@ -145,6 +159,7 @@ class EntroformerConfig:
         return cls(**_known(values, cls))
 
 
+TRANSFORM_FIELDS = ("N", "M", "transforms", "stages", "linear_path")
 GROUPED_FIELDS = ("groups", "group_order", "inner", "window", "cross")
 
 
@@ -153,7 +168,12 @@ def _known(values: dict, cls) -> dict:
     for name in values:
         if name not in names:
             raise ConfigError(f"The config has no field '{name}'; it has {', '.join(names)}.")
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return {name: _tuples(v) for name, v in values.items()}
+
+
+def _tuples(value):
+    """JSON's lists, and those inside them, as tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _fits(value, hint) -> bool:

@@ -28,7 +28,7 @@ from entroformer_lib.models.gain import Rate, RateGain, RateKnowledge
 from entroformer_lib.models.groupedmixer import GroupedMixer
 from entroformer_lib.models.hyperprior import build_hyperprior, per_site
 from entroformer_lib.models.priors import FactorizedPrior, GaussianConditional, GaussianPrior, ste_round
-from entroformer_lib.models.transforms import Analysis, Synthesis
+from entroformer_lib.models.transforms import build_transforms
 
 LARGEST_LOG_SCALE = 12.0  # a sigma of 160,000: no latent needs it, and exp stays finite whatever a bad step does
 
@@ -106,7 +106,7 @@ class Entroformer(CompressionModel):
         elif overrides:
             raise TypeError("overrides go with a name, not with a whole config")
         c = self.config = config
-        self.g_a, self.g_s = Analysis(c.N, c.M), Synthesis(c.N, c.M)
+        self.g_a, self.g_s = build_transforms(c)
         self.gain = RateGain(c.lmbdas, c.M) if c.lmbdas else None
         self.level = (len(c.lmbdas) - 1) / 2  # the middle
         self.rate_knowledge = RateKnowledge(self.gain, c.Z, c.dim) if c.rate_aware else None
@@ -319,7 +319,7 @@ class Entroformer(CompressionModel):
     ) -> tuple[Tensor, Tensor | None]:
         """First half of `decompress`: y_hat [B, M, h, w] and z_hat or None."""
         exact, rate = self._exact(), self.rate(level, exact=True)
-        like = self.g_s[0].weight
+        like = next(self.g_s.parameters())
         if self.h_a is None:
             y_hat = [exact.decode(s, None, tuple(shape), rate) for s in strings[0]]
             return torch.cat(y_hat).to(like), None

@@ -53,7 +53,7 @@ class ExactEntropyModel:
 
     def __init__(self, model):
         self.site_by_site = model.config.context in ("serial", "cnn")
-        self.device = torch.device("cpu") if self.site_by_site else model.g_s[0].weight.device
+        self.device = torch.device("cpu") if self.site_by_site else next(model.g_s.parameters()).device
         parts = map(integer_copy, (model.h_s, model.context_model, model.entropy_parameters))
         self.h_s, self.context_model, self.entropy_parameters = (p and p.to(self.device) for p in parts)
         self.dim, self.M = model.config.dim, model.config.M

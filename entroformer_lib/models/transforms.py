@@ -1,16 +1,28 @@
 """Analysis g_a and synthesis g_s: pixels to latents and back (the first two columns of Table 5).
 
-The paper leaves this part as in Minnen et al. 2018: four 5x5 convolutions of stride 2 with GDN between them, so a
-latent stands for a 16x16 block of pixels.
+A latent stands for a 16x16 block of pixels. Three parts, each of which can be read alone:
+
+- `Analysis`, `Synthesis`: the paper's, as in Minnen et al. 2018. Four 5x5 convolutions of stride 2 with GDN between.
+- `BlockAnalysis`, `BlockSynthesis`: residual blocks of 1x1 and depthwise convolutions on coarse grids, after the intra
+  model of DCVC-RT (Jia et al., CVPR 2025). They learn on where convolutions with GDN slow down (docs/training.md).
+- `LinearAnalysis`, `LinearSynthesis`: a linear map of each block of pixels that begins as a DCT, added to one of the
+  above (`WithLinearPath`). It gives training its start. That a linear, energy-compacting side branch speeds up
+  learning is published (AuxT, Li et al. 2025, arXiv 2501.13751: wavelet shortcuts at each stage). One DCT is ours.
 """
 
 import itertools
+import math
 
 import torch
+import torch.nn.functional as F
 from compressai.layers import GDN
 from torch import Tensor, nn
 
 STRIP_ELEMENTS = 2**24  # of a layer's input or output at a time when no gradient is wanted: 64 MiB in float32
+SIDE = 16  # pixels per side of the block that a latent stands for
+
+
+# ---- the paper's transforms -----------------------------------------------------------------------------------------
 
 
 def _down(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -88,3 +100,185 @@ def _in_strips(convolution: nn.Module, norm: nn.Module | None, x: Tensor) -> Ten
         strip = _pair(convolution, norm, x[:, :, first:last])
         out[:, :, start:stop] = strip[:, :, skip : skip + stop - start]
     return out
+
+
+# ---- blocks on coarse grids -----------------------------------------------------------------------------------------
+
+
+class ConvBlock(nn.Module):
+    """Looks at the 3x3 neighbours channel by channel, then mixes the channels of each site by a gated unit.
+
+        x + C(D(leaky(C(x)))),  then  x + C(relu(a) b)  with  a, b = C(x)
+
+    where C is a 1x1 convolution and D a depthwise 3x3 one. 5 N^2 + 9 N multiplications a site.
+
+    x: [B, N, h, w]  ->  [B, N, h, w]
+    """
+
+    def __init__(self, N: int):
+        super().__init__()
+        self.enter, self.leave = nn.Conv2d(N, N, 1), nn.Conv2d(N, N, 1)
+        self.depthwise = nn.Conv2d(N, N, 3, padding=1, groups=N)
+        self.gates, self.mix = nn.Conv2d(N, 2 * N, 1), nn.Conv2d(N, N, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return self._whole(x)
+        B, N, h, w = x.shape
+        rows = max(1, STRIP_ELEMENTS // (2 * B * N * w))  # the gates are the widest
+        if rows >= h:
+            return self._whole(x)
+        out = torch.empty_like(x)
+        for start in range(0, h, rows):  # each strip with the one row on both sides that the 3x3 kernel reaches
+            stop, first = min(start + rows, h), max(start - 1, 0)
+            strip = self._whole(x[:, :, first : stop + 1])
+            out[:, :, start:stop] = strip[:, :, start - first : stop - first]
+        return out
+
+    def _whole(self, x: Tensor) -> Tensor:
+        x = x + self.leave(self.depthwise(F.leaky_relu(self.enter(x), 0.1)))
+        a, b = self.gates(x).chunk(2, dim=1)  # [B, N, h, w] each
+        return x + self.mix(F.relu(a) * b)
+
+
+Stages = tuple[tuple[int, int, int], ...]
+
+
+class BlockAnalysis(nn.Sequential):
+    """g_a of blocks.
+
+    Args:
+        M: channels of y.
+        stages: fine to coarse, for each (pixels per side of a site, channels, blocks), such as ((8, 192, 4),).
+
+    x: [B, 3, H, W] in [0, 1]  ->  y: [B, M, H/16, W/16]
+    """
+
+    def __init__(self, M: int, stages: Stages):
+        layers, side, channels = [], 1, 3
+        for next_side, next_channels, blocks in (*stages, (SIDE, M, 0)):
+            step = next_side // side  # step x step sites become channels of one
+            layers += [nn.PixelUnshuffle(step), nn.Conv2d(channels * step**2, next_channels, 1)]
+            layers += [ConvBlock(next_channels) for _ in range(blocks)]
+            side, channels = next_side, next_channels
+        super().__init__(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(2 * x - 1)
+
+
+class BlockSynthesis(nn.Sequential):
+    """g_s of blocks, the mirror image of BlockAnalysis.
+
+    y_hat: [B, M, H/16, W/16]  ->  x_hat: [B, 3, H, W], not clamped
+    """
+
+    def __init__(self, M: int, stages: Stages):
+        layers, side, channels = [], SIDE, M
+        for next_side, next_channels, blocks in (*reversed(stages), (1, 3, 0)):
+            step = side // next_side
+            layers += [nn.Conv2d(channels, next_channels * step**2, 1), nn.PixelShuffle(step)]
+            layers += [ConvBlock(next_channels) for _ in range(blocks)]
+            side, channels = next_side, next_channels
+        super().__init__(*layers)
+
+    def forward(self, y_hat: Tensor) -> Tensor:
+        return super().forward(y_hat) / 2 + 0.5
+
+
+# ---- the linear path ------------------------------------------------------------------------------------------------
+
+# A step of 1 in a latent is about the best step for lambda = 0.0064: theory for fine steps says that it changes the
+# pixels of a block, in units of 255, by sqrt(18 / (ln 2 lambda)), and x in [-1, 1] has a range of 2.
+DCT_SCALE = 2.0
+CHROMA_FREQUENCY = 3  # colour differences have as little energy as brightness has at three times the frequency
+
+
+def dct_basis(M: int) -> Tensor:
+    """The M block patterns of lowest frequency of an orthonormal DCT: [M, 3, 16, 16].
+
+    Colour is turned into brightness and two differences first. Frequency is the sum of the vertical and the horizontal
+    one, and that of colour differences counts `CHROMA_FREQUENCY` times.
+    """
+    n = torch.arange(SIDE, dtype=torch.float64)
+    waves = torch.cos(math.pi / SIDE * n[:, None] * (n + 0.5)) * math.sqrt(2 / SIDE)  # [frequency, place]
+    waves[0] /= math.sqrt(2)
+    colours = torch.tensor([[1, 1, 1], [1, 0, -1], [-1, 2, -1]], dtype=torch.float64)
+    colours = colours / colours.norm(dim=1, keepdim=True)
+    patterns = torch.einsum("kc,ui,vj->kuvcij", colours, waves, waves).flatten(0, 2)  # [768, 3, 16, 16]
+    frequency = n[:, None] + n  # [16, 16]
+    key = torch.stack((frequency, CHROMA_FREQUENCY * frequency, CHROMA_FREQUENCY * frequency)).flatten()
+    return patterns[key.sort(stable=True).indices[:M]].float()
+
+
+class LinearAnalysis(nn.Module):
+    """Each 16x16 block of pixels to M numbers; begins as a DCT.  x: [B, 3, H, W] in [0, 1]  ->  [B, M, H/16, W/16]"""
+
+    def __init__(self, M: int):
+        super().__init__()
+        self.weight = nn.Parameter(DCT_SCALE * dct_basis(M))  # [M, 3, 16, 16]
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks = F.pixel_unshuffle(2 * x - 1, SIDE)  # [B, 768, H/16, W/16]
+        return F.conv2d(blocks, self.weight.flatten(1)[..., None, None])
+
+
+class LinearSynthesis(nn.Module):
+    """M numbers to a block of pixels around grey; begins as the inverse DCT.  y_hat: [B, M, h, w]  ->
+    [B, 3, 16 h, 16 w], about [-0.5, 0.5]"""
+
+    def __init__(self, M: int):
+        super().__init__()
+        self.weight = nn.Parameter(dct_basis(M) / DCT_SCALE)  # [M, 3, 16, 16]
+
+    def forward(self, y_hat: Tensor) -> Tensor:
+        blocks = F.conv2d(y_hat, self.weight.flatten(1).mT[..., None, None])  # [B, 768, h, w]
+        return F.pixel_shuffle(blocks, SIDE) / 2
+
+
+class WithLinearPath(nn.Module):
+    """A nonlinear network (one of the above) and a linear path beside it: their outputs are added.
+
+    The last layer of the network begins at a tenth of its usual size, so that training begins as a block-transform
+    codec with a learned entropy model, and the network learns what the linear path lacks.
+    """
+
+    def __init__(self, network: nn.Sequential, linear: nn.Module):
+        super().__init__()
+        self.network, self.linear = network, linear
+        last = [layer for layer in network if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)][-1]
+        with torch.no_grad():
+            for parameter in last.parameters():
+                parameter.mul_(0.1)
+
+    def forward(self, v: Tensor) -> Tensor:
+        return self.network(v) + self.linear(v)
+
+
+def build_transforms(c) -> tuple[nn.Module, nn.Module]:
+    """g_a and g_s as an EntroformerConfig wants them."""
+    if c.transforms == "gdn":
+        g_a, g_s = Analysis(c.N, c.M), Synthesis(c.N, c.M)
+    else:
+        g_a, g_s = BlockAnalysis(c.M, c.stages), BlockSynthesis(c.M, c.stages)
+    if c.linear_path == "dct":
+        g_a, g_s = WithLinearPath(g_a, LinearAnalysis(c.M)), WithLinearPath(g_s, LinearSynthesis(c.M))
+    return g_a, g_s
+
+
+@torch.no_grad()
+def fold_gain(g_a: nn.Module, g_s: nn.Module, gain: Tensor, inverse: Tensor) -> None:
+    """Works a gain of the latents into the kernels that write them and that read them.  gain, inverse: [M]"""
+    for layer in _ends(g_a, -1):
+        for parameter in layer.parameters():  # [M, ...]
+            parameter.mul_(gain.view(-1, *(1,) * (parameter.dim() - 1)))
+    for layer in _ends(g_s, 0):
+        axis = 1 if isinstance(layer, nn.Conv2d) else 0  # where M stands
+        layer.weight.mul_(inverse.view(*(1,) * axis, -1, *(1,) * (3 - axis)))
+
+
+def _ends(transform: nn.Module, which: int) -> list[nn.Module]:
+    """The first (0) or last (-1) layers with kernels, one of each path."""
+    if isinstance(transform, WithLinearPath):
+        return [*_ends(transform.network, which), transform.linear]
+    return [[layer for layer in transform if getattr(layer, "weight", None) is not None][which]]

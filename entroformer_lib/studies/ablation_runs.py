@@ -168,7 +168,7 @@ class RunWork:
 
 
 def _device(model: Entroformer) -> torch.device:
-    return model.g_s[0].weight.device
+    return next(model.g_s.parameters()).device
 
 
 _held: dict[tuple, list[latent_rates.Latents]] = {}  # of this process: the transforms are frozen, so once is enough

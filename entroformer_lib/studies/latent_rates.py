@@ -40,7 +40,7 @@ def latents_of(source: Entroformer, picture: Image.Image, name: str, factor: int
     """g_a of a picture.  factor: pixels per side that the picture is padded to a multiple of"""
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     x = pixels.view(1, picture.height, picture.width, 3).permute(0, 3, 1, 2).float() / 255
-    x = codec.pad(x.to(source.g_a[0].weight.device), factor)
+    x = codec.pad(x.to(next(source.g_a.parameters()).device), factor)
     return Latents(name, source.scaled(source.eval().g_a(x)), picture.width * picture.height)
 
 

@@ -28,7 +28,7 @@ def provenance(model=None, seed: int | None = None) -> dict:
     if model is not None:
         record["model"] = getattr(model, "name", None)
         record["weights_sha256"] = weights_digest(model).hex()
-        record["device"] = device_name(model.g_s[0].weight.device)
+        record["device"] = device_name(next(model.g_s.parameters()).device)
     return record
 
 

@@ -37,8 +37,9 @@ class TrainConfig:
     optimizer: Literal["adam", "muon"] = "adam"
     """muon: orthogonalised momentum for matrices and kernels, Adam for the rest; far fewer steps (docs/training.md)."""
     lr: float = 1e-4
-    schedule: Literal["steps", "linear"] = "steps"
-    """After the warm-up: steps of `decay` (the paper), or constant and then linearly down to 0 over the last 60%."""
+    schedule: Literal["steps", "linear", "constant", "decay"] = "steps"
+    """After the warm-up: steps of `decay` (the paper); constant and then linearly down to 0 over the last 60%;
+    constant; or, with branch and without warm-up, linearly down to 0 from the first step on."""
     decay: float = 0.75
     """Factor on the learning rate at every fifth of the steps; the released code has 0.5."""
     ema: float = 0.0
@@ -68,6 +69,19 @@ class TrainConfig:
     init: str | None = None
     """Weights to go on from: a name of `entroformer models` or a .safetensors file. With architecture or lmbdas, what
     still fits is taken, tensor by tensor, and the rest begins afresh."""
+    branch: str | None = None
+    """Checkpoint of another run to go on from, with its optimizer's state and after its samples; with a constant
+    schedule there and decay here, an unfinished run shows what it is worth. With architecture, transforms of more
+    channels or blocks begin with the same outputs, and the optimizer begins afresh."""
+    held_out: str | None = None
+    """A list of file names, one a line. These pictures are left out of training, and R + lambda D of one crop of each
+    is logged at every lambda, with rounding as in files."""
+    held_out_every: int = 2000
+    """Steps between these measurements; there is one at the end too."""
+    graphics: float = 0.0
+    """Share of the crops that are drawn by code: text, charts, flat colours (graphics.py)."""
+    permuted: float = 0.0
+    """Share of the photographs whose colour channels change places."""
     seed: int = 0
     preload: bool = True
     """Keep all pictures on the device; --no-preload streams them through worker processes."""
@@ -98,4 +112,5 @@ class TrainConfig:
 
 
 # These may differ when a run is continued. (With another batch it goes on, but not as if it had never stopped.)
-RUNTIME_FIELDS = {"out", "data", "latents", "batch", "accelerator", "devices", "checkpoint_seconds", "log_every"}
+RUNTIME_FIELDS = {"out", "data", "latents", "batch", "accelerator", "devices", "checkpoint_seconds"}
+RUNTIME_FIELDS |= {"log_every", "held_out_every"}

@@ -12,7 +12,8 @@ import itertools
 import os
 import tarfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from entroformer_lib.errors import DataError
+from entroformer_lib.training.graphics import drawn
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
 
@@ -70,15 +72,47 @@ def find_sources(source: str | os.PathLike | list) -> tuple[list[Path], list[str
 UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-def pictures_in(source) -> Iterator[np.ndarray]:
-    """Every picture of a source as uint8 [H, W, 3], in a fixed order. What cannot be read is named in a warning."""
+def pictures_in(source, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[np.ndarray]:
+    """Every picture of a source whose file name is wanted, as uint8 [H, W, 3], in a fixed order. What cannot be read is
+    named in a warning."""
     files, tars = find_sources(source)
     members = ((str(path), path.read_bytes) for path in files)
     for name, read in itertools.chain(members, ((n, lambda d=d: d) for n, d in _tar_members(tars))):
+        if not wanted(Path(name).name):
+            continue
         try:
             yield _rgb(read())
         except UNREADABLE as error:
             warnings.warn(f"left out {name}: {error}", stacklevel=2)
+
+
+def read_names(path: str | os.PathLike) -> frozenset[str]:
+    """File names from a list, one a line; # begins a comment.
+
+    Raises:
+        DataError: no such list, or an empty one.
+    """
+    try:
+        lines = [line.partition("#")[0].strip() for line in Path(path).read_text().splitlines()]
+    except (OSError, UnicodeError) as error:
+        raise DataError(f"The list of held-out pictures {path} cannot be read: {error}.") from None
+    if not any(lines):
+        raise DataError(f"The list of held-out pictures {path} names none.")
+    return frozenset(filter(None, lines))
+
+
+def held_out_crops(source, names: frozenset[str], crop: int = 256) -> Tensor:
+    """One crop of each named picture of a source, always the same, scaled as in training: [n, 3, crop, crop].
+
+    Raises:
+        DataError: a name that is not in the source, or a picture smaller than the crop.
+    """
+    pictures = [torch.from_numpy(p.transpose(2, 0, 1).copy()) for p in pictures_in(source, names.__contains__)]
+    if len(pictures) != len(names):
+        raise DataError(f"Of {len(names)} held-out pictures {len(pictures)} are among the training data.")
+    if min(min(p.shape[1:]) for p in pictures) < crop:
+        raise DataError(f"A held-out picture is smaller than {crop} pixels.")
+    return torch.stack([crop_of(p, crop, 0.5, np.random.default_rng((10, i))) for i, p in enumerate(pictures)])
 
 
 def _tar_members(tars: list[str]) -> Iterator[tuple[str, bytes]]:
@@ -121,6 +155,28 @@ def crop_of(picture: Tensor, crop: int, downscale: float, rng: np.random.Generat
     return cut.flip(-1) if rng.random() < 0.5 else cut
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """What sample g of a run makes of a picture, or that it is drawn instead.
+
+    seed: with g it decides everything random. downscale: see `crop_of`. graphics: share of the samples that are drawn
+    by code (graphics.py). permuted: share of the photographs whose colour channels change places.
+    """
+
+    seed: int = 0
+    downscale: float = 0.5
+    graphics: float = 0.0
+    permuted: float = 0.0
+
+    def crop(self, g: int, side: int, picture: Callable[[], Tensor]) -> Tensor:
+        """picture: gives uint8 [3, H, W]  ->  float32 [3, side, side] in [0, 1]"""
+        more = np.random.default_rng((self.seed, 9, g))
+        if more.random() < self.graphics:
+            return drawn(side, more)
+        x = crop_of(picture(), side, self.downscale, np.random.default_rng((self.seed, g)))
+        return x[more.permutation(3)] if more.random() < self.permuted else x
+
+
 def picture_number(g: int, count: int, seed: int) -> int:
     """Which of `count` pictures sample g takes: every picture once per epoch, in an order of the epoch's own."""
     epoch, position = divmod(g, count)
@@ -139,17 +195,18 @@ class PreloadedCrops:
         source: see `find_sources`.
         crop: side of a crop in pixels; the largest one, where `batches` is asked for several.
         seed: with the sample's number it decides everything random.
-        downscale: see `crop_of`.
+        left_out: names of pictures that are not to be trained on.
+        more: fields of Sampling.
 
     Raises:
         DataError: no picture is at least `crop` pixels on both sides.
     """
 
-    def __init__(self, source, crop: int, seed: int = 0, device="cpu", downscale: float = 0.5):
-        self.crop, self.seed, self.downscale = crop, seed, downscale
+    def __init__(self, source, crop: int, seed: int = 0, device="cpu", left_out=frozenset(), **more):
+        self.side, self.sampling = crop, Sampling(seed, **more)
         self.pictures: list[Tensor] = []
         small = 0
-        for picture in pictures_in(source):
+        for picture in pictures_in(source, lambda name: name not in left_out):
             if min(picture.shape[:2]) < crop:
                 small += 1
             else:
@@ -163,11 +220,11 @@ class PreloadedCrops:
     def batches(self, ranges: Iterable[range], crop: int | None = None) -> Iterator[Tensor]:
         """For each range of sample numbers its crops: float32 [B, 3, crop, crop] in [0, 1]."""
         for samples in ranges:
-            yield torch.stack([self._sample(g, crop or self.crop) for g in samples])
+            yield torch.stack([self._sample(g, crop or self.side) for g in samples])
 
     def _sample(self, g: int, crop: int) -> Tensor:
-        picture = self.pictures[picture_number(g, len(self.pictures), self.seed)]
-        return crop_of(picture, crop, self.downscale, np.random.default_rng((self.seed, g)))
+        number = picture_number(g, len(self.pictures), self.sampling.seed)
+        return self.sampling.crop(g, crop, lambda: self.pictures[number])
 
 
 class StreamedCrops:
@@ -177,45 +234,50 @@ class StreamedCrops:
     or a pipe). Takes what PreloadedCrops takes; pictures that are too small or damaged are passed over.
     """
 
-    def __init__(self, source, crop: int, seed: int = 0, device="cpu", downscale: float = 0.5, workers: int = 2):
-        self.files, self.tars = find_sources(source)
+    def __init__(self, source, crop: int, seed: int = 0, device="cpu", left_out=frozenset(), workers: int = 2, **more):
+        files, self.tars = find_sources(source)
+        self.files = [path for path in files if path.name not in left_out]
         if self.files and self.tars:
             raise DataError(
                 "Streaming takes picture files or tar shards, not both at once; preload them, or choose one."
             )
-        self.crop, self.seed, self.downscale, self.device, self.workers = crop, seed, downscale, device, workers
+        self.side, self.sampling, self.left_out = crop, Sampling(seed, **more), left_out
+        self.device, self.workers = device, workers
 
     def batches(self, ranges: Iterable[range], crop: int | None = None) -> Iterator[Tensor]:
         """As PreloadedCrops.batches; the ranges must go up."""
-        crop = crop or self.crop
+        crop = crop or self.side
         if self.files:
-            dataset = _FileSamples(self.files, crop, self.seed, self.downscale)
+            dataset = _FileSamples(self.files, crop, self.sampling)
             loader = DataLoader(dataset, batch_sampler=map(list, ranges), num_workers=self.workers)
         else:
-            dataset = _TarSamples(self.tars, crop, self.seed, self.downscale, ranges)
+            dataset = _TarSamples(self.tars, crop, self.sampling, self.left_out, ranges)
             loader = DataLoader(dataset, batch_size=None, num_workers=min(1, self.workers))
         for batch in loader:
             yield batch.to(self.device)
 
 
 class _FileSamples(Dataset):
-    def __init__(self, files: list[Path], crop: int, seed: int, downscale: float):
-        self.files, self.crop, self.seed, self.downscale = files, crop, seed, downscale
+    def __init__(self, files: list[Path], side: int, sampling: Sampling):
+        self.files, self.side, self.sampling = files, side, sampling
 
     def __getitem__(self, g: int) -> Tensor:
-        first = picture_number(g, len(self.files), self.seed)
+        return self.sampling.crop(g, self.side, lambda: self._picture(g))
+
+    def _picture(self, g: int) -> Tensor:
+        first = picture_number(g, len(self.files), self.sampling.seed)
         for offset in range(len(self.files)):  # the next one where this one cannot be used
-            picture = _read_if_usable(self.files[(first + offset) % len(self.files)].read_bytes, self.crop)
+            picture = _read_if_usable(self.files[(first + offset) % len(self.files)].read_bytes, self.side)
             if picture is not None:
-                return crop_of(picture, self.crop, self.downscale, np.random.default_rng((self.seed, g)))
-        raise DataError(f"No picture is readable and at least {self.crop} pixels on both sides.")
+                return picture
+        raise DataError(f"No picture is readable and at least {self.side} pixels on both sides.")
 
 
 class _TarSamples(IterableDataset):
     """The samples of all shards again and again; sample g is the g-th usable picture of that stream."""
 
-    def __init__(self, tars: list[str], crop: int, seed: int, downscale: float, ranges: Iterable[range]):
-        self.tars, self.crop, self.seed, self.downscale, self.ranges = tars, crop, seed, downscale, list(ranges)
+    def __init__(self, tars: list[str], side: int, sampling: Sampling, left_out, ranges: Iterable[range]):
+        self.tars, self.side, self.sampling, self.left_out, self.ranges = tars, side, sampling, left_out, list(ranges)
 
     def __iter__(self) -> Iterator[Tensor]:
         stream, position = self._stream(), 0
@@ -224,21 +286,21 @@ class _TarSamples(IterableDataset):
             for g in samples:
                 while position <= g:  # after a resume, or another process's share: passed over without decoding
                     data, position = next(stream), position + 1
-                picture = _read_if_usable(lambda data=data: data, self.crop)
-                batch.append(crop_of(picture, self.crop, self.downscale, np.random.default_rng((self.seed, g))))
+                batch.append(self.sampling.crop(g, self.side, lambda d=data: _read_if_usable(lambda: d, self.side)))
             yield torch.stack(batch)
 
     def _stream(self) -> Iterator[bytes]:
         for epoch in itertools.count():
-            rng = np.random.default_rng((self.seed, 4, epoch))
+            rng = np.random.default_rng((self.sampling.seed, 4, epoch))
             shards = [self.tars[i] for i in rng.permutation(len(self.tars))]
-            usable = (data for _, data in _tar_members(shards) if _is_usable(data, self.crop))
+            members = _tar_members(shards)
+            usable = (d for name, d in members if name not in self.left_out and _is_usable(d, self.side))
             count = 0
             for data in _shuffled(usable, rng):
                 count += 1
                 yield data
             if not count:
-                raise DataError(f"No picture in the tars is readable and at least {self.crop} pixels on both sides.")
+                raise DataError(f"No picture in the tars is readable and at least {self.side} pixels on both sides.")
 
 
 def _shuffled(stream: Iterator[bytes], rng: np.random.Generator, size: int = 1000) -> Iterator[bytes]:

@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 from entroformer_lib.errors import DataError, WeightsError
 from entroformer_lib.files import replacing, write_bytes
-from entroformer_lib.models.config import named_config
+from entroformer_lib.models.config import TRANSFORM_FIELDS, named_config
 from entroformer_lib.models.entroformer import Entroformer
 from entroformer_lib.models.pretrained import PREFIX, pretrained_lmbda, pretrained_transforms
+from entroformer_lib.models.transforms import fold_gain
 from entroformer_lib.models.zoo import load_model
 from entroformer_lib.training.data import crop_of, picture_number, pictures_in
 
@@ -44,10 +45,7 @@ def frozen_transforms(name: str) -> Entroformer:
     if "@" not in name:
         return model
     with torch.no_grad():
-        gain, inverse = (g[0] for g in model.gain(torch.tensor([model.level])))  # [M, 1, 1]
-        model.g_a[-1].weight.mul_(gain[..., None])  # [M, N, 5, 5]
-        model.g_a[-1].bias.mul_(gain[:, 0, 0])
-        model.g_s[0].weight.mul_(inverse[..., None])  # [M, N, 5, 5], input first
+        fold_gain(model.g_a, model.g_s, *(g.flatten() for g in model.gain(torch.tensor([model.level]))))
     model.gain = None
     return model
 
@@ -56,11 +54,12 @@ def with_transforms(source: Entroformer, name: str, preset: str = "paper", **fie
     """A new model with an untrained entropy model behind the frozen transforms of another one.
 
     Args:
-        source: gives g_a, g_s and gains, and with them N, M and lmbdas.
+        source: gives g_a, g_s and gains, and with them their fields of the config and lmbdas.
         name, preset, fields: as `named_config` takes them.
     """
     c = source.config
-    fields = {**fields, "N": c.N, "M": c.M, "lmbdas": c.lmbdas if source.gain is not None else ()}
+    shape = {field: getattr(c, field) for field in TRANSFORM_FIELDS}
+    fields = {**fields, **shape, "lmbdas": c.lmbdas if source.gain is not None else ()}
     return freeze(Entroformer(named_config(name, preset, **fields)), source)
 
 
@@ -70,8 +69,10 @@ def freeze(model: Entroformer, source: Entroformer) -> Entroformer:
     Raises:
         WeightsError: its transforms are of another size, or for other rates.
     """
-    size, theirs = ((m.config.N, m.config.M, m.gain and m.gain.lmbdas) for m in (model, source))
-    if size != theirs:
+    ours, theirs = (
+        [getattr(m.config, field) for field in TRANSFORM_FIELDS] + [m.gain and m.gain.lmbdas] for m in (model, source)
+    )
+    if ours != theirs:
         raise WeightsError(
             "An entropy model goes on only behind transforms of the size and rates that it was made for."
         )

@@ -31,14 +31,17 @@ from entroformer_lib.training.config import RUNTIME_FIELDS, TrainConfig
 from entroformer_lib.training.data import (
     PreloadedCrops,
     StreamedCrops,
+    held_out_crops,
     random_kept,
     random_levels,
     random_missing,
     random_one_way,
+    read_names,
     uniform_noise,
 )
+from entroformer_lib.training.growth import grown
 from entroformer_lib.training.latents import LatentCrops, freeze, frozen_transforms, trained_lmbda, with_transforms
-from entroformer_lib.training.loss import RateStep, TrainingStep
+from entroformer_lib.training.loss import RateStep, TrainingStep, rates_and_distortions
 from entroformer_lib.training.optimizer import build_optimizer
 from entroformer_lib.training.schedule import learning_rate_factor
 
@@ -72,7 +75,8 @@ def train(config: TrainConfig, progress: bool = True, watch: Callable[[dict, Ent
     if fabric.device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(config.seed)
-    model = _initial_model(config)
+    trunk = _checkpoint(Path(config.branch), fabric.device) if config.branch else None
+    model = _initial_model(config, trunk)
     if model.config.context == "grouped" and (config.missing or config.pretrain):
         raise TrainingError("missing and pretrain hide latents of Entroformer's context models; GroupedMixer has none.")
     optimizer = build_optimizer(model, config.optimizer, config.lr)
@@ -87,7 +91,7 @@ def train(config: TrainConfig, progress: bool = True, watch: Callable[[dict, Ent
     step_module, optimizer = fabric.setup(goal, optimizer)
     step_module.train()
     run = Run(config, fabric, model, step_module, optimizer)
-    first = run.resume()
+    first = run.resume(trunk)
     return run.go(_pictures(config, model, fabric), first, progress and fabric.is_global_zero, watch)
 
 
@@ -95,12 +99,20 @@ def _pictures(config: TrainConfig, model: Entroformer, fabric: Fabric) -> Crops:
     if config.transforms:
         return LatentCrops(Path(config.latents), model, config.crop, config.seed, fabric.device)
     largest = max(crop for _, crop in config.crops)
-    return (PreloadedCrops if config.preload else StreamedCrops)(config.data, largest, config.seed, fabric.device)
+    more = dict(left_out=_held_out(config), graphics=config.graphics, permuted=config.permuted)
+    kind = PreloadedCrops if config.preload else StreamedCrops
+    return kind(config.data, largest, config.seed, fabric.device, **more)
 
 
-def _initial_model(config: TrainConfig) -> Entroformer:
+def _held_out(config: TrainConfig) -> frozenset[str]:
+    return read_names(config.held_out) if config.held_out else frozenset()
+
+
+def _initial_model(config: TrainConfig, trunk: dict | None = None) -> Entroformer:
     lmbdas = tuple(config.lmbdas)
     fields = parse_fields(config.architecture)
+    if trunk is not None:
+        return grown(Entroformer.from_state_dict(trunk["model"]), fields)
     if config.transforms:
         source = frozen_transforms(config.transforms)
         if config.init is None:
@@ -154,6 +166,15 @@ def _check(config: TrainConfig, out: Path, fabric: Fabric) -> None:
         raise TrainingError("Frozen transforms and the latents they gave go together: set both or none of the two.")
     if config.transforms and (config.last_crop or config.pretrain_lmbda is not None):
         raise TrainingError("On latents of frozen transforms there is no last_crop or pretrain_lmbda.")
+    if config.branch and (config.init or config.transforms or config.lmbdas):
+        raise TrainingError("A branch has model and lambdas of its trunk: init, transforms and lmbdas are not for it.")
+    if config.schedule == "decay" and not config.branch:
+        raise TrainingError("The schedule decay has no warm-up: it is for a branch of another run.")
+    for name in ("graphics", "permuted"):
+        if not 0 <= getattr(config, name) <= 1 or (config.transforms and getattr(config, name)):
+            raise TrainingError(f"{name} is a share of at most 1, and does not go with latents.")
+    if config.held_out and config.transforms:
+        raise TrainingError("held_out goes with pictures; leave these pictures out of the latents.")
     if config.rounded and not config.transforms:
         raise TrainingError("rounded goes with the latents of frozen transforms; g_a learns from noisy latents.")
     if config.missing and not config.transforms or not 0 <= config.missing < 1:
@@ -176,8 +197,9 @@ def _check(config: TrainConfig, out: Path, fabric: Fabric) -> None:
         if saved.exists():
             # What runs of earlier versions do not have.
             young = {"architecture": [], "missing": 0.0, "one_way": 0.0, "even_rates": False, "rounded": False}
-            was = {**young, **json.loads(saved.read_text())}
-            changed = [k for k, v in json.loads(text).items() if was.get(k) != v and k not in RUNTIME_FIELDS]
+            was = {**young, "graphics": 0.0, "permuted": 0.0, **json.loads(saved.read_text())}
+            may = RUNTIME_FIELDS | ({"steps"} if config.schedule == "constant" else set())
+            changed = [k for k, v in json.loads(text).items() if was.get(k) != v and k not in may]
             if changed:
                 raise TrainingError(
                     f"The folder {out} holds a run with another {changed[0]} ({was.get(changed[0])}); "
@@ -185,6 +207,13 @@ def _check(config: TrainConfig, out: Path, fabric: Fabric) -> None:
                 )
         saved.write_text(text)
     fabric.barrier()
+
+
+def _checkpoint(path: Path, device) -> dict:
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise TrainingError(f"The checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 class Mean:
@@ -215,6 +244,8 @@ class Run:
         self.mean = Mean(model, config.ema) if config.ema else None
         self.signal: int | None = None
         self.seconds = 0.0  # training time of earlier starts
+        self.first_sample = 0  # a branch goes on where its trunk's samples end
+        self.held_out: torch.Tensor | None = None
 
     def go(self, crops: Crops, first: int, progress: bool, watch=None) -> Path:
         c = self.config
@@ -233,6 +264,8 @@ class Run:
                     speed = (step + 1 - logged) * c.batch / (now - logged_at)
                     logged_at, logged = now, step + 1
                     row = self._log(step + 1, terms, seconds, speed)
+                    measuring = time.monotonic() - now  # is no training time
+                    begin, logged_at, now = begin + measuring, logged_at + measuring, now + measuring
                     bar.set_postfix({k: f"{row[k]:.3f}" for k in ("rd_loss", "bpp", "psnr_db", "ms_ssim") if k in row})
                     if watch is not None and self.fabric.is_global_zero:
                         watch(row, self.model)
@@ -262,7 +295,7 @@ class Run:
     def samples(self, step: int) -> range:
         """Numbers of the samples that are this process's share of a step's batch."""
         share = self.config.batch // self.fabric.world_size
-        start = step * self.config.batch + self.fabric.global_rank * share
+        start = self.first_sample + step * self.config.batch + self.fabric.global_rank * share
         return range(start, start + share)
 
     def step(self, x: torch.Tensor, step: int) -> dict:
@@ -337,6 +370,8 @@ class Run:
                 "optimizer": self.optimizer.state_dict(),
                 "step": step,
                 "seconds": seconds,
+                "first_sample": self.first_sample,
+                "batch": self.config.batch,
                 "mean": self.mean and self.mean.values,
             }
             path = self.out / "checkpoint.pt"
@@ -347,20 +382,21 @@ class Run:
                 raise TrainingError(f"The checkpoint of step {step} could not be written to {path}: {error}") from None
         self.fabric.barrier()
 
-    def resume(self) -> int:
-        """Loads the checkpoint, if there is one.  ->  the step to go on with."""
+    def resume(self, trunk: dict | None = None) -> int:
+        """Loads the checkpoint, if there is one, or begins a branch of a trunk's.  ->  the step to go on with."""
         path = self.out / "checkpoint.pt"
         if not path.exists():
             if self.fabric.is_global_zero:
                 (self.out / "log.jsonl").unlink(missing_ok=True)
+            if trunk is not None:
+                self.first_sample = trunk.get("first_sample", 0) + trunk["step"] * trunk["batch"]
+                if not self.config.architecture:
+                    self.optimizer.load_state_dict(trunk["optimizer"])
             return 0
-        try:
-            state = torch.load(path, map_location=self.fabric.device, weights_only=True)
-        except Exception as error:
-            raise TrainingError(f"The checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from None
+        state = _checkpoint(path, self.fabric.device)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.seconds = state["seconds"]
+        self.seconds, self.first_sample = state["seconds"], state.get("first_sample", 0)
         if self.mean is not None:
             self.mean.values = state["mean"]
         log = self.out / "log.jsonl"
@@ -373,11 +409,29 @@ class Run:
         row = {name: float(self.fabric.all_reduce(value.detach())) for name, value in terms.items()}
         row = {"step": step, **row, "lr": self.optimizer.param_groups[0]["lr"]}
         row.update(lmbda=self.config.lmbda_at(step - 1), seconds=round(seconds, 3), images_per_s=round(speed, 2))
+        self.fabric.log_dict({k: v for k, v in row.items() if k != "step"}, step=step)
+        c = self.config
         if self.fabric.is_global_zero:
+            if c.held_out and (step % c.held_out_every < c.log_every or step == c.steps):
+                row["held_out"] = self._measured()
             with open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
-        self.fabric.log_dict({k: v for k, v in row.items() if k != "step"}, step=step)
         return row
+
+    def _measured(self) -> list[dict]:
+        """The held-out pictures at every lambda, see `rates_and_distortions`."""
+        c = self.config
+        if self.held_out is None:
+            self.held_out = held_out_crops(c.data, _held_out(c)).to(self.fabric.device)
+        last = None
+        if self.mean is not None:  # it is what will be kept
+            last = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+            self.mean.give_to(self.model)
+        rows = rates_and_distortions(self.model.eval(), self.held_out, self.model.config.lmbdas or (c.lmbda,), c.metric)
+        if last is not None:
+            self.model.load_state_dict(last, strict=False)
+        self.step_module.train()
+        return rows
 
     def _finish(self) -> Path:
         path = self.out / "weights.safetensors"

@@ -110,3 +110,29 @@ class TrainingStep(nn.Module):
             **{name: value.detach().mean() for name, value in bpp.items()},
             **quality,
         }
+
+
+@torch.no_grad()
+def rates_and_distortions(model: nn.Module, pictures: Tensor, lmbdas: tuple[float, ...], metric: str) -> list[dict]:
+    """What a model in eval mode does with pictures at each lambda, by rounded latents and their likelihoods.
+
+    pictures: [n, 3, H, W] in [0, 1]  ->  for each lambda {"lmbda", "rd_loss": mean of R + lambda D, "bpp", and
+    "psnr_db" of the mean error or the mean "ms_ssim"}
+    """
+    rows = []
+    for level, lmbda in enumerate(lmbdas):
+        terms: dict[str, list[Tensor]] = {"bpp": [], "distortion": []}
+        for x in pictures.split(8):
+            levels = torch.full((len(x),), level, device=x.device) if model.config.lmbdas else None
+            out = model(x, level=levels)
+            terms["bpp"].append(sum(rates(out["likelihoods"], x[0, 0].numel()).values()))
+            x_hat = out["x_hat"].clamp(0, 1)
+            if metric == "mse":
+                terms["distortion"].append((x_hat - x).square().flatten(1).mean(1))
+            else:
+                terms["distortion"].append(1 - ms_ssim(x_hat, x, data_range=1.0, size_average=False))
+        bpp, distortion = (torch.cat(values).double().mean() for values in terms.values())
+        quality = {"psnr_db": float(psnr_db(distortion))} if metric == "mse" else {"ms_ssim": 1 - float(distortion)}
+        rd_loss = bpp + lmbda * distortion * (255**2 if metric == "mse" else 1)
+        rows.append({"lmbda": lmbda, "rd_loss": float(rd_loss), "bpp": float(bpp), **quality})
+    return rows
