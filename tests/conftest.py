@@ -26,7 +26,8 @@ def micro_model(variant: str = "parallel", preset: str = "paper", seed: int = 0,
     torch.manual_seed(seed)
     model = Entroformer(named_config(f"tiny-{variant}", preset, **{**MICRO, **overrides})).eval()
     with torch.no_grad():
-        model.g_a[-1].weight.mul_(40)
+        if model.config.linear_path == "none":
+            model.g_a[-1].weight.mul_(40)
         for name, parameter in model.named_parameters():
             if name.startswith(("h_s", "context_model", "entropy_parameters")) and parameter.dim() > 1:
                 parameter.mul_(2)

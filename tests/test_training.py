@@ -18,7 +18,9 @@ from entroformer_lib.models import config as model_config
 from entroformer_lib.models.zoo import load_model
 from entroformer_lib.training import loop
 from entroformer_lib.training.config import TrainConfig
+from entroformer_lib.training.data import held_out_crops
 from entroformer_lib.training.loop import train
+from entroformer_lib.training.loss import rates_and_distortions
 from entroformer_lib.training.schedule import learning_rate_factor
 
 GOLDEN = Path(__file__).parent / "golden" / "training_20_steps.jsonl"
@@ -192,6 +194,11 @@ def test_a_loss_that_is_no_number_names_the_step(config, monkeypatch):
     (dict(lmbdas=(0.1, 0.01), pretrain_lmbda=None), "rise"),
     (dict(lmbdas=(0.01, 0.1)), "pretrain_lmbda"),
     (dict(ema=1.5), "below 1"),
+    (dict(graphics=1.5), "graphics is a share"),
+    (dict(schedule="decay"), "for a branch"),
+    (dict(branch="nowhere.pt"), "cannot be read"),
+    (dict(branch="nowhere.pt", init="tiny-rates"), "not for it"),
+    (dict(held_out="nowhere.txt"), "cannot be read"),
 ])  # fmt: skip
 def test_runs_that_cannot_start(config, changes, sentence):
     with pytest.raises(UserError, match=sentence):
@@ -288,3 +295,106 @@ def test_two_processes_give_the_gradients_of_one(photo_folder, tmp_path):
     assert len(gradients[0]) > 100
     for one, two in zip(*gradients, strict=True):
         torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4 * float(one.abs().max()) + 1e-9)
+
+
+# ---- held-out pictures, branches, drawn pictures --------------------------------------------------------------------
+
+
+@pytest.fixture
+def held_out(photo_folder, tmp_path, config):
+    path = tmp_path / "held_out.txt"
+    path.write_text("# two\nastronaut.png\ncoffee.png  # large enough\n")
+    return replace(config, held_out=str(path), held_out_every=2, steps=4, pretrain=0, pretrain_lmbda=None)
+
+
+def test_held_out_pictures_are_in_the_log_and_not_in_training(held_out, monkeypatch):
+    config, kept = replace(held_out, lmbdas=(0.01, 0.1)), []
+    crops = loop.PreloadedCrops
+
+    def watched(*arguments, **more):
+        kept.append(crops(*arguments, **more))
+        return kept[0]
+
+    monkeypatch.setattr(loop, "PreloadedCrops", watched)
+    weights = train(config, progress=False)
+    everything = crops(config.data, config.crop).pictures
+    assert len(kept[0].pictures) == len(everything) - 2
+    rows = log_of(config)
+    assert [row["step"] for row in rows if "held_out" in row] == [2, 4]
+    points = rows[-1]["held_out"]
+    assert [p["lmbda"] for p in points] == [0.01, 0.1]
+    for p in points:
+        mse = 10 ** (-p["psnr_db"] / 10)
+        assert p["rd_loss"] == pytest.approx(p["bpp"] + p["lmbda"] * 255**2 * mse)
+    pictures = held_out_crops(config.data, frozenset({"astronaut.png", "coffee.png"}))
+    again = rates_and_distortions(load_model(weights, "cpu"), pictures, (0.01, 0.1), "mse")
+    assert again[1] == pytest.approx(points[1], rel=1e-3)  # tables of p(z) aside, the weights of the last step
+
+
+def test_measuring_changes_no_step(held_out, tmp_path):
+    """The same losses with and without, also where a mean of the weights is what is measured."""
+    for more in ({}, dict(ema=0.9)):
+        seen = replace(held_out, out=str(tmp_path / f"seen{len(more)}"), held_out_every=1, **more)
+        unseen = replace(seen, out=str(tmp_path / f"unseen{len(more)}"), held_out_every=100)
+        train(seen, progress=False)
+        train(unseen, progress=False)
+        assert losses(seen) == losses(unseen)
+
+
+def test_a_held_out_name_that_is_nowhere_is_refused(held_out):
+    Path(held_out.held_out).write_text("astronaut.png\nnobody.png\n")
+    with pytest.raises(UserError, match="Of 2 held-out pictures 1"):
+        train(held_out, progress=False)
+
+
+def test_a_branch_goes_on_where_the_checkpoint_stands(config, tmp_path):
+    """A constant branch takes the steps that its trunk would have taken; a decaying one ends at zero."""
+    config = replace(config, pretrain=0, pretrain_lmbda=None, optimizer="muon", schedule="constant", steps=3)
+    train(config, progress=False)
+    checkpoint = tmp_path / "at-3.pt"
+    checkpoint.write_bytes((Path(config.out) / "checkpoint.pt").read_bytes())
+    train(replace(config, steps=6), progress=False)  # the steps of a constant run may change
+    branch = replace(config, out=str(tmp_path / "branch"), branch=str(checkpoint), steps=3)
+    train(branch, progress=False)
+    # The branch warms up anew in its first step, which is its only difference.
+    assert log_of(branch)[0]["rd_loss"] == log_of(config)[3]["rd_loss"]
+    decay = replace(branch, out=str(tmp_path / "decay"), schedule="decay", steps=4)
+    train(decay, progress=False)
+    assert [row["lr"] for row in log_of(decay)] == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+    assert [row["rd_loss"] for row in log_of(decay)[:1]] == [log_of(config)[3]["rd_loss"]]
+
+
+def test_a_branch_resumes_exactly(config, tmp_path, monkeypatch):
+    config = replace(config, pretrain=0, pretrain_lmbda=None, schedule="constant", steps=2)
+    train(config, progress=False)
+    branch = replace(config, branch=str(Path(config.out) / "checkpoint.pt"), schedule="decay", steps=4)
+    whole, cut = (replace(branch, out=str(tmp_path / name), checkpoint_seconds=0.0) for name in ("whole", "cut"))
+    train(whole, progress=False)
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match="Stopped"):
+        patch.setattr(loop.Run, "_stopped", lambda run: (Path(cut.out) / "checkpoint.pt").exists())
+        train(cut, progress=False)
+    train(cut, progress=False)
+    assert losses(cut) == losses(whole)
+
+
+def test_a_branch_may_grow(config, tmp_path):
+    blocks = dict(architecture=("transforms=blocks", "stages=[[8,8,1]]", "linear_path=dct"))
+    config = replace(config, pretrain=0, pretrain_lmbda=None, schedule="constant", steps=2, **blocks)
+    train(config, progress=False)
+    more = dict(branch=str(Path(config.out) / "checkpoint.pt"), architecture=("stages=[[8,12,2]]",))
+    larger = replace(config, out=str(tmp_path / "larger"), steps=1, lr=1e-9, **more)
+    same = replace(larger, out=str(tmp_path / "same"), architecture=())
+    wide = load_model(train(larger, progress=False), "cpu")
+    assert wide.config.stages == ((8, 12, 2),)
+    train(same, progress=False)
+    assert log_of(larger)[0]["rd_loss"] == pytest.approx(log_of(same)[0]["rd_loss"], rel=1e-4)
+
+
+def test_drawn_pictures_and_changed_colours_belong_to_the_sample(config, tmp_path):
+    config = replace(config, graphics=0.5, permuted=0.5, steps=3)
+    train(config, progress=False)
+    again = replace(config, out=str(tmp_path / "again"))
+    train(again, progress=False)
+    plain = replace(config, out=str(tmp_path / "plain"), graphics=0.0, permuted=0.0)
+    train(plain, progress=False)
+    assert losses(config) == losses(again) != losses(plain)

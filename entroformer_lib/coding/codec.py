@@ -211,7 +211,7 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
 def to_tensor(picture: Image.Image, model: Entroformer) -> Tensor:
     """[1, 3, H, W] in [0, 1] on the model's device, padded for the model."""
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]  # [1, 3, H, W]
-    return pad(pixels.to(model.g_s[0].weight) / 255, model.downsampling_factor)
+    return pad(pixels.to(next(model.g_s.parameters())) / 255, model.downsampling_factor)
 
 
 def to_picture(x: Tensor) -> Image.Image:

@@ -1,6 +1,7 @@
 """Weights by name: what is shipped, what lies in a folder of yours, any file. Always safetensors: no code runs on load.
 
 A weights file holds the tensors, the config (as `_extra_state`) and a card: how it was trained and what it reaches.
+Entropy models behind the same transforms store those once: a file may name another one in its folder that has them.
 """
 
 import hashlib
@@ -25,23 +26,46 @@ def weight_folders() -> list[Path]:
     return [*own, data_folder() / "weights"]
 
 
-def save_weights(model: Entroformer, path: Path, card: dict, half: bool = False) -> None:
+SHARED = ("g_a.", "g_s.", "gain.")  # tensors that another file may hold
+
+
+def save_weights(model: Entroformer, path: Path, card: dict, half: bool = False, transforms: str | None = None) -> None:
     """Writes weights, config, tables of p(z) and the card in one file.
 
     Args:
         card: anything JSON; `load_model(...).card` gives it back.
         half: store matrices and kernels in float16, half the size. The tables are made from what will be loaded.
+        transforms: name of the weights in the same folder that hold g_a, g_s and gains, which this file leaves out.
+
+    Raises:
+        WeightsError: the file cannot be written, or the model has other transforms than those named.
     """
     model = _prepared_for_saving(model, half)
     tensors = {name: t.contiguous().cpu() for name, t in model.state_dict().items()}
     if half:
         tensors = {name: t.half() if _halved(name, t) else t for name, t in tensors.items()}
+    metadata = {"format": "entroformer", "card": json.dumps(card)}
+    if transforms is not None:
+        digest = shared_digest(tensors)
+        if shared_digest(read_weights(path.with_name(f"{transforms}.safetensors"))[0]) != digest:
+            raise WeightsError(f"The model for {path} has other transforms than {transforms}.")
+        tensors = {name: t for name, t in tensors.items() if not name.startswith(SHARED)}
+        metadata["transforms"] = json.dumps({"name": transforms, "sha256": digest})
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with replacing(path) as part:
-            save_file(tensors, part, metadata={"format": "entroformer", "card": json.dumps(card)})
+            save_file(tensors, part, metadata=metadata)
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"The weights could not be written to {path}: {error}") from None
+
+
+def shared_digest(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names and values (as float32) of g_a, g_s and gains."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        if name.startswith(SHARED):
+            digest.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _prepared_for_saving(model: Entroformer, half: bool) -> Entroformer:
@@ -112,18 +136,39 @@ def find_weights(name_or_path: str | os.PathLike) -> Path:
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors (floats as float32) and card of a weights file."""
+    """Tensors (floats as float32) and card of a weights file, with those that it shares with another file.
+
+    Raises:
+        WeightsError: no whole file of ours, or the file with its transforms is missing or has other ones.
+    """
+    tensors, metadata = _read(path)
+    if "transforms" in metadata:
+        tensors |= _shared_with(path, **json.loads(metadata["transforms"]))
+    return tensors, json.loads(metadata.get("card", "{}"))
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """What the file itself holds: tensors and metadata."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is not a whole safetensors file: {error}.") from None
     if metadata.get("format") != "entroformer":
         raise WeightsError(f"{path} holds weights, but not of a model of this library.")
-    tensors = {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}
-    return tensors, json.loads(metadata.get("card", "{}"))
+    return {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}, metadata
+
+
+def _shared_with(path: Path, name: str, sha256: str) -> dict[str, torch.Tensor]:
+    """g_a, g_s and gains that the weights at `path` share with those of a name in the same folder."""
+    other = path.with_name(f"{os.path.basename(name)}.safetensors")
+    if not other.is_file():
+        raise WeightsError(f"{path} has its transforms in common with {other}, which is not there.")
+    tensors = {key: t for key, t in _read(other)[0].items() if key.startswith(SHARED)}
+    if shared_digest(tensors) != sha256:
+        raise WeightsError(f"{path} belongs to other transforms than those that {other} holds now.")
+    return tensors
 
 
 def weights_digest(model: Entroformer) -> bytes:

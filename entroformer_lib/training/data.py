@@ -101,17 +101,19 @@ def read_names(path: str | os.PathLike) -> frozenset[str]:
     return frozenset(filter(None, lines))
 
 
-def held_out_crops(source, names: frozenset[str], crop: int = 256) -> Tensor:
-    """One crop of each named picture of a source, always the same, scaled as in training: [n, 3, crop, crop].
+def held_out_crops(source, names: frozenset[str], largest: int = 256) -> Tensor:
+    """One crop of each named picture of a source, always the same, scaled as in training: [n, 3, crop, crop], where
+    crop is as large as all of them are, in multiples of 64, and at most `largest`.
 
     Raises:
-        DataError: a name that is not in the source, or a picture smaller than the crop.
+        DataError: a name that is not in the source, or a picture smaller than 64 pixels.
     """
     pictures = [torch.from_numpy(p.transpose(2, 0, 1).copy()) for p in pictures_in(source, names.__contains__)]
     if len(pictures) != len(names):
         raise DataError(f"Of {len(names)} held-out pictures {len(pictures)} are among the training data.")
-    if min(min(p.shape[1:]) for p in pictures) < crop:
-        raise DataError(f"A held-out picture is smaller than {crop} pixels.")
+    crop = min(largest, min(min(p.shape[1:]) for p in pictures) // 64 * 64)
+    if not crop:
+        raise DataError("A held-out picture is smaller than 64 pixels.")
     return torch.stack([crop_of(p, crop, 0.5, np.random.default_rng((10, i))) for i, p in enumerate(pictures)])
 
 

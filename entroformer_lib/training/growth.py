@@ -26,6 +26,8 @@ def grown(model: Entroformer, fields: dict) -> Entroformer:
     """
     config = model.config.replaced(**fields)
     different = [name for name in fields if getattr(config, name) != getattr(model.config, name)]
+    if not different:
+        return model
     if not set(different) <= GROWS:
         raise TrainingError(f"A model grows in {', '.join(GROWS)}, not in {(set(different) - GROWS).pop()}.")
     old, new = model.config.stages, config.stages

@@ -229,9 +229,12 @@ class Mean:
         torch._foreach_lerp_(list(self.values.values()), [p for _, p in self.model.named_parameters()], weight)
 
     @torch.no_grad()
-    def give_to(self, model: Entroformer) -> None:
-        for name, parameter in model.named_parameters():
+    def swap(self) -> None:
+        """The mean becomes the model's weights, and its weights what is kept here; the second call undoes the first."""
+        for name, parameter in self.model.named_parameters():
+            last = parameter.clone()
             parameter.copy_(self.values[name])
+            self.values[name] = last
 
 
 class Run:
@@ -423,13 +426,11 @@ class Run:
         c = self.config
         if self.held_out is None:
             self.held_out = held_out_crops(c.data, _held_out(c)).to(self.fabric.device)
-        last = None
         if self.mean is not None:  # it is what will be kept
-            last = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-            self.mean.give_to(self.model)
+            self.mean.swap()
         rows = rates_and_distortions(self.model.eval(), self.held_out, self.model.config.lmbdas or (c.lmbda,), c.metric)
-        if last is not None:
-            self.model.load_state_dict(last, strict=False)
+        if self.mean is not None:
+            self.mean.swap()
         self.step_module.train()
         return rows
 
@@ -438,7 +439,7 @@ class Run:
         if self.fabric.is_global_zero:
             seconds = torch.load(self.out / "checkpoint.pt", weights_only=True)["seconds"]
             if self.mean is not None:
-                self.mean.give_to(self.model)
+                self.mean.swap()
             lmbda = None if self.model.config.lmbdas else self.config.lmbda
             if self.config.transforms and lmbda:
                 lmbda = trained_lmbda(self.config.transforms)
