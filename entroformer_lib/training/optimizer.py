@@ -88,10 +88,12 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
     """About U V^T of each matrix U S V^T, by five steps of Newton-Schulz with Jordan's coefficients: singular values
     end between 0.7 and 1.2.  [..., n, m] -> [..., n, m]"""
     tall = matrices.size(-2) > matrices.size(-1)
-    x = matrices.mT if tall else matrices
+    x = matrices.reshape(-1, *matrices.shape[-2:])
+    x = x.mT if tall else x
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
-    for _ in range(steps):
+    for _ in range(steps):  # x <- a x + (b gram + c gram^2) x, each line one pass over memory
         gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        even = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, even, x, beta=3.4445)
     x = x.to(matrices.dtype)
-    return x.mT if tall else x
+    return (x.mT if tall else x).reshape(matrices.shape)
