@@ -20,10 +20,10 @@ from tyro.conf import Positional
 
 from entroformer_lib import build_model, list_models, load_model
 from entroformer_lib.files import write_bytes
-from entroformer_lib.models.zoo import save_weights
 from entroformer_lib.studies.provenance import provenance
 from entroformer_lib.studies.rate_distortion import pictures_to_test
 from entroformer_lib.views.explorer_model import MODES
+from entroformer_lib.weights.zoo import save_weights
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))

@@ -18,9 +18,9 @@ import tyro
 from torch import Tensor
 
 from entroformer_lib.datasets import sample_picture
+from entroformer_lib.entroformer import build_model
 from entroformer_lib.files import write_bytes
 from entroformer_lib.memory import keep_freed_memory
-from entroformer_lib.models.entroformer import build_model
 from entroformer_lib.models.position import RelativePosition
 from entroformer_lib.studies.provenance import provenance
 from entroformer_lib.training.loss import TrainingStep

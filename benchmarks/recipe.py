@@ -22,18 +22,18 @@ import torch
 import tyro
 from torch import Tensor
 
+from entroformer_lib.entroformer import build_model
 from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.memory import keep_freed_memory
 from entroformer_lib.models.config import parse_fields
-from entroformer_lib.models.entroformer import build_model
 from entroformer_lib.models.transforms import DCT_SCALE
-from entroformer_lib.models.zoo import save_weights
 from entroformer_lib.studies.provenance import provenance
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.data import PreloadedCrops, random_levels, read_names, uniform_noise
 from entroformer_lib.training.loop import train
 from entroformer_lib.training.loss import TrainingStep
 from entroformer_lib.training.optimizer import build_optimizer
+from entroformer_lib.weights.zoo import save_weights
 
 LMBDAS = (0.00035, 0.0008, 0.0017, 0.0035, 0.007, 0.014, 0.029, 0.06, 0.12)
 BLOCKS = {"transforms": "blocks", "stages": [[8, 192, 4]], "linear_path": "dct", "M": 320, "rate_aware": True}

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 import tyro
 
+from entroformer_lib.entroformer import build_model
 from entroformer_lib.files import write_bytes
 from entroformer_lib.memory import keep_freed_memory
-from entroformer_lib.models.entroformer import build_model
 from entroformer_lib.studies.provenance import provenance
 from entroformer_lib.training.data import PreloadedCrops, StreamedCrops
 from entroformer_lib.training.loss import TrainingStep

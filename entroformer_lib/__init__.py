@@ -8,11 +8,11 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOMES = {
-    "build_model": "entroformer_lib.models.entroformer",
-    "Entroformer": "entroformer_lib.models.entroformer",
+    "build_model": "entroformer_lib.entroformer",
+    "Entroformer": "entroformer_lib.entroformer",
     "EntroformerConfig": "entroformer_lib.models.config",
-    "load_model": "entroformer_lib.models.zoo",
-    "list_models": "entroformer_lib.models.zoo",
+    "load_model": "entroformer_lib.weights.zoo",
+    "list_models": "entroformer_lib.weights.zoo",
     "encode": "entroformer_lib.coding.codec",
     "decode": "entroformer_lib.coding.codec",
     "BitstreamError": "entroformer_lib.errors",

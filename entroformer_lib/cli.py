@@ -132,7 +132,7 @@ def models(as_json: Annotated[bool, arg(name="json")] = False) -> None:
     Args:
         as_json: Print JSON.
     """
-    from entroformer_lib.models.zoo import list_models
+    from entroformer_lib.weights.zoo import list_models
 
     rows = list_models()
     if as_json:
@@ -377,7 +377,7 @@ def import_official(
         top_k: k of the attention, where the checkpoint does not say (state dicts do not); 32 by default.
     """
     _output(dst, dst, force)
-    from entroformer_lib.models.official import import_official as write
+    from entroformer_lib.weights.official import import_official as write
 
     write(src, dst, force, top_k)
     print(f"{dst}: {dst.stat().st_size / 1e6:.1f} MB")
@@ -388,7 +388,7 @@ def import_official(
 
 def _load(model: str, device: str):
     from entroformer_lib.memory import keep_freed_memory
-    from entroformer_lib.models.zoo import load_model
+    from entroformer_lib.weights.zoo import load_model
 
     keep_freed_memory()
     return load_model(model, device)
@@ -399,7 +399,7 @@ def _progress():
     import time
     from contextlib import nullcontext
 
-    from entroformer_lib.models.clock import listening
+    from entroformer_lib.stages import listening
 
     if not sys.stderr.isatty():
         return nullcontext()

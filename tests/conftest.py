@@ -10,9 +10,9 @@ from browser import browser_path
 from PIL import Image
 
 from entroformer_lib.datasets import SAMPLES, sample_picture
+from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.models.config import named_config
-from entroformer_lib.models.entroformer import Entroformer
-from entroformer_lib.models.zoo import save_weights
+from entroformer_lib.weights.zoo import save_weights
 
 collect_ignore = [] if browser_path() else ["test_browser.py"]
 

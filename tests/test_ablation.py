@@ -14,16 +14,16 @@ import torch
 from compressai.models import MeanScaleHyperprior
 from conftest import MICRO, micro_model
 
+from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import ConfigError, DataError, StudyError, UserError, WeightsError
 from entroformer_lib.models import config as model_config
-from entroformer_lib.models.entroformer import Entroformer
-from entroformer_lib.models.pretrained import pretrained_lmbda, with_transforms_of
-from entroformer_lib.models.zoo import load_model, save_weights
 from entroformer_lib.studies import ablation, latent_rates
 from entroformer_lib.studies.ablation_grids import GRIDS, Entry, Grid, grids_of, own_entry
 from entroformer_lib.studies.ablation_runs import Terms, runs_of
 from entroformer_lib.training.latents import frozen_transforms, transforms_digest, write_latents
 from entroformer_lib.views import ablation_figures, paper_data, paper_figures
+from entroformer_lib.weights.pretrained import pretrained_lmbda, with_transforms_of
+from entroformer_lib.weights.zoo import load_model, save_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's advice
 

@@ -2,9 +2,12 @@ import pytest
 import torch
 from conftest import MICRO
 
-from entroformer_lib.models.attention import Stack, TopKAttention, keep_top_k, kth_largest
+from entroformer_lib import tiles
+from entroformer_lib.models.attention import Stack, TopKAttention, UpToItself
 from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.position import RelativePosition, grid_sites
+from entroformer_lib.models.primitives import keep_top_k
+from entroformer_lib.tiles import Tiles
 
 
 def naive_attention(layer: TopKAttention, x, sites, relative, visible):
@@ -52,16 +55,6 @@ def test_keep_top_k_keeps_the_largest():
     assert kept.masked_fill(kept == -torch.inf, 9).amin(-1).equal(scores.sort(-1, descending=True).values[..., 6])
 
 
-@pytest.mark.parametrize("n", [11, 12, 13, 60, 64, 127, 500])  # below, at and above what selects groups first
-def test_kth_largest_in_long_rows(n):
-    scores = torch.randn(2, 3, 40, n)
-    scores[1] = scores[1].round()  # many equal ones
-    scores[:, 1, :, n // 2 :] = -torch.inf
-    scores[:, 2, :, 3:] = -torch.inf  # fewer than k
-    for k in (1, 4, 5):
-        assert torch.equal(kth_largest(scores, k), scores.sort(-1, descending=True).values[..., k - 1 : k])
-
-
 def test_scores_equal_to_the_last_chosen_are_kept():
     scores = torch.tensor([0.5, 1.0, 1.0, 1.0, 0.2, 1.0])
     assert (keep_top_k(scores, 2) > -9).tolist() == [False, True, True, True, False, True]
@@ -83,20 +76,46 @@ def test_cached_steps_equal_one_pass(position, share):
     number = torch.arange(15)
     with torch.no_grad():
         whole = stack(x, sites, visible=lambda i: number <= i[:, None])
-        cache = stack.cache(1, 15)
-        steps = [stack(x[:, i : i + 1], sites[: i + 1], cache=cache) for i in range(15)]
+        memory = stack.memory(15)
+        steps = [stack(x[:, i : i + 1], sites[: i + 1], memory=memory) for i in range(15)]
     torch.testing.assert_close(torch.cat(steps, 1), whole)
 
 
-@pytest.mark.parametrize("tile", [1, 500, 5000])
-def test_tiles_change_nothing(monkeypatch, tile):
+def test_tokens_apart_see_what_is_remembered_and_themselves():
+    config = EntroformerConfig(**MICRO)
+    stack = Stack(config, layers=2, top_k=None, radius=2).double().eval()
+    sites, x = grid_sites(3, 5), torch.randn(1, 15, 24, dtype=torch.float64)
+    visible = torch.zeros(15, 15, dtype=torch.bool)
+    visible[:, :9] = True
+    visible |= torch.eye(15, dtype=torch.bool)
+    with torch.no_grad():
+        whole = stack(x, sites, visible=lambda i: visible[i])
+        memory = stack.memory(9)
+        stack(x[:, :9], sites[:9], memory=memory)
+        for part in memory:
+            part.apart = True
+        late = [
+            stack(x[:, some], torch.cat((sites[:9], sites[some])), memory=memory)
+            for some in ([9, 10, 11], [12, 13, 14])
+        ]
+    torch.testing.assert_close(torch.cat(late, 1), whole[:, 9:])
+
+
+@pytest.mark.parametrize("elements", [1, 500, 5000])
+@pytest.mark.parametrize("causal", [False, True])
+def test_tiles_change_nothing(monkeypatch, elements, causal):
     config = EntroformerConfig(**MICRO)
     stack = Stack(config, layers=2, top_k=4, radius=3).double().eval()
     x, sites = torch.randn(2, 160, 24, dtype=torch.float64), grid_sites(10, 16)
+    visible, sizes = UpToItself(160) if causal else None, []
+    stack.blocks[0].attention.scores.register_forward_hook(lambda m, a, out: sizes.append(out.numel()))
     with torch.no_grad():
-        whole = stack(x, sites)
-        monkeypatch.setitem(stack.blocks[0].attention.__class__.forward.__globals__["TILE_ELEMENTS"], "cpu", tile)
-        torch.testing.assert_close(stack(x, sites), whole)
+        whole = stack(x, sites, visible)
+        monkeypatch.setitem(tiles.ELEMENTS, "cpu", elements)
+        sizes.clear()
+        with Tiles():
+            torch.testing.assert_close(stack(x, sites, visible), whole)
+    assert len(sizes) > 1 and max(sizes) <= max(elements, 2 * 64 * 160)
 
 
 def test_jitter_draws_k_only_while_training():

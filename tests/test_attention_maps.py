@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from conftest import micro_model
 
-from entroformer_lib.models.zoo import save_weights
 from entroformer_lib.studies import attention_maps
 from entroformer_lib.studies.attention import RowServer
+from entroformer_lib.weights.zoo import save_weights
 
 
 @pytest.mark.parametrize("variant", ["serial", "parallel"])

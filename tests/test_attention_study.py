@@ -8,16 +8,16 @@ import pytest
 import torch
 from conftest import VARIANTS, aware_model, micro_model
 
+from entroformer_lib import tiles
 from entroformer_lib.coding import codec
 from entroformer_lib.errors import AttentionError
-from entroformer_lib.models import attention as attention_module
-from entroformer_lib.models.exact import ExactEntropyModel
-from entroformer_lib.models.zoo import save_weights
+from entroformer_lib.exact.coder import ExactCoder
 from entroformer_lib.studies import attention as study
 from entroformer_lib.studies import rate_distortion as rd
 from entroformer_lib.studies import row_server as row_module
 from entroformer_lib.studies.capture import POINTS, attention_points, capture
 from entroformer_lib.studies.row_server import RowServer, spearman
+from entroformer_lib.weights.zoo import save_weights
 
 KINDS = ("serial", "parallel")
 
@@ -60,7 +60,7 @@ def test_tiles_are_put_together(model, photo, monkeypatch):
     with torch.inference_mode():
         with capture(model, "context.*.probs", "h_a.0.scores") as whole:
             model(x)
-        monkeypatch.setitem(attention_module.TILE_ELEMENTS, "cpu", 96 * 30)
+        monkeypatch.setitem(tiles.ELEMENTS, "cpu", 96 * 30)
         with capture(model, "context.*.probs", "h_a.0.scores") as tiled:
             model(x)
     assert sorted(whole) == sorted(tiled) == ["context.0.probs", "context.1.probs", "h_a.0.scores"]
@@ -235,12 +235,12 @@ def test_predictions_are_what_the_coder_uses(server, model, photo):
     y_hat, z = model.latents(codec.to_tensor(photo, model))
     seen = {}
 
-    def exchange(sites, means, scales):
+    def symbols_of(channels, sites, means, scales):
         seen.update(zip(sites.tolist(), means, strict=True))
         return server._values[sites].float()
 
     with torch.inference_mode():
-        ExactEntropyModel(other)._code(y_hat.shape[-2:], model.z_prior.quantize_z(z), exchange)
+        ExactCoder(other)._code(y_hat.shape[-2:], model.z_prior.quantize_z(z), None, symbols_of)
     for site in (0, 1, 14, 60):
         np.testing.assert_allclose(server.latent(site, 3).means, seen[site], atol=1 / 200)
 

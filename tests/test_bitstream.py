@@ -44,7 +44,7 @@ def test_every_cut_and_every_addition_is_noticed():
         (b"\x89PNG\r\n\x1a\n" + b"\x00" * 50, "not an .ef file"),
         (b"hello, world, this is text", "not an .ef file"),
         (b"\x93EF\x01" + b"\x00" * 50, "version 1"),
-        (b"\x93EF\x02" + b"\x00" * 50, "checksum"),
+        (b"\x93EF\x03" + b"\x00" * 50, "checksum"),
     ],
 )
 def test_what_it_is_instead_is_said(data, sentence):

@@ -12,11 +12,11 @@ from browser import ROOT, chromium, jupyter_lab, open_notebook, run_all
 from conftest import micro_model
 
 from entroformer_lib.datasets import sample_picture
-from entroformer_lib.models.zoo import load_model, save_weights
 from entroformer_lib.studies.group_server import server_of
 from entroformer_lib.views.explorer import SCRIPT
 from entroformer_lib.views.explorer_model import Exploration
 from entroformer_lib.views.explorer_page import explorer_page
+from entroformer_lib.weights.zoo import load_model, save_weights
 
 SCREENSHOTS = ROOT / "build" / "screenshots"
 KINDS = ("parallel", "serial", "groupedmixer")

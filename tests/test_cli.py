@@ -16,9 +16,9 @@ from conftest import micro_model
 from PIL import Image
 
 from entroformer_lib import cli
-from entroformer_lib.models.zoo import load_model, save_weights
 from entroformer_lib.studies.model_card import training_command
 from entroformer_lib.training.config import TrainConfig
+from entroformer_lib.weights.zoo import load_model, save_weights
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from entroformer_lib.coding import codec
 from entroformer_lib.coding.bitstream import Container
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.errors import BitstreamError, DataError
-from entroformer_lib.models.zoo import list_models, load_model, save_weights
 from entroformer_lib.studies.rate_distortion import estimated_bits
+from entroformer_lib.weights.zoo import list_models, load_model, save_weights
 
 
 def reconstruction(model, picture) -> np.ndarray:
@@ -50,7 +50,7 @@ import sys, torch
 torch.set_num_threads(int(sys.argv[3]))
 torch.backends.mkldnn.set_flags(sys.argv[4] == "1")
 from entroformer_lib.coding import codec
-from entroformer_lib.models.zoo import load_model
+from entroformer_lib.weights.zoo import load_model
 model = load_model(sys.argv[1])
 sys.stdout.buffer.write(codec.decode(open(sys.argv[2], "rb").read(), model).tobytes())
 """
@@ -149,10 +149,10 @@ def test_a_decoder_that_differs_is_noticed(photo, monkeypatch):
     """As if this machine computed other parameters: an error, not a wrong picture."""
     model = micro_model("parallel")
     data = codec.encode(model, photo)
-    from entroformer_lib.models import exact
+    from entroformer_lib.exact import coder
 
-    right = exact.snap
-    monkeypatch.setattr(exact, "snap", lambda means, scales: right(means + 0.02, scales))
+    right = coder.snap
+    monkeypatch.setattr(coder, "snap", lambda means, scales: right(means + 0.02, scales))
     with pytest.raises(BitstreamError):
         codec.decode(data, model)
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from entroformer_lib.coding.coder import SymbolDecoder, SymbolEncoder, decode_gaussian, encode_gaussian
 from entroformer_lib.errors import BitstreamError
+from entroformer_lib.rangecoder import SymbolDecoder, SymbolEncoder, decode_gaussian, encode_gaussian
 
 
 def drawn(count, seed=0, spread=5.0):

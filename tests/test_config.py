@@ -1,8 +1,8 @@
 import pytest
 
+from entroformer_lib.entroformer import build_model
 from entroformer_lib.errors import ConfigError
 from entroformer_lib.models.config import EntroformerConfig, named_config
-from entroformer_lib.models.entroformer import build_model
 
 
 @pytest.mark.parametrize("name", ["base-serial", "study-parallel", "tiny-hyperprior", "tiny-context"])

@@ -1,11 +1,12 @@
 """What a context model may know, by perturbation: a latent is changed, and what must not move stays bit-equal."""
 
+import contextlib
+
 import pytest
 import torch
 from conftest import micro_model
 
-from entroformer_lib.models import context as context_module
-from entroformer_lib.models.context import first_slice
+from entroformer_lib.models.context import Gaps, first_slice
 
 H, W = 6, 8
 
@@ -13,7 +14,7 @@ H, W = 6, 8
 def parameters(model, y_hat):
     """means and scales [2, M, h w] with a fixed hyperprior."""
     hyper = torch.ones(1, model.config.dim, H, W) if model.config.hyperprior else None
-    return torch.stack(model.entropy_parameters(hyper, model.context_model(y_hat)))[:, 0].flatten(2)
+    return torch.stack(model.distributions(y_hat, hyper))[:, 0].flatten(2)
 
 
 def test_one_way_context_is_causal():
@@ -22,12 +23,12 @@ def test_one_way_context_is_causal():
     y_hat = torch.randn(1, 24, H, W).mul(4).round()
     one_way = torch.tensor([True, False])
     with torch.no_grad():
-        before = model.context_model(y_hat.expand(2, -1, -1, -1), one_way=one_way).flatten(2)
+        before = model.context_model(y_hat.expand(2, -1, -1, -1), Gaps(one_way=one_way)).flatten(2)
         assert torch.equal(before[1], model.context_model(y_hat)[0].flatten(1))
         for i in first_slice(H, W).flatten().nonzero()[:, 0].tolist():
             changed = y_hat.clone()
             changed.view(1, 24, -1)[:, :, i] += 3
-            after = model.context_model(changed.expand(2, -1, -1, -1), one_way=one_way).flatten(2)
+            after = model.context_model(changed.expand(2, -1, -1, -1), Gaps(one_way=one_way)).flatten(2)
             assert torch.equal(after[0, :, :i], before[0, :, :i]), i
             if 0 < i < H * W - 1:
                 assert not torch.equal(after[0, :, i:], before[0, :, i:])
@@ -94,17 +95,18 @@ def test_coding_steps_see_what_the_forward_pass_sees(variant, size):
     """The features handed to the coder, step by step, equal those of one pass over the known latents."""
     model = micro_model(variant).double()
     y_hat = torch.randn(1, 24, *size, dtype=torch.float64).mul(4).round()
-    seen = torch.zeros(1, 24, size[0] * size[1], dtype=torch.float64)
-
-    def exchange(sites, context):
-        if context is not None:
-            seen[:, :, sites] = context[..., 0]
-        return y_hat[0].flatten(1).T[sites]
-
+    seen, asked = torch.zeros(1, 24, size[0] * size[1], dtype=torch.float64), []
+    with torch.no_grad(), contextlib.suppress(StopIteration):
+        steps, latents = model.context_model.steps(*size), None
+        while True:
+            sites, feature = steps.send(latents)
+            if feature is not None:
+                seen[:, :, sites] = feature[..., 0]
+            asked += sites.tolist()
+            latents = y_hat[0].flatten(1).T[sites]
     with torch.no_grad():
-        coded = model.context_model.code(*size, exchange)
         torch.testing.assert_close(seen.view(1, 24, *size), model.context_model(y_hat))
-    assert torch.equal(coded.T.view_as(y_hat), y_hat)
+    assert sorted(asked) == list(range(size[0] * size[1]))
 
 
 @pytest.mark.parametrize("variant", ["serial", "parallel", "cnn"])
@@ -114,27 +116,22 @@ def test_random_mask_hides_what_it_says(variant):
     kept = torch.rand(1, 1, H, W) < 0.5
     y_hat = torch.randn(1, 24, H, W)
     with torch.no_grad():
-        feature = model.context_model(y_hat, kept)
-        assert torch.equal(model.context_model(y_hat + 5 * ~kept, kept), feature)
+        feature = model.context_model(y_hat, Gaps(kept))
+        assert torch.equal(model.context_model(y_hat + 5 * ~kept, Gaps(kept)), feature)
         from_hyperprior_alone = ~kept if variant != "parallel" else kept
         assert (feature * from_hyperprior_alone).abs().max() == 0
         for i in range(0, H * W, 7):
             changed = y_hat.clone()
             changed.view(1, 24, -1)[:, :, i] += 3
-            moved = (model.context_model(changed, kept) - feature).view(24, -1)[:, i]
+            moved = (model.context_model(changed, Gaps(kept)) - feature).view(24, -1)[:, i]
             assert moved.abs().max() == 0
 
 
-@pytest.mark.parametrize("position", ["none", "absolute", "relative_1d", "relative_2d", "diamond"])
 @pytest.mark.parametrize("variant", ["serial", "parallel", "cnn"])
-def test_features_are_those_of_the_forward_pass(variant, position, monkeypatch):
-    """With less work: serial in parts of tokens, parallel slice by slice. Another set of gaps in each picture."""
-    monkeypatch.setattr(context_module, "PART", 10)
-    model = micro_model(variant, position=position).double()
-    for size in ((1, 1), (1, 5), (6, 7)):
-        y_hat = torch.randn(3, 24, *size, dtype=torch.float64).mul(3).round()
-        for share in (0, 0.3, 1):
-            missing = torch.rand(3, 1, *size) < share
-            with torch.inference_mode():
-                expected = model.context_model(y_hat, None, missing)
-                torch.testing.assert_close(model.context_model.features(y_hat, missing), expected)
+def test_a_missing_latent_moves_nothing_but_is_predicted(variant):
+    model = micro_model(variant)
+    y_hat, missing = torch.randn(1, 24, H, W).mul(4).round(), torch.rand(1, 1, H, W) < 0.3
+    with torch.no_grad():
+        before = model.context_model(y_hat, Gaps(missing=missing))
+        assert torch.equal(model.context_model(y_hat + 5 * missing, Gaps(missing=missing)), before)
+        assert not torch.equal(model.context_model(y_hat), before)

@@ -8,8 +8,8 @@ from compressai.registry import MODELS
 from conftest import VARIANTS, aware_model, micro_model
 
 from entroformer_lib.coding import codec
+from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import ConfigError, WeightsError
-from entroformer_lib.models.entroformer import Entroformer
 
 
 def test_is_a_registered_compression_model():
@@ -133,7 +133,7 @@ def test_an_analysis_of_rounded_latents_sees_nothing_that_rounding_removes(build
     y = models["y"].scaled(models["y"].g_a(x))
     other = torch.floor(y + 0.5) + 0.4 * (2 * torch.rand_like(y) - 1)
     for name, model in models.items():
-        z, z_other = (model.analysed(v, model.rate()) for v in (y, other))
+        z, z_other = (model.hyper_analysis(v, model.rate()) for v in (y, other))
         assert torch.allclose(z, z_other, atol=1e-4) == (name == "rounded")
         picture = codec.decode(codec.encode(model, photo), model)
         assert picture.size == photo.size

@@ -18,12 +18,12 @@ from conftest import aware_model, micro_model
 
 from entroformer_lib import cli
 from entroformer_lib.errors import AttentionError
-from entroformer_lib.models.zoo import save_weights
 from entroformer_lib.studies.row_server import RowServer
 from entroformer_lib.views import explorer_page as page_module
 from entroformer_lib.views.explorer import SCRIPT, Explorer, bytes_of, frame_of
 from entroformer_lib.views.explorer_model import DENSE, MEAN, MODES, Exploration
 from entroformer_lib.views.explorer_page import explorer_page, lattice, page_server, to_bytes
+from entroformer_lib.weights.zoo import save_weights
 
 VIEWS = Path(cli.__file__).parent / "views"
 KINDS = ("serial", "parallel")

@@ -17,7 +17,6 @@ from entroformer_lib import cli
 from entroformer_lib.coding import codec
 from entroformer_lib.errors import AttentionError
 from entroformer_lib.models.groupedmixer import split
-from entroformer_lib.models.zoo import save_weights
 from entroformer_lib.studies import rate_distortion as rd
 from entroformer_lib.studies.capture import capture
 from entroformer_lib.studies.group_server import GroupServer, server_of
@@ -26,6 +25,7 @@ from entroformer_lib.views import attention_figures
 from entroformer_lib.views.explorer import Explorer, frame_of
 from entroformer_lib.views.explorer_model import MEAN, Exploration
 from entroformer_lib.views.explorer_page import explorer_page
+from entroformer_lib.weights.zoo import save_weights
 
 WINDOW = 4  # so that a group of 4 x 6 has several
 
@@ -50,7 +50,7 @@ def wide_run(model, photo):
     wide = copy.deepcopy(model).double()
     with torch.no_grad():
         rate = wide.rate()
-        hyper = wide.synthesised(model.z_prior.quantize_z(z).double(), rate)
+        hyper = wide.hyper_synthesis(model.z_prior.quantize_z(z).double(), rate)
     return wide, y_hat.double().clone(), hyper.clone(), rate
 
 

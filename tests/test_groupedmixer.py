@@ -1,5 +1,6 @@
 """GroupedMixer: groups, mixers, causality over groups, the cache, exact coding."""
 
+import contextlib
 import itertools
 
 import numpy as np
@@ -8,11 +9,11 @@ import torch
 from torch import nn
 
 from entroformer_lib.coding import codec
+from entroformer_lib.entroformer import build_model
 from entroformer_lib.errors import AttentionError, ConfigError, StudyError, TrainingError
-from entroformer_lib.models import integer_mixers
+from entroformer_lib.exact.arithmetic import Exact
 from entroformer_lib.models.config import EntroformerConfig, named_config
-from entroformer_lib.models.entroformer import build_model
-from entroformer_lib.models.exact import ExactEntropyModel
+from entroformer_lib.models.context import Gaps
 from entroformer_lib.models.groupedmixer import (
     CrossAttention,
     WindowAttention,
@@ -22,7 +23,6 @@ from entroformer_lib.models.groupedmixer import (
     split,
     windows,
 )
-from entroformer_lib.models.integer import digits
 from entroformer_lib.studies import context_cache
 from entroformer_lib.studies.capture import capture
 from entroformer_lib.studies.missing_context import scene_of
@@ -43,16 +43,17 @@ def small(**fields):
     return model
 
 
-def steps(context_model, known, hyper, cached):
-    """Means and logarithms of scales of all groups, in the coder's steps: [G, 2, n, m]"""
-    seen = []
-
-    def exchange(group, *parameters):
-        seen.append(torch.stack(parameters))
-        return known[group]
-
-    context_model.code(*hyper.shape[2:], hyper, exchange, cached)
-    return torch.stack(seen)
+def steps(mixer, y, hyper, cached):
+    """Means and logarithms of scales, in the coder's steps: [2, M, h, w]"""
+    known, found = y[0].flatten(1), torch.full((2, *y[0].flatten(1).shape), torch.nan)
+    asked, latents = mixer.steps(*hyper.shape[2:], hyper, cached), None
+    with contextlib.suppress(StopIteration):
+        while True:
+            channels, sites, *parameters = asked.send(latents)
+            for part, values in zip(found, parameters, strict=True):
+                part[channels, sites] = values.T
+            latents = known[channels][:, sites].T
+    return found.view(2, *y.shape[1:])
 
 
 def some_latents(h: int = 8, w: int = 12, M: int = 12):
@@ -194,72 +195,33 @@ def test_no_latent_of_a_group_or_later_reaches_its_parameters(fields):
 
 
 @pytest.mark.parametrize("fields", [{}, {"inner": "top_k"}, {"inner": "none"}, {"cross": False}])
-def test_steps_give_what_forward_gives(fields):
+@pytest.mark.parametrize("size", [(8, 12), (5, 7)])
+def test_steps_give_what_forward_gives(fields, size):
     """The float path, step by step with and without the cache, against all groups at once."""
     model = small(**fields)
-    y, hyper = some_latents()
-    known = split(y, model.config.groups)[0]
+    y, hyper = some_latents(*size)
     with torch.no_grad():
-        expected = torch.stack([split(t, model.config.groups)[0] for t in model.context_model(y, hyper)], dim=1)
+        expected = torch.cat(model.context_model(y, hyper))
         for cached in (True, False):
-            assert torch.allclose(steps(model.context_model, known, hyper, cached), expected, atol=1e-4)
+            assert torch.allclose(steps(model.context_model, y, hyper, cached), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("fields", [{}, {"inner": "top_k"}, {"inner": "none"}, {"cross": False}])
-def test_integers_with_and_without_cache_are_equal_and_near_the_floats(fields):
+def test_exact_steps_with_and_without_cache_are_equal_and_near_the_floats(fields):
     model = small(**fields)
-    exact = ExactEntropyModel(model)
     y, hyper = some_latents()
-    known = split(y, model.config.groups)[0]
     with torch.inference_mode():
-        expected = split(model.context_model(y, hyper)[0], model.config.groups)[0]
-        ours = [steps(exact.context_model, known, hyper, cached) for cached in (True, False)]
+        expected = model.context_model(y, hyper)[0][0]
+        with Exact():
+            ours = [steps(model.context_model, y, hyper, cached) for cached in (True, False)]
     assert torch.equal(*ours)
     # Not the largest difference: where two scores nearly tie, rounding may choose another key.
-    assert (ours[0][:, 0] - expected).abs().mean() < 0.002 * expected.abs().amax()
+    assert (ours[0][0] - expected).abs().mean() < 0.002 * expected.abs().amax()
 
 
-@pytest.mark.parametrize("empty", [False, True])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_lists_by_loops_and_by_tensors(empty, threads, monkeypatch):
-    torch.manual_seed(0)
-    Q, n, L, D, heads = 50, 80, 9, 32, 2
-    q, k = digits(torch.randn(Q, D)), digits(torch.randn(n, D))
-    v = digits(torch.randn(n, D), torch.full((D,), 2.0**-10))[:2]
-    listed = torch.randint(-1 if empty else 0, n, (Q, L), dtype=torch.int32)
-    listed[:, 0] = 3
-    extra = torch.randn(heads, Q, L)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(integer_mixers, "QUERIES", 16)
-    ours = integer_mixers.attend_lists(q, k, v, listed, extra)
-    assert torch.equal(ours, integer_mixers.by_tensors(q, k, v, listed, extra))
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_projections_by_loops_and_by_tensors(threads, monkeypatch):
-    pair = small().context_model.pairs[0]
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    mixer = integer_mixers.IntegerCross(pair.cross, pair.norm2)
-    x = torch.randn(50, len(mixer.value_scale)) * torch.linspace(0, 3, 50)[:, None]
-    q, k, v = mixer.qkv(x).chunk(3, dim=-1)
-    expected = digits(q * mixer.scale), digits(k), digits(v, mixer.value_scale)
-    for ours, theirs in zip(mixer.project(x), expected, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
-@pytest.mark.parametrize("slots", [1, 3])
-@pytest.mark.parametrize("grid", [(8, 8), (16, 15), (5, 11), (3, 2)])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_whole_windows_and_lists_of_tokens(slots, grid, threads, monkeypatch):
-    model = small()
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    x = torch.randn(1, slots, grid[0] * grid[1], model.config.dim)
-    for pair in model.context_model.pairs:  # the second one's windows are shifted
-        mixer = integer_mixers.IntegerWindow(pair.inner, pair.norm1)
-        whole = mixer(x, grid)
-        with monkeypatch.context() as lists:
-            lists.setattr(integer_mixers, "MOST_TOKENS", 0)
-            assert torch.equal(whole, mixer(x, grid))
+def test_gaps_are_refused_in_words():
+    with pytest.raises(NotImplementedError, match="no gaps"):
+        small().distributions(*some_latents(), Gaps(missing=torch.zeros(1, 1, 8, 12, dtype=torch.bool)))
 
 
 @pytest.mark.parametrize("fields", [{}, {"inner": "top_k"}, {"groups": (1, 2, 2), "lmbdas": (0.01, 0.02)}])

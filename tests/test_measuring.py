@@ -12,9 +12,9 @@ from conftest import micro_model
 from PIL import Image
 
 from entroformer_lib.errors import StudyError
-from entroformer_lib.models.zoo import save_weights
 from entroformer_lib.studies import classical, measuring
 from entroformer_lib.studies.measuring import Task, measure, tasks_of
+from entroformer_lib.weights.zoo import save_weights
 
 TIMES = ("encode_s", "decode_s")
 

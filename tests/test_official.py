@@ -20,8 +20,8 @@ from torch import nn
 
 from entroformer_lib.coding import codec
 from entroformer_lib.errors import WeightsError
-from entroformer_lib.models.official import import_official, load_official
-from entroformer_lib.models.zoo import load_model
+from entroformer_lib.weights.official import import_official, load_official
+from entroformer_lib.weights.zoo import load_model
 
 FIXTURES = {path.stem: path for path in (Path(__file__).parents[2] / "shared/reference/official_tiny").glob("*.pth")}
 
@@ -31,7 +31,9 @@ STAGES = {
     "feat_hyper": lambda m, r: m.h_s(r["z_hat"]),
     "feat_context": lambda m, r: m.context_model(r["y_hat"]),
     "means": lambda m, r: m.entropy_parameters(r["feat_hyper"], r["feat_context"])[0],
-    "log_scales": lambda m, r: m.entropy_parameters(r["feat_hyper"], r["feat_context"])[1].log(),
+    "log_scales": lambda m, r: m.entropy_parameters.bounded(
+        m.entropy_parameters(r["feat_hyper"], r["feat_context"])[1]
+    ),
     "nats_y": lambda m, r: -m.gaussian(r["y_hat"], r["means"], r["log_scales"].exp()).log(),
     "prob_z": lambda m, r: m.z_prior.likelihood(r["z_hat"]),
     "decode_out": lambda m, r: 2 * m.g_s(r["decode_in"]) - 1,

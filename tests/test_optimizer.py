@@ -3,8 +3,8 @@
 import torch
 from conftest import MICRO
 
+from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.models.config import named_config
-from entroformer_lib.models.entroformer import Entroformer
 from entroformer_lib.training.optimizer import Muon, build_optimizer, orthogonal
 
 

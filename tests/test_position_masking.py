@@ -12,10 +12,10 @@ from conftest import aware_model, micro_model
 from entroformer_lib.coding import codec
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.errors import StudyError
-from entroformer_lib.models.context import first_slice
-from entroformer_lib.models.zoo import save_weights
+from entroformer_lib.models.context import Gaps, first_slice
 from entroformer_lib.studies import missing_context as mc
 from entroformer_lib.studies import position_masking as pm
+from entroformer_lib.weights.zoo import save_weights
 
 CONTEXTS = ("serial", "parallel", "context", "cnn")
 
@@ -37,7 +37,7 @@ def naive(scene: mc.Scene, offset: tuple[int, int], spacing: int) -> tuple[int, 
             missing = torch.zeros(1, 1, h, w, dtype=torch.bool)
             missing[..., y % spacing :: spacing, x % spacing :: spacing] = True
             with torch.inference_mode():
-                likelihoods, _ = scene.model.likelihoods(scene.y_hat, missing=missing)
+                likelihoods, _ = scene.model.likelihoods(scene.y_hat, gaps=Gaps(missing=missing))
                 full, _ = scene.model.likelihoods(scene.y_hat)
             count += 1
             masked -= float(likelihoods["y"][0, :, row, column].double().log2().sum())
@@ -87,11 +87,11 @@ def test_a_missing_latent_has_no_influence(variant, picture):
     changed[..., 3, 4] += 7
     context = scene.model.context_model
     with torch.inference_mode():
-        assert torch.equal(context(scene.y_hat, None, missing), context(changed, None, missing))
+        assert torch.equal(context(scene.y_hat, Gaps(missing=missing)), context(changed, Gaps(missing=missing)))
         assert not torch.allclose(context(scene.y_hat), context(changed))
-        assert not torch.allclose(context(scene.y_hat), context(scene.y_hat, None, missing))
+        assert not torch.allclose(context(scene.y_hat), context(scene.y_hat, Gaps(missing=missing)))
         nothing = torch.zeros_like(missing)
-        assert torch.equal(context(scene.y_hat), context(scene.y_hat, None, nothing))
+        assert torch.equal(context(scene.y_hat), context(scene.y_hat, Gaps(missing=nothing)))
 
 
 @pytest.mark.parametrize("variant", CONTEXTS)

@@ -8,10 +8,10 @@ import pytest
 from conftest import micro_model
 from PIL import Image
 
-from entroformer_lib.models.zoo import save_weights
 from entroformer_lib.studies.bd import Curve
 from entroformer_lib.studies.measuring import picture_at
 from entroformer_lib.views.rate_explorer import RatePoints, figure_of, widget
+from entroformer_lib.weights.zoo import save_weights
 
 
 @pytest.fixture(scope="module")

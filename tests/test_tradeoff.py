@@ -12,7 +12,6 @@ from entroformer_lib import same_transforms
 from entroformer_lib.coding import codec
 from entroformer_lib.errors import DataError, StudyError
 from entroformer_lib.models import config as model_config
-from entroformer_lib.models.zoo import save_weights
 from entroformer_lib.studies import ablation, both_systems, tradeoff
 from entroformer_lib.studies.ablation_grids import GRIDS
 from entroformer_lib.studies.ablation_runs import Terms
@@ -21,6 +20,7 @@ from entroformer_lib.training.latents import write_latents
 from entroformer_lib.views import paper_data
 from entroformer_lib.views import tradeoff as views
 from entroformer_lib.views.ablation_figures import dots
+from entroformer_lib.weights.zoo import save_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's advice
 VARIANTS = {"few": dict(groups=(1, 1, 2)), "many": dict(groups=(2, 2, 2)), "parallel": {}, "hyperprior": {}}

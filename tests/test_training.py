@@ -15,13 +15,13 @@ from conftest import MICRO
 
 from entroformer_lib.errors import ConfigError, TrainingError, UserError
 from entroformer_lib.models import config as model_config
-from entroformer_lib.models.zoo import load_model
 from entroformer_lib.training import loop
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.data import held_out_crops
 from entroformer_lib.training.loop import train
 from entroformer_lib.training.loss import rates_and_distortions
 from entroformer_lib.training.schedule import learning_rate_factor
+from entroformer_lib.weights.zoo import load_model
 
 GOLDEN = Path(__file__).parent / "golden" / "training_20_steps.jsonl"
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's advice on worker counts and the like

@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import micro_model
 
+from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import ConfigError, WeightsError
 from entroformer_lib.models import transforms
 from entroformer_lib.models.config import EntroformerConfig, named_config
-from entroformer_lib.models.entroformer import Entroformer
 from entroformer_lib.models.transforms import Analysis, Synthesis, build_transforms, dct_basis, fold_gain
 
 STAGES = ((4, 6, 1), (8, 10, 2))

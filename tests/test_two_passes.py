@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.errors import WeightsError
 from entroformer_lib.models.context import first_slice
-from entroformer_lib.models.zoo import save_weights
 from entroformer_lib.studies import two_passes
 from entroformer_lib.views import figures
+from entroformer_lib.weights.zoo import save_weights
 
 
 def pair(**parallel):

@@ -6,8 +6,8 @@ from conftest import LMBDAS, micro_model
 from safetensors import safe_open
 
 from entroformer_lib.errors import WeightsError
-from entroformer_lib.models.zoo import SHARED, list_models, load_model, save_weights, weights_digest
 from entroformer_lib.training.latents import freeze
+from entroformer_lib.weights.zoo import SHARED, list_models, load_model, save_weights, weights_digest
 
 TRANSFORMS = dict(transforms="blocks", stages=((8, 10, 1),), linear_path="dct", lmbdas=LMBDAS)
 

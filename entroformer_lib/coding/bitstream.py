@@ -2,7 +2,7 @@
 
     bytes  what
     3      93 45 46, that is \\x93 "EF"
-    1      version, 2 (1 had other arithmetic)
+    1      version, 3 (1 and 2 had other arithmetic)
     1      flags: 1 = the picture is grey, 2 = the rate is variable
     1-5    width, then height, each as LEB128 (7 bits a byte, low bits first, high bit = more follow)
     0 or 2 level of a variable rate in 1/256 (`models/gain.py`), where the flag says so
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from entroformer_lib.errors import BitstreamError
 
 MAGIC = b"\x93EF"
-VERSION = 2
+VERSION = 3
 LARGEST_SIDE = 2**16 - 1
 LEVEL_STEPS = 256
 _U16, _U32 = struct.Struct("<H"), struct.Struct("<I")

@@ -16,9 +16,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from entroformer_lib.coding.bitstream import LARGEST_SIDE, LEVEL_STEPS, Container
+from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import BitstreamError, DataError, RateError, WeightsError
-from entroformer_lib.models.entroformer import Entroformer
-from entroformer_lib.models.zoo import load_model, weights_digest
+from entroformer_lib.weights.zoo import load_model, weights_digest
 
 CONTAINER_BYTES = 45  # about what surrounds the coded strings
 

@@ -13,8 +13,8 @@ one answer to the rate control that the paper's discussion leaves open.
 An entropy model that is told nothing of the gain (`rate_aware=False`, as the first models) has to guess it from the
 latents, which is harder for a transformer: its layer norms take away the size of what they see. One that is told
 (`RateKnowledge`) sees latents in the units of y before the gain, the same at all rates, and its means and scales are
-multiplied by the gain behind it. Then both sides of the coder need the same gain to the last bit, so there it is made
-of operations that IEEE 754 fixes (`exact=True`).
+multiplied by the gain behind it. Then both sides of the coder need the same gain to the last bit, and compute it
+exactly (exact/).
 """
 
 import bisect
@@ -23,8 +23,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-from entroformer_lib.models.integer import exp_of_negative
 
 
 class RateGain(nn.Module):
@@ -118,11 +116,10 @@ class RateKnowledge(nn.Module):
         self.z_log_gain = nn.Parameter(start.repeat(1, Z))  # [levels, Z]
         self.vectors = nn.Parameter(torch.zeros(len(start), dim))
 
-    def forward(self, gain: RateGain, level: Tensor, exact: bool = False) -> Rate:
-        """level: [B]. exact: with the same bits on every machine, and without gradients."""
-        exp = exact_exp if exact else torch.exp
+    def forward(self, gain: RateGain, level: Tensor) -> Rate:
+        """level: [B]"""
         logs, z_logs, vector = (at_level(t, level) for t in (gain.log_gain, self.z_log_gain, self.vectors))
-        y, z = exp(logs), exp(z_logs)
+        y, z = logs.exp(), z_logs.exp()
         return Rate(*(t[..., None, None] for t in (y, 1 / y, logs, z, 1 / z, vector)))
 
 
@@ -135,11 +132,3 @@ def at_level(table: Tensor, level: Tensor) -> Tensor:
     part = (level - low)[:, None].to(table.dtype)  # [B, 1]
     below, above = table[low.long()], table[low.long() + 1]
     return below + (above - below) * part
-
-
-LARGEST_LOG_GAIN = 8 * math.log(2)  # gains lie far below 256
-
-
-def exact_exp(x: Tensor) -> Tensor:
-    """exp of float32 numbers up to `LARGEST_LOG_GAIN`, from operations that IEEE 754 fixes; relative error 2^-20."""
-    return exp_of_negative((x.detach().float() - LARGEST_LOG_GAIN).clamp(max=0)) * 256

@@ -30,21 +30,18 @@ Letters in shapes: B pictures, G groups (S of them at a time), n sites of a grou
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Generator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from entroformer_lib.models.attention import ACTIVATIONS, TopKAttention
-from entroformer_lib.models.clock import stage, tell
+from entroformer_lib.models.attention import ACTIVATIONS, TopKAttention, init_linear
 from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.position import RelativePosition, grid_sites
+from entroformer_lib.models.primitives import dot_products, weighted_sum
 
 Counts = tuple[int, int, int]  # k_c, k_h, k_w
-
-# exchange(group, means [n, m], logarithms of scales [n, m]) -> latents of the group: [n, m]
-ExchangeGroup = Callable[[int, Tensor, Tensor], Tensor]
 
 
 # ---- groups ----
@@ -144,10 +141,10 @@ class WindowAttention(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             wide = torch.promote_types(q.dtype, torch.float32)
             q, k, sites = q.to(wide) * self.scale, k.to(wide), grid_sites(self.side, self.side, x.device)
-            scores = q @ k.transpose(-1, -2) + self.relative(q, sites, sites)
+            scores = dot_products(q, k) + self.relative(q, sites, sites)
             empty = torch.where(inside, 0.0, -torch.inf)[:, None, None].repeat(B * S, 1, 1, 1)  # [B S W, 1, 1, s]
             probs = self.probs(self.scores(scores + empty).softmax(-1)).to(v.dtype)
-        out = (probs @ v).transpose(1, 2).reshape(B * S, -1, D)[:, place]  # [B S, n, D]
+        out = weighted_sum(probs, v).transpose(1, 2).reshape(B * S, -1, D)[:, place]  # [B S, n, D]
         return self.out(out).view(B, S, n, D)
 
 
@@ -218,9 +215,9 @@ class CrossAttention(nn.Module):
             k, v = (t[:, : cache.length + 1].transpose(1, 2) for t in kept)  # [B n, heads, slots, d]
         with torch.autocast(x.device.type, enabled=False):
             wide = torch.promote_types(q.dtype, torch.float32)
-            scores = (q.to(wide) * self.scale) @ k.to(wide).transpose(-1, -2)  # [B n, heads, S, slots]
+            scores = dot_products(q.to(wide) * self.scale, k.to(wide))  # [B n, heads, S, slots]
             probs = self.probs(self.scores(scores + self._by_distance(S, k.size(2))).softmax(-1)).to(v.dtype)
-        out = (probs @ v).permute(0, 2, 1, 3).reshape(B, n, S, D)
+        out = weighted_sum(probs, v).permute(0, 2, 1, 3).reshape(B, n, S, D)
         return self.out(out).transpose(1, 2)
 
     def _by_distance(self, S: int, slots: int) -> Tensor:
@@ -279,11 +276,7 @@ class GroupedMixer(nn.Module):
         self.pairs = nn.ModuleList(MixerPair(c, layer, len(self.order)) for layer in range(c.context_layers))
         self.join = nn.Sequential(nn.Linear(2 * c.dim, 2 * c.dim), nn.LeakyReLU(0.2))
         self.head = nn.ModuleList(nn.Linear(2 * c.dim, 2 * m) for _ in range(c.groups[0]))  # of each channel slice
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_linear(self)
         for parameter in (self.start, self.target):
             nn.init.trunc_normal_(parameter, std=0.02)
 
@@ -298,31 +291,35 @@ class GroupedMixer(nn.Module):
         out = self._gaussians(x, at_target, range(len(self.order)))
         return tuple(merge(part, size, self.counts, self.order_name) for part in out)
 
-    def code(self, height: int, width: int, hyper: Tensor, exchange: ExchangeGroup, cached: bool = True) -> Tensor:
-        """Group after group; encoder and decoder run the same steps.  hyper: [1, D, h, w]  ->  [G, n, m]
+    def steps(
+        self, height: int, width: int, hyper: Tensor, cached: bool = True
+    ) -> Generator[tuple[slice, Tensor, Tensor, Tensor], Tensor, None]:
+        """Group after group: yields (channels, site numbers [k], means, logarithms of scales [k, m] each) and is sent
+        these latents, [k, m].  hyper: [1, D, h, w]
 
         cached: False computes all earlier slots again for every group, to see what the cache saves; the same bits.
         """
-        grid = group_grid(height, width, self.counts)
-        with stage("context"):
-            at_target = self._hyper_of_groups(hyper)  # [1, G, n, D]
+        grid, m = group_grid(height, width, self.counts), self.head[0].out_features // 2
+        at_target = self._hyper_of_groups(hyper)  # [1, G, n, D]
         cache = ContextCache(len(self.pairs), len(self.order)) if cached else None
-        coded, held = [], []
-        for i in range(len(self.order)):
-            with stage("context"):
-                held.append(self._held(i, coded[-1][None] if i else None, at_target[:, i]))
-                slots = range(i, i + 1) if cached else range(i + 1)
-                here = at_target[:, slots.start : slots.stop]
-                x = self._tokens(torch.stack(held[slots.start :], dim=1), here, slots)  # [1, S, n, D]
-                for layer, pair in enumerate(self.pairs):
-                    x = pair(x, grid, cache, layer)
-                if cached:
-                    cache.length += 1
-            with stage("parameters"):
-                means, log_scales = self._gaussians(x[:, -1:], here[:, -1:], range(i, i + 1))
-            coded.append(exchange(i, means[0, 0], log_scales[0, 0]))  # [n, m]
-            tell("groups", i + 1, len(self.order))
-        return torch.stack(coded)
+        number = torch.arange(1, height * width + 1, device=hyper.device).view(1, 1, height, width)
+        number = split(number, (1, *self.counts[1:]), "raster")[0, :, :, 0] - 1  # [k_h k_w, n], -1: outside
+        coded, held = None, []
+        for i, (part, row, column) in enumerate(self.order):
+            held.append(self._held(i, coded, at_target[:, i]))
+            slots = range(i, i + 1) if cached else range(i + 1)
+            here = at_target[:, slots.start : slots.stop]
+            x = self._tokens(torch.stack(held[slots.start :], dim=1), here, slots)  # [1, S, n, D]
+            for layer, pair in enumerate(self.pairs):
+                x = pair(x, grid, cache, layer)
+            if cached:
+                cache.length += 1
+            means, log_scales = (v[0, 0] for v in self._gaussians(x[:, -1:], here[:, -1:], range(i, i + 1)))  # [n, m]
+            sites = number[row * self.counts[2] + column]
+            inside = sites >= 0
+            latents = yield slice(part * m, part * m + m), sites[inside], means[inside], log_scales[inside]
+            coded = means.new_zeros(1, *means.shape)
+            coded[0, inside] = latents
 
     def _hyper_of_groups(self, hyper: Tensor) -> Tensor:
         """The hyperprior feature at the sites that each slot predicts.  [B, D, h, w]  ->  [B, G, n, D]"""

@@ -10,6 +10,8 @@ the diamond of h = 3), so we multiply the query with those and look the products
 import torch
 from torch import Tensor, nn
 
+from entroformer_lib.models.primitives import dot_products
+
 
 def grid_sites(height: int, width: int, device=None) -> Tensor:
     """(row, column) of every site of a grid in raster order: [height * width, 2]."""
@@ -67,11 +69,11 @@ class RelativePosition(nn.Module):
 
     def own(self, q: Tensor) -> Tensor:
         """Each query with the vector of offset (0, 0).  q: [B, heads, q, d]  ->  [B, heads, q, 1]"""
-        return (q @ self.table().to(q.dtype)[self.own_bucket])[..., None]
+        return dot_products(q, self.table().to(q.dtype)[self.own_bucket, None])
 
     def forward(self, q: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
         """q: [B, heads, q, d], queries: [q, 2], keys: [n, 2]  ->  q . p_ij: [B, heads, q, n]."""
-        return self.spread(q @ self.table().to(q.dtype).T, queries, keys)
+        return self.spread(dot_products(q, self.table().to(q.dtype)), queries, keys)
 
     def spread(self, products: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
         """Products with every distinct vector: [B, heads, q, buckets]  ->  those of every pair: [B, heads, q, n]."""

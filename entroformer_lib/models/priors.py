@@ -12,7 +12,7 @@ from compressai.entropy_models import EntropyBottleneck
 from compressai.ops import LowerBound
 from torch import Tensor, nn
 
-from entroformer_lib.coding.coder import decode_gaussian, encode_gaussian
+from entroformer_lib.rangecoder import decode_gaussian, encode_gaussian
 
 LIKELIHOOD_FLOOR = 1e-9  # 30 bits: nothing costs more, so no loss is ever infinite
 

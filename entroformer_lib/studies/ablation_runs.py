@@ -14,16 +14,16 @@ from pathlib import Path
 
 import torch
 
+from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import ConfigError
 from entroformer_lib.models.config import named_config
-from entroformer_lib.models.entroformer import Entroformer
-from entroformer_lib.models.zoo import load_model, save_weights, weights_digest
 from entroformer_lib.studies import latent_rates
 from entroformer_lib.studies.ablation_grids import GRIDS, Entry, Grid
 from entroformer_lib.studies.sweep import Task
 from entroformer_lib.training.config import RUNTIME_FIELDS, TrainConfig
 from entroformer_lib.training.latents import frozen_transforms, trained_lmbda, with_transforms
 from entroformer_lib.training.loop import train
+from entroformer_lib.weights.zoo import load_model, save_weights, weights_digest
 
 RECIPE = dict(batch=8, optimizer="muon", lr=2e-3, schedule="linear", precision="bfloat16", log_every=25)
 JOINT_CROP, JOINT_BATCH = 128, 8

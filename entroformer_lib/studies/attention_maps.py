@@ -12,9 +12,9 @@ import tyro
 
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.files import data_folder, write_bytes
-from entroformer_lib.models.zoo import load_model
 from entroformer_lib.studies.attention import RowServer
 from entroformer_lib.studies.provenance import provenance
+from entroformer_lib.weights.zoo import load_model
 
 POINTS = ((8, 12), (14, 20), (20, 30))  # rows and columns of latents; the same as in notebook 03
 KS = (8, 16, 32, 64, None)

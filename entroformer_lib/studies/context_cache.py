@@ -6,6 +6,7 @@ Without it every group runs all earlier slots again: G (G + 1) / 2 passes instea
 Measured on the coder's own steps, from the hyperprior's feature to all latents; weights are random, and latents too.
 """
 
+import contextlib
 import json
 import time
 
@@ -13,11 +14,10 @@ import pandas as pd
 import torch
 import tyro
 
+from entroformer_lib.entroformer import build_model
+from entroformer_lib.exact.arithmetic import Exact
 from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.memory import keep_freed_memory
-from entroformer_lib.models.entroformer import build_model
-from entroformer_lib.models.groupedmixer import group_grid
-from entroformer_lib.models.integer_copy import integer_copy
 from entroformer_lib.studies.provenance import provenance
 
 MODELS = ("base-groupedmixer", "base-groupedmixer-fast", "study-groupedmixer", "tiny-groupedmixer")
@@ -33,21 +33,21 @@ def run(names: tuple[str, ...] = MODELS, width: int = 768, height: int = 512, re
 def _measured(name: str, h: int, w: int, repeats: int) -> dict:
     torch.manual_seed(0)
     model = build_model(name).eval()
-    c, context_model = model.config, integer_copy(model.context_model)
-    rows, columns = group_grid(h, w, c.groups)
-    G = len(context_model.order)
-    latents = torch.randn(G, rows * columns, c.M // c.groups[0]).mul(2).round()
+    c, mixer, exact = model.config, model.context_model, Exact()
+    G = len(mixer.order)
+    latents = torch.randn(h * w, c.M).mul(2).round()
     hyper, found, seconds = torch.randn(1, c.dim, h, w), {}, {}
     for cached in (True, False):
         for _ in range(1 + repeats if cached else repeats):  # the first compiles
             found[cached] = seen = []
-
-            def exchange(group, *parameters, seen=seen):
-                seen.append(torch.stack(parameters))
-                return latents[group]
-
             start = time.perf_counter()
-            context_model.code(h, w, hyper, exchange, cached)
+            with exact:
+                steps = mixer.steps(h, w, hyper, cached)
+                channels, sites, *parameters = next(steps)
+                with contextlib.suppress(StopIteration):
+                    while True:
+                        seen.append(torch.stack(parameters))
+                        channels, sites, *parameters = steps.send(latents[sites][:, channels])
             seconds[cached] = min(seconds.get(cached, float("inf")), time.perf_counter() - start)
     equal = all(torch.equal(a, b) for a, b in zip(found[True], found[False], strict=True))
     print(f"{name}: {seconds[True]:.2f} s with the cache, {seconds[False]:.2f} s without", flush=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from entroformer_lib.errors import AttentionError
+from entroformer_lib.models.entropy_model import PerGroup, ToldTheRate
 from entroformer_lib.models.groupedmixer import group_grid, windows
 from entroformer_lib.models.priors import LIKELIHOOD_FLOOR, gaussian_mass
 from entroformer_lib.studies.capture import attention_points, capture
@@ -86,8 +87,10 @@ class GroupServer:
         self.height, self.width = scene.y_hat.shape[-2:]
         self._grid = group_grid(self.height, self.width, self.counts)
         with capture(SimpleNamespace(context_model=mixer), "*.probs") as maps:
-            means, log_scales = parameters.raw(*mixer(scene.seen, scene.hyper), scene.rate)
-        scales = log_scales.exp()
+            model_of = PerGroup(mixer, parameters)
+            model_of = model_of if scene.rate is None else ToldTheRate(model_of, scene.rate)
+            means, log_scales = model_of.predict(scene.y_hat, scene.hyper)
+        scales = parameters.bounded(log_scales).exp()
         bits = -gaussian_mass(scene.y_hat, means, scales).clamp(min=LIKELIHOOD_FLOOR).log2()
         slices = (v[0].flatten(1).view(self.slices, -1, self.n) for v in (scene.y_hat, means, scales, bits))
         values, means, scales, bits = slices  # [k_c, m, n]

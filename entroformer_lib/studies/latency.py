@@ -25,10 +25,10 @@ from compressai.zoo import bmshj2018_hyperprior, mbt2018
 
 from entroformer_lib.coding import codec
 from entroformer_lib.datasets import sample_picture
+from entroformer_lib.entroformer import Entroformer, build_model
 from entroformer_lib.files import write_bytes
 from entroformer_lib.memory import keep_freed_memory
-from entroformer_lib.models.clock import stage_times
-from entroformer_lib.models.entroformer import Entroformer, build_model
+from entroformer_lib.stages import stage_times
 from entroformer_lib.studies.provenance import provenance
 
 STAGES = ("transforms", "hyper", "context", "parameters", "entropy coding")

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from entroformer_lib.coding import codec
-from entroformer_lib.models.context import first_slice
-from entroformer_lib.models.entroformer import Entroformer
+from entroformer_lib.entroformer import Entroformer
+from entroformer_lib.models.context import Gaps, first_slice
 from entroformer_lib.studies.rate_distortion import pictures_to_test
 
 SQUARE = 256  # pixels: as large as the crops of training
@@ -151,12 +151,15 @@ def _predictions(model: Entroformer, y: Tensor) -> Iterable[tuple[str, Tensor]]:
         return
     hyper = None
     if model.h_a is not None:
-        hyper = model.h_s(model.z_prior.quantize_z(model.analysed(y, None)))
-        y_hat = torch.floor(y + 0.5)
-        yield CONTEXTS[0], model.gaussian(y_hat, *model.entropy_parameters(hyper, None))
+        hyper = model.h_s(model.z_prior.quantize_z(model.hyper_analysis(y, None)))
+        means, log_scales = model.entropy_parameters(hyper, None)
+        yield (
+            CONTEXTS[0],
+            model.gaussian(torch.floor(y + 0.5), means, model.entropy_parameters.bounded(log_scales).exp()),
+        )
     for context, one_way in zip(CONTEXTS[1:], (True, False), strict=True):
         seen = torch.tensor([one_way], device=y.device)
-        yield context, model.likelihoods(y, one_way=seen)[0]["y"]
+        yield context, model.likelihoods(y, gaps=Gaps(one_way=seen))[0]["y"]
 
 
 def use_top_k(model: Entroformer, top_k: int | None) -> None:

@@ -25,14 +25,14 @@ from PIL import Image
 from tyro.conf import Positional
 
 from entroformer_lib.coding import codec
+from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import StudyError
 from entroformer_lib.files import write_bytes
 from entroformer_lib.memory import keep_freed_memory
-from entroformer_lib.models.entroformer import Entroformer
-from entroformer_lib.models.zoo import load_model, weights_digest
 from entroformer_lib.studies.classical import CODECS, coded, evaluate_classical
 from entroformer_lib.studies.provenance import provenance
 from entroformer_lib.studies.rate_distortion import evaluate_picture, pictures_to_test
+from entroformer_lib.weights.zoo import load_model, weights_digest
 
 
 @dataclass(frozen=True)

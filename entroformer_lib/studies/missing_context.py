@@ -36,9 +36,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from entroformer_lib.coding import codec
+from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import StudyError
-from entroformer_lib.models.context import first_slice
-from entroformer_lib.models.entroformer import Entroformer
+from entroformer_lib.models.context import Gaps, first_slice
+from entroformer_lib.tiles import Tiles
 
 Offset = tuple[int, int]  # (dy, dx) of a context position from the site to be coded: (0, -1) is left, (-1, 0) above
 
@@ -81,7 +82,7 @@ def scene_of(model: Entroformer, picture: Image.Image) -> Scene:
     Raises:
         StudyError: a model without context.
     """
-    if model.context_model is None:
+    if model.config.context == "none":
         raise StudyError(f"The model {model_name(model)} has no context model, so no position can be missing.")
     if model.config.context == "grouped":
         raise StudyError("A GroupedMixer has no positions to leave out; the study takes Entroformer's context models.")
@@ -89,7 +90,7 @@ def scene_of(model: Entroformer, picture: Image.Image) -> Scene:
     y = model.scaled(model.g_a(codec.to_tensor(picture, model)))
     hyper, rate = None, model.rate()
     if model.h_a is not None:
-        hyper = model.synthesised(model.z_prior.quantize_z(model.analysed(y, rate)), rate)
+        hyper = model.hyper_synthesis(model.z_prior.quantize_z(model.hyper_analysis(y, rate)), rate)
     scene = Scene(model, torch.floor(y + 0.5), hyper, y.new_zeros(y.shape[-2:]))
     scene.bits = site_bits(scene, torch.zeros(1, 1, *scene.size, dtype=torch.bool, device=y.device))[0]
     return scene
@@ -101,22 +102,12 @@ def site_bits(scene: Scene, missing: Tensor) -> Tensor:
     B = len(missing)
     y_hat = scene.y_hat.expand(B, -1, -1, -1)
     hyper = None if scene.hyper is None else scene.hyper.expand(B, -1, -1, -1)
-    return _bits(
-        scene.model, y_hat, hyper, scene.model.context_model.features(_as_context(scene.model, y_hat), missing)
-    )
+    return _bits(scene.model, y_hat, hyper, missing)
 
 
-def _as_context(model: Entroformer, y_hat: Tensor) -> Tensor:
-    """Latents as the context model sees them."""
-    rate = model.rate()
-    return y_hat if rate is None else y_hat * rate.inverse
-
-
-def _bits(model: Entroformer, y_hat: Tensor, hyper: Tensor | None, context: Tensor) -> Tensor:
-    rate = model.rate()
-    if hyper is None and rate is not None:
-        context = context + rate.vector
-    means, scales = model.entropy_parameters(hyper, context, rate)
+def _bits(model: Entroformer, y_hat: Tensor, hyper: Tensor | None, missing: Tensor) -> Tensor:
+    with Tiles():
+        means, scales = model.distributions(y_hat, hyper, Gaps(missing=missing), model.rate())
     return -model.gaussian(y_hat, means, scales).double().log2().sum(1)
 
 
@@ -139,7 +130,7 @@ def neighbourhood(model: Entroformer, side: int = 7) -> list[Offset]:
 
 
 def _is_context(model: Entroformer, offset: Offset) -> bool:
-    if model.context_model is None:
+    if model.config.context == "none":
         raise StudyError(f"The model {model_name(model)} has no context model, so no position can be missing.")
     return sum(offset) % 2 == 1 if model.config.context == "parallel" else offset < (0, 0)
 
@@ -302,8 +293,7 @@ def _bits_in_patches(scene: Scene, sites: Tensor, known: Tensor) -> Tensor:
     known = (rows >= 0) & (rows < h) & (columns >= 0) & (columns < w) & known[:height]
     patches = scene.y_hat[0][:, rows.clamp(0, h - 1), columns.clamp(0, w - 1)].transpose(0, 1)  # [n, M, height, side]
     missing = ~known[:, None].to(patches.device)
-    context = model.context_model(_as_context(model, patches), None, missing)[
-        :, :, radius : radius + 1, radius : radius + 1
-    ]
-    hyper = None if scene.hyper is None else scene.hyper[0][:, sites[:, 0], sites[:, 1]].T[..., None, None]
-    return _bits(model, patches[:, :, radius : radius + 1, radius : radius + 1], hyper, context)[:, 0, 0]
+    hyper = None
+    if scene.hyper is not None:  # of the site itself; what is predicted around it does not count
+        hyper = scene.hyper[0][:, sites[:, 0], sites[:, 1]].T[..., None, None].expand(-1, -1, height, side)
+    return _bits(model, patches, hyper, missing)[:, radius, radius]

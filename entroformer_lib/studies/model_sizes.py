@@ -11,8 +11,8 @@ from collections.abc import Iterable
 import pandas as pd
 import tyro
 
+from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.files import data_folder, write_bytes
-from entroformer_lib.models.entroformer import Entroformer
 from entroformer_lib.studies.provenance import provenance
 
 NAMES = tuple(

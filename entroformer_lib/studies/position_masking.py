@@ -29,11 +29,10 @@ from scipy.stats import spearmanr
 from tqdm.auto import tqdm
 
 from entroformer_lib.coding import codec
+from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import StudyError, UserError
 from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.memory import keep_freed_memory
-from entroformer_lib.models.entroformer import Entroformer
-from entroformer_lib.models.zoo import load_model, save_weights, weights_digest
 from entroformer_lib.studies.missing_context import (
     RADII,
     Scene,
@@ -48,6 +47,7 @@ from entroformer_lib.studies.provenance import as_json, provenance
 from entroformer_lib.studies.rate_distortion import pictures_to_test
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.variants import Variant, trained
+from entroformer_lib.weights.zoo import load_model, save_weights, weights_digest
 
 NORMS = {
     "L1": lambda dy, dx: abs(dy) + abs(dx),

@@ -10,7 +10,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from entroformer_lib.models.zoo import device_name, weights_digest
+from entroformer_lib.weights.zoo import device_name, weights_digest
 
 LIBRARIES = ("torch", "compressai", "constriction", "numpy", "pillow")
 

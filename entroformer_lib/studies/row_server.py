@@ -295,7 +295,7 @@ class RowServer:
         return self._first.nonzero()[:, 0] if self.kind == "parallel" else torch.arange(self.n)
 
     @torch.inference_mode()
-    def _cache(self, k: int | None):
+    def _memory(self, k: int | None):
         """Keys and values of all context tokens in every layer, with this k."""
         stack = self._context.stack
         stack.top_k = min(k or DENSE, DENSE)  # our own copy: nobody else sees it
@@ -304,15 +304,17 @@ class RowServer:
         if stack.top_k not in self._held:
             carriers = self._carriers()
             tokens, sites = self._context.embed(self._seen[carriers])[None], self._sites[carriers]
-            cache = stack.cache(batch=1, capacity=len(carriers))
+            memory = stack.memory(len(carriers))
             if self.kind == "parallel":
-                stack.fill(tokens, sites, cache)
+                stack.remember(tokens, sites, memory)
             else:  # in stretches, because a token sees only earlier ones: half the scores
                 numbers = carriers.to(tokens.device)
                 for part in numbers.split(TOKENS_AT_ONCE):
                     seen = numbers[: part[-1] + 1]
-                    stack.fill(tokens[:, part], sites[seen], cache, lambda i, seen=seen: seen <= i[:, None])
-            self._held[stack.top_k] = cache
+                    stack(tokens[:, part], sites[seen], lambda i, seen=seen: seen <= i[:, None], memory)
+            for part in memory:
+                part.apart = True
+            self._held[stack.top_k] = memory
             while len(self._held) > K_HELD:
                 self._held.popitem(last=False)
         self._held.move_to_end(stack.top_k)
@@ -332,7 +334,7 @@ class RowServer:
         Returns:
             context features [q, D], and the rows of `point` [q, layers, heads, n] or None.
         """
-        cache, carriers, stack = self._cache(k), self._carriers(), self._context.stack
+        memory, carriers, stack = self._memory(k), self._carriers(), self._context.stack
         device = carriers.device
         own = torch.tensor([self.origin(site) for site in sites], device=device)
         values = self._seen[own]
@@ -346,13 +348,11 @@ class RowServer:
             mask[:, -1] = ~self._first[own]
         if hide is not None:
             mask[:, :-1] &= carriers != torch.as_tensor(hide, device=device)[:, None]
-        length = cache.length
-        options = dict(visible=lambda i: mask[i - length], cache=cache, apart=True)
         points = () if point is None else (f"context.*.{point}",)
         with capture(_Holder(self._context), *points) as maps:
-            feature = stack(
-                self._context.embed(values)[None], torch.cat((self._sites[carriers], self._sites[own])), **options
-            )
+            places = torch.cat((self._sites[carriers], self._sites[own]))
+            visible = lambda i: mask[i - len(carriers)]  # noqa: E731
+            feature = stack(self._context.embed(values)[None], places, visible, memory)
         feature = feature[0]
         rows = None if point is None else self._on_grid(maps, point, mask, carriers, own, empty)
         if self.kind == "serial":  # the first latent is predicted by the start token and has no row
@@ -381,10 +381,12 @@ class RowServer:
         feature = None if context is None else context.T[None, :, :, None]
         if hyper is None and feature is None:
             feature = self._values.new_zeros(1, self.config.dim, len(sites), 1)
-        if hyper is None and self._rate is not None:
-            feature = feature + self._rate.vector
-        means, scales = self._parameters(hyper, feature, self._rate)
-        means, scales = (v[0, :, :, 0].T for v in (means, scales))
+        if self._rate is not None:
+            hyper = self._rate.vector.expand(-1, -1, len(sites), -1) if hyper is None else hyper + self._rate.vector
+        means, log_scales = self._parameters(hyper, feature)
+        if self._rate is not None:
+            means, log_scales = means * self._rate.gain, log_scales + self._rate.log_gain
+        means, scales = (v[0, :, :, 0].T for v in (means, self._parameters.bounded(log_scales).exp()))
         mass = gaussian_mass(self._values[sites], means, scales).clamp(min=LIKELIHOOD_FLOOR)
         return means, scales, -mass.log2()
 

@@ -19,14 +19,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from entroformer_lib.coding import codec
+from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import WeightsError
 from entroformer_lib.files import write_bytes
 from entroformer_lib.models.context import first_slice
-from entroformer_lib.models.entroformer import Entroformer
-from entroformer_lib.models.zoo import load_model
 from entroformer_lib.studies.latent_rates import pictures_of
 from entroformer_lib.studies.provenance import provenance
 from entroformer_lib.training.latents import transforms_digest
+from entroformer_lib.weights.zoo import load_model
 
 LMBDAS = (0.00035, 0.0017, 0.007, 0.029, 0.12)
 SQUARES = (128, 256)  # pixels; and the whole picture

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from entroformer_lib.coding import codec
-from entroformer_lib.models.entroformer import Entroformer
+from entroformer_lib.entroformer import Entroformer
 
 
 class Watcher:

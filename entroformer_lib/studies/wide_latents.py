@@ -20,7 +20,7 @@ class WideLatents:
 
     name: the model's, in variable rate with the lambda; picture: padded, as the latents see it; size: (width, height)
     in pixels before padding; y_hat: [1, M, h, w], as it is coded; seen: the same as the context model sees it; hyper:
-    of `synthesised`, [1, D, h, w], or None; rate: what the entropy model is told, or None.
+    of `hyper_synthesis`, [1, D, h, w], or None; rate: what the entropy model is told, or None.
     """
 
     name: str
@@ -42,7 +42,7 @@ def wide_latents(model, picture) -> WideLatents:
     rate, y_hat, hyper = wide_rate(model, level), y_hat.double(), None
     if z is not None:
         h_s, z_hat = copy.deepcopy(model.h_s).double(), model.z_prior.quantize_z(z).double()
-        hyper = h_s(z_hat) if rate is None else h_s(z_hat * rate.z_inverse) + rate.vector
+        hyper = h_s(z_hat if rate is None else z_hat * rate.z_inverse)
     seen = y_hat if rate is None else y_hat * rate.inverse
     return WideLatents(name_at(model, level), codec.to_picture(x), rgb.size, y_hat, seen, hyper, rate)
 

@@ -8,8 +8,8 @@ copies of channels are not needed here.)
 import torch
 from torch import nn
 
+from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import TrainingError
-from entroformer_lib.models.entroformer import Entroformer
 from entroformer_lib.models.transforms import ConvBlock, WithLinearPath
 
 GROWS = {"stages"}  # fields of the config that may change

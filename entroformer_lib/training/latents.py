@@ -23,14 +23,14 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
+from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import DataError, WeightsError
 from entroformer_lib.files import replacing, write_bytes
 from entroformer_lib.models.config import TRANSFORM_FIELDS, named_config
-from entroformer_lib.models.entroformer import Entroformer
-from entroformer_lib.models.pretrained import PREFIX, pretrained_lmbda, pretrained_transforms
 from entroformer_lib.models.transforms import fold_gain
-from entroformer_lib.models.zoo import load_model
 from entroformer_lib.training.data import crop_of, picture_number, pictures_in
+from entroformer_lib.weights.pretrained import PREFIX, pretrained_lmbda, pretrained_transforms
+from entroformer_lib.weights.zoo import load_model
 
 DOWNSCALE = 0.5  # as in training on pictures
 

@@ -20,13 +20,13 @@ from lightning.fabric import Fabric
 from lightning.fabric.loggers import TensorBoardLogger
 from tqdm import tqdm
 
+from entroformer_lib.entroformer import Entroformer, build_model
 from entroformer_lib.errors import Stopped, TrainingError
 from entroformer_lib.files import replacing
 from entroformer_lib.memory import keep_freed_memory
 from entroformer_lib.models.config import named_config, parse_fields
-from entroformer_lib.models.entroformer import Entroformer, build_model
+from entroformer_lib.models.context import NO_GAPS, Gaps
 from entroformer_lib.models.gain import RateGain
-from entroformer_lib.models.zoo import device_name, load_model, save_weights
 from entroformer_lib.training.config import RUNTIME_FIELDS, TrainConfig
 from entroformer_lib.training.data import (
     PreloadedCrops,
@@ -44,6 +44,7 @@ from entroformer_lib.training.latents import LatentCrops, freeze, frozen_transfo
 from entroformer_lib.training.loss import RateStep, TrainingStep, rates_and_distortions
 from entroformer_lib.training.optimizer import build_optimizer
 from entroformer_lib.training.schedule import learning_rate_factor
+from entroformer_lib.weights.zoo import device_name, load_model, save_weights
 
 # Lambda of 1 - MS-SSIM over that of 255^2 MSE at about the same rate: the ratio of CompressAI's two tables of lambdas,
 # which runs from 1,333 (2.4 and 0.0018) to 1,222 (220 and 0.18).
@@ -311,8 +312,7 @@ class Run:
         if self.model.config.hyperprior:
             shapes["z"] = (self.model.config.Z, h // 4, w // 4)
         noise = uniform_noise(samples, shapes, c.seed, device)
-        masked = c.pretraining(step) and self.model.context_model is not None
-        kept = random_kept(samples, (h, w), c.pretrain_mask, c.seed, device) if masked else None
+        gaps = self.gaps(step, samples, (h, w))
 
         lmbda, level, lmbdas = c.lmbda_at(step), None, self.model.config.lmbdas
         if lmbdas:
@@ -324,12 +324,7 @@ class Run:
             if not group["fixed"]:
                 group["lr"] = lr
         try:
-            if c.transforms:
-                missing = random_missing(samples, (h, w), c.missing, c.seed, device) if c.missing else None
-                one_way = random_one_way(samples, c.one_way, c.seed, device) if c.one_way else None
-                terms = self.step_module(x, noise, kept, level, missing, one_way)
-            else:
-                terms = self.step_module(x, lmbda, noise, kept, level)
+            terms = self.step_module(x, *(() if c.transforms else (lmbda,)), noise, gaps, level)
             self.fabric.backward(terms["loss"])
         except torch.OutOfMemoryError:
             raise TrainingError(self._too_large(x)) from None
@@ -345,6 +340,14 @@ class Run:
         if self.mean is not None:
             self.mean.update(step)
         return terms
+
+    def gaps(self, step: int, samples: range, size: tuple[int, int]) -> Gaps:
+        """What is hidden from the context model at a step."""
+        c, device = self.config, self.fabric.device
+        kept = random_kept(samples, size, c.pretrain_mask, c.seed, device) if c.pretraining(step) else None
+        missing = random_missing(samples, size, c.missing, c.seed, device) if c.missing else None
+        one_way = random_one_way(samples, c.one_way, c.seed, device) if c.one_way else None
+        return NO_GAPS if kept is missing is one_way is None else Gaps(kept, missing, one_way)
 
     def _too_large(self, x: torch.Tensor) -> str:
         """Finds by trying which batch fits.  ->  the sentence to stop with"""

@@ -6,6 +6,8 @@ import torch
 from pytorch_msssim import ms_ssim
 from torch import Tensor, nn
 
+from entroformer_lib.models.context import NO_GAPS, Gaps
+
 
 def psnr_db(mse: Tensor) -> Tensor:
     """PSNR in dB of a mean squared error of pixels in [0, 1]."""
@@ -39,17 +41,15 @@ class RateStep(nn.Module):
         self,
         y: Tensor,
         noise: dict | None = None,
-        kept: Tensor | None = None,
+        gaps: Gaps = NO_GAPS,
         level: Tensor | None = None,
-        missing: Tensor | None = None,
-        one_way: Tensor | None = None,
     ) -> dict:
         """y: [B, M, h, w] of g_a, before the gain  ->  scalars `loss`, `rd_loss` = `bpp`, `bpp_y`, `bpp_z`."""
         with torch.autocast(y.device.type, torch.bfloat16, enabled=self.bf16):
             y = self.model.scaled(y, level)
             if self.rounded:
                 noise = {**(noise or {}), "y": torch.floor(y + 0.5) - y}
-            likelihoods, _ = self.model.likelihoods(y, noise, kept, missing, level, one_way)
+            likelihoods, _ = self.model.likelihoods(y, noise, gaps, level)
         bpp = rates(likelihoods, pixels=256 * y.size(2) * y.size(3))
         rate, weight, lmbdas = sum(bpp.values()), 1.0, self.model.config.lmbdas  # [B]
         if level is not None and self.even:
@@ -83,7 +83,7 @@ class TrainingStep(nn.Module):
         x: Tensor,
         lmbda: float | Tensor,
         noise: dict | None = None,
-        kept: Tensor | None = None,
+        gaps: Gaps = NO_GAPS,
         level: Tensor | None = None,
     ) -> dict:
         """x: [B, 3, H, W] in [0, 1], lmbda: one number or [B], level: [B] where the rate is variable.
@@ -91,7 +91,7 @@ class TrainingStep(nn.Module):
         ->  scalars: `loss` (to minimise), `rd_loss`, `bpp`, `bpp_y`, `bpp_z` and `psnr_db`, or `ms_ssim`.
         """
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            out = self.model(x, noise=noise, kept=kept, level=level)
+            out = self.model(x, noise=noise, gaps=gaps, level=level)
         pixels = x.size(2) * x.size(3)
         bpp = rates(out["likelihoods"], pixels)
         rate = sum(bpp.values())  # [B]

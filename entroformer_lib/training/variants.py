@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from entroformer_lib.models.entroformer import Entroformer
-from entroformer_lib.models.zoo import load_model
+from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.loop import train
+from entroformer_lib.weights.zoo import load_model
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ here, so the latents along the border of a picture differ from CompressAI's.
 import torch
 from torch import nn
 
+from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import WeightsError
 from entroformer_lib.models.config import named_config
-from entroformer_lib.models.entroformer import Entroformer
 
 PREFIX = "zoo:"
 ARCHITECTURES = ("bmshj2018-factorized", "bmshj2018-hyperprior", "mbt2018-mean", "mbt2018")

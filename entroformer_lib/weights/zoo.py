@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from entroformer_lib.entroformer import Entroformer, fingerprint
 from entroformer_lib.errors import RateError, WeightsError
 from entroformer_lib.files import data_folder, replacing
 from entroformer_lib.models.config import EntroformerConfig
-from entroformer_lib.models.entroformer import Entroformer, fingerprint
 from entroformer_lib.models.priors import FactorizedPrior
 
 

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import ConfigError, WeightsError
-from entroformer_lib.models.checkpoint import Locate, StandIn, StoredTensor, open_checkpoint
 from entroformer_lib.models.config import PRESETS, EntroformerConfig
-from entroformer_lib.models.entroformer import Entroformer
-from entroformer_lib.models.zoo import save_weights
+from entroformer_lib.weights.checkpoint import Locate, StandIn, StoredTensor, open_checkpoint
+from entroformer_lib.weights.zoo import save_weights
 
 PARTS = ("encode", "decode", "cit_he", "cit_hd", "prob", "cit_ar", "cit_pn")
 USUAL_TOP_K = 32  # of the released models; taken when the file does not say

@@ -1,0 +1,269 @@
+"""The same network with the same bits on every machine.
+
+    with Exact():
+        h_s(z_hat)
+
+A floating-point sum depends on its order, and the order depends on vector width, threads, library and device. Inside
+the block the few functions that sum, or that no standard fixes, are computed by others; layers and attention stay what
+models/ says they are.
+
+1. **Sums are sums of integers.** A row of numbers is rounded to 15 bits times a power of two. Products of such integers
+   and their sums stay below 2^53, where float64 is exact in any order. An int8 matrix unit gives the same numbers from
+   8-bit digits, many times as fast:
+
+       a . b  =  65536 high.high + 256 (high.low + low.high) + low.low
+
+   The last term lies below the rounding and is left out everywhere.
+2. **Everything else is elementwise.** IEEE 754 fixes the result of +, -, *, /, sqrt, rounding and comparison of single
+   numbers. exp is not among them, so `exp` builds it from those that are. No step may be fused into
+   multiply-and-add, which rounds once instead of twice: nothing here may be compiled by torch.
+
+What is said here in tensor operations, `loops.py` says once more for the CPU where that is worth it: the same bits.
+"""
+
+import functools
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from entroformer_lib.exact import loops
+from entroformer_lib.exact.constants import FIXED_STEPS, LARGEST_VALUE, LOWEST_POWER, PEAK, POLYNOMIAL
+from entroformer_lib.models import attention, primitives
+from entroformer_lib.tiles import in_tiles
+
+
+class Exact(TorchFunctionMode):
+    """Inside the block, sums are exact. Float32 tensors, no gradients, weights that nobody changes meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self._weights: dict[int, tuple[Tensor, Weight]] = {}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        ours, kwargs = EXACT.get(function), kwargs or {}
+        if ours is not None:
+            return ours(self, *args, **kwargs)
+        if function is attention.attend:  # not a sum, but made of some
+            kept = getattr(args[1], "kept", None)
+            if kept is not None and args[0].size(-2) == 1:
+                return attend_one(self, kept, *args)
+            with self:
+                return in_tiles(*args, **kwargs, trim=True)
+        if function in SUMS and any(torch.is_tensor(a) and a.is_floating_point() for a in args):
+            raise NotImplementedError("this sum has no exact form: write it by the functions of models/primitives.py")
+        return function(*args, **kwargs)
+
+    def weight(self, weight: Tensor) -> "Weight":
+        """A layer's weight in integers, made at its first use."""
+        if not isinstance(weight, nn.Parameter):
+            return Weight(weight)
+        known = self._weights.get(id(weight))
+        if known is None:  # the weight itself is kept too, so that its id stays its own
+            known = self._weights[id(weight)] = weight, Weight(weight)
+        return known[1]
+
+
+class Weight:
+    """A matrix [N, K, ...] as integers of 15 bits with a scale for each of the N outputs."""
+
+    def __init__(self, weight: Tensor):
+        values = weight.detach().float().flatten(1)
+        if not values.isfinite().all():
+            raise ValueError("the entropy model has weights that are not finite numbers")
+        self.integers, scale = rounded(values)  # [N, K], [N, 1]
+        self.scale = scale[:, 0].contiguous()
+        self.high, self.low = digits(self.integers)
+        self.both = torch.cat((self.low, self.high), dim=1)  # [N, 2 K]
+
+
+# ---- numbers to integers --------------------------------------------------------------------------------------------
+
+
+def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x = integers * scale, rounded to 15 bits.  x: float32 [..., K]  ->  integers, as float32; scale: [..., 1]"""
+    scale = step_for(x.abs().amax(-1, keepdim=True))
+    return (x / scale).round_(), scale  # dividing by a power of two is exact
+
+
+def step_for(peak: Tensor) -> Tensor:
+    """The power of two s with peak / s in [2^13, 2^14): the exponent bits of a float32 are just that power."""
+    exponent = peak.contiguous().view(torch.int32) & 0x7F800000
+    return exponent.clamp(min=64 << 23).view(torch.float32) * (2.0 / PEAK)
+
+
+def digits(integers: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers up to 2^14 as 256 high + low, int8 both."""
+    v = integers.to(torch.int16)
+    return ((v + 128) >> 8).to(torch.int8), v.to(torch.int8)  # the conversion keeps the low byte, as a signed number
+
+
+# ---- sums -----------------------------------------------------------------------------------------------------------
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """Integers [..., q, K] times integers [..., N, K], but for low by low digits, which lie below the rounding."""
+    whole, low = (v[0] @ v[1].transpose(-1, -2) for v in ((a.double(), b.double()), (lows(a), lows(b))))
+    return (whole - low).float()
+
+
+def lows(integers: Tensor) -> Tensor:
+    """The low digits, in float64."""
+    return digits(integers)[1].double()
+
+
+def linear(exact: Exact, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """torch.nn.functional.linear"""
+    w, rows = exact.weight(weight), x.reshape(-1, x.size(-1))
+    if loops.serve(x) and (len(rows) == 1 or int8_works("cpu")):
+        out = loops.linear(rows, w.high, w.both, w.scale, bias)
+    else:
+        integers, scale = rounded(rows)
+        out = products(integers, w.integers) * (scale * w.scale)
+        out = out if bias is None else out + bias
+    return out.view(*x.shape[:-1], -1)
+
+
+def conv2d(exact: Exact, x, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1) -> Tensor:
+    """Of one picture: a linear layer over the patches."""
+    patches = F.unfold(x, weight.shape[2:], dilation, padding, stride)[0].T.contiguous()  # [sites, C k k]
+    out = linear(exact, patches, weight, bias)
+    step, border = (v if isinstance(v, int) else v[0] for v in (stride, padding))
+    height = (x.size(2) + 2 * border - weight.size(2)) // step + 1
+    return out.T.reshape(1, len(weight), height, -1)
+
+
+def dot_products(exact: Exact, q: Tensor, k: Tensor) -> Tensor:
+    """Both sides rounded row by row, so that a product does not depend on which others are computed with it."""
+    if loops.serve(q) and (q.size(-2) * k.size(-2) < 2**10 or k.size(-2) >= 2**7 and int8_works("cpu")):
+        return loops.dot_products(q, k)
+    (a, a_scale), (b, b_scale) = rounded(q), rounded(k)
+    return products(a, b) * (a_scale * b_scale.transpose(-1, -2))
+
+
+def weighted_sum(exact: Exact, probs: Tensor, v: Tensor) -> Tensor:
+    """Values are rounded to one grid for all, so that a sum does not depend on which others take part with weight 0."""
+    limit = FIXED_STEPS * LARGEST_VALUE
+    if loops.serve(probs):
+        return loops.weighted_sum(probs, v, limit)
+    v = (v * FIXED_STEPS).round_().double().clamp_(-limit, limit)
+    a, scale = rounded(probs)
+    return (a.double() @ v).float() * (scale / FIXED_STEPS)
+
+
+def layer_norm(exact: Exact, x: Tensor, shape, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """torch.nn.functional.layer_norm over the last axis"""
+    if loops.serve(x):
+        return loops.layer_norm(x, weight, bias, eps)
+    integers, scale = rounded(x)
+    wide = integers.double()
+    mean = wide.sum(-1, keepdim=True) / x.size(-1)
+    variance = wide.square().sum(-1, keepdim=True) / x.size(-1) - mean.square()
+    factor = 1 / (variance + eps / scale.double().square()).sqrt()
+    return integers.sub_(mean.float()).mul_(factor.float()).mul_(weight).add_(bias)
+
+
+def remember(exact: Exact, memory: attention.Memory, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Beside keys and values, which single queries will meet again and again, what the loops make of them."""
+    first = memory.length
+    keys, values = memory(k, v)
+    if loops.serve(k) and len(k) == 1 and not memory.apart and k.size(2) == 1:
+        if first == 0:
+            memory.kept = loops.Kept(k.size(1), memory.capacity, k.size(3))
+        memory.kept.add(k, v, first, FIXED_STEPS * LARGEST_VALUE)
+        keys.kept = memory.kept
+    return keys, values
+
+
+def attend_one(exact: Exact, kept, q, k, v, layer, numbers, sites, visible, relative, top_k, own) -> Tensor:
+    """`attend` of a single query that sees all keys, as a serial decoder has it: the loops one after the other."""
+    vectors, lookup = (None, None) if relative is None else (exact.weight(relative.table()), relative.lookup)
+    return loops.attend_one(q * layer.scale, kept, sites, vectors, lookup, min(top_k or len(sites), len(sites)))
+
+
+# ---- softmax over the chosen ----------------------------------------------------------------------------------------
+
+
+def keep_top_k(exact: Exact, scores: Tensor, k: int | None) -> Tensor:
+    """Nothing is summed here; the loops are just quicker."""
+    if k is None or k >= scores.size(-1) or not loops.serve(scores):
+        return primitives.keep_top_k(scores, k)
+    return loops.keep_top_k(scores, k)
+
+
+def softmax(exact: Exact, scores: Tensor, dim: int = -1) -> Tensor:
+    """Tensor.softmax over the last axis: exp in steps of 2^-14, and their sum."""
+    if loops.serve(scores):
+        return loops.softmax(scores)
+    weights = exp(exact, scores - scores.amax(-1, keepdim=True)).mul_(PEAK).round_()
+    weights = torch.where(scores == -torch.inf, 0.0, weights)
+    return weights / weights.double().sum(-1, keepdim=True).float()
+
+
+def exp(exact: Exact, x: Tensor) -> Tensor:
+    """exp(x) of float32 numbers below 80, from operations that IEEE 754 fixes; below -27 it is about 2^-40."""
+    t = (x * 1.4426950408889634).clamp_(min=LOWEST_POWER)
+    whole = torch.floor(t)
+    part = t - whole
+    p = torch.full_like(part, POLYNOMIAL[-1])
+    for c in reversed(POLYNOMIAL[:-1]):
+        p = p.mul_(part).add_(c)  # two roundings, never one
+    return p.mul_((torch.ones_like(whole)).ldexp(whole))
+
+
+def gelu(exact: Exact, x: Tensor, approximate: str = "none") -> Tensor:
+    """x Phi(x) with erf after Abramowitz and Stegun 7.1.26, whose error of 1.5e-7 nobody sees."""
+    z = (x * math.sqrt(0.5)).abs()
+    t = 1 / (z * 0.3275911 + 1)
+    p = torch.full_like(t, 1.061405429)
+    for c in (-1.453152027, 1.421413741, -0.284496736, 0.254829592, 0.0):
+        p = p.mul_(t).add_(c)
+    tail = p.mul_(exp(exact, -(z * z))).mul_(0.5)  # 1 - Phi(|x|)
+    return x * torch.where(x < 0, tail, 1 - tail)
+
+
+EXACT = {
+    F.linear: linear,
+    torch.conv2d: conv2d,
+    F.layer_norm: layer_norm,
+    Tensor.softmax: softmax,
+    F.gelu: gelu,
+    Tensor.exp: exp,
+    attention.remember: remember,
+    primitives.dot_products: dot_products,
+    primitives.keep_top_k: keep_top_k,
+    primitives.weighted_sum: weighted_sum,
+}
+SUMS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.einsum, Tensor.mean, Tensor.sum, F.softmax, torch.exp}
+
+
+@functools.cache
+def int8_works(device: str) -> bool:
+    """Whether the int8 matrix product is there, exact at its extremes (older processors saturate), and worth it.
+
+    Either answer gives the same bits.
+    """
+    draw = torch.Generator().manual_seed(0)
+    a = torch.randint(-128, 128, (48, 512), dtype=torch.int8, generator=draw).to(device)
+    b = torch.randint(-128, 128, (256, 512), dtype=torch.int8, generator=draw).to(device).T
+    a[:8], b[:, :8] = -128, -128
+    a[8:16], b[:, 8:16] = 127, 127
+    wide = a.double(), b.double()
+    try:
+        if not torch.equal(torch._int_mm(a, b).double(), wide[0] @ wide[1]):
+            return False
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return 2 * _seconds(lambda: torch._int_mm(a, b)) < _seconds(lambda: wide[0] @ wide[1])
+
+
+def _seconds(run) -> float:
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+    return best

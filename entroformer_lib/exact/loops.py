@@ -1,0 +1,432 @@
+"""The arithmetic of arithmetic.py in compiled loops for the CPU: the same numbers, the same bits, in less time.
+
+Whatever is summed is an integer, so it does not matter that these loops add in another order. What is not summed is the
+same IEEE operation as there, one after the other. (`fastmath` stays off: the compiler may then neither reorder
+floating-point sums nor fuse a product with a sum.)
+"""
+
+import concurrent.futures
+import functools
+import itertools
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from entroformer_lib.exact.constants import FIXED_STEPS, LOWEST_POWER, PEAK, POLYNOMIAL
+
+try:
+    import numba
+except ImportError:  # then everything runs in tensor operations
+    numba = None
+
+
+def serve(x: Tensor) -> bool:
+    """Whether the loops take a tensor."""
+    return numba is not None and x.device.type == "cpu"
+
+
+def loop(function):
+    """Compiles at the first call, and keeps the result on disk where that can be written."""
+    if numba is None:
+        return function
+    options = dict(nogil=True, error_model="numpy", boundscheck=False)
+    try:
+        return numba.njit(function, cache=True, **options)
+    except RuntimeError:  # no folder to keep it in
+        return numba.njit(function, **options)
+
+
+f32, f64, i32, i64 = np.float32, np.float64, np.int32, np.int64
+LOG2_E, LEAST_EXPONENT, EXPONENT = f32(math.log2(math.e)), i32(64 << 23), i32(0x7F800000)
+POWERS = np.array([2.0**i for i in range(LOWEST_POWER, 1)], dtype=f32)
+COEFFICIENTS = np.array(POLYNOMIAL, dtype=f32)
+# In the place of what is not there:
+NONE, NO_DIGITS, NO_LOOKUP = np.zeros(0, dtype=f32), np.zeros((0, 0), dtype=np.int8), np.zeros((1, 1), dtype=i64)
+
+
+def array(t: Tensor) -> np.ndarray:
+    """A tensor as a numpy array: a view, where its rows lie behind each other."""
+    return t.detach().contiguous().numpy()
+
+
+def rows_of(t: Tensor) -> np.ndarray:
+    """[..., n]  ->  [rows, n]"""
+    return array(t.reshape(-1, t.size(-1)))
+
+
+# ---- numbers to integers --------------------------------------------------------------------------------------------
+
+
+@loop
+def step_of(row):
+    """arithmetic.step_for of the largest of a row. The bits of positive floats have the order of integers, and the
+    compiler finds the largest of many integers at a time."""
+    bits, most = row.view(np.int32), LEAST_EXPONENT
+    for i in range(len(row)):
+        most = max(most, bits[i] & EXPONENT)
+    step = np.empty(1, dtype=i32)
+    step[0] = most
+    return step.view(np.float32)[0] * f32(2.0 / PEAK)
+
+
+@loop
+def _digits(x, high, first, second, scale):
+    """Rows of numbers [q, K]  ->  high: int8 [q, K], and once more with low beside it; scale: [q]"""
+    for i in range(len(x)):
+        s = step_of(x[i])
+        per_step = f32(1) / s  # a power of two
+        for c in range(x.shape[1]):
+            v = i32(np.rint(x[i, c] * per_step))
+            h = (v + i32(128)) >> i32(8)
+            high[i, c] = h
+            first[i, c] = h
+            second[i, c] = v - i32(256) * h
+        scale[i] = s
+
+
+def digits(x: np.ndarray, swapped: bool = False) -> tuple[Tensor, Tensor, np.ndarray]:
+    """x: float32 [q, K]  ->  high digits, int8 [q, K]; high beside low, or low beside high, [q, 2 K]; scale: [q]"""
+    q, K = x.shape
+    high, both, scale = np.empty((q, K), np.int8), np.empty((q, 2 * K), np.int8), np.empty(q, f32)
+    first, second = (both[:, K:], both[:, :K]) if swapped else (both[:, :K], both[:, K:])
+    in_threads(lambda i, j: _digits(x[i:j], high[i:j], first[i:j], second[i:j], scale[i:j]), q)
+    return torch.from_numpy(high), torch.from_numpy(both), scale
+
+
+def sums(high: Tensor, both: Tensor, other_high: Tensor, other_both: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of high by high digits, and of high by low and low by high: int32 [q, N] each."""
+    return torch._int_mm(high, other_high.T).numpy(), torch._int_mm(both, other_both.T).numpy()
+
+
+# ---- sums -----------------------------------------------------------------------------------------------------------
+
+
+@loop
+def _joined(high, cross):
+    """65536 high + 256 cross of sums of digits, rounded once."""
+    return f32(f64(high) * 65536.0 + f64(cross) * 256.0)
+
+
+@loop
+def _scaled(high, cross, row_scale, scale, bias, out):
+    """Sums of digits [q, N] to numbers.  row_scale: [q], scale: [N], bias: [N] or empty"""
+    q, N = high.shape
+    for i in range(q):
+        s = row_scale[i]
+        if len(bias):
+            for n in range(N):
+                out[i, n] = _joined(high[i, n], cross[i, n]) * (s * scale[n]) + bias[n]
+        else:
+            for n in range(N):
+                out[i, n] = _joined(high[i, n], cross[i, n]) * (s * scale[n])
+
+
+def linear(x: Tensor, high: Tensor, both: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x: [q, K]; the weight's digits, high [N, K] and low beside high [N, 2 K]; scale: [N]  ->  [q, N]"""
+    rows, w_scale, added = array(x), scale.numpy(), NONE if bias is None else array(bias)
+    q, N, K = len(rows), len(w_scale), rows.shape[1]
+    out = np.empty((q, N), dtype=f32)
+    if q == 1:  # reading the weights takes the time, so each digit of them is read once
+        two, step = np.empty((2, K), dtype=np.int8), np.empty(1, dtype=f32)
+        _digits(rows, two[:1], two[:1], two[1:], step)
+        products = torch._int_mm(torch.from_numpy(two), both.view(2 * N, K).T).numpy()
+        _scaled_row(products, step[0], w_scale, added, out[0])
+        return torch.from_numpy(out)
+    *parts, row_scale = digits(rows)
+    a, b = sums(*parts, high, both)
+    in_threads(lambda i, j: _scaled(a[i:j], b[i:j], row_scale[i:j], w_scale, added, out[i:j]), q)
+    return torch.from_numpy(out)
+
+
+@loop
+def _scaled_row(products, step, scale, bias, out):
+    """products: of high and low digits [2] with the weight's low and high ones in turns [2 N]  ->  out: [N]"""
+    for n in range(len(out)):
+        high, cross = products[0, 2 * n + 1], products[0, 2 * n] + products[1, 2 * n + 1]
+        y = _joined(high, cross) * (step * scale[n])
+        out[n] = y + bias[n] if len(bias) else y
+
+
+@loop
+def _pairs(q_high, q_low, q_scale, k_high, k_low, k_scale, out):
+    """One query with keys, both in digits: [d], [n, d]  ->  out: [n]"""
+    n, d = k_high.shape
+    for j in range(n):
+        high, cross = i32(0), i32(0)
+        for c in range(d):  # numba widens every sum and product to 64 bits; i32 takes that back, twice as fast
+            high = i32(high + i32(i32(q_high[c]) * i32(k_high[j, c])))
+            cross = i32(cross + i32(i32(q_high[c]) * i32(k_low[j, c])))
+            cross = i32(cross + i32(i32(q_low[c]) * i32(k_high[j, c])))
+        out[j] = _joined(high, cross) * (q_scale * k_scale[j])
+
+
+@loop
+def _pairs_of_few(q, k, out):
+    """Many pairs of small matrices.  q: [b, q, d], k: [b, n, d]  ->  out: [b, q, n]"""
+    q_len, (n, d) = q.shape[1], k.shape[1:]
+    q_high, q_low, q_scale = np.empty((q_len, d), np.int8), np.empty((q_len, d), np.int8), np.empty(q_len, f32)
+    k_high, k_low, k_scale = np.empty((n, d), np.int8), np.empty((n, d), np.int8), np.empty(n, f32)
+    for b in range(len(q)):
+        _digits(q[b], q_high, q_high, q_low, q_scale)
+        _digits(k[b], k_high, k_high, k_low, k_scale)
+        for i in range(q_len):
+            _pairs(q_high[i], q_low[i], q_scale[i], k_high, k_low, k_scale, out[b, i])
+
+
+def dot_products(q: Tensor, k: Tensor) -> Tensor:
+    """q: [..., q, d], k: [..., n, d] or [n, d]  ->  [..., q, n]"""
+    k = k.expand(*q.shape[:-2], *k.shape[-2:])
+    queries, keys = (array(t.reshape(-1, *t.shape[-2:])) for t in (q, k))
+    out = np.empty((len(queries), q.size(-2), k.size(-2)), dtype=f32)
+    if out[0].size < 2**12:
+        in_threads(lambda i, j: _pairs_of_few(queries[i:j], keys[i:j], out[i:j]), len(out))
+        return torch.from_numpy(out).view(*q.shape[:-1], k.size(-2))
+    for one, other, result in zip(queries, keys, out, strict=True):
+        *mine, q_scale = digits(one)
+        *theirs, k_scale = digits(other, swapped=True)
+        a, b = sums(*mine, *theirs)
+        in_threads(
+            lambda i, j, a=a, b=b, s=q_scale, t=k_scale, r=result: _scaled(a[i:j], b[i:j], s[i:j], t, NONE, r[i:j]),
+            len(a),
+        )
+    return torch.from_numpy(out).view(*q.shape[:-1], k.size(-2))
+
+
+@loop
+def _fixed(v, limit, out):
+    """Values as integers of one grid.  v: [n, d]  ->  out: float64 [n, d]"""
+    for j in range(len(v)):
+        for c in range(v.shape[1]):
+            out[j, c] = min(max(f64(np.rint(v[j, c] * f32(FIXED_STEPS))), -limit), limit)
+
+
+@loop
+def _weighted_sum(probs, fixed, out):
+    """probs: [q, n]; fixed: float64 [n, d]  ->  out: [q, d]"""
+    n, d = fixed.shape
+    total = np.empty(d, dtype=f64)
+    for i in range(len(probs)):
+        row = probs[i]
+        s = step_of(row)
+        total[:] = 0.0
+        for j in range(n):
+            if row[j] != 0:  # most keys are not among the k
+                w = f64(np.rint(row[j] / s))
+                for c in range(d):
+                    total[c] += w * fixed[j, c]
+        s = s / f32(FIXED_STEPS)
+        for c in range(d):
+            out[i, c] = f32(total[c]) * s
+
+
+@loop
+def _weighted_sums(probs, v, limit, out):
+    """Many pairs of matrices.  probs: [b, q, n], v: [b, n, d]  ->  out: [b, q, d]"""
+    fixed = np.empty(v.shape[1:], dtype=f64)
+    for b in range(len(probs)):
+        _fixed(v[b], limit, fixed)
+        _weighted_sum(probs[b], fixed, out[b])
+
+
+def weighted_sum(probs: Tensor, v: Tensor, limit: float) -> Tensor:
+    """probs: [..., q, n], v: [..., n, d]  ->  [..., q, d]"""
+    weights, values = (array(t.reshape(-1, *t.shape[-2:])) for t in (probs, v))
+    out = np.empty((*weights.shape[:2], v.size(-1)), dtype=f32)
+    if len(weights) >= 16:
+        in_threads(lambda i, j: _weighted_sums(weights[i:j], values[i:j], limit, out[i:j]), len(weights))
+    else:
+        fixed = np.empty(values.shape[1:], dtype=f64)
+        for w, x, r in zip(weights, values, out, strict=True):
+            in_threads(lambda i, j, x=x: _fixed(x[i:j], limit, fixed[i:j]), len(x))
+            in_threads(lambda i, j, w=w, r=r: _weighted_sum(w[i:j], fixed, r[i:j]), len(w))
+    return torch.from_numpy(out).view(*probs.shape[:-1], v.size(-1))
+
+
+@loop
+def _layer_norm(x, weight, bias, eps, out):
+    D = x.shape[1]
+    for r in range(len(x)):
+        scale = step_of(x[r])
+        total, squares = i64(0), i64(0)
+        for i in range(D):
+            out[r, i] = np.rint(x[r, i] / scale)
+            v = i64(out[r, i])
+            total += v
+            squares += v * v
+        mean = f64(total) / D
+        variance = f64(squares) / D - mean * mean
+        factor = f32(1.0 / np.sqrt(variance + eps / (f64(scale) * f64(scale))))
+        shift = f32(mean)
+        for i in range(D):
+            out[r, i] = (out[r, i] - shift) * factor * weight[i] + bias[i]
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """x: [..., D]"""
+    rows, w, b = rows_of(x), array(weight), array(bias)
+    out = np.empty(rows.shape, dtype=f32)
+    in_threads(lambda i, j: _layer_norm(rows[i:j], w, b, eps, out[i:j]), len(rows))
+    return torch.from_numpy(out).view(x.shape)
+
+
+# ---- softmax over the chosen ----------------------------------------------------------------------------------------
+
+
+@loop
+def _exp_of_negative(x):
+    t = max(x * LOG2_E, f32(LOWEST_POWER))
+    whole = np.floor(t)
+    part = t - whole
+    p = COEFFICIENTS[-1]
+    for i in range(len(COEFFICIENTS) - 2, -1, -1):
+        p = p * part + COEFFICIENTS[i]
+    return p * POWERS[i32(whole) - LOWEST_POWER]
+
+
+@loop
+def _softmax(scores, out):
+    n = scores.shape[1]
+    chosen = np.empty(n, dtype=i32)
+    for i in range(len(scores)):
+        row, result, count = scores[i], out[i], 0
+        for j in range(n):  # without a branch; nearly all are -inf
+            result[j] = 0
+            chosen[count] = j
+            count += i32(row[j] > f32(-np.inf))
+        most = f32(-np.inf)
+        for c in range(count):
+            most = max(most, row[chosen[c]])
+        total = i64(0)
+        for c in range(count):
+            weight = np.rint(_exp_of_negative(row[chosen[c]] - most) * f32(PEAK))
+            result[chosen[c]] = weight
+            total += i64(weight)
+        whole = f32(total)
+        for c in range(count):
+            result[chosen[c]] = result[chosen[c]] / whole
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """scores: [..., n]"""
+    rows = rows_of(scores)
+    out = np.empty(rows.shape, dtype=f32)
+    in_threads(lambda i, j: _softmax(rows[i:j], out[i:j]), len(rows))
+    return torch.from_numpy(out).view(scores.shape)
+
+
+@loop
+def _keep_top_k(scores, k, out):
+    """The k-th largest score of each row by bisection over the order of floats: counting goes many at a time."""
+    n = scores.shape[1]
+    row, keys = np.empty(n, dtype=f32), np.empty(n, dtype=i32)
+    for i in range(len(scores)):
+        for j in range(n):
+            row[j] = scores[i, j] + f32(0)  # makes 0 of -0
+        bits = row.view(np.int32)
+        low, high = i32(2**31 - 1), i32(-(2**31))
+        for j in range(n):  # integers in the order of the scores
+            keys[j] = bits[j] ^ i32((bits[j] >> i32(31)) & i32(0x7FFFFFFF))
+            low, high = min(low, keys[j]), max(high, keys[j])
+        while low < high:
+            middle = i32(i64(low) + (i64(high) - i64(low) + 1) // 2)
+            count = i32(0)
+            for j in range(n):
+                count = i32(count + i32(keys[j] >= middle))
+            if count < k:
+                high = i32(middle - i32(1))
+            else:
+                low = middle
+                if count == k:  # no key equals the one at rank k, so it does not matter what parts them
+                    break
+        for j in range(n):
+            out[i, j] = scores[i, j] if keys[j] >= low else f32(-np.inf)
+
+
+def keep_top_k(scores: Tensor, k: int) -> Tensor:
+    """scores: [..., n]"""
+    rows = rows_of(scores)
+    out = np.empty(rows.shape, dtype=f32)
+    in_threads(lambda i, j: _keep_top_k(rows[i:j], k, out[i:j]), len(rows))
+    return torch.from_numpy(out).view(scores.shape)
+
+
+# ---- a single query -------------------------------------------------------------------------------------------------
+
+
+class Kept:
+    """Keys in digits and values as integers, as a serial decoder's memory holds them."""
+
+    def __init__(self, heads: int, capacity: int, d: int):
+        self.high, self.low = (np.empty((heads, capacity, d), dtype=np.int8) for _ in range(2))
+        self.scale, self.fixed = np.empty((heads, capacity), dtype=f32), np.empty((heads, capacity, d), dtype=f64)
+
+    def add(self, k: Tensor, v: Tensor, first: int, limit: float) -> None:
+        """k, v: [1, heads, q, d], tokens from number `first` on"""
+        keys, values, here = array(k[0]), array(v[0]), slice(first, first + k.size(2))
+        for h in range(len(keys)):
+            high = self.high[h, here]
+            _digits(keys[h], high, high, self.low[h, here], self.scale[h, here])
+            _fixed(values[h], limit, self.fixed[h, here])
+
+
+@loop
+def _attend_one(q, high, low, scale, fixed, n, p_high, p_low, p_scale, lookup, sites, top_k, out):
+    """One query, head by head.  q: [heads, d]; high, low, fixed: [heads, capacity, d], scale: [heads, capacity], of n
+    keys; p: position vectors [buckets, d], which of them belongs to an offset, and the keys' sites, the last of them
+    the query's; or empty  ->  out: [heads, d]
+    """
+    heads, d = q.shape
+    q_high, q_low, q_scale = np.empty((heads, d), np.int8), np.empty((heads, d), np.int8), np.empty(heads, f32)
+    _digits(q, q_high, q_high, q_low, q_scale)
+    scores, kept, probs = np.empty((1, n), dtype=f32), np.empty((1, n), dtype=f32), np.empty((1, n), dtype=f32)
+    bucket, products, ring = np.empty(n, dtype=i64), np.empty(len(p_high), dtype=f32), len(lookup) // 2
+    if len(p_high):
+        for j in range(n):  # as RelativePosition.buckets
+            row = min(max(sites[j, 0] - sites[n - 1, 0], -ring), ring) + ring
+            column = min(max(sites[j, 1] - sites[n - 1, 1], -ring), ring) + ring
+            bucket[j] = lookup[row, column]
+    for h in range(heads):
+        _pairs(q_high[h], q_low[h], q_scale[h], high[h, :n], low[h, :n], scale[h, :n], scores[0])
+        if len(p_high):
+            _pairs(q_high[h], q_low[h], q_scale[h], p_high, p_low, p_scale, products)
+            for j in range(n):
+                scores[0, j] = scores[0, j] + products[bucket[j]]
+        if top_k < n:
+            _keep_top_k(scores, top_k, kept)
+        else:
+            kept[:] = scores
+        _softmax(kept, probs)
+        _weighted_sum(probs, fixed[h, :n], out[h : h + 1])
+
+
+def attend_one(q: Tensor, kept: Kept, sites: Tensor, vectors, lookup: Tensor | None, top_k: int) -> Tensor:
+    """q: [1, heads, 1, d]; sites: [n, 2]; vectors: a Weight of position vectors with its lookup, or None
+    ->  [1, heads, 1, d]"""
+    out = np.empty((q.size(1), q.size(3)), dtype=f32)
+    position = NO_DIGITS, NO_DIGITS, NONE, NO_LOOKUP
+    if vectors is not None:
+        position = vectors.high.numpy(), vectors.low.numpy(), vectors.scale.numpy(), lookup.numpy()
+    parts = kept.high, kept.low, kept.scale, kept.fixed, len(sites)
+    _attend_one(array(q[0, :, 0]), *parts, *position, array(sites), top_k, out)
+    return torch.from_numpy(out)[None, :, None]
+
+
+# ---- threads --------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _pool(threads: int) -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(threads)
+
+
+def in_threads(work, count: int, least: int = 16) -> None:
+    """work(start, stop) over parts of range(count), one for each of torch's threads, of at least so many each; the
+    loops release Python's lock."""
+    threads = max(1, min(torch.get_num_threads(), count // least))
+    edges = [count * i // threads for i in range(threads + 1)]
+    others = [_pool(threads - 1).submit(work, *part) for part in itertools.pairwise(edges[1:])] if threads > 1 else []
+    work(0, edges[1])  # here, which saves waking a thread
+    for other in others:
+        other.result()

@@ -1,0 +1,155 @@
+"""Entropy models: from what is known to the Gaussian of every latent. Serial, parallel, CNN and GroupedMixer answer the
+same two questions:
+
+    predict(y_hat, hyper, gaps)  the distributions of all latents at once, for training and study
+    steps(h, w, hyper)           the same, step by step, as they are coded: a generator that yields a `Step` and is sent
+                                 the latents it asks for, [k, m]
+
+y_hat: [B, M, h, w]; hyper: the hyperprior feature [B, D, h, w] or None  ->  means, logarithms of scales: [B, M, h, w]
+"""
+
+import math
+from collections.abc import Generator
+from typing import NamedTuple
+
+import torch
+from compressai.ops import LowerBound
+from torch import Tensor, nn
+
+from entroformer_lib.models.config import EntroformerConfig
+from entroformer_lib.models.context import NO_GAPS, Gaps
+from entroformer_lib.models.gain import Rate
+from entroformer_lib.models.groupedmixer import GroupedMixer
+from entroformer_lib.models.hyperprior import per_site
+from entroformer_lib.models.primitives import float_or_wider
+
+LARGEST_LOG_SCALE = 12.0  # a sigma of 160,000: no latent needs it, and exp stays finite whatever a bad step does
+
+
+class Step(NamedTuple):
+    """Distributions of some channels at some sites.  sites: [k]; means, log_scales: [k, m]"""
+
+    channels: slice
+    sites: Tensor
+    means: Tensor
+    log_scales: Tensor
+
+
+Steps = Generator[Step, Tensor, None]
+
+
+class Bounds(nn.Module):
+    """Keeps scales between the floor and what no latent exceeds."""
+
+    def __init__(self, c: EntroformerConfig):
+        super().__init__()
+        # Below the floor the gradient may still pull a scale up: LowerBound, not clamp.
+        self.floor = LowerBound(math.log(c.scale_floor))
+
+    def bounded(self, log_scales: Tensor) -> Tensor:
+        return self.floor(log_scales).clamp(max=LARGEST_LOG_SCALE)
+
+
+class EntropyParameters(Bounds):
+    """Two linear layers from the joined features to the Gaussian of every latent ("Linear" in Table 5).
+
+    hyper, context: [B, D, h, w] or None  ->  means, logarithms of scales: [B, M, h, w]
+
+    Where the context feature is None it counts as zero: the first slice of the parallel model.
+    """
+
+    def __init__(self, c: EntroformerConfig):
+        super().__init__(c)
+        self.sources = (c.hyperprior, c.context != "none")
+        self.layers = nn.Sequential(
+            nn.Linear(sum(self.sources) * c.dim, 4 * c.dim), nn.LeakyReLU(0.2), nn.Linear(4 * c.dim, 2 * c.M)
+        )
+
+    def forward(self, hyper: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        if not self.sources[0] and hyper is not None:  # what the model is told of the rate, see gain.py
+            context = hyper if context is None else context + hyper
+        known = next(f for f in (context, hyper) if f is not None)
+        joined = [
+            torch.zeros_like(known) if feature is None else feature
+            for feature, wanted in zip((hyper, context), self.sources, strict=True)
+            if wanted
+        ]
+        log_scales, means = float_or_wider(per_site(self.layers, torch.cat(joined, dim=1))).chunk(2, dim=1)
+        return means, log_scales
+
+
+class PerSite:
+    """Entroformer's entropy models: a context feature for each site, joined with the hyperprior's."""
+
+    def __init__(self, context: nn.Module, parameters: EntropyParameters):
+        self.context, self.parameters = context, parameters
+        self.one_by_one = context.one_by_one
+
+    def predict(self, y_hat: Tensor, hyper: Tensor | None, gaps: Gaps = NO_GAPS) -> tuple[Tensor, Tensor]:
+        return self.parameters(hyper, self.context(y_hat, gaps))
+
+    def steps(self, h: int, w: int, hyper: Tensor | None) -> Steps:
+        everything = slice(None)
+        hyper = None if hyper is None else hyper.expand(-1, -1, h, w).flatten(2)[..., None]  # [1, D, n, 1]
+        features, latents = self.context.steps(h, w), None
+        while True:
+            try:
+                sites, feature = features.send(latents)
+            except StopIteration:
+                return
+            here = None if hyper is None else hyper[:, :, sites]  # [1, D, k, 1]
+            means, log_scales = self.parameters(here, feature)  # [1, M, k, 1]
+            latents = yield Step(everything, sites, means[0, :, :, 0].T, log_scales[0, :, :, 0].T)
+
+
+class PerGroup:
+    """GroupedMixer's: it has heads of its own."""
+
+    one_by_one = False
+
+    def __init__(self, mixer: GroupedMixer, parameters: Bounds):
+        self.mixer = mixer
+
+    def predict(self, y_hat: Tensor, hyper: Tensor, gaps: Gaps = NO_GAPS) -> tuple[Tensor, Tensor]:
+        if gaps is not NO_GAPS:
+            raise NotImplementedError(
+                "GroupedMixer has no gaps: a token holds one group and predicts the next, so hiding a latent would "
+                "hide the query that stands at its place."
+            )
+        means, log_scales = self.mixer(y_hat, hyper)
+        return float_or_wider(means), float_or_wider(log_scales)
+
+    def steps(self, h: int, w: int, hyper: Tensor) -> Steps:
+        steps, latents = self.mixer.steps(h, w, hyper), None
+        while True:
+            try:
+                latents = yield Step(*steps.send(latents))
+            except StopIteration:
+                return
+
+
+class ToldTheRate:
+    """An entropy model that sees latents in the units of y before the gain, whatever the rate (gain.py)."""
+
+    def __init__(self, model: PerSite | PerGroup, rate: Rate):
+        self.model, self.rate, self.one_by_one = model, rate, model.one_by_one
+
+    def predict(self, y_hat: Tensor, hyper: Tensor | None, gaps: Gaps = NO_GAPS) -> tuple[Tensor, Tensor]:
+        r = self.rate
+        means, log_scales = self.model.predict(y_hat * r.inverse, self._told(hyper), gaps)
+        return means * r.gain, log_scales + r.log_gain
+
+    def steps(self, h: int, w: int, hyper: Tensor | None) -> Steps:
+        gain, inverse, log_gain = (t[0, :, 0, 0] for t in self.rate[:3])  # [M] each
+        steps, latents = self.model.steps(h, w, self._told(hyper)), None
+        while True:
+            try:
+                step = steps.send(latents)
+            except StopIteration:
+                return
+            c = step.channels
+            latents = yield step._replace(means=step.means * gain[c], log_scales=step.log_scales + log_gain[c])
+            latents = latents * inverse[c]
+
+    def _told(self, hyper: Tensor | None) -> Tensor:
+        return self.rate.vector if hyper is None else hyper + self.rate.vector

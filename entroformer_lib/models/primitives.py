@@ -1,0 +1,44 @@
+"""What attention is made of besides layers: products of queries and keys, the choice of the k best, the weighted sum.
+
+They are functions of their own, and `replaceable`, because whoever runs the network may have another way to compute
+them: with the same bits on every machine, for the coder, or a few queries at a time, to save memory
+(torch.overrides.TorchFunctionMode). What they mean is what stands here.
+"""
+
+import torch
+from torch import Tensor
+from torch.overrides import wrap_torch_function
+
+replaceable = wrap_torch_function(lambda *tensors, **more: [t for t in tensors if isinstance(t, Tensor)])
+
+
+@replaceable
+def dot_products(q: Tensor, k: Tensor) -> Tensor:
+    """Every query times every key.  q: [..., q, d], k: [..., n, d]  ->  [..., q, n]"""
+    return q @ k.transpose(-1, -2)
+
+
+@replaceable
+def keep_top_k(scores: Tensor, k: int | None) -> Tensor:
+    """f_k of eq. 7: keeps the k largest scores of each row and what equals the k-th, sets the rest to -inf.
+
+    Flat parts of a picture give many *mathematically* equal scores, and then rounding noise chooses among them, here
+    and in the released code. The coder cannot live with that and computes exactly.
+
+    scores: [..., n] with -inf where a key is not visible  ->  the same shape
+    """
+    if k is None or k >= scores.size(-1):
+        return scores
+    kth = scores.detach().topk(k).values[..., -1:]
+    return scores.masked_fill(scores.detach() < kth, -torch.inf)
+
+
+@replaceable
+def weighted_sum(probs: Tensor, v: Tensor) -> Tensor:
+    """The values, weighted by the attention paid to them.  probs: [..., q, n], v: [..., n, d]  ->  [..., q, d]"""
+    return probs @ v
+
+
+def float_or_wider(v: Tensor) -> Tensor:
+    """bfloat16 to float32; float32 and float64 unchanged."""
+    return v.to(torch.promote_types(v.dtype, torch.float32))
