@@ -17,9 +17,9 @@ from entroformer_lib.errors import ConfigError, TrainingError, UserError
 from entroformer_lib.models import config as model_config
 from entroformer_lib.training import loop
 from entroformer_lib.training.config import TrainConfig
-from entroformer_lib.training.data import held_out_crops
+from entroformer_lib.training.data import Sampling, held_out_crops, random_drawn
 from entroformer_lib.training.loop import train
-from entroformer_lib.training.loss import rates_and_distortions
+from entroformer_lib.training.loss import rates_and_distortions, tempered
 from entroformer_lib.training.schedule import learning_rate_factor
 from entroformer_lib.weights.zoo import load_model
 
@@ -398,3 +398,18 @@ def test_drawn_pictures_and_changed_colours_belong_to_the_sample(config, tmp_pat
     plain = replace(config, out=str(tmp_path / "plain"), graphics=0.0, permuted=0.0)
     train(plain, progress=False)
     assert losses(config) == losses(again) != losses(plain)
+
+
+def test_a_drawn_crop_counts_at_most_like_the_middle_photograph():
+    loss = torch.tensor([1.0, 300.0, 3.0, 0.5, 2.0], requires_grad=True)
+    drawn = torch.tensor([False, True, False, True, False])
+    out = tempered(loss, drawn)
+    assert out.tolist() == [1.0, 2.0, 3.0, 0.5, 2.0]
+    out.sum().backward()
+    assert torch.allclose(loss.grad, torch.tensor([1.0, 2 / 300, 1.0, 1.0, 1.0]))
+    assert tempered(loss, ~drawn | drawn) is loss and tempered(loss, drawn & ~drawn) is loss
+    sampling = Sampling(seed=3, graphics=0.5)
+    said = random_drawn(range(20), 0.5, 3)
+    photo = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    black = torch.tensor([not sampling.crop(g, 64, lambda: photo).any() for g in range(20)])
+    assert torch.equal(said, ~black) and 0 < said.sum() < 20

@@ -79,7 +79,8 @@ class TrainConfig:
     held_out_every: int = 2000
     """Steps between these measurements; there is one at the end too."""
     graphics: float = 0.0
-    """Share of the crops that are drawn by code: text, charts, flat colours (graphics.py)."""
+    """Share of the crops that are drawn by code: text, charts, flat colours (graphics.py). Each counts at most as much
+    as the middle photograph of its batch."""
     permuted: float = 0.0
     """Share of the photographs whose colour channels change places."""
     seed: int = 0

@@ -173,7 +173,7 @@ class Sampling:
     def crop(self, g: int, side: int, picture: Callable[[], Tensor]) -> Tensor:
         """picture: gives uint8 [3, H, W]  ->  float32 [3, side, side] in [0, 1]"""
         more = np.random.default_rng((self.seed, 9, g))
-        if more.random() < self.graphics:
+        if more.random() < self.graphics:  # as `random_drawn` says
             return drawn(side, more)
         x = crop_of(picture(), side, self.downscale, np.random.default_rng((self.seed, g)))
         return x[more.permutation(3)] if more.random() < self.permuted else x
@@ -369,6 +369,12 @@ def random_missing(samples: range, size: tuple[int, int], largest: float, seed: 
 def random_one_way(samples: range, share: float, seed: int, device="cpu") -> Tensor:
     """Which samples see their context one way: bool [B], `share` of them in the long run."""
     drawn = [np.random.default_rng((seed, 8, g)).random() < share for g in samples]
+    return torch.tensor(drawn, device=device)
+
+
+def random_drawn(samples: range, share: float, seed: int, device="cpu") -> Tensor:
+    """Which samples are drawn by code: bool [B]."""
+    drawn = [np.random.default_rng((seed, 9, g)).random() < share for g in samples]
     return torch.tensor(drawn, device=device)
 
 

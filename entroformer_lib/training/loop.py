@@ -32,6 +32,7 @@ from entroformer_lib.training.data import (
     PreloadedCrops,
     StreamedCrops,
     held_out_crops,
+    random_drawn,
     random_kept,
     random_levels,
     random_missing,
@@ -324,7 +325,11 @@ class Run:
             if not group["fixed"]:
                 group["lr"] = lr
         try:
-            terms = self.step_module(x, *(() if c.transforms else (lmbda,)), noise, gaps, level)
+            if c.transforms:
+                terms = self.step_module(x, noise, gaps, level)
+            else:
+                drawn = random_drawn(samples, c.graphics, c.seed, device) if c.graphics else None
+                terms = self.step_module(x, lmbda, noise, gaps, level, drawn)
             self.fabric.backward(terms["loss"])
         except torch.OutOfMemoryError:
             raise TrainingError(self._too_large(x)) from None

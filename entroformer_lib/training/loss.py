@@ -26,6 +26,15 @@ def evenly(lmbda: Tensor, lmbdas: tuple[float, ...]) -> Tensor:
     return (middle / lmbda).sqrt()
 
 
+def tempered(loss: Tensor, drawn: Tensor) -> Tensor:
+    """Losses [B] of which a drawn crop counts at most as much as the middle photograph of the batch: the loss of a
+    checkerboard is thirty times a photograph's, and a few of them would be all that is learned."""
+    if drawn.all() or not drawn.any():
+        return loss
+    middle = loss.detach()[~drawn].median()
+    return torch.where(drawn, loss * (middle / loss.detach()).clamp(max=1), loss)
+
+
 class RateStep(nn.Module):
     """The entropy model alone on given latents, where the transforms are frozen: the loss is the rate.
 
@@ -85,8 +94,10 @@ class TrainingStep(nn.Module):
         noise: dict | None = None,
         gaps: Gaps = NO_GAPS,
         level: Tensor | None = None,
+        drawn: Tensor | None = None,
     ) -> dict:
-        """x: [B, 3, H, W] in [0, 1], lmbda: one number or [B], level: [B] where the rate is variable.
+        """x: [B, 3, H, W] in [0, 1], lmbda: one number or [B], level: [B] where the rate is variable; drawn: bool [B],
+        crops that are no photographs, see `tempered`.
 
         ->  scalars: `loss` (to minimise), `rd_loss`, `bpp`, `bpp_y`, `bpp_z` and `psnr_db`, or `ms_ssim`.
         """
@@ -103,8 +114,11 @@ class TrainingStep(nn.Module):
             distortion, quality = 1 - similarity, {"ms_ssim": similarity.detach().mean()}
         rd_loss = rate + lmbda * distortion  # [B]
         weight = evenly(lmbda, self.model.config.lmbdas) if self.even and torch.is_tensor(lmbda) else 1.0
+        loss = weight * rd_loss
+        if drawn is not None:
+            loss = tempered(loss, drawn)
         return {
-            "loss": (weight * rd_loss).mean() + self.model.aux_loss(),
+            "loss": loss.mean() + self.model.aux_loss(),
             "rd_loss": rd_loss.detach().mean(),
             "bpp": rate.detach().mean(),
             **{name: value.detach().mean() for name, value in bpp.items()},
