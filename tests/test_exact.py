@@ -45,6 +45,7 @@ def by(monkeypatch):
         with monkeypatch.context() as patch:
             if not ways.get("int8", True):
                 patch.setattr(arithmetic, "int8_works", lambda device: False)
+                patch.setattr(torch, "_int_mm", None)  # nobody may call it
             if not ways.get("loops", True):
                 patch.setattr(loops, "serve", lambda x: False)
             patch.setattr(torch, "get_num_threads", lambda: ways.get("threads", 1))
@@ -229,6 +230,7 @@ def test_files_are_the_same_by_every_route(variant, route, flat_picture, by):
         ways = ROUTES[route]
         if not ways.get("int8", True):
             patch.setattr(arithmetic, "int8_works", lambda device: False)
+            patch.setattr(torch, "_int_mm", None)
         if not ways.get("loops", True):
             patch.setattr(loops, "serve", lambda x: False)
         assert codec.encode(other, flat_picture) == data

@@ -118,7 +118,9 @@ def lows(integers: Tensor) -> Tensor:
 def linear(exact: Exact, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """torch.nn.functional.linear"""
     w, rows = exact.weight(weight), x.reshape(-1, x.size(-1))
-    if loops.serve(x) and (len(rows) == 1 or int8_works("cpu")):
+    if loops.serve(x) and len(rows) == 1:
+        out = loops.linear_row(rows, w.both, w.scale, bias, int8_works("cpu"))
+    elif loops.serve(x) and int8_works("cpu"):
         out = loops.linear(rows, w.high, w.both, w.scale, bias)
     else:
         integers, scale = rounded(rows)

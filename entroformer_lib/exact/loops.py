@@ -126,18 +126,37 @@ def _scaled(high, cross, row_scale, scale, bias, out):
 def linear(x: Tensor, high: Tensor, both: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """x: [q, K]; the weight's digits, high [N, K] and low beside high [N, 2 K]; scale: [N]  ->  [q, N]"""
     rows, w_scale, added = array(x), scale.numpy(), NONE if bias is None else array(bias)
-    q, N, K = len(rows), len(w_scale), rows.shape[1]
-    out = np.empty((q, N), dtype=f32)
-    if q == 1:  # reading the weights takes the time, so each digit of them is read once
-        two, step = np.empty((2, K), dtype=np.int8), np.empty(1, dtype=f32)
-        _digits(rows, two[:1], two[:1], two[1:], step)
-        products = torch._int_mm(torch.from_numpy(two), both.view(2 * N, K).T).numpy()
-        _scaled_row(products, step[0], w_scale, added, out[0])
-        return torch.from_numpy(out)
+    out = np.empty((len(rows), len(w_scale)), dtype=f32)
     *parts, row_scale = digits(rows)
     a, b = sums(*parts, high, both)
-    in_threads(lambda i, j: _scaled(a[i:j], b[i:j], row_scale[i:j], w_scale, added, out[i:j]), q)
+    in_threads(lambda i, j: _scaled(a[i:j], b[i:j], row_scale[i:j], w_scale, added, out[i:j]), len(rows))
     return torch.from_numpy(out)
+
+
+def linear_row(x: Tensor, both: Tensor, scale: Tensor, bias: Tensor | None, int8: bool) -> Tensor:
+    """`linear` of a single row: reading the weights takes the time, so each digit of them is read once."""
+    rows, w_scale, added = array(x), scale.numpy(), NONE if bias is None else array(bias)
+    (_, K), N = rows.shape, len(w_scale)
+    two, step, out = np.empty((2, K), dtype=np.int8), np.empty(1, dtype=f32), np.empty((1, N), dtype=f32)
+    _digits(rows, two[:1], two[:1], two[1:], step)
+    if int8:
+        products = torch._int_mm(torch.from_numpy(two), both.view(2 * N, K).T).numpy()
+    else:
+        products = np.empty((2, 2 * N), dtype=i32)
+        _products_of_row(two, both.view(2 * N, K).numpy(), products)
+    _scaled_row(products, step[0], w_scale, added, out[0])
+    return torch.from_numpy(out)
+
+
+@loop
+def _products_of_row(two, weight, out):
+    """two: digits [2, K], weight: [N, K]  ->  out: [2, N]"""
+    for n in range(len(weight)):
+        a, b = i32(0), i32(0)
+        for c in range(len(two[0])):  # numba widens every sum and product to 64 bits; i32 takes that back
+            a = i32(a + i32(i32(two[0, c]) * i32(weight[n, c])))
+            b = i32(b + i32(i32(two[1, c]) * i32(weight[n, c])))
+        out[0, n], out[1, n] = a, b
 
 
 @loop
