@@ -90,8 +90,16 @@ def test_a_block_is_what_its_formula_says():
     )
     between = x + pointwise(block.leave, seen + block.depthwise.bias[:, None, None])
     gates = pointwise(block.gates, between)
-    expected = between + pointwise(block.mix, gates[:, :4].clamp(min=0) * gates[:, 4:])
+    expected = between + pointwise(block.mix, gates[:, :4].clamp(0, 6) * gates[:, 4:])
     torch.testing.assert_close(block(x), expected)
+
+
+def test_large_inputs_grow_no_faster_than_themselves():
+    """Ten times the input gives about ten times the output and not its square, block after block."""
+    blocks = torch.nn.Sequential(*(transforms.ConvBlock(8) for _ in range(8))).double()
+    x = 1e6 * torch.rand(1, 8, 4, 4, dtype=torch.float64)
+    with torch.no_grad():
+        assert blocks(10 * x).abs().max() < 11 * blocks(x).abs().max()
 
 
 def test_dct_is_orthonormal_and_begins_with_the_means_of_brightness_and_colours():
