@@ -20,9 +20,9 @@ from tyro.conf import Positional
 
 from entroformer_lib import build_model, list_models, load_model
 from entroformer_lib.files import write_bytes
-from entroformer_lib.studies.provenance import provenance
+from entroformer_lib.inspection.exploration import MODES
 from entroformer_lib.studies.rate_distortion import pictures_to_test
-from entroformer_lib.views.explorer_model import MODES
+from entroformer_lib.studies.results import provenance
 from entroformer_lib.weights.zoo import save_weights
 
 ROOT = Path(__file__).parents[1]
@@ -33,9 +33,9 @@ from browser import chromium, jupyter_lab, open_notebook  # noqa: E402
 CLICK_MS, K_MS, FIRST_MS = 150, 1000, 3000
 LOAD = """\
 from entroformer_lib import load_model
-from entroformer_lib.studies.row_server import RowServer
-from entroformer_lib.views.explorer import Explorer
-from entroformer_lib.views.explorer_model import Exploration
+from entroformer_lib.inspection.row_server import RowServer
+from entroformer_lib.explorer.widget import Explorer
+from entroformer_lib.inspection.exploration import Exploration
 model = load_model("{model}.safetensors", "cpu")"""
 SHOW = """\
 view = Exploration(RowServer(model, "{picture}"))

@@ -13,8 +13,8 @@ import tyro
 from PIL import Image
 
 from entroformer_lib.files import write_bytes
-from entroformer_lib.studies.provenance import provenance
 from entroformer_lib.studies.rate_distortion import pictures_to_test
+from entroformer_lib.studies.results import provenance
 
 SIDE = 16
 

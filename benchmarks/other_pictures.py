@@ -23,7 +23,7 @@ from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.studies import bd
 from entroformer_lib.studies.classical import available, jpeg_psnr_db
 from entroformer_lib.studies.measuring import means, measure, tasks_of
-from entroformer_lib.studies.provenance import provenance
+from entroformer_lib.studies.results import provenance
 from entroformer_lib.training.data import pictures_in, read_names
 from entroformer_lib.weights.zoo import load_model
 

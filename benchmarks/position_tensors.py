@@ -22,7 +22,7 @@ from entroformer_lib.entroformer import build_model
 from entroformer_lib.files import write_bytes
 from entroformer_lib.memory import keep_freed_memory
 from entroformer_lib.models.position import RelativePosition
-from entroformer_lib.studies.provenance import provenance
+from entroformer_lib.studies.results import provenance
 from entroformer_lib.training.loss import TrainingStep
 from entroformer_lib.training.optimizer import build_optimizer
 

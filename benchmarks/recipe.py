@@ -26,8 +26,9 @@ from entroformer_lib.entroformer import build_model
 from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.memory import keep_freed_memory
 from entroformer_lib.models.config import parse_fields
+from entroformer_lib.models.context import NO_GAPS
 from entroformer_lib.models.transforms import DCT_SCALE
-from entroformer_lib.studies.provenance import provenance
+from entroformer_lib.studies.results import provenance
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.data import PreloadedCrops, random_levels, read_names, uniform_noise
 from entroformer_lib.training.loop import train
@@ -168,7 +169,7 @@ def step_ms(c: TrainConfig, pictures: PreloadedCrops, crop: int, steps: int) -> 
         samples = range(i * c.batch, (i + 1) * c.batch)
         x = next(pictures.batches([samples], crop)).contiguous(memory_format=torch.channels_last)
         level = torch.tensor(random_levels(samples, len(LMBDAS), 0))
-        goal(x, torch.tensor(LMBDAS)[level], uniform_noise(samples, shapes, 0), None, level)["loss"].backward()
+        goal(x, torch.tensor(LMBDAS)[level], uniform_noise(samples, shapes, 0), NO_GAPS, level)["loss"].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -18,7 +18,7 @@ import tyro
 from entroformer_lib.entroformer import build_model
 from entroformer_lib.files import write_bytes
 from entroformer_lib.memory import keep_freed_memory
-from entroformer_lib.studies.provenance import provenance
+from entroformer_lib.studies.results import provenance
 from entroformer_lib.training.data import PreloadedCrops, StreamedCrops
 from entroformer_lib.training.loss import TrainingStep
 from entroformer_lib.training.optimizer import build_optimizer

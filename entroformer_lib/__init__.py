@@ -13,8 +13,8 @@ _HOMES = {
     "EntroformerConfig": "entroformer_lib.models.config",
     "load_model": "entroformer_lib.weights.zoo",
     "list_models": "entroformer_lib.weights.zoo",
-    "encode": "entroformer_lib.coding.codec",
-    "decode": "entroformer_lib.coding.codec",
+    "encode": "entroformer_lib.codec.codec",
+    "decode": "entroformer_lib.codec.codec",
     "BitstreamError": "entroformer_lib.errors",
     "UserError": "entroformer_lib.errors",
 }

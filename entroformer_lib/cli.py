@@ -44,7 +44,7 @@ def compress(
         device: cpu, cuda, or auto.
     """
     output = _output(output, image.with_suffix(".ef"), force)
-    from entroformer_lib.coding import codec
+    from entroformer_lib.codec import codec
     from entroformer_lib.files import write_bytes
 
     picture = codec.open_picture(image)
@@ -79,7 +79,7 @@ def decompress(
     data = _read(file)
     from PIL import Image
 
-    from entroformer_lib.coding import codec
+    from entroformer_lib.codec import codec
     from entroformer_lib.files import write_bytes
 
     Image.init()
@@ -102,7 +102,7 @@ def info(file: Positional[Path], as_json: Annotated[bool, arg(name="json")] = Fa
         as_json: Print JSON.
     """
     data = _read(file)
-    from entroformer_lib.coding.bitstream import VERSION, Container
+    from entroformer_lib.codec.container import VERSION, Container
 
     c = Container.unpack(data)
     facts = {
@@ -214,7 +214,7 @@ def evaluate(
         _print_row("mean", mean, columns)
     if json_file is not None:
         from entroformer_lib.files import write_bytes
-        from entroformer_lib.studies.provenance import provenance
+        from entroformer_lib.studies.results import provenance
 
         text = json.dumps({"images": rows, "mean": mean, "provenance": provenance(loaded)}, indent=1)
         print(text) if quiet else write_bytes(json_file, text.encode())
@@ -326,10 +326,10 @@ def explore(
     """
     if output is not None or not serve:
         output = _output(output, image.with_suffix(".html"), force)
-    from entroformer_lib.coding import codec
+    from entroformer_lib.codec import codec
+    from entroformer_lib.explorer.page import explorer_page, serve_page
     from entroformer_lib.files import write_bytes
-    from entroformer_lib.studies.group_server import server_of
-    from entroformer_lib.views.explorer_page import explorer_page, serve_page
+    from entroformer_lib.inspection.group_server import server_of
 
     picture = codec.open_picture(image)
     rows = server_of(_load(model, device), picture)

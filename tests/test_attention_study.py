@@ -9,14 +9,14 @@ import torch
 from conftest import VARIANTS, aware_model, micro_model
 
 from entroformer_lib import tiles
-from entroformer_lib.coding import codec
+from entroformer_lib.codec import codec
 from entroformer_lib.errors import AttentionError
 from entroformer_lib.exact.coder import ExactCoder
+from entroformer_lib.inspection import row_server as row_module
+from entroformer_lib.inspection.capture import POINTS, attention_points, capture
+from entroformer_lib.inspection.row_server import RowServer, spearman
 from entroformer_lib.studies import attention as study
 from entroformer_lib.studies import rate_distortion as rd
-from entroformer_lib.studies import row_server as row_module
-from entroformer_lib.studies.capture import POINTS, attention_points, capture
-from entroformer_lib.studies.row_server import RowServer, spearman
 from entroformer_lib.weights.zoo import save_weights
 
 KINDS = ("serial", "parallel")

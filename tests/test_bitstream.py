@@ -3,7 +3,7 @@ import zlib
 
 import pytest
 
-from entroformer_lib.coding.bitstream import Container
+from entroformer_lib.codec.container import Container
 from entroformer_lib.errors import BitstreamError
 
 WHOLE = Container(768, 512, False, "tiny-parallel", b"\x01\x02\x03\x04", 0xDEADBEEF, b"zz" * 100, b"y" * 999)

@@ -12,10 +12,10 @@ from browser import ROOT, chromium, jupyter_lab, open_notebook, run_all
 from conftest import micro_model
 
 from entroformer_lib.datasets import sample_picture
-from entroformer_lib.studies.group_server import server_of
-from entroformer_lib.views.explorer import SCRIPT
-from entroformer_lib.views.explorer_model import Exploration
-from entroformer_lib.views.explorer_page import explorer_page
+from entroformer_lib.explorer.page import explorer_page
+from entroformer_lib.explorer.widget import SCRIPT
+from entroformer_lib.inspection.exploration import Exploration
+from entroformer_lib.inspection.group_server import server_of
 from entroformer_lib.weights.zoo import load_model, save_weights
 
 SCREENSHOTS = ROOT / "build" / "screenshots"
@@ -154,15 +154,15 @@ def test_exported_page(watched, folder, kind):
 
 NOTEBOOK = """\
 from entroformer_lib import load_model
-from entroformer_lib.studies.group_server import server_of
-from entroformer_lib.views.explorer import Explorer
-from entroformer_lib.views.explorer_model import Exploration
+from entroformer_lib.inspection.group_server import server_of
+from entroformer_lib.explorer.widget import Explorer
+from entroformer_lib.inspection.exploration import Exploration
 Explorer(Exploration(server_of(load_model("{kind}.safetensors", "cpu"), "photo.png")))"""
 TWO = """
 one, other = (server_of(load_model(kind + ".safetensors", "cpu"), "photo.png") for kind in ("parallel", "serial"))
 Explorer(Exploration(one, other))"""
 CUT = """
-from entroformer_lib.views import explorer
+from entroformer_lib.explorer import widget as explorer
 explorer.Explorer._esm = explorer.SCRIPT.read_text().replace({click!r}, "((name, handler) => name)('click'")
 """
 

@@ -24,7 +24,7 @@ from entroformer_lib.weights.zoo import load_model, save_weights
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, request):
     """A picture, its .ef file, and a model found by the name `micro`."""
-    from entroformer_lib.coding import codec
+    from entroformer_lib.codec import codec
     from entroformer_lib.datasets import sample_picture
 
     folder = tmp_path_factory.mktemp("cli")

@@ -10,8 +10,8 @@ import torch
 from conftest import VARIANTS, micro_model, pictures_folder
 from PIL import Image
 
-from entroformer_lib.coding import codec
-from entroformer_lib.coding.bitstream import Container
+from entroformer_lib.codec import codec
+from entroformer_lib.codec.container import Container
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.errors import BitstreamError, DataError
 from entroformer_lib.studies.rate_distortion import estimated_bits
@@ -49,7 +49,7 @@ FOREIGN = """
 import sys, torch
 torch.set_num_threads(int(sys.argv[3]))
 torch.backends.mkldnn.set_flags(sys.argv[4] == "1")
-from entroformer_lib.coding import codec
+from entroformer_lib.codec import codec
 from entroformer_lib.weights.zoo import load_model
 model = load_model(sys.argv[1])
 sys.stdout.buffer.write(codec.decode(open(sys.argv[2], "rb").read(), model).tobytes())

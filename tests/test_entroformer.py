@@ -7,7 +7,7 @@ from compressai.models import CompressionModel
 from compressai.registry import MODELS
 from conftest import VARIANTS, aware_model, micro_model
 
-from entroformer_lib.coding import codec
+from entroformer_lib.codec import codec
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import ConfigError, WeightsError
 

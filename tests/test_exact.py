@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import LMBDAS, MICRO, VARIANTS, aware_model, micro_model
 from torch import nn
 
-from entroformer_lib.coding import codec
+from entroformer_lib.codec import codec
 from entroformer_lib.exact import arithmetic, loops
 from entroformer_lib.exact.arithmetic import Exact, digits, rounded, step_for
 from entroformer_lib.exact.coder import ExactCoder

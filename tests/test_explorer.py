@@ -18,14 +18,14 @@ from conftest import aware_model, micro_model
 
 from entroformer_lib import cli
 from entroformer_lib.errors import AttentionError
-from entroformer_lib.studies.row_server import RowServer
-from entroformer_lib.views import explorer_page as page_module
-from entroformer_lib.views.explorer import SCRIPT, Explorer, bytes_of, frame_of
-from entroformer_lib.views.explorer_model import DENSE, MEAN, MODES, Exploration
-from entroformer_lib.views.explorer_page import explorer_page, lattice, page_server, to_bytes
+from entroformer_lib.explorer import page as page_module
+from entroformer_lib.explorer.page import explorer_page, lattice, page_server, to_bytes
+from entroformer_lib.explorer.widget import SCRIPT, Explorer, bytes_of, frame_of
+from entroformer_lib.inspection.exploration import DENSE, MEAN, MODES, Exploration
+from entroformer_lib.inspection.row_server import RowServer
 from entroformer_lib.weights.zoo import save_weights
 
-VIEWS = Path(cli.__file__).parent / "views"
+LIBRARY = Path(cli.__file__).parent
 KINDS = ("serial", "parallel")
 
 
@@ -43,14 +43,14 @@ def view(server):
 
 
 def test_view_model_knows_no_widget_and_no_network():
-    source = (VIEWS / "explorer_model.py").read_text()
+    source = (LIBRARY / "inspection" / "exploration.py").read_text()
     names = {n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in ast.walk(ast.parse(source))
              if isinstance(n, ast.Import | ast.ImportFrom)}  # fmt: skip
     assert names == {"dataclasses", "numpy", "traitlets", "entroformer_lib.errors"}
     heavy = {"torch", "compressai", "anywidget"}
-    code = f"import sys, entroformer_lib.views.explorer_model; print({heavy} & set(sys.modules))"
+    code = f"import sys, entroformer_lib.inspection.exploration; print({heavy} & set(sys.modules))"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=VIEWS.parents[1]
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=LIBRARY.parent
     )
     assert done.stdout.strip() == "set()"
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import LMBDAS, VARIANTS, aware_model, micro_model
 
-from entroformer_lib.coding import codec
-from entroformer_lib.coding.bitstream import Container
+from entroformer_lib.codec import codec
+from entroformer_lib.codec.container import Container
 from entroformer_lib.errors import BitstreamError, ConfigError, RateError
 from entroformer_lib.exact.coder import ExactCoder
 from entroformer_lib.models.gain import RateGain

@@ -14,17 +14,17 @@ from conftest import LMBDAS, aware_model, micro_model
 from test_explorer import NODE, NODE_SCRIPT, SCRIPT, stored
 
 from entroformer_lib import cli
-from entroformer_lib.coding import codec
+from entroformer_lib.codec import codec
 from entroformer_lib.errors import AttentionError
+from entroformer_lib.explorer.page import explorer_page
+from entroformer_lib.explorer.widget import Explorer, frame_of
+from entroformer_lib.inspection.capture import capture
+from entroformer_lib.inspection.exploration import MEAN, Exploration
+from entroformer_lib.inspection.group_server import GroupServer, server_of
+from entroformer_lib.inspection.row_server import RowServer
 from entroformer_lib.models.groupedmixer import split
 from entroformer_lib.studies import rate_distortion as rd
-from entroformer_lib.studies.capture import capture
-from entroformer_lib.studies.group_server import GroupServer, server_of
-from entroformer_lib.studies.row_server import RowServer
 from entroformer_lib.views import attention_figures
-from entroformer_lib.views.explorer import Explorer, frame_of
-from entroformer_lib.views.explorer_model import MEAN, Exploration
-from entroformer_lib.views.explorer_page import explorer_page
 from entroformer_lib.weights.zoo import save_weights
 
 WINDOW = 4  # so that a group of 4 x 6 has several

@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from entroformer_lib.coding import codec
+from entroformer_lib.codec import codec
 from entroformer_lib.entroformer import build_model
 from entroformer_lib.errors import AttentionError, ConfigError, StudyError, TrainingError
 from entroformer_lib.exact.arithmetic import Exact
+from entroformer_lib.inspection.capture import capture
+from entroformer_lib.inspection.missing_context import scene_of
+from entroformer_lib.inspection.row_server import RowServer
 from entroformer_lib.models.config import EntroformerConfig, named_config
 from entroformer_lib.models.context import Gaps
 from entroformer_lib.models.groupedmixer import (
@@ -24,9 +27,6 @@ from entroformer_lib.models.groupedmixer import (
     windows,
 )
 from entroformer_lib.studies import context_cache
-from entroformer_lib.studies.capture import capture
-from entroformer_lib.studies.missing_context import scene_of
-from entroformer_lib.studies.row_server import RowServer
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.loop import train
 

@@ -8,12 +8,12 @@ import torch
 from conftest import micro_model
 from torch import nn
 
-from entroformer_lib.coding import codec
+from entroformer_lib.codec import codec
 from entroformer_lib.errors import AttentionError
+from entroformer_lib.inspection.capture import capture
+from entroformer_lib.inspection.mixer_attention import mixer_maps
 from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.groupedmixer import WindowAttention, group_order, split
-from entroformer_lib.studies.capture import capture
-from entroformer_lib.studies.mixer_attention import mixer_maps
 from entroformer_lib.views import grouped_animation, paper_data
 from entroformer_lib.views import grouped_figures as figures
 from entroformer_lib.views.style import TWO_COLUMNS

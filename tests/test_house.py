@@ -52,11 +52,12 @@ ORDER = (
     ("exact",),
     ("entroformer",),
     ("weights",),
-    ("coding",),
+    ("codec",),
     ("training",),
-    ("same_transforms",),
+    ("inspection",),
     ("studies",),
     ("views",),
+    ("explorer",),
 )
 
 
@@ -124,8 +125,7 @@ def test_numbers_in_the_readme_are_saved_results():
 
 
 def test_the_table_of_both_systems_is_that_of_the_results():
-    from entroformer_lib import same_transforms
-    from entroformer_lib.studies import bd, both_systems
+    from entroformer_lib.studies import bd, both_systems, same_transforms
 
     text = (ROOT / "README.md").read_text()
     assert both_systems.in_markdown(both_systems.side_by_side()) in text

@@ -3,7 +3,7 @@ import json
 import pandas as pd
 import pytest
 
-from entroformer_lib.coding import codec
+from entroformer_lib.codec import codec
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.stages import listening, stage_times
 from entroformer_lib.studies.latency import STAGES, exponents, growth, measure_one, table

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import MICRO, micro_model
 
-from entroformer_lib.coding import codec
+from entroformer_lib.codec import codec
 from entroformer_lib.errors import ConfigError, DataError, TrainingError, WeightsError
 from entroformer_lib.models import config as model_config
 from entroformer_lib.training import latents, loop

@@ -6,7 +6,7 @@ import torch
 from conftest import MICRO
 from torch import nn
 
-from entroformer_lib.coding import codec
+from entroformer_lib.codec import codec
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.exact.coder import ExactCoder
 from entroformer_lib.models import network

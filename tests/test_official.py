@@ -18,7 +18,7 @@ from PIL import Image
 from released import CASES, COMMON, Reference, released, save
 from torch import nn
 
-from entroformer_lib.coding import codec
+from entroformer_lib.codec import codec
 from entroformer_lib.errors import WeightsError
 from entroformer_lib.weights.official import import_official, load_official
 from entroformer_lib.weights.zoo import load_model

@@ -9,11 +9,11 @@ import torch
 from compressai.layers import MaskedConv2d
 from conftest import aware_model, micro_model
 
-from entroformer_lib.coding import codec
+from entroformer_lib.codec import codec
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.errors import StudyError
+from entroformer_lib.inspection import missing_context as mc
 from entroformer_lib.models.context import Gaps, first_slice
-from entroformer_lib.studies import missing_context as mc
 from entroformer_lib.studies import position_masking as pm
 from entroformer_lib.weights.zoo import save_weights
 

@@ -8,9 +8,8 @@ import pandas as pd
 import pytest
 import torch
 
-from entroformer_lib import same_transforms
 from entroformer_lib.files import data_folder
-from entroformer_lib.studies import repetition
+from entroformer_lib.studies import repetition, same_transforms
 from entroformer_lib.studies.bd import compare, measured_curve
 from entroformer_lib.views import figures, paper_data, paper_figures
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from entroformer_lib.errors import Stopped, StudyError
-from entroformer_lib.studies import sweep as sweeps
-from entroformer_lib.studies.sweep import Outcome, Task, perform, sweep
+from entroformer_lib.studies import engine as sweeps
+from entroformer_lib.studies.engine import Outcome, Task, perform, sweep
 
 
 @dataclass(frozen=True)

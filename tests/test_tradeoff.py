@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from conftest import MICRO, micro_model
 
-from entroformer_lib import same_transforms
-from entroformer_lib.coding import codec
+from entroformer_lib.codec import codec
 from entroformer_lib.errors import DataError, StudyError
 from entroformer_lib.models import config as model_config
-from entroformer_lib.studies import ablation, both_systems, tradeoff
+from entroformer_lib.studies import ablation, both_systems, same_transforms, tradeoff
 from entroformer_lib.studies.ablation_grids import GRIDS
 from entroformer_lib.studies.ablation_runs import Terms
 from entroformer_lib.studies.latency import STAGES

@@ -26,10 +26,10 @@ from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.models.config import SIZES
 from entroformer_lib.studies.ablation_grids import BOTH, Grid
 from entroformer_lib.studies.ablation_runs import RECIPE, Run, Terms, runs_of, tasks_of
+from entroformer_lib.studies.engine import Outcome, Task, check, connected, sweep
 from entroformer_lib.studies.latent_rates import COLUMNS, ROWS
-from entroformer_lib.studies.provenance import as_json, provenance
 from entroformer_lib.studies.rate_distortion import pictures_to_test
-from entroformer_lib.studies.sweep import Outcome, Task, check, connected, sweep
+from entroformer_lib.studies.results import as_json, provenance
 from entroformer_lib.training.latents import check_note, frozen_transforms, transforms_digest, write_latents
 
 

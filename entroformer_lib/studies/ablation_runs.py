@@ -19,7 +19,7 @@ from entroformer_lib.errors import ConfigError
 from entroformer_lib.models.config import named_config
 from entroformer_lib.studies import latent_rates
 from entroformer_lib.studies.ablation_grids import GRIDS, Entry, Grid
-from entroformer_lib.studies.sweep import Task
+from entroformer_lib.studies.engine import Task
 from entroformer_lib.training.config import RUNTIME_FIELDS, TrainConfig
 from entroformer_lib.training.latents import frozen_transforms, trained_lmbda, with_transforms
 from entroformer_lib.training.loop import train

@@ -20,9 +20,9 @@ import tyro
 from tyro.conf import Positional
 
 from entroformer_lib.files import data_folder, write_bytes
-from entroformer_lib.studies.provenance import provenance
+from entroformer_lib.inspection.row_server import RowServer, spearman
 from entroformer_lib.studies.rate_distortion import pictures_to_test
-from entroformer_lib.studies.row_server import RowServer, spearman
+from entroformer_lib.studies.results import provenance
 from entroformer_lib.weights.zoo import load_model
 
 FAR = 8  # sites; what is farther away counts as long-range: 128 pixels

@@ -13,7 +13,7 @@ import tyro
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.studies.attention import RowServer
-from entroformer_lib.studies.provenance import provenance
+from entroformer_lib.studies.results import provenance
 from entroformer_lib.weights.zoo import load_model
 
 POINTS = ((8, 12), (14, 20), (20, 30))  # rows and columns of latents; the same as in notebook 03

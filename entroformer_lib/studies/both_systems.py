@@ -3,7 +3,7 @@
     python -m entroformer_lib.studies.both_systems  # the table of the README, in Markdown
 
 Models behind the same transforms give the same pictures at each lambda, so a rate alone says who is better
-(`same_transforms.py`). Everything is read from saved results; no model runs.
+(`studies/same_transforms.py`). Everything is read from saved results; no model runs.
 """
 
 import json
@@ -12,7 +12,7 @@ import pandas as pd
 
 from entroformer_lib.errors import StudyError
 from entroformer_lib.files import data_folder
-from entroformer_lib.same_transforms import WORDS, overall, saved_rates
+from entroformer_lib.studies.same_transforms import WORDS, overall, saved_rates
 from entroformer_lib.studies.tradeoff import SAME_QUALITY, SHIPPED, points
 
 NONE = "No models behind the same transforms as a parallel one are published yet, so there is no table here."

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from PIL import Image, features
 
-from entroformer_lib.coding import codec
+from entroformer_lib.codec import codec
+from entroformer_lib.codec.quality import ms_ssim, psnr_db
 from entroformer_lib.errors import StudyError
-from entroformer_lib.studies.quality import ms_ssim, psnr_db
 
 # Settings from coarse to fine, and what each is called. All in 4:2:0 but JPEG 2000, which has no subsampling.
 CODECS = {

@@ -18,7 +18,7 @@ from entroformer_lib.entroformer import build_model
 from entroformer_lib.exact.arithmetic import Exact
 from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.memory import keep_freed_memory
-from entroformer_lib.studies.provenance import provenance
+from entroformer_lib.studies.results import provenance
 
 MODELS = ("base-groupedmixer", "base-groupedmixer-fast", "study-groupedmixer", "tiny-groupedmixer")
 

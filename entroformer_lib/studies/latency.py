@@ -23,13 +23,13 @@ import torch
 import tyro
 from compressai.zoo import bmshj2018_hyperprior, mbt2018
 
-from entroformer_lib.coding import codec
+from entroformer_lib.codec import codec
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.entroformer import Entroformer, build_model
 from entroformer_lib.files import write_bytes
 from entroformer_lib.memory import keep_freed_memory
 from entroformer_lib.stages import stage_times
-from entroformer_lib.studies.provenance import provenance
+from entroformer_lib.studies.results import provenance
 
 STAGES = ("transforms", "hyper", "context", "parameters", "entropy coding")
 OURS = ("base-parallel", "base-serial", "base-groupedmixer", "study-parallel", "study-serial", "study-groupedmixer")

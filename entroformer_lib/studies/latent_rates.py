@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from entroformer_lib.coding import codec
+from entroformer_lib.codec import codec
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.models.context import Gaps, first_slice
 from entroformer_lib.studies.rate_distortion import pictures_to_test

@@ -24,14 +24,14 @@ import tyro
 from PIL import Image
 from tyro.conf import Positional
 
-from entroformer_lib.coding import codec
+from entroformer_lib.codec import codec
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import StudyError
 from entroformer_lib.files import write_bytes
 from entroformer_lib.memory import keep_freed_memory
 from entroformer_lib.studies.classical import CODECS, coded, evaluate_classical
-from entroformer_lib.studies.provenance import provenance
 from entroformer_lib.studies.rate_distortion import evaluate_picture, pictures_to_test
+from entroformer_lib.studies.results import provenance
 from entroformer_lib.weights.zoo import load_model, weights_digest
 
 

@@ -17,8 +17,8 @@ from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.studies.classical import jpeg_psnr_db
 from entroformer_lib.studies.measuring import measure, tasks_of
-from entroformer_lib.studies.provenance import provenance
 from entroformer_lib.studies.rate_distortion import pictures_to_test
+from entroformer_lib.studies.results import provenance
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.weights.zoo import load_model, save_weights
 

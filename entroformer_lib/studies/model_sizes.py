@@ -13,7 +13,7 @@ import tyro
 
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.files import data_folder, write_bytes
-from entroformer_lib.studies.provenance import provenance
+from entroformer_lib.studies.results import provenance
 
 NAMES = tuple(
     f"{size}-{variant}"

@@ -28,12 +28,11 @@ from scipy.optimize import curve_fit
 from scipy.stats import spearmanr
 from tqdm.auto import tqdm
 
-from entroformer_lib.coding import codec
+from entroformer_lib.codec import codec
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import StudyError, UserError
 from entroformer_lib.files import data_folder, write_bytes
-from entroformer_lib.memory import keep_freed_memory
-from entroformer_lib.studies.missing_context import (
+from entroformer_lib.inspection.missing_context import (
     RADII,
     Scene,
     mask_beyond,
@@ -43,8 +42,9 @@ from entroformer_lib.studies.missing_context import (
     only_positions,
     scene_of,
 )
-from entroformer_lib.studies.provenance import as_json, provenance
+from entroformer_lib.memory import keep_freed_memory
 from entroformer_lib.studies.rate_distortion import pictures_to_test
+from entroformer_lib.studies.results import as_json, provenance
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.variants import Variant, trained
 from entroformer_lib.weights.zoo import load_model, save_weights, weights_digest

@@ -9,10 +9,10 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from entroformer_lib.coding import codec
+from entroformer_lib.codec import codec
+from entroformer_lib.codec.quality import ms_ssim, psnr_db
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import DataError
-from entroformer_lib.studies.quality import ms_ssim, psnr_db
 from entroformer_lib.training.data import find_sources
 
 

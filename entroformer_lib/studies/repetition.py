@@ -19,11 +19,11 @@ import torch
 import tyro
 from torch import Tensor
 
-from entroformer_lib.coding import codec
+from entroformer_lib.codec import codec
 from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.models.position import grid_sites
-from entroformer_lib.studies.provenance import provenance
 from entroformer_lib.studies.rate_distortion import pictures_to_test
+from entroformer_lib.studies.results import provenance
 from entroformer_lib.weights.zoo import load_model
 
 NEAR = 2  # rows and columns that a masked 5x5 convolution reaches

@@ -22,17 +22,17 @@ import torch
 import tyro
 from PIL import Image
 
-from entroformer_lib.coding import codec
+from entroformer_lib.codec import codec
+from entroformer_lib.codec.quality import psnr_db
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import StudyError
 from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.memory import keep_freed_memory
-from entroformer_lib.same_transforms import saved_rates
 from entroformer_lib.stages import stage_times
 from entroformer_lib.studies.latency import STAGES
-from entroformer_lib.studies.provenance import as_json, provenance
-from entroformer_lib.studies.quality import psnr_db
 from entroformer_lib.studies.rate_distortion import pictures_to_test
+from entroformer_lib.studies.results import as_json, provenance
+from entroformer_lib.studies.same_transforms import saved_rates
 from entroformer_lib.training.config import RUNTIME_FIELDS
 from entroformer_lib.weights.zoo import device_name, load_model, weights_digest
 

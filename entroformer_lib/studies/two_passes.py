@@ -18,13 +18,13 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from entroformer_lib.coding import codec
+from entroformer_lib.codec import codec
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import WeightsError
 from entroformer_lib.files import write_bytes
 from entroformer_lib.models.context import first_slice
 from entroformer_lib.studies.latent_rates import pictures_of
-from entroformer_lib.studies.provenance import provenance
+from entroformer_lib.studies.results import provenance
 from entroformer_lib.training.latents import transforms_digest
 from entroformer_lib.weights.zoo import load_model
 

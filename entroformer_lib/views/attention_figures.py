@@ -1,6 +1,6 @@
 """Static figures of attention: figures 8 to 10 of the paper, the head profile, and attention against cost.
 
-Pure functions from panels (`explorer_model.Panel`) and tables (`studies.attention`) to figures.
+Pure functions from panels (`exploration.Panel`) and tables (`studies.attention`) to figures.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
-from entroformer_lib.views.explorer_model import Panel
+from entroformer_lib.inspection.exploration import Panel
 from entroformer_lib.views.style import COLOURS, SEQUENTIAL, TWO_COLUMNS, NotebookFigure, new_figure, styled
 
 QUERY, ORIGIN = COLOURS[1], COLOURS[4]

@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 
 from entroformer_lib.files import data_folder
-from entroformer_lib.same_transforms import WORDS, against, saved_rates
+from entroformer_lib.studies.same_transforms import WORDS, against, saved_rates
 
 AUTHORS = "Entroformer, serial (authors)"
 POSITIONS = ("none", "absolute", "relative_1d", "relative_2d", "diamond")

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from entroformer_lib.errors import AttentionError
+from entroformer_lib.inspection.capture import attention_points, capture
+from entroformer_lib.inspection.row_server import RowServer, check_layer
+from entroformer_lib.inspection.wide_latents import wide_latents
 from entroformer_lib.models.entropy_model import PerGroup, ToldTheRate
 from entroformer_lib.models.groupedmixer import group_grid, windows
 from entroformer_lib.models.priors import LIKELIHOOD_FLOOR, gaussian_mass
-from entroformer_lib.studies.capture import attention_points, capture
-from entroformer_lib.studies.row_server import RowServer, check_layer
-from entroformer_lib.studies.wide_latents import wide_latents
 
 QUERIES_AT_ONCE = 128
 

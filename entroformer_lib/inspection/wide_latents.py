@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from entroformer_lib.coding import codec
+from entroformer_lib.codec import codec
 from entroformer_lib.models.gain import Rate
 
 

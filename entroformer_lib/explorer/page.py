@@ -28,8 +28,8 @@ import numpy as np
 
 from entroformer_lib import __version__
 from entroformer_lib.errors import AttentionError
-from entroformer_lib.views.explorer import SCRIPT, meta_of
-from entroformer_lib.views.explorer_model import DENSE, Exploration, grouped, k_in_words, own_k
+from entroformer_lib.explorer.widget import SCRIPT, meta_of
+from entroformer_lib.inspection.exploration import DENSE, Exploration, grouped, k_in_words, own_k
 
 LARGEST_PAGE = 25_000_000  # bytes
 LARGEST_OWN = 25_000_000  # bytes before compression that the rows of the model's own k may take

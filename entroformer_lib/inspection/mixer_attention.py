@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from entroformer_lib.coding import codec
+from entroformer_lib.codec import codec
 from entroformer_lib.errors import AttentionError
+from entroformer_lib.inspection.capture import capture
 from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.groupedmixer import group_grid, group_order, windows
-from entroformer_lib.studies.capture import capture
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from PIL import Image
 
-from entroformer_lib.coding import codec
+from entroformer_lib.codec import codec
 from entroformer_lib.entroformer import Entroformer
 
 

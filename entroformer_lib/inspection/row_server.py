@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from entroformer_lib.errors import AttentionError
+from entroformer_lib.inspection.capture import POINTS, attention_points, capture
+from entroformer_lib.inspection.wide_latents import wide_latents
 from entroformer_lib.models.context import first_slice
 from entroformer_lib.models.position import grid_sites
 from entroformer_lib.models.priors import LIKELIHOOD_FLOOR, gaussian_mass
-from entroformer_lib.studies.capture import POINTS, attention_points, capture
-from entroformer_lib.studies.wide_latents import wide_latents
 
 GROUPS = 6  # of channels, in the explorer's side panel
 QUERIES_AT_ONCE = 128

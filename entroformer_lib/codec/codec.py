@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from entroformer_lib.coding.bitstream import LARGEST_SIDE, LEVEL_STEPS, Container
+from entroformer_lib.codec.container import LARGEST_SIDE, LEVEL_STEPS, Container
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import BitstreamError, DataError, RateError, WeightsError
 from entroformer_lib.weights.zoo import load_model, weights_digest

@@ -12,7 +12,7 @@ import anywidget
 import numpy as np
 import traitlets
 
-from entroformer_lib.views.explorer_model import Exploration, Panel, grouped, own_k
+from entroformer_lib.inspection.exploration import Exploration, Panel, grouped, own_k
 
 SCRIPT = Path(__file__).with_name("explorer.js")
 DECODED, SELECTED = 1, 2  # bits of a flag

@@ -35,7 +35,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from entroformer_lib.coding import codec
+from entroformer_lib.codec import codec
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import StudyError
 from entroformer_lib.models.context import Gaps, first_slice

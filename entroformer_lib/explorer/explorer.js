@@ -1,5 +1,5 @@
 // The attention explorer: draws frames and sends selections. In a notebook the frames come from Python
-// (views/explorer.py), in an exported page from the rows stored in it (PageSource below). No libraries.
+// (explorer/widget.py), in an exported page from the rows stored in it (PageSource below). No libraries.
 //
 // A frame: {selection, caption, panels: [{title, kind, low, high, query, origin, radius, model, shape}], facts: one per
 // model (and k, side by side), scatters: one per model or none} and bytes:
@@ -549,7 +549,7 @@ async function inflate(base64) {
   return new Response(stream).arrayBuffer();
 }
 
-/** The rows stored in a page; answers as the view model in Python does. Layout: views/explorer_page.py. */
+/** The rows stored in a page; answers as the view model in Python does. Layout: explorer/page.py. */
 export class PageSource {
   static async open(meta, base64) {
     return new PageSource(meta, await inflate(base64));
