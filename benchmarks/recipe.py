@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
+from entroformer_lib.studies.provenance import provenance
 from torch import Tensor
 
 from entroformer_lib.entroformer import build_model
@@ -28,7 +29,6 @@ from entroformer_lib.memory import keep_freed_memory
 from entroformer_lib.models.config import parse_fields
 from entroformer_lib.models.context import NO_GAPS
 from entroformer_lib.models.transforms import DCT_SCALE
-from entroformer_lib.studies.provenance import provenance
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.data import PreloadedCrops, random_levels, read_names, uniform_noise
 from entroformer_lib.training.loop import train

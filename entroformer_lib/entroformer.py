@@ -43,10 +43,21 @@ class Entroformer(Network):
         parts = (self.h_a, self.h_s, self.context_model, self.entropy_parameters, self.z_prior, self.rate_knowledge)
         return [part for part in parts if part is not None]
 
+    def forward(self, *args, **more) -> dict:
+        """As Network.forward; without gradients in tiles, so that memory grows with the number of latents."""
+        with nullcontext() if torch.is_grad_enabled() else Tiles():
+            return super().forward(*args, **more)
+
     def likelihoods(self, *args, **more):
-        """As Network.likelihoods; without gradients in tiles, so that memory grows with the number of latents."""
+        """As Network.likelihoods; without gradients in tiles."""
         with nullcontext() if torch.is_grad_enabled() else Tiles():
             return super().likelihoods(*args, **more)
+
+    @torch.inference_mode()
+    def analysis(self, x: Tensor) -> Tensor:
+        """y of g_a, strip by strip.  x: [B, 3, H, W]  ->  [B, M, H/16, W/16], not scaled and not rounded"""
+        with Tiles():
+            return self.g_a(x)
 
     @torch.inference_mode()
     def estimated_bits(self, y: Tensor, level: float | None = None) -> dict[str, Tensor]:
@@ -61,7 +72,7 @@ class Entroformer(Network):
         """Quantised latents as they are coded.  x: [B, 3, H, W]  ->  y_hat, z (not yet rounded) or None."""
         self.check_size(x)
         with stage("transforms"):
-            y = self.scaled(self.g_a(x), level)
+            y = self.scaled(self.analysis(x), level)
         with stage("hyper"), Tiles():
             return torch.floor(y + 0.5), None if self.h_a is None else self.hyper_analysis(y, self.rate(level))
 
@@ -96,7 +107,7 @@ class Entroformer(Network):
     @torch.inference_mode()
     def reconstruct(self, y_hat: Tensor, level: float | None = None) -> Tensor:
         """y_hat: [B, M, h, w]  ->  x_hat: [B, 3, H, W] clamped to [0, 1]"""
-        with stage("transforms"):
+        with stage("transforms"), Tiles():
             return self.g_s(y_hat * self.gains(level)[1]).clamp(0, 1)
 
     @torch.inference_mode()

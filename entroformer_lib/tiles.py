@@ -1,16 +1,30 @@
-"""Attention a few heads and queries at a time, so that memory grows with the number of tokens and not with its square.
+"""Attention a few heads and queries at a time, and transforms a strip of rows at a time, so that memory grows with the
+number of tokens and pixels: attention's scores would grow with its square, and GDN holds four copies of its input,
+1.6 GB each for a picture of 3840x2160 pixels and 192 channels.
 
-with Tiles():
-    model(x)
+    with Tiles():
+        model(x)
 """
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from entroformer_lib.models.attention import UpToItself, attend
+from entroformer_lib.models.transforms import ConvBlock, block_of, convolved
 
 ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # scores held at a time; a few MiB stay in a CPU's cache
+STRIP_ELEMENTS = 2**24  # of a layer's input or output at a time: 64 MiB in float32
+
+
+class Tiles(TorchFunctionMode):
+    """Inside the block attention goes by tiles and transforms go by strips, where no gradient is wanted."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        ours = {attend: in_tiles, convolved: convolved_in_strips, block_of: block_in_strips}.get(function, function)
+        return (function if torch.is_grad_enabled() else ours)(*args, **(kwargs or {}))
 
 
 def in_tiles(
@@ -32,10 +46,43 @@ def in_tiles(
     return out
 
 
-class Tiles(TorchFunctionMode):
-    """Inside the block attention goes by tiles, where no gradient is wanted."""
+def convolved_in_strips(x: Tensor, convolution: nn.Module, norm: nn.Module | None) -> Tensor:
+    """`convolved`, a strip of rows at a time."""
+    B, _, H, W = x.shape
+    shrinks = isinstance(convolution, nn.Conv2d)
+    height, width = ((H + 1) // 2, (W + 1) // 2) if shrinks else (2 * H, 2 * W)
+    # A row of the output, or the share of the input that it reads: the last layer of g_s reads far more than it writes.
+    widest = max(convolution.out_channels * width, convolution.in_channels * W * H // height)
+    out = (B, convolution.out_channels, height, width)
+    # Output row r reads the input rows 2r-2 ... 2r+2 of a 5x5 convolution, r/2-1 ... r/2+1 of a transposed one.
+    ratio, reach = ((2, 1), 2) if shrinks else ((1, 2), 1)
+    return in_strips(lambda strip: convolved.__wrapped__(strip, convolution, norm), x, out, B * widest, ratio, reach)
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is attend and not torch.is_grad_enabled():
-            return in_tiles(*args, **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
+
+def block_in_strips(x: Tensor, block: ConvBlock) -> Tensor:
+    """`block_of`, a strip of rows at a time; the gates are the widest, and the 3x3 kernel reaches one row."""
+    return in_strips(lambda strip: block_of.__wrapped__(strip, block), x, x.shape, 2 * x[:, :, 0].numel(), (1, 1), 1)
+
+
+def in_strips(
+    run: Callable[[Tensor], Tensor], x: Tensor, shape: tuple, row: int, ratio: tuple[int, int], reach: int
+) -> Tensor:
+    """run(x), of the given shape, a few rows of the output at a time.
+
+    Args:
+        row: numbers that a row of the output takes; as many rows as fit into STRIP_ELEMENTS are a strip.
+        ratio: rows of the input for rows of the output, such as (2, 1).
+        reach: rows of the input beyond its own that a strip reads on both sides.
+    """
+    read, written = ratio
+    rows = max(2, STRIP_ELEMENTS // row // 2 * 2)  # even, so that a strip keeps the phase of a stride of 2
+    if rows >= shape[2]:
+        return run(x)
+    out = x.new_empty(shape)
+    for start in range(0, shape[2], rows):
+        stop = min(start + rows, shape[2])
+        first = max(start * read // written - reach, 0)
+        skip = start - first * written // read
+        strip = run(x[:, :, first : -(-stop * read // written) + reach])
+        out[:, :, start:stop] = strip[:, :, skip : skip + stop - start]
+    return out

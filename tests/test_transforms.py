@@ -4,11 +4,13 @@ import pytest
 import torch
 from conftest import micro_model
 
+from entroformer_lib import tiles
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import ConfigError, WeightsError
 from entroformer_lib.models import transforms
 from entroformer_lib.models.config import EntroformerConfig, named_config
 from entroformer_lib.models.transforms import Analysis, Synthesis, build_transforms, dct_basis, fold_gain
+from entroformer_lib.tiles import Tiles
 
 STAGES = ((4, 6, 1), (8, 10, 2))
 KINDS = {
@@ -48,8 +50,8 @@ def test_strips_change_nothing(monkeypatch, elements, size, kind):
     x = torch.rand(1, 3, *size, dtype=torch.float64)
     whole_y = g_a(x)  # with gradients nothing is cut
     whole_x = g_s(whole_y)
-    monkeypatch.setattr(transforms, "STRIP_ELEMENTS", elements)
-    with torch.no_grad():
+    monkeypatch.setattr(tiles, "STRIP_ELEMENTS", elements)
+    with torch.no_grad(), Tiles():
         torch.testing.assert_close(g_a(x), whole_y)
         torch.testing.assert_close(g_s(whole_y), whole_x)
 
@@ -57,19 +59,19 @@ def test_strips_change_nothing(monkeypatch, elements, size, kind):
 def test_strips_bound_what_a_layer_reads_and_writes(monkeypatch):
     """The last layer of g_s writes three channels and reads N: strips by its output alone would be as large as ever."""
     g_s, y, limit, seen = Synthesis(64, 12), torch.rand(1, 12, 8, 8), 2**15, []
-    monkeypatch.setattr(transforms, "STRIP_ELEMENTS", limit)
+    monkeypatch.setattr(tiles, "STRIP_ELEMENTS", limit)
     for layer in list(g_s)[::2]:
         layer.register_forward_hook(lambda _, inputs, out: seen.append(max(inputs[0].numel(), out.numel())))
-    with torch.no_grad():
+    with torch.no_grad(), Tiles():
         g_s(y)
     assert len(seen) > 8 and max(seen) <= 1.5 * limit  # and the neighbouring rows
 
 
 def test_strips_bound_the_gates_of_a_block(monkeypatch):
     block, x, limit, seen = transforms.ConvBlock(8), torch.rand(1, 8, 64, 32), 2**12, []
-    monkeypatch.setattr(transforms, "STRIP_ELEMENTS", limit)
+    monkeypatch.setattr(tiles, "STRIP_ELEMENTS", limit)
     block.gates.register_forward_hook(lambda _, inputs, out: seen.append(out.numel()))
-    with torch.no_grad():
+    with torch.no_grad(), Tiles():
         block(x)
     assert len(seen) > 4 and max(seen) <= limit + 2 * 16 * 32  # and one row more on each side
 

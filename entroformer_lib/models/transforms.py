@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from compressai.layers import GDN
 from torch import Tensor, nn
 
-STRIP_ELEMENTS = 2**24  # of a layer's input or output at a time when no gradient is wanted: 64 MiB in float32
+from entroformer_lib.models.primitives import replaceable
+
 SIDE = 16  # pixels per side of the block that a latent stands for
 
 
@@ -62,44 +63,17 @@ class Synthesis(nn.Sequential):
 
 
 def _run(layers: list[nn.Module], x: Tensor) -> Tensor:
-    """The layers one after the other; a convolution and its GDN together, in strips where no gradient is wanted.
-
-    GDN alone holds four copies of its input; at 3840x2160 pixels and 192 channels one copy is 1.6 GB.
-    """
+    """The layers one after the other, a convolution and its GDN together."""
     for convolution, norm in itertools.zip_longest(layers[::2], layers[1::2]):
-        x = _pair(convolution, norm, x) if torch.is_grad_enabled() else _in_strips(convolution, norm, x)
+        x = convolved(x, convolution, norm)
     return x
 
 
-def _pair(convolution: nn.Module, norm: nn.Module | None, x: Tensor) -> Tensor:
+@replaceable
+def convolved(x: Tensor, convolution: nn.Module, norm: nn.Module | None) -> Tensor:
+    """x: [B, C, H, W]  ->  [B, C', H / 2, W / 2], or [B, C', 2 H, 2 W] of a transposed convolution"""
     x = convolution(x)
     return x if norm is None else norm(x)
-
-
-def _in_strips(convolution: nn.Module, norm: nn.Module | None, x: Tensor) -> Tensor:
-    """Convolution and GDN over strips of rows, each with the neighbouring rows that a 5x5 kernel reaches.
-
-    x: [B, C, H, W]  ->  [B, C', H / 2 or 2 H, ...]
-    """
-    B, _, H, W = x.shape
-    shrinks = isinstance(convolution, nn.Conv2d)
-    height, width = ((H + 1) // 2, (W + 1) // 2) if shrinks else (2 * H, 2 * W)
-    # A row of the output, or the share of the input that it reads: the last layer of g_s reads far more than it writes.
-    widest = max(convolution.out_channels * width, convolution.in_channels * W * H // height)
-    rows = max(2, STRIP_ELEMENTS // (B * widest) // 2 * 2)
-    if rows >= height:
-        return _pair(convolution, norm, x)
-    out = x.new_empty(B, convolution.out_channels, height, width)
-    for start in range(0, height, rows):
-        stop = min(start + rows, height)
-        # Output row r reads the input rows 2r-2 ... 2r+2 of a convolution, r/2-1 ... r/2+1 of a transposed one.
-        # `first` is even for a convolution, so that the strip keeps the phase of the stride.
-        first, last = (2 * start - 2, 2 * stop + 1) if shrinks else (start // 2 - 1, stop // 2 + 1)
-        first, last = max(first, 0), min(last, H)
-        skip = start - first // 2 if shrinks else start - 2 * first
-        strip = _pair(convolution, norm, x[:, :, first:last])
-        out[:, :, start:stop] = strip[:, :, skip : skip + stop - start]
-    return out
 
 
 # ---- blocks on coarse grids -----------------------------------------------------------------------------------------
@@ -123,23 +97,15 @@ class ConvBlock(nn.Module):
         self.gates, self.mix = nn.Conv2d(N, 2 * N, 1), nn.Conv2d(N, N, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return self._whole(x)
-        B, N, h, w = x.shape
-        rows = max(1, STRIP_ELEMENTS // (2 * B * N * w))  # the gates are the widest
-        if rows >= h:
-            return self._whole(x)
-        out = torch.empty_like(x)
-        for start in range(0, h, rows):  # each strip with the one row on both sides that the 3x3 kernel reaches
-            stop, first = min(start + rows, h), max(start - 1, 0)
-            strip = self._whole(x[:, :, first : stop + 1])
-            out[:, :, start:stop] = strip[:, :, start - first : stop - first]
-        return out
+        return block_of(x, self)
 
-    def _whole(self, x: Tensor) -> Tensor:
-        x = x + self.leave(self.depthwise(F.leaky_relu(self.enter(x), 0.1)))
-        a, b = self.gates(x).chunk(2, dim=1)  # [B, N, h, w] each
-        return x + self.mix(F.relu6(a) * b)
+
+@replaceable
+def block_of(x: Tensor, block: ConvBlock) -> Tensor:
+    """What a ConvBlock does; a function, so that it can be done strip by strip."""
+    x = x + block.leave(block.depthwise(F.leaky_relu(block.enter(x), 0.1)))
+    a, b = block.gates(x).chunk(2, dim=1)  # [B, N, h, w] each
+    return x + block.mix(F.relu6(a) * b)
 
 
 Stages = tuple[tuple[int, int, int], ...]
