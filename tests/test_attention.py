@@ -93,7 +93,7 @@ def test_tokens_apart_see_what_is_remembered_and_themselves():
         memory = stack.memory(9)
         stack(x[:, :9], sites[:9], memory=memory)
         for part in memory:
-            part.apart = True
+            part.closed = True
         late = [
             stack(x[:, some], torch.cat((sites[:9], sites[some])), memory=memory)
             for some in ([9, 10, 11], [12, 13, 14])

@@ -172,7 +172,7 @@ def remember(exact: Exact, memory: attention.Memory, k: Tensor, v: Tensor) -> tu
     """Beside keys and values, which single queries will meet again and again, what the loops make of them."""
     first = memory.length
     keys, values = memory(k, v)
-    if loops.serve(k) and len(k) == 1 and not memory.apart and k.size(2) == 1:
+    if loops.serve(k) and len(k) == 1 and not memory.closed and k.size(2) == 1:
         if first == 0:
             memory.kept = loops.Kept(k.size(1), memory.capacity, k.size(3))
         memory.kept.add(k, v, first, FIXED_STEPS * LARGEST_VALUE)

@@ -31,19 +31,19 @@ class UpToItself(NamedTuple):
 class Memory:
     """Keys and values of the tokens seen so far, of one attention layer: nothing is computed twice.
 
-    Called with those of new tokens, [B, heads, q, d], it gives all. `apart`: new tokens see the remembered ones and
-    themselves, not each other, and are not remembered.
+    Called with those of new tokens, [B, heads, q, d], it gives all. When it is `closed`, new tokens see the remembered
+    ones and themselves, not each other, and are not remembered.
     """
 
     def __init__(self, capacity: int):
-        self.capacity, self.length, self.apart = capacity, 0, False
+        self.capacity, self.length, self.closed = capacity, 0, False
         self.keys = self.values = None
 
     def __call__(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """->  keys and values, [B, heads, n, d] each"""
         if self.keys is None:
             self.keys, self.values = (t.new_empty(*t.shape[:2], self.capacity, t.size(3)) for t in (k, v))
-        if not self.apart:
+        if not self.closed:
             here = slice(self.length, self.length + k.size(2))
             self.keys[:, :, here], self.values[:, :, here] = k, v
             self.length = here.stop
@@ -56,7 +56,8 @@ class TopKAttention(nn.Module):
         softmax(f_k(Q (K + P)^T / sqrt(d_k))) V
 
     Points to look at, each [B, heads, q, n]: `content` = Q K^T / sqrt(d_k) and `position` = Q P^T / sqrt(d_k),
-    their sum `scores` (-inf where not visible), `selected` (after f_k) and `probs`.
+    their sum `scores` (-inf where not visible), `selected` (after f_k) and `probs`. (In the second pass of the parallel
+    coder the last three have one column more, for each query's own key.)
     """
 
     def __init__(self, dim: int, heads: int, top_k: int | None, scale: str):
@@ -80,7 +81,7 @@ class TopKAttention(nn.Module):
         """x: [B, q, D]; sites: [n, 2] of all tokens, those of the memory first and x's last  ->  [B, q, D]"""
         B, q_len, D = x.shape
         q, k, v = self.project(x)
-        own = (k, v) if memory is not None and memory.apart else None
+        own = (k, v) if memory is not None and memory.closed else None
         if memory is not None:
             k, v = remember(memory, k, v)
         numbers = torch.arange(len(sites) - q_len, len(sites), device=x.device)
@@ -115,7 +116,8 @@ def attend(
     """From queries, keys and values to what attention has gathered; each query independent of the others.
 
     q: [B, heads, q, d]; k, v: [B, heads, n, d]; layer: its scale and points; numbers: of the queries among all tokens,
-    [q]; own: key and value of each query itself, [B, heads, q, d] each, where it is not among k  ->  [B, heads, q, d]
+    [q]; visible: of k; own: key and value of each query itself, [B, heads, q, d] each, where it is not among k
+    ->  [B, heads, q, d]
     """
     n = k.size(2)
     # The ranking needs more digits than bfloat16 has, so the scores leave autocast.
@@ -141,7 +143,9 @@ ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "leaky_relu": lambda: nn.LeakyR
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block: x + Attention(LN(x)), then x + FeedForward(LN(x)).
+    """One transformer block: x + Attention(LN(x)), then x + FeedForward(LN(x)).
+
+    The norms stand before the layers, as in the released code; Vaswani et al. have them behind.
 
     x: [B, q, D]  ->  [B, q, D]
     """

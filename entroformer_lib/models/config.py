@@ -62,7 +62,8 @@ class EntroformerConfig:
     z_prior: Literal["factorized", "gaussian"] = "factorized"  # the authors call the paper's "factorized" an erratum
     scale_floor: float = 0.11  # smallest sigma of y; CompressAI's bound. Released: exp(-7)
 
-    # GroupedMixer (context "grouped", see groupedmixer.py); context_layers counts its pairs of mixers
+    # GroupedMixer (context "grouped", see groupedmixer.py); context_layers counts its pairs of mixers. Its positions
+    # are always a diamond of its own: position, share_position and top_k_jitter hold for the hyperprior alone.
     groups: tuple[int, int, int] = (5, 2, 2)  # k_c channel slices, k_h x k_w spatial phases: G = k_c k_h k_w
     group_order: Literal["channels", "raster", "sites"] = "channels"
     inner: Literal["window", "top_k", "none"] = "window"  # inner-group mixer; top_k: Entroformer's attention
@@ -71,13 +72,17 @@ class EntroformerConfig:
 
     # Variable rate (ours, see gain.py): the lambdas one model serves, low to high; none: one rate, no gains
     lmbdas: tuple[float, ...] = ()
-    rate_aware: bool = False  # the entropy model is told the rate; the first models were not
+    rate_aware: bool = False  # the entropy model is told the rate
 
     def __post_init__(self):
         for name, hint in get_type_hints(type(self)).items():
             value = getattr(self, name)
             if not _fits(value, hint):
                 raise ConfigError(f"The config field '{name}' cannot be {value!r}; it takes {_describe(hint)}.")
+        stages = tuple(itertools.chain(*self.stages))
+        sizes = (self.N, self.M, self.Z, self.dim, self.heads, self.context_layers, self.ffn_ratio, self.radius)
+        if min(sizes + self.hyper_radius + self.groups + stages + (self.window,)) < 1:
+            raise ConfigError("Every size and radius in a config must be at least 1.")
         if self.context == "none" and not self.hyperprior:
             raise ConfigError("A model without context and without hyperprior has nothing to predict from.")
         if self.context == "grouped" and not self.hyperprior:
@@ -93,10 +98,10 @@ class EntroformerConfig:
             raise ConfigError(f"The width dim = {self.dim} does not divide into {self.heads} heads.")
         if self.position == "absolute" and self.dim % 4:
             raise ConfigError(f"Absolute positions need a width divisible by 4, and dim is {self.dim}.")
-        stages = tuple(itertools.chain(*self.stages))
-        sizes = (self.N, self.M, self.Z, self.dim, self.heads, self.context_layers, self.ffn_ratio, self.radius)
-        if min(sizes + self.hyper_radius + self.groups + stages + (self.window,)) < 1:
-            raise ConfigError("Every size and radius in a config must be at least 1.")
+        if self.linear_path == "dct" and self.M > 768:
+            raise ConfigError(
+                f"A block of 16x16 pixels has 768 frequencies, too few for M = {self.M} with a linear path."
+            )
         if any(k is not None and k < 2 for k in (self.top_k, *self.hyper_top_k)):
             raise ConfigError("top_k must be at least 2, or None for dense attention.")
         if not self.scale_floor > 0:
@@ -113,8 +118,9 @@ class EntroformerConfig:
 
     @property
     def variant(self) -> str:
-        """`serial`, `parallel`, `cnn`, `groupedmixer`, `hyperprior` (no context), or `context-serial` and so on (no
-        hyperprior); `hyperprior-cnn`, `minnen` (context and hyperprior CNNs) and so on with the hyperprior as a CNN."""
+        """What kind of entropy model this is, for tables: `serial`, `parallel`, `cnn`, `groupedmixer`, `hyperprior` (no
+        context), or `context-serial` and so on (no hyperprior); `hyperprior-cnn`, `minnen` (context and hyperprior
+        CNNs) and so on with the hyperprior as a CNN."""
         if not self.hyperprior:
             return f"context-{self.context}"
         name = {"none": "hyperprior", "grouped": "groupedmixer"}.get(self.context, self.context)
@@ -124,23 +130,11 @@ class EntroformerConfig:
 
     def to_json(self) -> str:
         """The config as JSON with sorted keys, so that equal configs give equal text."""
-        values = dataclasses.asdict(self)
-        # Fields younger than the first weights, whose digest must not change:
-        if not self.lmbdas:
-            del values["lmbdas"]
-        if not self.rate_aware:
-            del values["rate_aware"]
-        if self.hyper == "transformer":
-            del values["hyper"]
-        if self.hyper_input == "y":
-            del values["hyper_input"]
-        if self.context != "grouped":
-            for name in GROUPED_FIELDS:
-                del values[name]
-        for name in ("transforms", "stages", "linear_path"):
-            if values[name] in ("gdn", (), "none"):
-                del values[name]
-        return json.dumps(values, sort_keys=True)
+        values, default = dataclasses.asdict(self), EntroformerConfig()
+        # Fields younger than the first weights, whose digest must not change, are left out where they say nothing:
+        silent = [name for name in YOUNG_FIELDS if values[name] == getattr(default, name)]
+        silent += GROUPED_FIELDS if self.context != "grouped" else ()
+        return json.dumps({name: v for name, v in values.items() if name not in silent}, sort_keys=True)
 
     def replaced(self, **fields) -> "EntroformerConfig":
         """The config with some fields changed; an unknown one is a ConfigError."""
@@ -161,6 +155,7 @@ class EntroformerConfig:
 
 TRANSFORM_FIELDS = ("N", "M", "transforms", "stages", "linear_path")
 GROUPED_FIELDS = ("groups", "group_order", "inner", "window", "cross")
+YOUNG_FIELDS = ("lmbdas", "rate_aware", "hyper", "hyper_input", "transforms", "stages", "linear_path")
 
 
 def _known(values: dict, cls) -> dict:
@@ -204,7 +199,7 @@ def _describe(hint) -> str:
 
 SIZES = {
     "base": {},  # the paper's Table 5
-    # The smaller ones keep half of the 384 latents and more: without them, no detail (docs/training.md).
+    # The smaller ones keep at least half of the 384 channels of y: with fewer, fine detail is lost (docs/training.md).
     "study": dict(N=96, M=256, Z=64, dim=128, heads=4),  # about a third as wide: trains in minutes on a GPU
     "tiny": dict(N=64, M=192, Z=48, dim=96, heads=3, top_k=16, hyper_top_k=(16, 16, 16)),  # two CPU cores
 }
@@ -224,8 +219,9 @@ VARIANTS = {
     "groupedmixer-large": dict(context="grouped"),
 }
 
-# k_c of GroupedMixer's sizes; with 2 x 2 phases G = 4 k_c. And its pairs of mixers: each runs for G groups, which has
-# k_c times as many tokens as a layer of Entroformer, so there are fewer.
+# k_c of GroupedMixer's sizes; with 2 x 2 phases G = 4 k_c, so with k_c = 1 the groups are those of space alone. M of
+# `base` is 320, because 384 channels do not divide into 5 slices. And the pairs of mixers: each runs for G groups,
+# which has k_c times as many tokens as a layer of Entroformer, so there are fewer.
 GROUPED = {
     "base": ({"groupedmixer": 5, "groupedmixer-fast": 2, "groupedmixer-large": 10}, dict(M=320, context_layers=3)),
     "study": ({"groupedmixer": 4, "groupedmixer-fast": 2, "groupedmixer-large": 8}, dict(context_layers=3)),

@@ -1,6 +1,6 @@
 """Context models: what the latents decoded so far say about the next ones.
 
-Serial (section 3.1): sites in raster order, each sees those before it. Parallel (section 3.4, Figure 4): a
+Serial (sections 3.1 and 3.4): sites in raster order, each sees those before it. Parallel (section 3.4, Figure 4): a
 checkerboard, its first half known from the hyperprior alone, its second half sees all of the first. CNN (the baseline
 of Table 1): a masked 5x5 convolution in the place of the serial transformer. None: the hyperprior alone.
 
@@ -8,11 +8,15 @@ All answer two questions:
 
     forward(y_hat, gaps)  the features of all sites at once, for training and study
     steps(h, w)           the same, step by step, as they are coded: a generator that yields (site numbers [k], feature
-                          [1, D, k, 1] or None) and is sent these sites' latents, [k, M]
+                          [1, D, k, 1]) and is sent these sites' latents, [k, M]. A feature of k sites is laid out as
+                          one of a picture k high and 1 wide.
+
+`one_by_one` says that the steps go site by site. An encoder, which knows all latents, then calls `forward` instead.
 """
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +26,20 @@ from entroformer_lib.models.attention import Stack, UpToItself
 from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.position import grid_sites
 
-Steps = Generator[tuple[Tensor, Tensor | None], Tensor, None]
+Features = Generator[tuple[Tensor, Tensor | None], Tensor, None]
+
+
+class Step(NamedTuple):
+    """What an entropy model yields: distributions of some channels at some sites.  sites: [k]; means, log_scales:
+    [k, m]"""
+
+    channels: slice
+    sites: Tensor
+    means: Tensor
+    log_scales: Tensor
+
+
+Steps = Generator[Step, Tensor, None]
 
 
 @dataclass(frozen=True)
@@ -30,12 +47,12 @@ class Gaps:
     """Latents that are hidden from a context model, for training and for studies.
 
     kept: bool [B or 1, 1, h, w], for the random-mask pretraining (A.5). Latents that are not kept enter as zero. In the
-        serial model they get no context feature: the hyperprior alone predicts them. In the parallel model the mask
-        takes the checkerboard's place, and it is the kept ones that have none.
-    missing: bool [B, 1, h, w], latents that nobody may use. Their token enters as zero and no other token sees it, in
-        any layer; they are still predicted. (Hiding an offset from every query instead, layer by layer, does not hide
-        it: other tokens have seen the latent and pass it on, and in the serial model the query's own token carries the
-        latent before its site.)
+        serial model and the CNN they get no context feature: the hyperprior alone predicts them. In the parallel model
+        the mask takes the checkerboard's place, and it is the kept ones that have none.
+    missing: bool [B, 1, h, w], latents that nobody may use, for Figure 3. Their token enters as zero and no other token
+        sees it, in any layer; they are still predicted. (It would not be enough to hide an offset from every query in
+        every layer: other tokens have seen the latent and pass it on, and in the serial model the query's own token
+        carries the latent before its site.)
     one_way: bool [B], pictures of which a parallel model's sites see only those before them in raster order, for
         Table 3; the coder never does that.
     """
@@ -74,14 +91,12 @@ class SerialContext(nn.Module):
 
     def forward(self, y_hat: Tensor, gaps: Gaps = NO_GAPS) -> Tensor:
         B, _, h, w = y_hat.shape
-        if gaps.one_way is not None:
-            raise NotImplementedError("A serial model sees its context one way anyhow.")
         tokens = self.embed(_shown(y_hat, gaps).flatten(2).transpose(1, 2))  # [B, n, D]
         tokens = self.stack(tokens, grid_sites(h, w, y_hat.device), visible=_causal(h * w, gaps.missing))
         feature = torch.cat((self.start.expand(B, -1, -1), tokens[:, :-1]), dim=1)  # shifted by one
-        return _without_kept(feature.transpose(1, 2).reshape(B, -1, h, w), gaps)
+        return _at_kept(feature.transpose(1, 2).reshape(B, -1, h, w), gaps)
 
-    def steps(self, height: int, width: int) -> Steps:
+    def steps(self, height: int, width: int) -> Features:
         """One site at a time; keys and values of earlier sites are remembered."""
         sites = grid_sites(height, width, self.start.device)
         memory, feature = self.stack.memory(len(sites)), self.start  # [1, 1, D]
@@ -125,7 +140,7 @@ class ParallelContext(nn.Module):
         tokens = self.stack(tokens, grid_sites(h, w, y_hat.device), visible=visible)
         return tokens.transpose(1, 2).reshape(B, -1, h, w) * ~kept
 
-    def steps(self, height: int, width: int) -> Steps:
+    def steps(self, height: int, width: int) -> Features:
         """Two passes: the first slice without context, then all of the second at once.
 
         No site of the first slice sees one of the second, so the first slice runs through the blocks alone and leaves
@@ -136,10 +151,10 @@ class ParallelContext(nn.Module):
         one, two = first.nonzero()[:, 0], (~first).nonzero()[:, 0]
         memory = self.stack.memory(len(one))
         if len(one):  # a single site has no first slice
-            latents = yield one, None
+            latents = yield one, self.embed.weight.new_zeros(1, self.embed.out_features, len(one), 1)
             self.stack.remember(self.embed(latents)[None], sites[one], memory)
         for part in memory:
-            part.apart = True
+            part.closed = True
         unknown = self.embed(self.embed.weight.new_zeros(1, len(two), self.M))
         feature = self.stack(unknown, sites[torch.cat((one, two))], memory=memory if len(one) else None)
         yield two, feature.transpose(1, 2)[..., None]
@@ -164,14 +179,12 @@ class CnnContext(nn.Module):
     def forward(self, y_hat: Tensor, gaps: Gaps = NO_GAPS) -> Tensor:
         """A missing latent enters as zero, as the border does."""
         B, M, h, w = y_hat.shape
-        if gaps.one_way is not None:
-            raise NotImplementedError("A convolution sees its context one way anyhow.")
         patches = F.unfold(_shown(y_hat, gaps), 5, padding=2)  # [B, 25 M, n]
         patches = patches.view(B, M, 25, h * w)[:, :, :12].flatten(1, 2)  # [B, 12 M, n]
         feature = self.taps(patches.transpose(1, 2)).transpose(1, 2)
-        return _without_kept(feature.reshape(B, -1, h, w), gaps)
+        return _at_kept(feature.reshape(B, -1, h, w), gaps)
 
-    def steps(self, height: int, width: int) -> Steps:
+    def steps(self, height: int, width: int) -> Features:
         weight = self.taps.weight
         known = weight.new_zeros(weight.size(1) // 12, height + 4, width + 4)  # with the border
         for i in range(height * width):
@@ -190,18 +203,21 @@ class NoContext(nn.Module):
     def forward(self, y_hat: Tensor, gaps: Gaps = NO_GAPS) -> None:
         return None
 
-    def steps(self, height: int, width: int) -> Steps:
+    def steps(self, height: int, width: int) -> Features:
         yield torch.arange(height * width), None
 
 
 def _shown(y_hat: Tensor, gaps: Gaps) -> Tensor:
-    """Latents as a causal model sees them."""
+    """Latents as a model sees them whose sites look back."""
+    if gaps.one_way is not None:
+        raise NotImplementedError("This context model sees its context one way anyhow.")
     if gaps.kept is not None:
         y_hat = y_hat * gaps.kept
     return y_hat if gaps.missing is None else y_hat * ~gaps.missing
 
 
-def _without_kept(feature: Tensor, gaps: Gaps) -> Tensor:
+def _at_kept(feature: Tensor, gaps: Gaps) -> Tensor:
+    """Zero where a latent is not kept: there the hyperprior alone predicts (A.5)."""
     return feature if gaps.kept is None else feature * gaps.kept
 
 

@@ -6,9 +6,9 @@ Between g_a and the rounding every channel of y is multiplied by a gain, and div
     x --g_a--> y --* gain--> round --> y_hat --* inverse--> g_s --> x_hat
 
 A large gain means fine steps: more bits, less distortion. Everything the coder sees, y_hat included, is already
-scaled, so the file's exactness knows nothing of rates. Each lambda the model was trained for is a
-*level*; between two levels the gains are interpolated geometrically, so that the rate can be set continuously. This is
-one answer to the rate control that the paper's discussion leaves open.
+scaled, so it needs no gain. Each lambda the model was trained for is a *level*; between two levels the gains are
+interpolated geometrically, so that the rate can be set continuously. This is one answer to the rate control that the
+paper's discussion leaves open.
 
 An entropy model that is told nothing of the gain (`rate_aware=False`, as the first models) has to guess it from the
 latents, which is harder for a transformer: its layer norms take away the size of what they see. One that is told
@@ -50,12 +50,9 @@ class RateGain(nn.Module):
         low = level.floor().clamp(0, len(self.lmbdas) - 2)
         part = (level - low)[:, None]  # [B, 1]
         i = low.long()
-        return (
-            tuple(  # lerp and not `at_level`, whose last bit differs: caches of latents know transforms by their bits
-                torch.lerp(table[i], table[i + 1], part.to(table.dtype)).exp()[..., None, None]
-                for table in (self.log_gain, self.log_inverse)
-            )
-        )
+        # lerp and not `at_level`, whose last bit differs: saved latents belong to transforms of the same bits.
+        gain, inverse = (torch.lerp(t[i], t[i + 1], part.to(t.dtype)) for t in (self.log_gain, self.log_inverse))
+        return gain.exp()[..., None, None], inverse.exp()[..., None, None]
 
     def level_of(self, lmbda: float) -> float:
         """The level of a lambda; between two trained ones in proportion to its logarithm.
@@ -89,9 +86,10 @@ class RateGain(nn.Module):
 
 
 class Rate(NamedTuple):
-    """What an entropy model is told of the rates of B latents. All but `vector` are sizes of a step or one over it.
+    """What an entropy model is told of the rates of B latents.
 
-    gain, inverse, log_gain: of y, [B, M, 1, 1]; z_gain, z_inverse: of z, [B, Z, 1, 1]; vector: [B, D, 1, 1].
+    gain, inverse, log_gain: of y, [B, M, 1, 1]; z_gain, z_inverse: of z, [B, Z, 1, 1]; vector: [B, D, 1, 1]. An inverse
+    here is one over the gain, not the learned one before g_s.
     """
 
     gain: Tensor

@@ -30,7 +30,6 @@ Letters in shapes: B pictures, G groups (S of them at a time), n sites of a grou
 
 import functools
 import itertools
-from collections.abc import Generator
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +37,9 @@ from torch import Tensor, nn
 
 from entroformer_lib.models.attention import ACTIVATIONS, TopKAttention, init_linear
 from entroformer_lib.models.config import EntroformerConfig
+from entroformer_lib.models.context import Step, Steps
 from entroformer_lib.models.position import RelativePosition, grid_sites
-from entroformer_lib.models.primitives import dot_products, weighted_sum
+from entroformer_lib.models.primitives import dot_products, float_or_wider, weighted_sum
 
 Counts = tuple[int, int, int]  # k_c, k_h, k_w
 
@@ -291,17 +291,15 @@ class GroupedMixer(nn.Module):
         out = self._gaussians(x, at_target, range(len(self.order)))
         return tuple(merge(part, size, self.counts, self.order_name) for part in out)
 
-    def steps(
-        self, height: int, width: int, hyper: Tensor, cached: bool = True
-    ) -> Generator[tuple[slice, Tensor, Tensor, Tensor], Tensor, None]:
-        """Group after group: yields (channels, site numbers [k], means, logarithms of scales [k, m] each) and is sent
-        these latents, [k, m].  hyper: [1, D, h, w]
+    def steps(self, height: int, width: int, hyper: Tensor, cached: bool = True) -> Steps:
+        """Group after group, and is sent its latents, [k, m].  hyper: [1, D, h, w]
 
         cached: False computes all earlier slots again for every group, to see what the cache saves; the same bits.
         """
         grid, m = group_grid(height, width, self.counts), self.head[0].out_features // 2
         at_target = self._hyper_of_groups(hyper)  # [1, G, n, D]
         cache = ContextCache(len(self.pairs), len(self.order)) if cached else None
+        # Sites are numbered from 1, because `split` fills up with 0.
         number = torch.arange(1, height * width + 1, device=hyper.device).view(1, 1, height, width)
         number = split(number, (1, *self.counts[1:]), "raster")[0, :, :, 0] - 1  # [k_h k_w, n], -1: outside
         coded, held = None, []
@@ -317,7 +315,7 @@ class GroupedMixer(nn.Module):
             means, log_scales = (v[0, 0] for v in self._gaussians(x[:, -1:], here[:, -1:], range(i, i + 1)))  # [n, m]
             sites = number[row * self.counts[2] + column]
             inside = sites >= 0
-            latents = yield slice(part * m, part * m + m), sites[inside], means[inside], log_scales[inside]
+            latents = yield Step(slice(part * m, part * m + m), sites[inside], means[inside], log_scales[inside])
             coded = means.new_zeros(1, *means.shape)
             coded[0, inside] = latents
 
@@ -341,5 +339,5 @@ class GroupedMixer(nn.Module):
         """x, at_target: [B, S, n, D]  ->  means and logarithms of scales: [B, S, n, m]"""
         joined = self.join(torch.cat((x, at_target), dim=-1))  # [B, S, n, 2 D]
         out = [self.head[self.order[slot][0]](joined[:, i]) for i, slot in enumerate(slots)]
-        log_scales, means = torch.stack(out, dim=1).chunk(2, dim=-1)
+        log_scales, means = float_or_wider(torch.stack(out, dim=1)).chunk(2, dim=-1)
         return means, log_scales

@@ -6,8 +6,8 @@ x --g_a--> y --round--> y_hat --g_s--> x_hat          (the picture's way)
            |              |
            z --round--> z_hat --h_s--+--> entropy parameters --> means, scales of y
 
-A model with several lambdas also scales y behind g_a and scales y_hat back before g_s, and may tell the entropy model
-of it: gain.py.
+GroupedMixer takes the place of both boxes on the right and below. A model with several lambdas also scales y behind g_a
+and scales y_hat back before g_s, and may tell the entropy model of it: gain.py.
 """
 
 import torch
@@ -37,7 +37,8 @@ KINDS = {
 class Network(CompressionModel):
     """All parts, and what they compute together. `Entroformer` adds real bytes.
 
-    Each part can be called on its own: `g_a(x)`, `h_a(y)`, `h_s(z_hat)`, `context_model(y_hat)`, `g_s(y_hat)`.
+    Each part can be called on its own: `g_a(x)`, `h_a(y)`, `h_s(z_hat)`, `g_s(y_hat)`, and `context_model(y_hat)`,
+    which in GroupedMixer needs the hyperprior feature too.
 
     A variable-rate model codes at its `level` unless a call names another one: 0 is the lowest rate,
     `len(config.lmbdas) - 1` the highest, and anything between.
@@ -48,7 +49,7 @@ class Network(CompressionModel):
         self.config = c
         self.g_a, self.g_s = build_transforms(c)
         self.gain = RateGain(c.lmbdas, c.M) if c.lmbdas else None
-        self.level = (len(c.lmbdas) - 1) / 2
+        self.level = (len(c.lmbdas) - 1) / 2 if c.lmbdas else None
         self.rate_knowledge = RateKnowledge(self.gain, c.Z, c.dim) if c.rate_aware else None
         self.h_a, self.h_s = build_hyperprior(c)
         context, parameters, self.kind = KINDS[c.context]
@@ -69,7 +70,7 @@ class Network(CompressionModel):
 
         The rate is trained on y + U(-0.5, 0.5), which has a useful gradient in the likelihood's argument; g_s, h_s and
         the context model get rounded values with a straight-through gradient, because that is what they get when
-        decoding (as Minnen & Singh 2020).
+        decoding (as Minnen & Singh 2020; section 2 of the paper gives noise to all of them).
 
         Args:
             x: [B, 3, H, W] in [0, 1]; H and W multiples of `config.downsampling`.

@@ -51,7 +51,7 @@ class RelativePosition(nn.Module):
         self.register_buffer("lookup", _bucket_of_offset(kind, radius), persistent=False)
 
     def table(self) -> Tensor:
-        """All distinct vectors: [buckets, d]."""
+        """All distinct vectors, which the heads share: [buckets, d]."""
         if self.kind == "relative_1d":
             return (self.rows[:, None] + self.columns[None, :]).flatten(0, 1)
         return self.vectors
@@ -90,8 +90,9 @@ class RelativePosition(nn.Module):
         height, width = (int(i) + 1 + 2 * h for i in torch.maximum(keys.amax(0), queries.amax(0)))
         number = torch.full((height, width), n, device=keys.device)
         number[keys[:, 0] + h, keys[:, 1] + h] = torch.arange(n, device=keys.device)
-        inside = (self.lookup < self.lookup.amax()).nonzero() - 1  # offsets + h, in the order of their buckets
-        near = queries[:, None] + inside  # [q, 25, 2]
+        # Offsets inside the diamond in the order of their buckets; `lookup` counts them from -h-1, `number` from -h.
+        inside = (self.lookup < self.lookup.amax()).nonzero() - 1
+        near = queries[:, None] + inside  # [q, 2h(h+1) + 1, 2]
         near = number[near[..., 0], near[..., 1]].expand(*products.shape[:2], -1, -1)
         everywhere = products[..., -1:].expand(*products.shape[:3], n + 1)  # one column more for "none"
         return everywhere.scatter(-1, near, products[..., :-1])[..., :n]
@@ -113,7 +114,9 @@ def sinusoidal_positions(sites: Tensor, dim: int) -> Tensor:
     """Absolute encoding: half of the width for the row, half for the column, sines and cosines as in Vaswani 2017.
 
     The paper does not say which absolute encoding it used; fixed sines need no largest picture size (our choice).
-    Rounded to multiples of 2^-16, so that they are the same on every machine. sites: [n, 2]  ->  [n, dim], float32
+    Rounded to multiples of 2^-16, so that the last bits of sine and cosine do not matter.
+
+    sites: [n, 2]  ->  [n, dim], float32
     """
     exponents = torch.arange(0, dim // 2, 2, device=sites.device, dtype=torch.float64) / (dim // 2)  # [dim / 4]
     angles = sites[..., None] * 10000**-exponents  # [n, 2, dim / 4]

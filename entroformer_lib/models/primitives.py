@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import wrap_torch_function
 
+# Marks a function of ours so that a TorchFunctionMode sees its calls, as it sees those of torch's own functions.
 replaceable = wrap_torch_function(lambda *tensors, **more: [t for t in tensors if isinstance(t, Tensor)])
 
 
@@ -20,10 +21,11 @@ def dot_products(q: Tensor, k: Tensor) -> Tensor:
 
 @replaceable
 def keep_top_k(scores: Tensor, k: int | None) -> Tensor:
-    """f_k of eq. 7: keeps the k largest scores of each row and what equals the k-th, sets the rest to -inf.
+    """f_k of eq. 7: keeps the k largest scores of each query and sets the rest to -inf.
 
-    Flat parts of a picture give many *mathematically* equal scores, and then rounding noise chooses among them, here
-    and in the released code. The coder cannot live with that and computes exactly.
+    Eq. 7 does not say what to do with ties; here all scores that equal the k-th are kept. Flat parts of a picture give
+    many scores that would be equal without rounding, and in floating point rounding noise chooses among them, here and
+    in the released code. The coder therefore computes the scores exactly (exact/).
 
     scores: [..., n] with -inf where a key is not visible  ->  the same shape
     """

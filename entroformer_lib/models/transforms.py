@@ -48,7 +48,7 @@ class Analysis(nn.Sequential):
 
 
 class Synthesis(nn.Sequential):
-    """g_s: latents to picture, not clamped.
+    """g_s: latents to picture, not clamped. (Table 5 prints 192 channels for its last layer; a picture has 3.)
 
     y_hat: [B, M, H/16, W/16]  ->  x_hat: [B, 3, H, W], about [0, 1]
     """
@@ -71,7 +71,10 @@ def _run(layers: list[nn.Module], x: Tensor) -> Tensor:
 
 @replaceable
 def convolved(x: Tensor, convolution: nn.Module, norm: nn.Module | None) -> Tensor:
-    """x: [B, C, H, W]  ->  [B, C', H / 2, W / 2], or [B, C', 2 H, 2 W] of a transposed convolution"""
+    """A convolution and its GDN; `replaceable`, so that it can be done strip by strip.
+
+    x: [B, C, H, W]  ->  [B, C', H / 2, W / 2], or [B, C', 2 H, 2 W] of a transposed convolution
+    """
     x = convolution(x)
     return x if norm is None else norm(x)
 
@@ -85,7 +88,7 @@ class ConvBlock(nn.Module):
         x + C(D(leaky(C(x)))),  then  x + C(relu6(a) b)  with  a, b = C(x)
 
     where C is a 1x1 convolution and D a depthwise 3x3 one. 5 N^2 + 9 N multiplications a site. The gate ends at 6:
-    products without an end would square what comes in at every block, and some picture would go beyond all numbers.
+    without that limit the product of two activations could square the magnitude in every block, and overflow.
 
     x: [B, N, h, w]  ->  [B, N, h, w]
     """
@@ -102,7 +105,7 @@ class ConvBlock(nn.Module):
 
 @replaceable
 def block_of(x: Tensor, block: ConvBlock) -> Tensor:
-    """What a ConvBlock does; a function, so that it can be done strip by strip."""
+    """What a ConvBlock does; `replaceable`, so that it can be done strip by strip."""
     x = x + block.leave(block.depthwise(F.leaky_relu(block.enter(x), 0.1)))
     a, b = block.gates(x).chunk(2, dim=1)  # [B, N, h, w] each
     return x + block.mix(F.relu6(a) * b)
@@ -155,8 +158,9 @@ class BlockSynthesis(nn.Sequential):
 
 # ---- the linear path ------------------------------------------------------------------------------------------------
 
-# A step of 1 in a latent is about the best step for lambda = 0.0064: theory for fine steps says that it changes the
-# pixels of a block, in units of 255, by sqrt(18 / (ln 2 lambda)), and x in [-1, 1] has a range of 2.
+# A step of 1 in a latent is about the best step for lambda = 0.0064: theory for fine steps says that the best one
+# changes the pixels of a block by sqrt(18 / (ln 2 lambda)) = 64 in units of 255, which is 0.5 where x has the range
+# [-1, 1]. So a latent is a coefficient of the DCT times 2.
 DCT_SCALE = 2.0
 CHROMA_FREQUENCY = 3  # colour differences have as little energy as brightness has at three times the frequency
 
