@@ -140,11 +140,11 @@ def masking_by_distance(data: pd.DataFrame) -> Figure:
         for ax, norm in zip(row, norms, strict=True):
             shared = dict(data=part, x=norm, y="percent", hue="model", style="model", legend=False, ax=ax)
             points = {key: value for key, value in look.items() if key != "dashes"}
-            seaborn.scatterplot(**shared, **points, s=6, alpha=0.4, linewidth=0)
+            seaborn.scatterplot(**shared, **points, s=9, alpha=0.4, linewidth=0)
             seaborn.lineplot(**shared, **look, errorbar=None, linewidth=1, markersize=3, markeredgewidth=0)
-            ax.set_yscale("symlog", linthresh=0.1 if measure == "missing" else 2)
             ax.axhline(0, color="0.7", linewidth=0.6)
             ax.set(xlabel=f"{norm} distance, latents" if measure == "alone" else "", ylabel=label)
+        row[0].set_yscale("symlog", linthresh=0.1 if measure == "missing" else 2)  # not before seaborn has its means
     for model, colour in look["palette"].items():
         axes[0, -1].plot([], color=colour, marker=look["markers"][model], markersize=3, label=model)
     axes[0, -1].legend(loc="upper right", fontsize=5.5)
@@ -160,9 +160,8 @@ def beyond_curve(data: pd.DataFrame) -> Figure:
     import seaborn
 
     figure, ax = new_figure(ONE_COLUMN * 1.4, 2.8)
-    seaborn.lineplot(
-        data, x="radius", y="percent", hue="model", style="model", ax=ax, markeredgewidth=0, **looks(data["model"])
-    )
+    lines = dict(x="radius", y="percent", hue="model", style="model", markersize=4, markeredgewidth=0)
+    seaborn.lineplot(data, **lines, **looks(data["model"]), ax=ax)
     ax.axhline(0, color="0.6", linewidth=0.8)
     ax.set(xlabel="L1 distance up to which the context is known, latents", ylabel="rate against all context, %")
     ax.legend()

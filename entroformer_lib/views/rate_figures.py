@@ -43,8 +43,8 @@ LOOKS = {  # variant: colour, marker, dashes of a line
     "groupedmixer": (COLOURS[2], "^", "-"),
     "hyperprior-cnn": ("0.3", "s", "--"),
     "hyperprior": (COLOURS[0], "o", "--"),
-    "context-cnn": ("0.3", "s", ":"),
-    "context-serial": (COLOURS[0], "o", ":"),
+    "context-cnn": ("0.3", "D", ":"),
+    "context-serial": (COLOURS[0], "P", ":"),
 }
 
 
@@ -290,18 +290,22 @@ def tradeoff(points: pd.DataFrame) -> Figure:
     points: of `same_transforms.tradeoff_points`
     """
     families = list(dict.fromkeys(points["family"]))
-    figure, axes = new_figure(TWO_COLUMNS, 2.9 * len(families), len(families), 2, squeeze=False, sharey="row")
+    figure, axes = new_figure(TWO_COLUMNS, 2.6 * len(families) + 0.6, len(families), 2, squeeze=False, sharey="row")
     for row, family in zip(axes, families, strict=True):
         part = points[points["family"] == family]
         for ax, seconds in zip(row, TIMES, strict=True):
             _points_and_front(ax, part[part[seconds] > 0], seconds)
         row[0].set_ylabel("rate against the parallel model, %")
         row[0].set_title(FAMILIES.get(family, family), loc="left")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center")
+    handles = {}
+    for ax in axes.flat:
+        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
     for row, family in zip(axes, families, strict=True):
         for ax, seconds in zip(row, TIMES, strict=True):
-            part = points[(points["family"] == family) & (points[seconds] > 0)]
-            label_points(ax, part[seconds], part["percent"], _names(part), [_look(v)[0] for v in part["variant"]])
+            groups = points.query(f"family == '{family}' and variant == 'groupedmixer' and {seconds} > 0")
+            names = groups["groups"].map("G = {:.0f}".format)
+            label_points(ax, groups[seconds], groups["percent"], names, LOOKS["groupedmixer"][0])
     return figure
 
 
@@ -309,31 +313,17 @@ def _points_and_front(ax, points: pd.DataFrame, seconds: str) -> None:
     best, groups = front(points, seconds), points[points["variant"] == "groupedmixer"].sort_values("groups")
     look = dict(color="0.6", linewidth=0.8, zorder=1, label="none is both faster and smaller")
     ax.plot(best[seconds], best["percent"], "--", **look)
-    ax.plot(groups[seconds], groups["percent"], color=_look("groupedmixer")[0], linewidth=1, zorder=2)
-    for x, y, variant in points[[seconds, "percent", "variant"]].itertuples(index=False):
-        colour, marker, _ = _look(variant)
-        ax.plot(x, y, marker, color=colour, markersize=5)
+    ax.plot(groups[seconds], groups["percent"], color=LOOKS["groupedmixer"][0], linewidth=1, zorder=2)
+    for variant, part in points.groupby("variant", sort=False):
+        colour, marker, dashes = LOOKS.get(variant, ("0.35", "o", "-"))
+        face = colour if dashes == "-" else "white"
+        label = LABELS.get(variant, variant)
+        ax.plot(part[seconds], part["percent"], marker, color=colour, markerfacecolor=face, markersize=5, label=label)
     ax.axhline(0, color="0.85", linewidth=0.8, zorder=0)
     ax.set(xscale="log", xlabel=TIMES[seconds])
-    ax.margins(x=0.25, y=0.2)
+    ax.margins(x=0.15, y=0.15)
     low, high = ax.get_xlim()
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.grid(alpha=0.2, linewidth=0.5, which="both")
-
-
-def _look(variant: str) -> tuple[str, str, str]:
-    return LOOKS.get(variant, ("0.35", "o", "-"))
-
-
-def _names(points: pd.DataFrame) -> list[str]:
-    """Of several GroupedMixers only the one with the fewest groups says what it is."""
-    fewest = points[points["variant"] == "groupedmixer"]["groups"].min()
-    names = []
-    for point in points.itertuples():
-        label = LABELS.get(point.variant, point.model)
-        if point.variant == "groupedmixer":
-            label = f"{label}, " * (point.groups == fewest) + f"G = {point.groups:.0f}"
-        names.append(label)
-    return names

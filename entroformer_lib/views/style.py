@@ -15,7 +15,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 GREYS = ("0.25", "0.45", "0.6", "0.35", "0.55")  # for what is not ours
 SEQUENTIAL = "cividis"  # for maps: even in grey, the same to colour-blind readers
 
-MARKERS = "osD^vPX*"
+MARKERS = "osD^vPX*h<>"
 
 RC = {
     "font.size": 8,
@@ -57,7 +57,7 @@ class NotebookFigure(Figure):
 def looks(names) -> dict:
     """Keywords for seaborn: a colour and a marker for each of the names, in their order."""
     names = list(dict.fromkeys(names))
-    colours, markers = ((cycle * len(names))[: len(names)] for cycle in ((*COLOURS, "0.5"), MARKERS))
+    colours, markers = ((cycle * len(names))[: len(names)] for cycle in ((*COLOURS, "0.5", "#7a4a21"), MARKERS))
     return {
         "hue_order": names, "style_order": names, "palette": dict(zip(names, colours, strict=True)),
         "markers": dict(zip(names, markers, strict=True)), "dashes": False,
@@ -80,24 +80,19 @@ def label_ends(ax, ends: list[tuple[float, float, str, str]], x: float, gap: flo
         ax.annotate(text, (end, y), xytext=(1.04 * x, free), arrowprops=line, **options)
 
 
-def label_points(ax, x, y, texts, colours=None) -> None:
-    """A text beside each point, moved until it covers no other text and no point.
+def label_points(ax, x, y, texts, colour: str = "0.35") -> None:
+    """A text beside each point, moved until it covers no other text and no point; x, y, texts: of each point.
 
     Call it when the axes have their limits. A thin line joins a text with its point where it had to go far.
-
-    Args:
-        x, y, texts: of each point.
-        colours: of each text; grey by default.
     """
     from adjustText import adjust_text
 
     ax.figure.draw_without_rendering()  # now the axes stand where they will be
-    x, y, texts = list(x), list(y), list(texts)
-    colours = colours or ["0.35"] * len(texts)
-    labels = [ax.text(*point, fontsize=6, color=colour) for *point, colour in zip(x, y, texts, colours, strict=True)]
+    x, y = list(x), list(y)
+    labels = [ax.text(*place, fontsize=6, color=colour) for place in zip(x, y, texts, strict=True)]
     line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.4}
     # The number of steps is fixed, and no clock: the same figure gives the same file.
-    adjust_text(labels, x=x, y=y, ax=ax, iter_lim=300, min_arrow_len=8, expand=(1.1, 1.3), arrowprops=line)
+    adjust_text(labels, x, y, ax=ax, iter_lim=300, min_arrow_len=8, expand=(1.5, 1.5), arrowprops=line)
 
 
 def save(figure: Figure, name: str, formats: tuple[str, ...] = ("png",)) -> list[Path]:
