@@ -117,8 +117,8 @@ def both_systems_bd() -> str:
         f"{cnns.rate_percent:+.1f}% against CNNs throughout and {cnn.rate_percent:+.1f}% against the CNN context "
         f"behind the same hyperprior. Two passes instead of one by one cost {two:+.1f}% over the same range, "
         f"where the paper has about 1%, and {covered:+.1f}% without our lowest rate, which lies below the "
-        "authors' curve ([what they pay for](notebooks/04_rate_distortion.ipynb)). The number of groups matters: in runs of "
-        f"{steps} steps GroupedMixer's rate is {change[2]:+.1f}% against the parallel model with 2 groups, "
+        "authors' curve ([what they pay for](notebooks/04_rate_distortion.ipynb)). The number of groups matters: in "
+        f"runs of {steps} steps GroupedMixer's rate is {change[2]:+.1f}% against the parallel model with 2 groups, "
         f"{change[12]:+.1f}% with the 12 of this table, and {change[32]:+.1f}% with 32 "
         "([notebook 07](notebooks/07_groupedmixer.ipynb), `data/results/ablation-groups.json`)."
     )

@@ -304,8 +304,9 @@ def tradeoff(points: pd.DataFrame) -> Figure:
     for row, family in zip(axes, families, strict=True):
         for ax, seconds in zip(row, TIMES, strict=True):
             groups = points.query(f"family == '{family}' and variant == 'groupedmixer' and {seconds} > 0")
-            names = groups["groups"].map("G = {:.0f}".format)
-            label_points(ax, groups[seconds], groups["percent"], names, LOOKS["groupedmixer"][0])
+            if len(groups) > 1:
+                names = groups["groups"].map("G = {:.0f}".format)
+                label_points(ax, groups[seconds], groups["percent"], names, LOOKS["groupedmixer"][0])
     return figure
 
 
