@@ -9,8 +9,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from entroformer_lib.studies.results import ablation, reference
-from entroformer_lib.views.rate_figures import Comparison
-from entroformer_lib.views.style import COLOURS, MARKERS, ONE_COLUMN, TWO_COLUMNS, looks, new_figure, styled
+from entroformer_lib.views.paper_tables import Comparison
+from entroformer_lib.views.style import COLOURS, MARKERS, ONE_COLUMN, TWO_COLUMNS, new_figure, points_and_means, styled
 
 PUBLISHED = "published"
 POSITIONS = ("none", "absolute", "relative_1d", "relative_2d", "diamond")  # as in EntroformerConfig, in table 1's order
@@ -83,11 +83,11 @@ def figure7(data: pd.DataFrame) -> Figure:
 
     figure, axes = new_figure(TWO_COLUMNS, 2.8, 1, 2)
     data = data.assign(model=data["top_k"].map(_k_name))
-    names = list(dict.fromkeys(data["model"]))
-    look = looks(names) | {"markers": False, "dashes": {name: (2, 1) if name == "dense" else "" for name in names}}
+    dashes = {name: (2, 1) if name == "dense" else "" for name in data["model"]}
+    look = dict(x="step", y="bpp", hue="model", style="model", palette=list(COLOURS[: len(dashes)]), dashes=dashes)
     for ax, part in zip(axes, (data, data[data["step"] >= data["step"].max() / 2]), strict=True):
-        lines = dict(x="step", y="bpp", hue="model", style="model", errorbar=("pi", 100), err_kws={"linewidth": 0})
-        seaborn.lineplot(part, **lines, **look, ax=ax, legend=ax is axes[0])
+        ranges = dict(errorbar=("pi", 100), err_kws={"linewidth": 0})
+        seaborn.lineplot(part, **look, **ranges, legend=ax is axes[0], ax=ax)
         ax.set(xlabel="step", ylabel="bits per pixel")
     axes[0].legend()
     return figure
@@ -216,14 +216,8 @@ def sizes(rows: pd.DataFrame) -> Figure:
 
     rows: size (pixels), position, bpp, seed
     """
-    import seaborn
-
     figure, ax = new_figure(ONE_COLUMN * 1.3, 2.6)
-    look = looks(rows["position"])
-    points = {key: value for key, value in look.items() if key != "dashes"}
-    shared = dict(data=rows, x="size", y="bpp", hue="position", style="position", ax=ax)
-    seaborn.scatterplot(**shared, **points, s=16, linewidth=0, legend=False)
-    seaborn.lineplot(**shared, **look, errorbar=None, markeredgewidth=0, markersize=4)
+    points_and_means(ax, rows, "size", "bpp", "position")
     ax.set_xticks(sorted(rows["size"].unique()))
     ax.set(xlabel="side of the picture, pixels", ylabel="bits per pixel")
     ax.legend(title="position encoding", loc="center left", bbox_to_anchor=(1, 0.5))

@@ -14,8 +14,16 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from entroformer_lib.studies.results import load
-from entroformer_lib.views.rate_figures import Comparison
-from entroformer_lib.views.style import COLOURS, ONE_COLUMN, SEQUENTIAL, TWO_COLUMNS, looks, new_figure, styled
+from entroformer_lib.views.paper_tables import Comparison
+from entroformer_lib.views.style import (
+    COLOURS,
+    ONE_COLUMN,
+    SEQUENTIAL,
+    TWO_COLUMNS,
+    new_figure,
+    points_and_means,
+    styled,
+)
 
 # ---- figure 3 ----
 
@@ -129,24 +137,16 @@ def masking_by_distance(data: pd.DataFrame) -> Figure:
 
     data: of `masking_by_distance_data`
     """
-    import seaborn
-
     norms = ("L1", "L2", "L-infinity")
     labels = {"missing": "rate increase when missing, %", "alone": "rate saved alone, %"}
     figure, axes = new_figure(TWO_COLUMNS, 4.4, 2, 3, sharey="row", sharex="col")
-    look = looks(data["model"])
     for row, (measure, label) in zip(axes, labels.items(), strict=True):
-        part = data[data["measure"] == measure]
         for ax, norm in zip(row, norms, strict=True):
-            shared = dict(data=part, x=norm, y="percent", hue="model", style="model", legend=False, ax=ax)
-            points = {key: value for key, value in look.items() if key != "dashes"}
-            seaborn.scatterplot(**shared, **points, s=9, alpha=0.4, linewidth=0)
-            seaborn.lineplot(**shared, **look, errorbar=None, linewidth=1, markersize=3, markeredgewidth=0)
+            part = data[data["measure"] == measure]
+            points_and_means(ax, part, norm, "percent", "model", legend=ax is axes[0, -1])
             ax.axhline(0, color="0.7", linewidth=0.6)
             ax.set(xlabel=f"{norm} distance, latents" if measure == "alone" else "", ylabel=label)
-        row[0].set_yscale("symlog", linthresh=0.1 if measure == "missing" else 2)  # not before seaborn has its means
-    for model, colour in look["palette"].items():
-        axes[0, -1].plot([], color=colour, marker=look["markers"][model], markersize=3, label=model)
+        row[0].set_yscale("symlog", linthresh=0.1 if measure == "missing" else 2)
     axes[0, -1].legend(loc="upper right", fontsize=5.5)
     return figure
 
@@ -157,11 +157,8 @@ def beyond_curve(data: pd.DataFrame) -> Figure:
 
     data: of `beyond_data`
     """
-    import seaborn
-
     figure, ax = new_figure(ONE_COLUMN * 1.4, 2.8)
-    lines = dict(x="radius", y="percent", hue="model", style="model", markersize=4, markeredgewidth=0)
-    seaborn.lineplot(data, **lines, **looks(data["model"]), ax=ax)
+    points_and_means(ax, data, "radius", "percent", "model")
     ax.axhline(0, color="0.6", linewidth=0.8)
     ax.set(xlabel="L1 distance up to which the context is known, latents", ylabel="rate against all context, %")
     ax.legend()

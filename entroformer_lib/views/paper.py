@@ -49,7 +49,7 @@ class Item:
     needs: str
     data: Callable[[], pd.DataFrame | None]
     draw: Callable[[pd.DataFrame], Figure]
-    compare: Callable[[pd.DataFrame], list[rates.Comparison]] = field(default=lambda data: [])
+    compare: Callable[[pd.DataFrame], list[tables.Comparison]] = field(default=lambda data: [])
     claim: str = ""
     table: bool = False
 

@@ -1,13 +1,33 @@
-"""Tables 2 and 6 of the paper beside ours, and any table as a picture and as Markdown."""
+"""Published numbers beside ours: tables 2 and 6 of the paper, and any table as a picture and as Markdown."""
+
+from dataclasses import dataclass
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from entroformer_lib.studies.results import load, reference
-from entroformer_lib.views.rate_figures import Comparison
 from entroformer_lib.views.style import TWO_COLUMNS, new_figure, styled
 
 ROWS_OF_TABLE2 = ("bmshj2018-hyperprior", "mbt2018", "base-serial", "base-parallel")  # ours, in the paper's order
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One published number beside ours."""
+
+    quantity: str
+    published: float | None
+    ours: float
+    unit: str = ""
+
+    @property
+    def deviation(self) -> str:
+        """Difference in the unit itself for percent and dB, otherwise in percent of the published number."""
+        if self.published is None:
+            return ""
+        if self.unit in ("%", "dB"):
+            return f"{self.ours - self.published:+.2f} {self.unit}"
+        return f"{100 * (self.ours / self.published - 1):+.1f}%"
 
 
 def table2_data() -> pd.DataFrame | None:

@@ -5,7 +5,6 @@ a table to a figure or to a comparison.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -23,6 +22,7 @@ from entroformer_lib.studies.results import (
     published,
 )
 from entroformer_lib.studies.same_transforms import against, front, saved_rates
+from entroformer_lib.views.paper_tables import Comparison
 from entroformer_lib.views.style import (
     COLOURS,
     GREYS,
@@ -46,25 +46,6 @@ LOOKS = {  # variant: colour, marker, dashes of a line
     "context-cnn": ("0.3", "D", ":"),
     "context-serial": (COLOURS[0], "P", ":"),
 }
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One published number beside ours."""
-
-    quantity: str
-    published: float | None
-    ours: float
-    unit: str = ""
-
-    @property
-    def deviation(self) -> str:
-        """Difference in the unit itself for percent and dB, otherwise in percent of the published number."""
-        if self.published is None:
-            return ""
-        if self.unit in ("%", "dB"):
-            return f"{self.ours - self.published:+.2f} {self.unit}"
-        return f"{100 * (self.ours / self.published - 1):+.1f}%"
 
 
 # ---- rate and quality ----
@@ -200,6 +181,8 @@ def two_passes(prices: pd.DataFrame) -> Figure:
     whole = prices.loc["whole"]
     bars = whole[list(parts)].rename(columns=parts)
     bars.plot.bar(stacked=True, ax=left, color=COLOURS[:3], width=0.8, edgecolor="w", rot=0)
+    for patch in left.containers[1]:
+        patch.set_hatch("////")  # to be told apart in print
     left.plot(range(len(whole)), whole["all"], "kD", label="in all", markersize=4)
     left.axhline(0, color="0.4", linewidth=0.6)
     left.set(xlabel="lambda", ylabel="against serial, % of its rate", title="whole pictures")

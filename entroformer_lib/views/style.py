@@ -54,14 +54,20 @@ class NotebookFigure(Figure):
         return buffer.getvalue()
 
 
-def looks(names) -> dict:
-    """Keywords for seaborn: a colour and a marker for each of the names, in their order."""
-    names = list(dict.fromkeys(names))
+def points_and_means(ax, data, x: str, y: str, by: str, legend: bool = True) -> None:
+    """Every row as a pale point, and a line through the means at each x; a colour and a marker for each value of `by`.
+
+    Set a scale of the axis after it: seaborn would take the means on that scale.
+    """
+    import seaborn
+
+    names = list(dict.fromkeys(data[by]))
     colours, markers = ((cycle * len(names))[: len(names)] for cycle in ((*COLOURS, "0.5", "#7a4a21"), MARKERS))
-    return {
-        "hue_order": names, "style_order": names, "palette": dict(zip(names, colours, strict=True)),
-        "markers": dict(zip(names, markers, strict=True)), "dashes": False,
-    }  # fmt: skip
+    look = dict(x=x, y=y, hue=by, hue_order=names, style=by, style_order=names, palette=list(colours), ax=ax)
+    look["markers"] = dict(zip(names, markers, strict=True))
+    seaborn.scatterplot(data, **look, s=9, alpha=0.4, linewidth=0, legend=False)
+    line = dict(dashes=False, errorbar=None, linewidth=1, markersize=4, markeredgewidth=0)
+    seaborn.lineplot(data, **look, **line, legend=legend)
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **subplots):
@@ -92,7 +98,7 @@ def label_points(ax, x, y, texts, colour: str = "0.35") -> None:
     labels = [ax.text(*place, fontsize=6, color=colour) for place in zip(x, y, texts, strict=True)]
     line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.4}
     # The number of steps is fixed, and no clock: the same figure gives the same file.
-    adjust_text(labels, x, y, ax=ax, iter_lim=300, min_arrow_len=8, expand=(1.5, 1.5), arrowprops=line)
+    adjust_text(labels, x, y, ax=ax, iter_lim=150, min_arrow_len=8, expand=(1.5, 1.5), arrowprops=line)
 
 
 def save(figure: Figure, name: str, formats: tuple[str, ...] = ("png",)) -> list[Path]:
