@@ -10,7 +10,7 @@ TEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 
 .PHONY: help setup figures test lint lab bench train-tiny clean
 
 help:
-	@echo "make figures     run every notebook on the shipped weights, draw the paper's figures, write figures/"
+	@echo "make figures     run every notebook on the shipped weights, draw the paper's figures, write figures/ and README.md's numbers"
 	@echo "make test        lint and test"
 	@echo "make lab         open JupyterLab on the notebooks"
 	@echo "make bench       time coding beside CompressAI's models, and a training step"
@@ -28,6 +28,7 @@ $(READY): pyproject.toml
 figures: $(READY)
 	$(BIN)/python notebooks/run_all.py
 	$(BIN)/python -m entroformer_lib.views.paper
+	$(BIN)/python benchmarks/readme.py
 
 test: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist worksteal
@@ -52,7 +53,7 @@ train-tiny: $(READY)
 		--lmbdas 0.00035 0.0008 0.0017 0.0035 0.007 0.014 0.029 0.06 0.12 --steps 12000 --batch 16 --crop 128 --last-crop 192 \
 		--optimizer muon --lr 2e-3 --schedule linear --precision bfloat16
 	@test -d "$(ENTROFORMER_DATA)/kodak" || echo "No $(ENTROFORMER_DATA)/kodak: weights are in runs/tiny-rates, not measured."
-	test ! -d "$(ENTROFORMER_DATA)/kodak" || $(BIN)/python -m entroformer_lib.studies.model_card publish runs/tiny-rates tiny-rates \
+	test ! -d "$(ENTROFORMER_DATA)/kodak" || $(BIN)/python benchmarks/publish.py publish runs/tiny-rates tiny-rates \
 		--kodak "$(ENTROFORMER_DATA)/kodak" --data "$(TINY_DATA)" --limits "$(TINY_LIMITS)"
 
 TINY_DATA = 1,172 photographs: 250 of CID22 (CC BY-SA 4.0) and 922 of ImageNet and BSDS500 (for research use)

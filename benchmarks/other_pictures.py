@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -83,8 +84,7 @@ def main(model: Positional[str], data: Path, out: Path) -> None:
             done = out.with_name(f"{out.name}.{name.replace(' ', '-')}.rows")
             tasks = [task for codec in (model, *ANCHORS) for task in tasks_of(codec, paths)]
             points[name] = means(measure(tasks, done))
-            curves = {c: [row for row in points[name] if row["codec"] == c] for c in (model, *ANCHORS)}
-            ours, *theirs = (bd.measured_curve(c, rows) for c, rows in curves.items())
+            ours, *theirs = (bd.curve_of(pd.DataFrame(points[name]), codec) for codec in (model, *ANCHORS))
             for anchor in theirs:
                 found = bd.compare(ours, anchor)
                 rates.append({"pictures": name, "count": len(paths), "anchor": anchor.label, **_numbers(found)})

@@ -1,6 +1,7 @@
 """Shared fixtures: small models with lively latents, and real photographs."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ from PIL import Image
 
 from entroformer_lib.datasets import SAMPLES, sample_picture
 from entroformer_lib.entroformer import Entroformer
+from entroformer_lib.files import data_folder
 from entroformer_lib.models.config import named_config
+from entroformer_lib.studies import results
 from entroformer_lib.weights.zoo import save_weights
 
 collect_ignore = [] if browser_path() else ["test_browser.py"]
@@ -59,6 +62,15 @@ def pictures_folder(part: str) -> Path | None:
     """`kodak` or `train` under ENTROFORMER_DATA, or None."""
     folder = Path(os.environ.get("ENTROFORMER_DATA", "/nowhere")).resolve() / part
     return folder if folder.is_dir() else None
+
+
+@pytest.fixture
+def results_folder(tmp_path, monkeypatch) -> Path:
+    """An empty folder that is read instead of data/results; published numbers stay."""
+    (tmp_path / "data" / "results").mkdir(parents=True)
+    shutil.copytree(data_folder() / "reference", tmp_path / "data" / "reference")
+    monkeypatch.setattr(results, "data_folder", lambda: tmp_path / "data")
+    return tmp_path / "data" / "results"
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,12 @@
 """The delta between curves, checked on published ones and on cases with a known answer."""
 
-import json
-
 import numpy as np
+import pandas as pd
 import pytest
 
 from entroformer_lib.errors import DataError
-from entroformer_lib.files import data_folder
-from entroformer_lib.studies import bd
-from entroformer_lib.studies.bd import Curve, compare, decibels, measured_curve, published_curves
+from entroformer_lib.studies import bd, results
+from entroformer_lib.studies.bd import Curve, compare, curve_of
 
 
 @pytest.mark.parametrize("test, anchor, percent", [
@@ -18,8 +16,10 @@ from entroformer_lib.studies.bd import Curve, compare, decibels, measured_curve,
     ("Entroformer, serial (authors)", "JPEG", -64.70),
 ])  # fmt: skip
 def test_published_curves(test, anchor, percent):
-    curves = published_curves()
-    assert compare(curves[test], curves[anchor]).rate_percent == pytest.approx(percent, abs=0.01)
+    published = results.published()
+    assert compare(curve_of(published, test), curve_of(published, anchor)).rate_percent == pytest.approx(
+        percent, abs=0.01
+    )
 
 
 def test_known_answers():
@@ -57,36 +57,24 @@ def test_curves_without_an_answer(curve, sentence):
 
 
 def test_every_published_curve_has_a_source_and_rises():
-    for metric in ("psnr", "ms_ssim"):
-        for curve in published_curves(metric=metric, optimised_for=("mse", "ms-ssim", "codec")).values():
-            assert curve.source and list(curve.bpp) == sorted(curve.bpp)
+    published = results.published(optimised_for=("mse", "ms-ssim", "codec"))
+    assert published["source"].notna().all() and (published[["psnr_db", "ms_ssim_db"]].notna().any(axis=1)).all()
+    for _, curve in published.groupby(["codec", "optimised_for"]):
+        assert curve["bpp"].is_monotonic_increasing
 
 
-def test_measured_points():
-    rows = {
-        "0.02": {"bpp": 0.5, "psnr_db": 32.0, "ms_ssim": 0.99},
-        "0.01": {"bpp": 0.3, "psnr_db": 30.0, "ms_ssim": 0.9},
-    }
-    assert measured_curve("ours", rows).quality == (30.0, 32.0)
-    assert measured_curve("ours", rows, "ms_ssim").quality == pytest.approx((10.0, 20.0))
-    assert decibels(0.999) == pytest.approx(30)
+def test_a_curve_knows_whether_it_was_published():
+    points = pd.DataFrame({"codec": "ours", "bpp": [0.5, 0.3], "psnr_db": [32.0, 30.0], "ms_ssim_db": [20.0, np.nan]})
+    assert curve_of(points, "ours") == Curve("ours", (0.3, 0.5), (30.0, 32.0), None)
+    assert curve_of(points, "ours", "ms_ssim_db").quality == (20.0,)
+    assert curve_of(results.published(), "JPEG").source.startswith("CompressAI")
+    assert results.decibels(0.999) == pytest.approx(30)
 
 
 def test_table_gives_the_reason_instead_of_a_number():
-    published = published_curves()
-    bpg, short = published["BPG 4:4:4"], Curve("short", (0.1, 0.2), (28.0, 30.0))
-    table = bd.table([published["VTM 9.1 (VVC)"], short], [bpg])
+    published = results.published()
+    bpg, vtm = (curve_of(published, name) for name in ("BPG 4:4:4", "VTM 9.1 (VVC)"))
+    table = bd.table([vtm, Curve("short", (0.1, 0.2), (28.0, 30.0))], [bpg])
     assert table["rate_percent"][0] == pytest.approx(-18.02, abs=0.05) and table["reason"][0] == ""
     assert np.isnan(table["rate_percent"][1]) and "at least four" in table["reason"][1]
     assert list(table["anchor"]) == ["BPG 4:4:4, published"] * 2
-
-
-def test_saved_points_are_those_of_the_results():
-    points = bd.saved_points()
-    result = json.loads((data_folder() / "results" / "tiny-rates-kodak.json").read_text())["mean"]
-    rows = points[points["codec"] == "tiny-rates"]
-    assert {f"{lmbda:g}": bpp for lmbda, bpp in zip(rows["setting"], rows["bpp"], strict=True)} == {
-        lmbda: row["bpp"] for lmbda, row in result.items()
-    }
-    curve = bd.curve_of(points, "tiny-rates")
-    assert len(curve.bpp) == len(result) and bd.compare(curve, curve).rate_percent == pytest.approx(0, abs=1e-9)

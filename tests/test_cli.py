@@ -15,8 +15,8 @@ import tyro
 from conftest import micro_model
 from PIL import Image
 
+from benchmarks.publish import training_command
 from entroformer_lib import cli
-from entroformer_lib.studies.model_card import training_command
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.weights.zoo import load_model, save_weights
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import context_cache
 from entroformer_lib.codec import codec
 from entroformer_lib.entroformer import build_model
 from entroformer_lib.errors import AttentionError, ConfigError, StudyError, TrainingError
@@ -26,7 +27,6 @@ from entroformer_lib.models.groupedmixer import (
     split,
     windows,
 )
-from entroformer_lib.studies import context_cache
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.loop import train
 

@@ -14,7 +14,8 @@ from entroformer_lib.inspection.capture import capture
 from entroformer_lib.inspection.mixer_attention import mixer_maps
 from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.groupedmixer import WindowAttention, group_order, split
-from entroformer_lib.views import grouped_animation, paper_data
+from entroformer_lib.studies.results import load
+from entroformer_lib.views import grouped_animation
 from entroformer_lib.views import grouped_figures as figures
 from entroformer_lib.views.style import TWO_COLUMNS
 
@@ -188,7 +189,7 @@ def test_what_has_no_mixers_is_refused(photo):
 
 
 def test_the_saving_is_drawn_as_saved():
-    saved = paper_data.result("context_cache")
+    saved = load("context_cache")
     rows = figures.cache_rows(saved)
     assert (rows["law"] * 2 == rows["groups"] + 1).all() and len(rows) == len(saved["rows"])
     law, points = figures.cache_saving(rows).axes[0].lines

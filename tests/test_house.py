@@ -98,7 +98,7 @@ def test_notebooks_are_thin(path):
     for cell in code:
         source = "".join(cell["source"])
         assert cell["outputs"] == [] and cell["execution_count"] is None
-        assert len(source.splitlines()) <= 15
+        assert len(source.splitlines()) <= 25
         assert not re.search(r"^\s*(class |@)", source, re.M) and ".backward(" not in source
     assert notebook["cells"][0]["cell_type"] == "markdown"
 
@@ -112,33 +112,12 @@ def test_figures_come_from_make_figures_alone():
     assert {p.stem for p in (ROOT / "figures").iterdir() if p.suffix in (".png", ".svg", ".csv")} <= saved
 
 
-def test_numbers_in_the_readme_are_saved_results():
-    from entroformer_lib.studies import bd
-
-    means = json.loads((ROOT / "data" / "results" / "tiny-rates-kodak.json").read_text())["mean"]
-    text = " ".join((ROOT / "README.md").read_text().split())
-    for mean in means.values():
-        assert f"| {mean['bpp']:.3f} | {mean['psnr_db']:.2f} |" in text
-    curve, published = bd.measured_curve("tiny-rates", means), bd.published_curves()
-    for anchor in ("JPEG", "BPG 4:4:4"):
-        assert f"{bd.compare(curve, published[anchor]).rate_percent:+.1f}% against {anchor}" in text
-
-
-def test_the_table_of_both_systems_is_that_of_the_results():
-    from entroformer_lib.studies import bd, both_systems, same_transforms
+def test_numbers_in_the_readme_are_those_of_the_results():
+    """`python benchmarks/readme.py` would change nothing."""
+    from benchmarks.readme import filled
 
     text = (ROOT / "README.md").read_text()
-    assert both_systems.in_markdown(both_systems.side_by_side()) in text
-    rates = same_transforms.saved_rates().groupby(["variant", "lmbda"])[["bpp", "psnr_db"]].mean()
-    variants = ("serial", "parallel", "minnen", "cnn")
-    curves = {v: bd.measured_curve(v, rates.loc[v].to_dict("records")) for v in variants}
-    for anchor, words in (("minnen", "against CNNs throughout"), ("cnn", "against the CNN context")):
-        percent = bd.compare(curves["serial"], curves[anchor]).rate_percent
-        assert f"{percent:+.1f}% {words}" in " ".join(text.split())
-    covered = min(bd.published_curves()["Entroformer, serial (authors)"].quality)
-    for lowest, words in ((0, "over the same range"), (covered, "without our lowest rate")):
-        percent = bd.compare(*(curves[v].above(lowest) for v in ("parallel", "serial"))).rate_percent
-        assert f"{percent:+.1f}% {words}" in " ".join(text.split())
+    assert filled(text) == text
 
 
 def test_cards_and_results_belong_to_the_shipped_weights():

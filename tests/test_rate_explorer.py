@@ -8,7 +8,6 @@ import pytest
 from conftest import micro_model
 from PIL import Image
 
-from entroformer_lib.studies.bd import Curve
 from entroformer_lib.studies.measuring import picture_at
 from entroformer_lib.views.rate_explorer import RatePoints, figure_of, widget
 from entroformer_lib.weights.zoo import save_weights
@@ -54,15 +53,15 @@ def test_beside_holds_original_result_and_crops(points, photo):
 
 
 def test_curves_say_whether_they_are_published(points):
-    curve = Curve("BPG 4:4:4", (0.1, 0.2), (28.0, 30.0), source="somebody")
-    names = [trace.name for trace in figure_of(points, [curve]).data]
+    curve = pd.DataFrame({"codec": "BPG 4:4:4", "bpp": [0.1, 0.2], "psnr_db": [28.0, 30.0]})
+    names = [trace.name for trace in figure_of(points, curve).data]
     assert names[0] == "BPG 4:4:4, published" and all(name.endswith(", measured") for name in names[1:])
-    jpeg = figure_of(points, []).data[0]
+    jpeg = figure_of(points, curve).data[1]
     assert list(jpeg.x) == [0.2, 0.5] and [point for point, _ in jpeg.customdata] == [1, 0]  # from low rate to high
 
 
 def test_a_click_shows_the_picture(points):
-    box = widget(points, [])
+    box = widget(points, pd.DataFrame(columns=["codec", "bpp", "psnr_db"]))
     plot, text, picture = box.children
     trace = plot.data[0]
     trace._dispatch_on_click(type("P", (), {"point_inds": [1]})(), None)

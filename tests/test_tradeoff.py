@@ -8,30 +8,22 @@ import numpy as np
 import pytest
 from conftest import MICRO, micro_model
 
+from benchmarks import readme, tradeoff
 from entroformer_lib.codec import codec
 from entroformer_lib.errors import DataError, StudyError
 from entroformer_lib.models import config as model_config
-from entroformer_lib.studies import ablation, both_systems, same_transforms, tradeoff
+from entroformer_lib.studies import ablation, same_transforms
+from entroformer_lib.studies import results as saved_results
 from entroformer_lib.studies.ablation_grids import GRIDS
 from entroformer_lib.studies.ablation_runs import Terms
 from entroformer_lib.studies.latency import STAGES
 from entroformer_lib.training.latents import write_latents
-from entroformer_lib.views import paper_data
-from entroformer_lib.views import tradeoff as views
+from entroformer_lib.views import rate_figures as views
 from entroformer_lib.views.ablation_figures import dots
 from entroformer_lib.weights.zoo import save_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's advice
 VARIANTS = {"few": dict(groups=(1, 1, 2)), "many": dict(groups=(2, 2, 2)), "parallel": {}, "hyperprior": {}}
-
-
-@pytest.fixture
-def results(tmp_path, monkeypatch) -> Path:
-    """An empty folder of results, which is read."""
-    (tmp_path / "data" / "results").mkdir(parents=True)
-    for module in (paper_data, same_transforms, both_systems):
-        monkeypatch.setattr(module, "data_folder", lambda: tmp_path / "data")
-    return tmp_path / "data" / "results"
 
 
 def family(lmbdas: tuple[float, ...] = ()) -> dict:
@@ -86,16 +78,6 @@ def test_rows_are_of_real_files(saved, run_folders, photo_folder):
     assert {"revision", "date", "threads"} <= set(saved["provenance"])
 
 
-def test_the_quickest_decoding_counts(photo, monkeypatch):
-    clock = iter([0.0, 5.0, 10.0, 12.0, 20.0, 24.0])
-    monkeypatch.setattr(tradeoff.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(tradeoff.codec, "decode", lambda data, model: photo)
-    row = {"data": b"", "decode_s": float("inf")}
-    for _ in range(3):
-        tradeoff._time(None, row)
-    assert row["decode_s"] == 2.0
-
-
 def test_shipped_models_code_at_the_lambda(tmp_path, photo, monkeypatch):
     monkeypatch.setenv("ENTROFORMER_WEIGHTS", str(tmp_path))
     save_weights(family((0.01, 0.02, 0.04))["parallel"], tmp_path / "rates.safetensors", {})
@@ -129,7 +111,7 @@ def test_what_trainings_differ_in():
 
 
 def test_points_are_relative_to_the_parallel_model(saved):
-    points = tradeoff.points(saved).set_index("model")
+    points = same_transforms.tradeoff_points(saved).set_index("model")
     rows = {row["model"]: row for row in saved["rows"]}
     for name in VARIANTS:
         assert points.loc[name, "percent"] == pytest.approx(100 * (rows[name]["bpp"] / rows["parallel"]["bpp"] - 1))
@@ -137,14 +119,16 @@ def test_points_are_relative_to_the_parallel_model(saved):
         assert points.loc[name, "entropy_model_s"] == pytest.approx(both)
     without = {"rows": [row for row in saved["rows"] if row["variant"] != "parallel"]}
     with pytest.raises(StudyError, match="0 parallel models"):
-        tradeoff.points(without)
+        same_transforms.tradeoff_points(without)
 
 
 def test_means_are_over_pictures_and_families_stay_apart(saved):
     """The same rows once more as another picture of twice the bits, and as another family of three times the bits."""
     more = [{**row, "image": "more", "bpp": 2 * row["bpp"], "decode_s": 3 * row["decode_s"]} for row in saved["rows"]]
     other = [{**row, "family": "shipped", "bpp": 3 * row["bpp"]} for row in saved["rows"]]
-    one, all_of_them = (tradeoff.points({"rows": rows}) for rows in (saved["rows"], saved["rows"] + more + other))
+    one, all_of_them = (
+        same_transforms.tradeoff_points({"rows": rows}) for rows in (saved["rows"], saved["rows"] + more + other)
+    )
     mine = all_of_them[all_of_them["family"] == "runs"]
     assert np.allclose(mine["bpp"], 1.5 * one["bpp"]) and np.allclose(mine["decode_s"], 2 * one["decode_s"])
     for _, part in all_of_them.groupby("family"):
@@ -152,8 +136,8 @@ def test_means_are_over_pictures_and_families_stay_apart(saved):
 
 
 def test_the_front_is_what_none_beats_in_both(saved):
-    points = tradeoff.points(saved)
-    kept = set(views.front(points)["model"])
+    points = same_transforms.tradeoff_points(saved)
+    kept = set(same_transforms.front(points)["model"])
     for one in points.itertuples():
         beaten = any(
             other.decode_s <= one.decode_s and other.percent <= one.percent and other.model != one.model
@@ -162,22 +146,21 @@ def test_the_front_is_what_none_beats_in_both(saved):
         assert beaten != (one.model in kept)
 
 
-def test_each_model_is_drawn_and_named_once_in_each_panel(saved):
-    points = tradeoff.points(saved)
+def test_each_model_is_drawn_in_each_panel_and_named(saved):
+    points = same_transforms.tradeoff_points(saved)
     figure = views.tradeoff(points)
     assert len(figure.axes) == 2
     for ax, seconds in zip(figure.axes, ("decode_s", "entropy_model_s"), strict=True):
-        marks = {(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines if line.get_marker() != "None"}
-        assert marks == {(getattr(p, seconds), p.percent) for p in points.itertuples()}
-        texts = [text.get_text() for text in ax.texts]
-        assert sorted(texts) == ["Entroformer, parallel", "G = 8", "GroupedMixer, G = 2", "hyperprior alone"]
-        boxes = [text.get_window_extent() for text in ax.texts]
-        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+        marks = {tuple(point) for line in ax.lines if line.get_marker() != "None" for point in line.get_xydata()}
+        assert marks == set(points[[seconds, "percent"]].itertuples(index=False, name=None))
+        assert sorted(text.get_text() for text in ax.texts) == ["G = 2", "G = 8"]
         assert ax.get_xscale() == "log"
+    names = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert names >= {"Entroformer, parallel", "GroupedMixer", "transformer hyperprior alone"}
 
 
 def test_labels_of_points_close_together_keep_apart(saved):
-    points = tradeoff.points(saved)
+    points = same_transforms.tradeoff_points(saved)
     near = np.array([1, 1, 1.03, 1.03])  # two at one place, two beside them
     points = points.assign(decode_s=near, entropy_model_s=near, percent=0.0)
     for ax in views.tradeoff(points).axes:
@@ -208,11 +191,11 @@ def grid_results(source, photo_folder, tmp_path_factory) -> Path:
 
 
 def test_the_groups_curve_draws_the_saved_rows(grid_results, monkeypatch):
-    monkeypatch.setattr(paper_data, "data_folder", lambda: grid_results)
+    monkeypatch.setattr(saved_results, "data_folder", lambda: grid_results)
     rows = json.loads((grid_results / "results" / "ablation-groups.json").read_text())["rows"]
     data, lines = views.groups_data(), views.lines_beside()
     assert list(data["groups"]) == [2, 4] and list(data["bpp"]) == [row["bpp"] for row in rows]
-    assert set(lines) == {"Entroformer, parallel", "hyperprior alone"}
+    assert set(lines) == {"Entroformer, parallel", "transformer hyperprior alone"}
     ax = views.groups_curve(data, lines).axes[0]
     points, curve, *level = ax.lines
     assert np.array_equal(points.get_ydata(), data["bpp"]) and np.allclose(curve.get_ydata(), data["bpp"])
@@ -220,17 +203,17 @@ def test_the_groups_curve_draws_the_saved_rows(grid_results, monkeypatch):
     assert [label.get_text() for label in ax.get_xticklabels()] == ["2\n1 x 2", "4\n1 x 4"]
 
 
-def test_lines_of_other_terms_are_left_out(grid_results, results):
+def test_lines_of_other_terms_are_left_out(grid_results, results_folder):
     for name in ("groups", "table3"):
         found = json.loads((grid_results / "results" / f"ablation-{name}.json").read_text())
         found["settings"]["steps"] += name == "table3"
-        (results / f"ablation-{name}.json").write_text(json.dumps(found))
+        (results_folder / f"ablation-{name}.json").write_text(json.dumps(found))
     assert views.lines_beside() == {}
 
 
 def test_mixers_are_compared_with_the_whole(grid_results, monkeypatch):
-    monkeypatch.setattr(paper_data, "data_folder", lambda: grid_results)
-    rows = paper_data.ablation("groupedmixer")
+    monkeypatch.setattr(saved_results, "data_folder", lambda: grid_results)
+    rows = saved_results.ablation("groupedmixer")
     found = views.mixer_dots(rows)
     bpp = rows.set_index("difference")["bpp"]
     whole, without = bpp.index
@@ -248,9 +231,9 @@ def kodak_results(folder: Path, rows: list[dict], lmbda: float = 0.02, more: flo
     """Results as published, at two lambdas, of which the second takes twice the bits; more: dB of the last model."""
     for row in rows:
         better = more * (row is rows[-1])
-        image = {"image": row["image"], "psnr_db": row["psnr_db"] + better, "encode_s": 1.0, "decode_s": 1.0}
+        image = {"image": row["image"], "psnr_db": row["psnr_db"] + better, "ms_ssim": 0.9}
         images = [{**image, "lmbda": at, "bpp": k * row["bpp"]} for at, k in ((0.01, 1), (lmbda, 2))]
-        result = {"images": images, "mean": {}, "transforms": "tiny-rates", "variant": row["variant"]}
+        result = {"images": images, "transforms": "tiny-rates", "variant": row["variant"]}
         (folder / f"{row['model']}-kodak.json").write_text(json.dumps(result))
 
 
@@ -261,40 +244,39 @@ def published_rows(saved: dict) -> list[dict]:
     return [{**row, "family": "shipped", "model": names[row["model"]]} for row in rows]
 
 
-def test_the_table_has_the_saved_numbers(saved, results):
+def test_the_table_has_the_saved_numbers(saved, results_folder):
     rows = published_rows(saved)
-    kodak_results(results, rows)
+    kodak_results(results_folder, rows)
     assert set(tradeoff.published()) == {row["model"] for row in rows}
-    assert both_systems.side_by_side()["decode_s"].isna().all()  # not measured yet
-    assert "–" in both_systems.in_markdown(both_systems.side_by_side())
-    (results / "tradeoff.json").write_text(json.dumps({**saved, "rows": rows}))
-    text = both_systems.in_markdown(both_systems.side_by_side())
+    assert same_transforms.side_by_side()["decode_s"].isna().all()  # not measured yet
+    assert "–" in readme.both_systems()
+    (results_folder / "tradeoff.json").write_text(json.dumps({**saved, "rows": rows}))
+    table = same_transforms.side_by_side().set_index("model")
     base = next(row for row in rows if row["variant"] == "parallel")
     for row in rows:
-        (line,) = [line for line in text.splitlines() if f"[{row['model']}]" in line]
-        percent, both = 100 * (row["bpp"] / base["bpp"] - 1), row["context_s"] + row["parameters_s"]
-        expected = [same_transforms.WORDS[row["variant"]], f"{percent:+.1f}%", f"{percent:+.1f}% to {percent:+.1f}%"]
-        expected += [f"{row['decode_s']:.2f}", f"{both:.2f}", f"{row['parameters'] / 1e6:.2f}"]
-        expected += [f"[{row['model']}](data/results/{row['model']}-kodak.json)"]
-        assert line == "| " + " | ".join(expected) + " |"
-    assert len({line.count("|") for line in text.splitlines()}) == 1
+        percent = 100 * (row["bpp"] / base["bpp"] - 1)
+        assert table.loc[row["model"], ["percent", "least", "most"]].tolist() == pytest.approx([percent] * 3)
+        assert table.loc[row["model"], "decode_s"] == row["decode_s"]
+        assert table.loc[row["model"], "entropy_model_s"] == row["context_s"] + row["parameters_s"]
+    text = readme.both_systems()
+    assert "GroupedMixer" in text and f"{base['decode_s']:.2f}" in text and "–" not in text
 
 
-def test_other_qualities_and_lambdas_are_no_comparison(saved, results):
+def test_other_qualities_and_lambdas_are_no_comparison(saved, results_folder):
     rows = published_rows(saved)
-    kodak_results(results, rows, more=0.1)
+    kodak_results(results_folder, rows, more=0.1)
     with pytest.raises(StudyError, match="another quality"):
-        both_systems.side_by_side()
-    kodak_results(results, rows)
-    kodak_results(results, rows[:1], lmbda=0.04)
+        same_transforms.side_by_side()
+    kodak_results(results_folder, rows)
+    kodak_results(results_folder, rows[:1], lmbda=0.04)
     with pytest.raises(StudyError, match="other lambdas"):
-        both_systems.side_by_side()
+        same_transforms.side_by_side()
 
 
-def test_without_results_a_sentence(results, photo_folder, capsys):
-    assert views.groups_data() is None and both_systems.side_by_side() is None
-    assert views.pending("tradeoff") == "There is no data/results/tradeoff.json yet, so there is no figure here."
-    both_systems.main()
-    assert capsys.readouterr().out.strip() == both_systems.NONE
+def test_without_results_a_sentence(results_folder, photo_folder):
+    assert views.groups_data() is None and same_transforms.side_by_side() is None
+    assert (
+        saved_results.pending("tradeoff") == "There is no data/results/tradeoff.json yet, so there is no figure here."
+    )
     with pytest.raises(StudyError, match="no shipped models"):
-        tradeoff.save(photo_folder, out=results / "tradeoff.json")
+        tradeoff.save(photo_folder, out=results_folder / "tradeoff.json")

@@ -3,16 +3,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import aware_model
-from matplotlib.figure import Figure
 
+from benchmarks import two_passes
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.errors import WeightsError
 from entroformer_lib.models.context import first_slice
-from entroformer_lib.studies import two_passes
-from entroformer_lib.views import figures
 from entroformer_lib.weights.zoo import save_weights
 
 
@@ -43,27 +43,21 @@ def test_a_square_is_coded_as_if_it_stood_alone():
     assert together["second"] != pytest.approx(two_passes.parts(model, y, 0.5)["second"], rel=1e-4)
 
 
-def test_study_and_figure(tmp_path):
+def test_a_row_for_each_model_rate_and_side(tmp_path):
     sample_picture("chelsea").crop((0, 0, 192, 128)).save(tmp_path / "a.png")
     names = [str(tmp_path / f"{name}.safetensors") for name in ("serial", "parallel")]
     for model, name in zip(pair(), names, strict=True):
         save_weights(model, Path(name), {})
-    out = tmp_path / "out.json"
-    lmbdas = aware_model("serial").config.lmbdas
-    two_passes.compare(
-        str(tmp_path), str(out), models=tuple(names), others=(f"again={'='.join(names)}",), lmbdas=lmbdas
-    )
-    rows = json.loads(out.read_text())["rows"]
-    assert two_passes.price(rows, None) == two_passes.price(rows, None, "again")
-    prices = {side: two_passes.price(rows, side) for side in (128, None)}
-    for row in prices[None]:
-        serial, parallel = (
-            sum(r[part] for part in ("first", "second", "z"))
-            for r in rows
-            if r["lmbda"] == row["lmbda"] and r["side"] is None and r["pair"] == ""
-        )
-        assert row["all"] == pytest.approx(100 * (parallel / serial - 1))
-    assert isinstance(figures.two_passes(prices), Figure)
+    out, lmbdas = tmp_path / "out.json", aware_model("serial").config.lmbdas
+    others = (f"again={'='.join(names)}",)
+    two_passes.compare(str(tmp_path), str(out), models=tuple(names), others=others, lmbdas=lmbdas)
+    rows = pd.DataFrame(json.loads(out.read_text())["rows"])
+    parts = ["first", "second", "z"]
+    assert (rows[parts] > 0).all().all() and len(rows) == 2 * len(lmbdas) * (3 + 1)
+    whole = rows[rows["side"].isna()].set_index(["pair", "variant"])[parts].sort_index()
+    for variant in ("serial", "parallel"):
+        assert np.array_equal(whole.loc[("again", variant)], whole.loc[("", variant)])
+    assert not np.isclose(whole.loc[("", "serial")], whole.loc[("", "parallel")]).any()
 
 
 def test_models_with_other_transforms_are_not_compared(tmp_path):

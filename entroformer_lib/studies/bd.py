@@ -1,20 +1,16 @@
-"""Comparing rate-distortion curves: published ones, measured ones, and the Bjontegaard delta between two of them.
+"""Comparing two rate-distortion curves: the Bjontegaard delta.
 
-A BD-rate depends on the anchor, the interpolation and the range of quality both curves cover, so all three travel with
-the number.
+A BD-rate depends on the anchor, the interpolation and the range of quality that both curves cover, so all three travel
+with the number.
 """
 
-import functools
 import itertools
-import json
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
-import numpy as np
 import pandas as pd
 
 from entroformer_lib.errors import DataError
-from entroformer_lib.files import data_folder
 
 METHOD = "pchip"
 
@@ -36,6 +32,16 @@ class Curve:
         kept = [(r, q) for r, q in zip(self.bpp, self.quality, strict=True) if q >= quality]
         bpp, qualities = zip(*kept, strict=True) if kept else ((), ())
         return replace(self, bpp=bpp, quality=qualities)
+
+
+def curve_of(points: pd.DataFrame, codec: str, quality: str = "psnr_db") -> Curve:
+    """A codec's points as a curve.
+
+    points: of `results.kodak_means` or `results.published`; quality: psnr_db or ms_ssim_db.
+    """
+    rows = points[points["codec"] == codec].dropna(subset=quality).sort_values("bpp")
+    source = rows["source"].iloc[0] if "source" in rows and len(rows) else None
+    return Curve(codec, tuple(rows["bpp"]), tuple(rows[quality]), source)
 
 
 @dataclass(frozen=True)
@@ -73,15 +79,12 @@ def compare(test: Curve, anchor: Curve) -> Bjontegaard:
     low, high = max(min(c.quality) for c in (test, anchor)), min(max(c.quality) for c in (test, anchor))
     left, right = max(c.bpp[0] for c in (test, anchor)), min(c.bpp[-1] for c in (test, anchor))
     if low >= high or left >= right:
-        raise DataError(
-            f"{test.label} ({min(test.quality):.2f} to {max(test.quality):.2f} dB) and {anchor.label} "
-            f"({min(anchor.quality):.2f} to {max(anchor.quality):.2f} dB) have no quality and rate in common."
-        )
+        ranges = [f"{c.label} ({min(c.quality):.2f} to {max(c.quality):.2f} dB)" for c in (test, anchor)]
+        raise DataError(f"{' and '.join(ranges)} have no quality and rate in common.")
     points = (anchor.bpp, anchor.quality, test.bpp, test.quality)
     options = dict(method=METHOD, require_matching_points=False, min_overlap=0)
-    return Bjontegaard(
-        test.label, anchor.label, float(bd_rate(*points, **options)), float(bd_psnr(*points, **options)), low, high
-    )
+    rate, quality = (float(measure(*points, **options)) for measure in (bd_rate, bd_psnr))
+    return Bjontegaard(test.label, anchor.label, rate, quality, low, high)
 
 
 def table(tests: Iterable[Curve], anchors: Iterable[Curve]) -> pd.DataFrame:
@@ -89,17 +92,13 @@ def table(tests: Iterable[Curve], anchors: Iterable[Curve]) -> pd.DataFrame:
     no number can be given, reason."""
     rows = []
     for test, anchor in itertools.product(tuple(tests), tuple(anchors)):
-        row = {"test": test.label, "anchor": anchor.label + (", published" if anchor.source else "")}
         try:
-            found = compare(test, anchor)
+            row = asdict(compare(test, anchor)) | {"reason": ""}
         except DataError as error:
-            rows.append(row | {"reason": str(error)})
-            continue
-        numbers = {name: getattr(found, name) for name in ("rate_percent", "quality_db", "low", "high", "method")}
-        rows.append(row | numbers | {"reason": ""})
-    return pd.DataFrame(
-        rows, columns=["test", "anchor", "rate_percent", "quality_db", "low", "high", "method", "reason"]
-    )
+            row = {"test": test.label, "reason": str(error)}
+        rows.append(row | {"anchor": anchor.label + (", published" if anchor.source else "")})
+    columns = ["test", "anchor", "rate_percent", "quality_db", "low", "high", "method", "reason"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _check(curve: Curve) -> None:
@@ -111,68 +110,3 @@ def _check(curve: Curve) -> None:
                 raise DataError(
                     f"The {name} of {curve.label} does not rise from its point {i + 1} ({a:g}) to the next ({b:g})."
                 )
-
-
-def published_curves(dataset: str = "kodak", metric: str = "psnr", optimised_for: Iterable[str] = ("mse", "codec")):
-    """Curves other people published, by label: dict[str, Curve].
-
-    Args:
-        dataset: kodak or tecnick.
-        metric: psnr (dB) or ms_ssim, given as -10 log10(1 - MS-SSIM) in dB.
-        optimised_for: mse, ms-ssim, and codec for classical codecs.
-    """
-    curves = {}
-    for row in _published():
-        if row["dataset"] == dataset and row["optimised_for"] in tuple(optimised_for) and metric in row:
-            quality = row[metric] if metric == "psnr" else decibels(row[metric])
-            points = sorted(zip(row["bpp"], map(float, quality), strict=True))
-            curves[row["label"]] = Curve(row["label"], *map(tuple, zip(*points, strict=True)), source=row["source"])
-    return curves
-
-
-def decibels(ms_ssim) -> np.ndarray:
-    """MS-SSIM as -10 log10(1 - MS-SSIM), in which its small differences near 1 can be seen."""
-    return -10 * np.log10(1 - np.asarray(ms_ssim, dtype=float))
-
-
-def measured_curve(label: str, points: dict | list, metric: str = "psnr_db") -> Curve:
-    """A curve from the means of saved results: rows, or a dict of rows, with `bpp` and the metric."""
-    rows = sorted(points.values() if isinstance(points, dict) else points, key=lambda row: row["bpp"])
-    quality = [row[metric] for row in rows]
-    if metric == "ms_ssim":
-        quality = decibels(quality)
-    return Curve(label, tuple(row["bpp"] for row in rows), tuple(map(float, quality)))
-
-
-def saved_points() -> pd.DataFrame:
-    """All that was measured on Kodak, from data/results: one row per codec and setting, means over the pictures.
-
-    Columns: codec, optimised_for (mse, ms-ssim or codec), transforms (of an entropy model behind frozen ones: whose),
-    setting (lambda or quality), bpp, psnr_db, ms_ssim_db (-10 log10 of one minus the mean MS-SSIM).
-    """
-    folder, rows = data_folder() / "results", []
-    for path in sorted(folder.glob("*-kodak.json")):
-        saved = json.loads(path.read_text())
-        mean, goal = saved["mean"], saved.get("optimised_for", "mse")
-        points = [(None, mean)] if "bpp" in mean else [(float(lmbda), row) for lmbda, row in mean.items()]
-        name = path.name.removesuffix("-kodak.json")
-        about = {"codec": name, "optimised_for": goal, "transforms": saved.get("transforms")}
-        rows += [{**about, "setting": setting, **row} for setting, row in points]
-    if (folder / "classical.json").exists():
-        classical = json.loads((folder / "classical.json").read_text())["mean"]
-        rows += [{"optimised_for": "codec", **row} for row in classical]
-    table = pd.DataFrame(rows)
-    table["ms_ssim_db"] = decibels(table["ms_ssim"])
-    columns = ["codec", "optimised_for", "transforms", "setting", "bpp", "psnr_db", "ms_ssim_db"]
-    return table[columns].sort_values(["codec", "bpp"], ignore_index=True)
-
-
-def curve_of(points: pd.DataFrame, codec: str, quality: str = "psnr_db") -> Curve:
-    """A codec's points in a table as a curve."""
-    rows = points[points["codec"] == codec].sort_values("bpp")
-    return Curve(codec, tuple(rows["bpp"]), tuple(rows[quality]))
-
-
-@functools.cache
-def _published() -> list[dict]:
-    return json.loads((data_folder() / "reference" / "rd_curves.json").read_text())

@@ -6,12 +6,11 @@
 Weights are random; our models' latents are spread as those of a trained model, so that the coder has something to do.
 All rows of a table come from one run on one machine; compare ratios, not seconds. Each model runs in a process of its
 own, which gives its peak memory. Ours run as the command line runs them, with freed memory kept (`memory.py`);
-CompressAI's run as they come, and once more with freed memory kept. Their random weights do not matter: their coder's
-time hangs on the number of symbols.
+CompressAI's run as they come, and once more with freed memory kept, where the system can do that (glibc, on Linux).
+Their random weights do not matter: their coder's time hangs on the number of symbols.
 """
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -26,16 +25,17 @@ from compressai.zoo import bmshj2018_hyperprior, mbt2018
 from entroformer_lib.codec import codec
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.entroformer import Entroformer, build_model
-from entroformer_lib.files import write_bytes
+from entroformer_lib.errors import StudyError
 from entroformer_lib.memory import keep_freed_memory
 from entroformer_lib.stages import stage_times
-from entroformer_lib.studies.results import provenance
+from entroformer_lib.studies.results import save
 
 STAGES = ("transforms", "hyper", "context", "parameters", "entropy coding")
 OURS = ("base-parallel", "base-serial", "base-groupedmixer", "study-parallel", "study-serial", "study-groupedmixer")
 COMPRESSAI = {"bmshj2018-hyperprior": bmshj2018_hyperprior, "mbt2018": mbt2018}
 QUALITY = 8
 KEPT = " + memory"  # behind the name of a CompressAI model that runs with freed memory kept
+MODELS = (*OURS, *COMPRESSAI, *(name + KEPT for name in COMPRESSAI if sys.platform.startswith("linux")))
 SIDES = (256, 512, 1024, 2048, 4096)  # pixels, for the growth of time and memory
 
 
@@ -76,12 +76,15 @@ def measure_one(name: str, width: int, height: int, repeats: int) -> list[dict]:
     """One row per direction and repeat: model, direction, width, height, seconds, peak_mb and, for ours, the stages.
 
     Where there are repeats, one run before them is not counted: it asks the system for memory that the others find.
-    peak_mb is the largest memory of this process so far, weights and libraries included.
+
+    Raises:
+        StudyError: a model of CompressAI that should run with freed memory kept, where the system cannot do that.
     """
     picture = sample_picture("astronaut").resize((width, height))
     plain_name = name.removesuffix(KEPT)
-    if plain_name not in COMPRESSAI or plain_name != name:
-        keep_freed_memory()
+    kept = keep_freed_memory() if name not in COMPRESSAI else False
+    if name.endswith(KEPT) and not kept:
+        raise StudyError(f"'{name}' cannot be measured here: freed memory can be kept with glibc on Linux alone.")
     torch.manual_seed(0)
     if plain_name in COMPRESSAI:
         model = COMPRESSAI[plain_name](QUALITY, pretrained=False).eval()
@@ -96,11 +99,23 @@ def measure_one(name: str, width: int, height: int, repeats: int) -> list[dict]:
             one(model, picture, coded)
         for repeat in range(repeats):
             row, data = one(model, picture, coded)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
             size = dict(width=width, height=height)
-            rows.append({"model": name, "direction": direction, "repeat": repeat, **size, **row, "peak_mb": peak})
+            about = {"model": name, "direction": direction, "repeat": repeat, **size}
+            rows.append({**about, **row, "peak_mb": peak_mb()})
         coded = data
     return rows
+
+
+def peak_mb() -> float:
+    """The largest memory of this process so far, weights and libraries included."""
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 1e6
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
+    return peak / (1e6 if sys.platform == "darwin" else 1000)
 
 
 def in_own_process(name: str, width: int, height: int, repeats: int) -> list[dict]:
@@ -122,16 +137,19 @@ def exponents(table: pd.DataFrame) -> dict[str, float]:
     pixels = table.width * table.height
     extra = table.peak_mb - table.peak_mb.min()
     grown = extra > 0
-    fit = np.polynomial.polynomial.polyfit
+
+    def exponent(values: pd.Series) -> float:
+        return float(np.polyfit(np.log(pixels[values.index]), np.log(values), 1)[0])
+
     return {
-        "seconds": float(fit(np.log(pixels), np.log(table.seconds), 1)[1]),
-        "memory": float(fit(np.log(pixels[grown]), np.log(extra[grown]), 1)[1]) if grown.sum() > 1 else float("nan"),
+        "seconds": exponent(table.seconds),
+        "memory": exponent(extra[grown]) if grown.sum() > 1 else float("nan"),
     }
 
 
 def table(
     out: str,
-    models: tuple[str, ...] = (*OURS, *COMPRESSAI, *(name + KEPT for name in COMPRESSAI)),
+    models: tuple[str, ...] = MODELS,
     repeats: int = 5,
     width: int = 768,
     height: int = 512,
@@ -149,7 +167,7 @@ def table(
     """
     in_own_process(models[0], width, height, repeats)
     rows = [row for name in models for row in in_own_process(name, width, height, repeats)]
-    _save(out, {"rows": rows})
+    save(Path(out), {"rows": rows}, threads=torch.get_num_threads())
     print(pd.DataFrame(rows).groupby(["model", "direction"]).seconds.median().unstack().round(3).to_string())
 
 
@@ -171,17 +189,12 @@ def growth(
     uhd = in_own_process(large, 3840, 2160, 1) if large else []  # its checksum holds, or decoding stops
     found = exponents(pd.DataFrame(rows).query("direction == 'decode'"))
     print("exponents of decoding against pixels:", found)
-    _save(out, {"rows": rows, "large": uhd, "exponents": found})
+    save(Path(out), {"rows": rows, "large": uhd, "exponents": found}, threads=torch.get_num_threads())
 
 
 def _one(name: str, width: int, height: int, repeats: int) -> None:
     """Measures one model in this process and prints its rows."""
     print(json.dumps(measure_one(name, width, height, repeats)))
-
-
-def _save(out: str, result: dict) -> None:
-    result["provenance"] = {**provenance(), "threads": torch.get_num_threads()}
-    write_bytes(Path(out), json.dumps(result, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,10 @@
-"""Where a result comes from: saved beside every number."""
+"""Saved results: where they lie, where they come from, and how figures and tables call what was measured.
+
+A result is a JSON file in data/results with a record of its provenance. Two tables are read from several files:
+`kodak` has every Kodak picture coded by every model and classical codec, `ablation` has the rows of one grid of the
+ablation study. Curves that other people published come as a table with the same columns as `kodak_means`; their
+`source` tells them apart.
+"""
 
 import datetime
 import json
@@ -7,12 +13,36 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+
+from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.weights.zoo import device_name, weights_digest
 
 LIBRARIES = ("torch", "compressai", "constriction", "numpy", "pillow")
+
+# config.variant: how figures and tables call it. They show the variants in this order.
+LABELS = {
+    "minnen": "CNN context, CNN hyperprior",
+    "cnn": "CNN context, transformer hyperprior",
+    "serial": "Entroformer, serial",
+    "parallel": "Entroformer, parallel",
+    "groupedmixer": "GroupedMixer",
+    "hyperprior-cnn": "CNN hyperprior alone",
+    "hyperprior": "transformer hyperprior alone",
+    "context-cnn": "CNN context alone",
+    "context-serial": "transformer context alone",
+}
+QUALITIES = {"psnr_db": "PSNR, dB", "ms_ssim_db": "MS-SSIM, dB"}  # column: the axis in a figure
+ABOUT = ["codec", "variant", "transforms", "optimised_for", "setting"]
+AUTHORS = "Entroformer, serial (authors)"  # among the published curves
+
+
+# ---- saving ----
 
 
 def provenance(model=None, seed: int | None = None) -> dict:
@@ -39,15 +69,15 @@ def command_line(words: list[str]) -> str:
 
 def git_revision() -> str | None:
     """The commit of this library's checkout, with "+" where files were changed; None outside a checkout."""
-    folder = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
-        changed = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, check=True
-        )
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return revision.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def as_json(result: dict) -> str:
@@ -60,3 +90,107 @@ def as_json(result: dict) -> str:
             text = json.dumps(value, indent=1)
         parts.append(f"{json.dumps(key)}: {text}")
     return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def save(path: Path, result: dict, model=None, **more) -> dict:
+    """Writes a result with its provenance.  ->  the provenance
+
+    Args:
+        model: the one that was measured, if there is one.
+        more: what else belongs to the provenance, such as the number of threads.
+    """
+    record = {**provenance(model), **more}
+    write_bytes(path, as_json({**result, "provenance": record}).encode())
+    return record
+
+
+# ---- loading ----
+
+
+def result_path(name: str) -> Path:
+    """Where a result lies, whether it exists or not."""
+    return data_folder() / "results" / f"{name}.json"
+
+
+def load(name: str) -> dict | None:
+    """A saved result, or None where there is none."""
+    path = result_path(name)
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def reference(name: str):
+    """Published numbers: `paper_tables` or `rd_curves`."""
+    return json.loads((data_folder() / "reference" / f"{name}.json").read_text())
+
+
+def pending(name: str) -> str:
+    """What stands in a figure's place until there is a result."""
+    return f"There is no data/results/{name}.json yet, so there is no figure here."
+
+
+def ablation(grid: str) -> pd.DataFrame | None:
+    """The rows of a grid out of all ablation*.json, or None where there are none."""
+    rows = []
+    for path in sorted((data_folder() / "results").glob("ablation*.json")):
+        rows += [row for row in json.loads(path.read_text())["rows"] if row.get("grid") == grid]
+    return pd.DataFrame(rows).drop(columns="grid") if rows else None
+
+
+def kodak() -> pd.DataFrame:
+    """Every Kodak picture by every measured model and classical codec, whole files on disk.
+
+    Returns:
+        codec, variant, transforms (whose were kept, of an entropy model behind frozen ones), optimised_for (mse,
+        ms-ssim, or codec for a classical one), setting (lambda, quality, or nan where there is only one), image, and
+        the columns of `rate_distortion.evaluate_picture`.
+    """
+    tables = []
+    for path in sorted((data_folder() / "results").glob("*-kodak.json")):
+        saved = json.loads(path.read_text())
+        about = {"codec": path.name.removesuffix("-kodak.json"), "optimised_for": saved.get("optimised_for", "mse")}
+        about |= {"variant": saved.get("variant"), "transforms": saved.get("transforms")}
+        tables.append(pd.DataFrame(saved["images"]).rename(columns={"lmbda": "setting"}).assign(**about))
+    if classical := load("classical"):
+        about = {"optimised_for": "codec", "variant": None, "transforms": None}
+        tables.append(pd.DataFrame(classical["rows"]).assign(**about))
+    if not tables:
+        return pd.DataFrame(columns=[*ABOUT, "image", "bpp", "psnr_db", "ms_ssim"])
+    texts = {"variant": object, "transforms": object, "setting": float}
+    return pd.concat([table.astype(texts) for table in tables], ignore_index=True)
+
+
+def kodak_means(rows: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Means over the pictures: a row for each codec and setting, from low rate to high.
+
+    rows: of `kodak`; by default all of them.
+
+    Returns:
+        codec, variant, transforms, optimised_for, setting, bpp, psnr_db, ms_ssim_db (of the mean MS-SSIM), source
+        (None: it was measured here).
+    """
+    groups = (kodak() if rows is None else rows).groupby(ABOUT, dropna=False, sort=False)
+    means = groups[["bpp", "psnr_db", "ms_ssim"]].mean().reset_index()
+    means["ms_ssim_db"] = decibels(means.pop("ms_ssim"))
+    return means.assign(source=None).sort_values(["codec", "bpp"], ignore_index=True)
+
+
+def published(dataset: str = "kodak", optimised_for: Iterable[str] = ("mse", "codec")) -> pd.DataFrame:
+    """Curves that other people published: codec, optimised_for, bpp, psnr_db, ms_ssim_db, source.
+
+    Args:
+        dataset: kodak or tecnick.
+        optimised_for: mse, ms-ssim, and codec for classical codecs.
+    """
+    found = []
+    for curve in reference("rd_curves"):
+        if curve["dataset"] == dataset and curve["optimised_for"] in tuple(optimised_for):
+            about = {"codec": curve["label"], "optimised_for": curve["optimised_for"], "source": curve["source"]}
+            nothing = np.full(len(curve["bpp"]), np.nan)
+            quality = {"psnr_db": curve.get("psnr", nothing), "ms_ssim_db": decibels(curve.get("ms_ssim", nothing))}
+            found.append(pd.DataFrame({**about, "bpp": curve["bpp"], **quality}).sort_values("bpp"))
+    return pd.concat(found, ignore_index=True)
+
+
+def decibels(ms_ssim) -> np.ndarray:
+    """MS-SSIM as -10 log10(1 - MS-SSIM), in which its small differences near 1 can be seen."""
+    return -10 * np.log10(1 - np.asarray(ms_ssim, dtype=float))

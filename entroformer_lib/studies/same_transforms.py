@@ -3,49 +3,31 @@
 Models of variable rate that were trained with `--transforms tiny-rates` round the same latents at the same lambda. Each
 decoded picture is then the same, bit for bit, whichever model carried it, and no Bjontegaard interpolation stands
 between two models: at equal quality one needs so many bytes and the other so many.
+
+Everything here is read from saved results; no model runs. `benchmarks/tradeoff.py` measures the times.
 """
 
-import json
-from pathlib import Path
-
+import numpy as np
 import pandas as pd
 
-from entroformer_lib.files import data_folder
+from entroformer_lib.errors import StudyError
+from entroformer_lib.studies.results import LABELS, kodak, load
 
-# config.variant: how figures and tables call it
-WORDS = {
-    "minnen": "CNN context, CNN hyperprior",
-    "cnn": "CNN context, transformer hyperprior",
-    "serial": "Entroformer, serial",
-    "parallel": "Entroformer, parallel",
-    "groupedmixer": "GroupedMixer",
-    "hyperprior-cnn": "CNN hyperprior alone",
-    "hyperprior": "transformer hyperprior alone",
-    "context-cnn": "CNN context alone",
-    "context-serial": "transformer context alone",
-}
+SAME_QUALITY = 0.02  # dB: what the rounding of folded gains may change
 
 
-def saved_rates(transforms: str = "tiny-rates", folder: Path | None = None) -> pd.DataFrame:
-    """Every picture at every lambda by every model behind these transforms, from *-kodak.json in a folder, by default
-    data/results.
+def saved_rates(transforms: str = "tiny-rates") -> pd.DataFrame:
+    """Every Kodak picture at every lambda by every model behind these transforms.
 
-    Columns: variant (in the order of WORDS), model, image, lmbda, bpp (whole files), psnr_db, encode_s, decode_s. Empty
-    where no such model has been measured.
+    Returns:
+        variant (in the order of LABELS), model, image, lmbda, bpp (whole files), psnr_db, encode_s, decode_s. Empty
+        where no such model has been measured.
     """
-    found = {}
-    for path in sorted((folder or data_folder() / "results").glob("*-kodak.json")):
-        saved = json.loads(path.read_text())
-        if saved.get("transforms") == transforms:
-            found[saved["variant"]] = (path.name.removesuffix("-kodak.json"), saved["images"])
-    columns = ["image", "lmbda", "bpp", "psnr_db", "encode_s", "decode_s"]
-    rows = [
-        {"variant": variant, "model": found[variant][0], **{name: row[name] for name in columns}}
-        for variant in WORDS
-        if variant in found
-        for row in found[variant][1]
-    ]
-    return pd.DataFrame(rows, columns=["variant", "model", *columns])
+    rows = kodak()
+    rows = rows[rows["transforms"] == transforms].rename(columns={"codec": "model", "setting": "lmbda"})
+    rows = rows.sort_values("variant", key=lambda names: names.map(list(LABELS).index), kind="stable")
+    columns = ["variant", "model", "image", "lmbda", "bpp", "psnr_db", "encode_s", "decode_s"]
+    return rows.reindex(columns=columns).reset_index(drop=True)
 
 
 def against(rates: pd.DataFrame, base: str) -> pd.DataFrame:
@@ -79,28 +61,65 @@ def overall(rates: pd.DataFrame, base: str) -> pd.DataFrame:
     return table.reset_index(names="variant")
 
 
-def by_picture(rates: pd.DataFrame, variant: str, base: str, lmbda: float) -> pd.DataFrame:
-    """What one variant saves over another on each picture.  ->  image, bpp (of base), saving_percent, saved_bpp"""
-    here = rates[rates["lmbda"] == lmbda]
-    mine, theirs = (here[here["variant"] == v].set_index("image")["bpp"] for v in (variant, base))
-    columns = {"bpp": theirs, "saving_percent": 100 * (1 - mine / theirs), "saved_bpp": theirs - mine}
-    return pd.DataFrame(columns).dropna().reset_index(names="image")
-
-
-def explained(rates: pd.DataFrame, variant: str, base: str, properties: pd.DataFrame) -> pd.DataFrame:
-    """Spearman's rank correlation, over the pictures, of what a variant saves with properties of the pictures.
-
-    Args:
-        properties: a column `image`, and one for each property.
+def tradeoff_points(saved: dict) -> pd.DataFrame:
+    """Rate and decoding time of each model of tradeoff.json, means over its pictures.
 
     Returns:
-        A row for each lambda and kind of saving (saving_percent or saved_bpp), a column for each property and `bpp`.
+        family, model, variant, groups (nan where there are none), parameters, bpp, psnr_db, decode_s, entropy_model_s
+        (its stages context and parameters), percent (rate against the family's parallel model).
+
+    Raises:
+        StudyError: a family without a parallel model.
     """
-    rows = []
-    names = ["bpp", *properties.columns.drop("image")]
-    for lmbda in sorted(rates["lmbda"].unique()):
-        table = by_picture(rates, variant, base, lmbda).merge(properties, on="image")
-        for saving in ("saving_percent", "saved_bpp"):
-            rho = {name: table[name].corr(table[saving], method="spearman") for name in names}
-            rows.append({"lmbda": lmbda, "saving": saving, **rho})
-    return pd.DataFrame(rows)
+    rows = pd.DataFrame(saved["rows"]).astype({"groups": float})
+    rows["entropy_model_s"] = rows["context_s"] + rows["parameters_s"]
+    keys = ["family", "model", "variant", "groups", "parameters"]
+    columns = ["bpp", "psnr_db", "decode_s", "entropy_model_s"]
+    table = rows.groupby(keys, sort=False, dropna=False)[columns].mean().reset_index()
+    for family, part in table.groupby("family"):
+        reference = part[part["variant"] == "parallel"]["bpp"]
+        if len(reference) != 1:
+            raise StudyError(f"The family '{family}' has {len(reference)} parallel models to compare with, not one.")
+        table.loc[part.index, "percent"] = 100 * (part["bpp"] / float(reference.iloc[0]) - 1)
+    return table
+
+
+def front(points: pd.DataFrame, seconds: str = "decode_s") -> pd.DataFrame:
+    """The points of `tradeoff_points` than which none is both faster and smaller, from the fastest on."""
+    ordered = points.sort_values([seconds, "percent"])
+    best_before = ordered["percent"].cummin().shift(fill_value=np.inf)
+    return ordered[ordered["percent"] < best_before]
+
+
+def side_by_side(reference: str = "parallel") -> pd.DataFrame | None:
+    """What each published model takes in bits, in seconds and in weights; None where the reference is not among them.
+
+    Returns:
+        variant, model, percent (rate against the reference, the mean over their lambdas), least and most percent,
+        decode_s and entropy_model_s (of tradeoff.json; nan where not measured), parameters (of the entropy model),
+        source (file).
+
+    Raises:
+        StudyError: a model that was measured at other lambdas, or has another quality at one of them.
+    """
+    rates = saved_rates()
+    if reference not in set(rates["variant"]):
+        return None
+    _check(rates, reference)
+    columns = ["model", "decode_s", "entropy_model_s", "parameters"]
+    measured, saved = pd.DataFrame(columns=columns), load("tradeoff")
+    if saved is not None:
+        points = tradeoff_points(saved)
+        measured = points[points["family"] == "shipped"][columns]
+    table = overall(rates, reference).merge(measured, on="model", how="left")
+    return table.assign(source="data/results/" + table["model"] + "-kodak.json")
+
+
+def _check(rates: pd.DataFrame, reference: str) -> None:
+    quality = rates.pivot_table("psnr_db", "lmbda", ["variant", "model"], sort=False)
+    theirs = quality[reference].iloc[:, 0]
+    for (_, model), mine in quality.items():
+        if not mine.notna().equals(theirs.notna()):
+            raise StudyError(f"{model} was measured at other lambdas than the {reference} model.")
+        if (mine - theirs).abs().max() > SAME_QUALITY:
+            raise StudyError(f"{model} has another quality than the {reference} model: other transforms.")

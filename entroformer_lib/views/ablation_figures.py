@@ -1,14 +1,230 @@
-"""Figures of the ablations beside the paper's numbers: pure functions from tables to a figure."""
+"""The ablations beside the paper's numbers: figures 6 and 7, tables 1, 3 and 4, and what notebook 05 shows of the rest.
+
+Functions that end in `_data` read the rows of a grid, and give None where there are none. The others are pure functions
+from a table to a figure or to a comparison.
+"""
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from entroformer_lib.views.paper_data import POSITIONS
-from entroformer_lib.views.style import COLOURS, ONE_COLUMN, TWO_COLUMNS, new_figure, styled
+from entroformer_lib.studies.results import ablation, reference
+from entroformer_lib.views.paper_tables import Comparison
+from entroformer_lib.views.style import COLOURS, MARKERS, ONE_COLUMN, TWO_COLUMNS, new_figure, points_and_means, styled
 
 PUBLISHED = "published"
-MARKERS = "osD^v"
+POSITIONS = ("none", "absolute", "relative_1d", "relative_2d", "diamond")  # as in EntroformerConfig, in table 1's order
+
+
+def _published(table: str, *columns: str) -> pd.DataFrame:
+    """A table of the paper, its columns named anew."""
+    data = pd.DataFrame(reference("paper_tables")[table]["rows"])
+    return data.set_axis(columns, axis=1)
+
+
+def _seeds(bpp: pd.Series, by, order) -> np.ndarray:
+    """Mean, spread and number of seeds for each of `order`, nan where there is none: [len(order), 3]"""
+    return bpp.groupby(by).agg(["mean", "std", "count"]).reindex(order).to_numpy()
+
+
+def _k_name(k: float) -> str:
+    return "dense" if np.isinf(k) else f"k = {k:g}"
+
+
+# ---- figure 6 ----
+
+
+def figure6_data() -> pd.DataFrame | None:
+    """radius (0: no position encoding, infinite: unlimited), seed, bpp, saving_percent against no position encoding."""
+    rows = ablation("figure6")
+    if rows is None or not (rows["position"] == "none").any():
+        return None
+    base = rows[rows["position"] == "none"]["bpp"].mean()
+    radius = rows["radius"].fillna(np.inf).where(rows["position"] != "none", 0)
+    data = pd.DataFrame({"radius": radius, "seed": rows["seed"], "bpp": rows["bpp"]})
+    data["saving_percent"] = 100 * (1 - data["bpp"] / base)
+    return data.sort_values(["radius", "seed"], ignore_index=True)
+
+
+def figure6_comparison(data: pd.DataFrame) -> list[Comparison]:
+    """Which h is best; the paper says 3."""
+    best = data[data["radius"] > 0].groupby("radius")["bpp"].mean().idxmin()
+    return [Comparison("best clipping distance h", 3, float(best))]
+
+
+@styled
+def figure6(data: pd.DataFrame) -> Figure:
+    """Saving against the clipping distance h; a point for each seed, a line through the means."""
+    figure, ax = new_figure(ONE_COLUMN, 2.4)
+    values = sorted(data["radius"].unique())
+    ax.plot(data["radius"].map(values.index), data["saving_percent"], "o", color=COLOURS[0], markersize=3, alpha=0.6)
+    ax.plot(range(len(values)), data.groupby("radius")["saving_percent"].mean(), color=COLOURS[0])
+    ax.set_xticks(range(len(values)), ["none" if v == 0 else "all" if np.isinf(v) else f"{v:g}" for v in values])
+    ax.set(xlabel="clipping distance h", ylabel="rate saved, %")
+    return figure
+
+
+# ---- figure 7 ----
+
+
+def figure7_data() -> pd.DataFrame | None:
+    """top_k (infinite: dense), step, seed, bpp."""
+    rows = ablation("figure7")
+    if rows is None:
+        return None
+    rows = rows.assign(top_k=rows["top_k"].fillna(np.inf))[["top_k", "step", "seed", "bpp"]]
+    return rows.sort_values(["top_k", "seed", "step"], ignore_index=True)
+
+
+@styled
+def figure7(data: pd.DataFrame) -> Figure:
+    """Learning curves, one for each k: the mean over the seeds with their range; on the right their second half."""
+    import seaborn
+
+    figure, axes = new_figure(TWO_COLUMNS, 2.8, 1, 2)
+    data = data.assign(model=data["top_k"].map(_k_name))
+    dashes = {name: (2, 1) if name == "dense" else "" for name in data["model"]}
+    look = dict(x="step", y="bpp", hue="model", style="model", palette=list(COLOURS[: len(dashes)]), dashes=dashes)
+    for ax, part in zip(axes, (data, data[data["step"] >= data["step"].max() / 2]), strict=True):
+        ranges = dict(errorbar=("pi", 100), err_kws={"linewidth": 0})
+        seaborn.lineplot(part, **look, **ranges, legend=ax is axes[0], ax=ax)
+        ax.set(xlabel="step", ylabel="bits per pixel")
+    axes[0].legend()
+    return figure
+
+
+@styled
+def k_at_test(rows: pd.DataFrame) -> Figure:
+    """Rate against the k used at test time, a line for each k of training; a ring where both are the same.
+
+    rows: top_k (of training; nan: dense), k_at_test, bpp, seed
+    """
+    rows = rows.assign(top_k=rows["top_k"].fillna(np.inf), k_at_test=rows["k_at_test"].fillna(np.inf))
+    means = rows.pivot_table("bpp", "k_at_test", "top_k")
+    figure, ax = new_figure(ONE_COLUMN * 1.5, 2.8)
+    for i, (k, mean) in enumerate(means.items()):
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        ax.plot(range(len(mean)), mean, color=colour, marker=marker, markersize=3, label=_k_name(k))
+        if k in mean.index:
+            ax.plot(mean.index.get_loc(k), mean[k], "o", color=colour, markersize=8, markerfacecolor="none")
+    ax.set_xticks(range(len(means)), [_k_name(k).removeprefix("k = ") for k in means.index])
+    ax.set(xlabel="k at test time", ylabel="bits per pixel")
+    ax.legend(title="trained with", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+# ---- tables 1, 3 and 4 ----
+
+
+def table1_data() -> pd.DataFrame | None:
+    """A row for each of the paper's: model, position, published_bpp, published_saving_percent, bpp, spread, seeds,
+    saving_percent."""
+    rows = ablation("table1")
+    if rows is None:
+        return None
+    columns = ("model", "position", "published_bpp", "published_saving_percent")
+    data = _published("table1_position_encoding", *columns)
+    kinds = np.where(rows["context"] == "cnn", "cnn", rows["position"])
+    data[["bpp", "spread", "seeds"]] = _seeds(rows["bpp"], kinds, ["cnn", *POSITIONS])
+    data["saving_percent"] = 100 * (1 - data["bpp"] / data["bpp"][0])
+    return data
+
+
+def table1_comparison(data: pd.DataFrame) -> list[Comparison]:
+    """Savings over the CNN."""
+    rows = data[data["position"] != "-"].dropna(subset=["saving_percent"])
+    return [
+        Comparison(f"saving over the CNN, {row.position}", row.published_saving_percent, row.saving_percent, "%")
+        for row in rows.itertuples()
+    ]
+
+
+def table1_dots(rows: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """`dots` of table 1: saving over the convolution in percent, of whole pictures and of parts as large as the crops.
+
+    rows: of the grid; table: of `table1_data`
+    """
+    convolution, found = rows["context"] == "cnn", []
+    for one, position in zip(table.itertuples(), ("cnn", *POSITIONS), strict=True):
+        row = "convolution" if position == "cnn" else one.position
+        found.append((row, PUBLISHED, one.published_saving_percent))
+        kind = convolution if position == "cnn" else rows["position"].eq(position) & ~convolution
+        for source, column in (("here, whole pictures", "bpp"), ("here, 256 x 256 pixels", "bpp_middle")):
+            base = rows[convolution][column].mean()
+            found += [(row, source, 100 * (1 - bpp / base)) for bpp in rows[kind][column]]
+    return pd.DataFrame(found, columns=["row", "source", "value"])
+
+
+def table3_data() -> pd.DataFrame | None:
+    """context, published_bpp, bpp, spread, seeds: rate of the second slice."""
+    rows = ablation("table3")
+    if rows is None:
+        return None
+    data = _published("table3_second_slice_bpp", "context", "published_bpp")
+    data[["bpp", "spread", "seeds"]] = _seeds(rows["bpp"], rows["context"], data["context"])
+    return data
+
+
+def table3_comparison(data: pd.DataFrame) -> list[Comparison]:
+    """How much more the bidirectional context saves than the unidirectional one."""
+    values = data.set_index("context")[["published_bpp", "bpp"]]
+    saved = 100 * (1 - values.loc["hyperprior + bidirectional"] / values.loc["hyperprior + unidirectional"])
+    what = "saving of bidirectional over unidirectional"
+    return [] if saved.isna().any() else [Comparison(what, *map(float, saved), "%")]
+
+
+def table3_dots(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """`dots` of table 3: what a context saves of the second slice's bits against the hyperprior alone, in percent.
+
+    table: of `table3_data`; rows: of the grid, one model with both directions
+    """
+    alone, *others = table["context"]
+    sources = [(PUBLISHED, table.set_index("context")["published_bpp"])]
+    sources += [("here", part.set_index("context")["bpp"]) for _, part in rows.groupby("seed")]
+    found = [(c, source, 100 * (1 - bpp[c] / bpp[alone])) for source, bpp in sources for c in others]
+    return pd.DataFrame(found, columns=["row", "source", "value"])
+
+
+def table4_data() -> pd.DataFrame | None:
+    """size, published_absolute_bpp, published_relative_bpp, published_saving_percent, absolute_bpp, relative_bpp,
+    saving_percent."""
+    rows = ablation("table4")
+    if rows is None:
+        return None
+    columns = ("size", "published_absolute_bpp", "published_relative_bpp", "published_saving_percent")
+    data = _published("table4_image_size", *columns)
+    rows = rows[rows["position"] != "none"]
+    kinds = np.where(rows["position"] == "absolute", "absolute_bpp", "relative_bpp")
+    ours = rows["bpp"].groupby([rows["size"], kinds]).mean().unstack().reindex(data["size"])
+    data[["absolute_bpp", "relative_bpp"]] = ours[["absolute_bpp", "relative_bpp"]].to_numpy()
+    data["saving_percent"] = 100 * (1 - data["relative_bpp"] / data["absolute_bpp"])
+    return data
+
+
+def table4_comparison(data: pd.DataFrame) -> list[Comparison]:
+    """Saving of relative over absolute positions."""
+    rows = data[["size", "published_saving_percent", "saving_percent"]].dropna()
+    return [
+        Comparison(f"saving of relative over absolute, {size:.0f} pixels", published, ours, "%")
+        for size, published, ours in rows.itertuples(index=False)
+    ]
+
+
+@styled
+def sizes(rows: pd.DataFrame) -> Figure:
+    """Rate against the side of the picture, a line for each position encoding, a point for each seed.
+
+    rows: size (pixels), position, bpp, seed
+    """
+    figure, ax = new_figure(ONE_COLUMN * 1.3, 2.6)
+    points_and_means(ax, rows, "size", "bpp", "position")
+    ax.set_xticks(sorted(rows["size"].unique()))
+    ax.set(xlabel="side of the picture, pixels", ylabel="bits per pixel")
+    ax.legend(title="position encoding", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+# ---- any grid ----
 
 
 @styled
@@ -24,16 +240,16 @@ def dots(data: pd.DataFrame, label: str) -> Figure:
     ours = [source for source in sources if source != PUBLISHED]
     for source, part in data.groupby("source", sort=False):
         place = (sources.index(source) - (len(sources) - 1) / 2) * 0.22
-        y = part["row"].map(rows.index) + place
         if source == PUBLISHED:
-            style = dict(color="0.4", marker="d", markerfacecolor="none")
+            look = dict(color="0.4", marker="d", markerfacecolor="none")
         else:
             i = ours.index(source)
-            style = dict(color=COLOURS[i], marker=MARKERS[i], alpha=0.8)
-            for row, mean in part.groupby("row")["value"].mean().items():
-                ax.plot(mean, rows.index(row) + place, "|", color=COLOURS[i], markersize=9)
-        ax.plot(part["value"], y, linestyle="", markersize=4, label=source, **style)
-    if data["value"].min() < 0 < data["value"].max() or (data["value"] == 0).any():
+            look = dict(color=COLOURS[i], marker=MARKERS[i], alpha=0.8)
+            means = part.groupby("row", sort=False)["value"].mean()
+            ax.plot(means, means.index.map(rows.index) + place, "|", color=COLOURS[i], markersize=9)
+        y = part["row"].map(rows.index) + place
+        ax.plot(part["value"], y, linestyle="", markersize=4, label=source, **look)
+    if data["value"].min() <= 0 <= data["value"].max():
         ax.axvline(0, color="0.7", linewidth=0.8)
     ax.set_yticks(range(len(rows)), rows)
     ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel=label)
@@ -41,73 +257,3 @@ def dots(data: pd.DataFrame, label: str) -> Figure:
     if len(sources) > 1:
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
-
-
-@styled
-def k_at_test(rows: pd.DataFrame) -> Figure:
-    """Rate against the k used at test time, a line for each k of training; a ring where both are the same.
-
-    rows: top_k (of training; nan: dense), k_at_test, bpp, seed
-    """
-    trained, tested = (rows[column].fillna(np.inf) for column in ("top_k", "k_at_test"))
-    rows = rows.assign(top_k=trained, k_at_test=tested)
-    values = sorted(tested.unique())
-    figure, ax = new_figure(ONE_COLUMN * 1.5, 2.8)
-    for i, (k, part) in enumerate(rows.groupby("top_k")):
-        mean = part.groupby("k_at_test")["bpp"].mean()
-        place = [values.index(value) for value in mean.index]
-        colour, name = COLOURS[i % len(COLOURS)], "dense" if np.isinf(k) else f"k = {k:g}"
-        ax.plot(place, mean, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=3, label=name)
-        if k in mean.index:
-            ax.plot(values.index(k), mean[k], "o", color=colour, markersize=8, markerfacecolor="none")
-    ax.set_xticks(range(len(values)), ["dense" if np.isinf(value) else f"{value:g}" for value in values])
-    ax.set(xlabel="k at test time", ylabel="bits per pixel")
-    ax.legend(title="trained with", loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
-
-
-@styled
-def sizes(rows: pd.DataFrame) -> Figure:
-    """Rate against the side of the picture, a line for each position encoding, a point for each seed.
-
-    rows: size (pixels), position, bpp, seed
-    """
-    figure, ax = new_figure(ONE_COLUMN * 1.3, 2.6)
-    for i, (position, part) in enumerate(rows.groupby("position", sort=False)):
-        mean = part.groupby("size")["bpp"].mean()
-        ax.plot(part["size"], part["bpp"], MARKERS[i], color=COLOURS[i], markersize=4)
-        ax.plot(mean.index, mean, color=COLOURS[i], marker=MARKERS[i], markersize=4, label=position)
-    ax.set_xticks(sorted(rows["size"].unique()))
-    ax.set(xlabel="side of the picture, pixels", ylabel="bits per pixel")
-    ax.legend(title="position encoding", loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
-
-
-def table1_dots(rows: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """`dots` of table 1: saving over the convolution in percent, of whole pictures and of parts as large as the crops.
-
-    rows: of the grid; table: of `paper_data.table1_data`
-    """
-    convolution, found = rows["context"] == "cnn", []
-    for one, position in zip(table.itertuples(), ("cnn", *POSITIONS), strict=True):
-        row = "convolution" if position == "cnn" else one.position
-        found.append((row, PUBLISHED, one.published_saving_percent))
-        kind = convolution if position == "cnn" else rows["position"].eq(position) & ~convolution
-        for source, column in (("here, whole pictures", "bpp"), ("here, 256 x 256 pixels", "bpp_middle")):
-            base = rows[convolution][column].mean()
-            found += [(row, source, 100 * (1 - bpp / base)) for bpp in rows[kind][column]]
-    return pd.DataFrame(found, columns=["row", "source", "value"])
-
-
-def table3_dots(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """`dots` of table 3: what a context saves of the second slice's bits against the hyperprior alone, in percent.
-
-    table: of `paper_data.table3_data`; rows: of the grid, one model with both directions
-    """
-    alone = table["context"].iloc[0]
-    published = table.set_index("context")["published_bpp"]
-    found = [(c, PUBLISHED, 100 * (1 - published[c] / published[alone])) for c in published.index[1:]]
-    for _, part in rows.groupby("seed"):
-        bpp = part.set_index("context")["bpp"]
-        found += [(c, "here", 100 * (1 - bpp[c] / bpp[alone])) for c in published.index[1:]]
-    return pd.DataFrame(found, columns=["row", "source", "value"])

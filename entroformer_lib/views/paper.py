@@ -2,11 +2,12 @@
 
     python -m entroformer_lib.views.paper
 
-Reads data/results and data/reference (`paper_data` says which), writes figures/: each item as PNG and SVG, the data it
+Reads data/results and data/reference, writes figures/: each item as PNG and SVG, the data it
 draws as CSV, tables also as Markdown, and README.md, which puts the published number beside ours. An item whose results
 do not exist is left out and said to be. A result that appears later is drawn without new code.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -18,47 +19,12 @@ import tyro
 from matplotlib.figure import Figure
 
 from entroformer_lib.files import data_folder, write_bytes
+from entroformer_lib.studies.results import AUTHORS
+from entroformer_lib.views import ablation_figures as ablations
+from entroformer_lib.views import context_figures as context
+from entroformer_lib.views import paper_tables as tables
+from entroformer_lib.views import rate_figures as rates
 from entroformer_lib.views import style
-from entroformer_lib.views.paper_data import (
-    AUTHORS,
-    Comparison,
-    attention_data,
-    beyond_data,
-    figure6_comparison,
-    figure6_data,
-    figure7_data,
-    masking_by_distance_data,
-    masking_comparison,
-    masking_data,
-    rate_distortion_comparison,
-    rate_distortion_data,
-    same_transforms_comparison,
-    same_transforms_data,
-    table1_comparison,
-    table1_data,
-    table2_comparison,
-    table2_data,
-    table3_comparison,
-    table3_data,
-    table4_comparison,
-    table4_data,
-    table6_comparison,
-    table6_data,
-)
-from entroformer_lib.views.paper_figures import (
-    alone_maps,
-    attention_maps,
-    beyond_curve,
-    cells,
-    figure6,
-    figure7,
-    markdown,
-    masking_by_distance,
-    masking_maps,
-    rate_distortion_figure,
-    same_transforms,
-    table_figure,
-)
 
 # Drawn in figures 5, 11 and 12 beside ours: published curves, darkest first
 FEW_CURVES = (AUTHORS, "VTM 9.1 (VVC)", "BPG 4:4:4", "Minnen 2018 context + hyperprior (paper)", "JPEG")
@@ -83,50 +49,50 @@ class Item:
     needs: str
     data: Callable[[], pd.DataFrame | None]
     draw: Callable[[pd.DataFrame], Figure]
-    compare: Callable[[pd.DataFrame], list[Comparison]] = field(default=lambda data: [])
+    compare: Callable[[pd.DataFrame], list[tables.Comparison]] = field(default=lambda data: [])
     claim: str = ""
     table: bool = False
 
 
-MASKING, MAPS = "position_masking.json", "attention_maps.json"
+MASKING, MAPS, GRIDS = "position_masking.json", "attention_maps.json", "ablation*.json"
 ITEMS = (
-    Item("figure03_position_masking", "Rate increase when one context position is missing", MASKING, masking_data,
-         masking_maps, claim="the closer, the more; in the shape of a diamond"),
-    Item("figure03_alone", "Rate saved by one context position alone", MASKING,
-         lambda: masking_data("alone_over_pictures"), alone_maps, claim="not in the paper, or the other reading of it"),
-    Item("figure03_distance", "Both against three distances", MASKING, masking_by_distance_data, masking_by_distance,
-         masking_comparison, claim="falls with L1 distance"),
-    Item("figure03_beyond", "Rate when everything beyond a distance is missing", MASKING, beyond_data, beyond_curve,
-         claim="not in the paper"),
+    Item("figure03_position_masking", "Rate increase when one context position is missing", MASKING,
+         context.masking_data, context.masking_maps, claim="the closer, the more; in the shape of a diamond"),
+    Item("figure03_alone", "Rate saved by one context position alone", MASKING, context.alone_data, context.alone_maps,
+         claim="not in the paper, or the other reading of it"),
+    Item("figure03_distance", "Both against three distances", MASKING, context.masking_by_distance_data,
+         context.masking_by_distance, context.masking_comparison, claim="falls with L1 distance"),
+    Item("figure03_beyond", "Rate when everything beyond a distance is missing", MASKING, context.beyond_data,
+         context.beyond_curve, claim="not in the paper"),
     Item("figure05_rate_distortion", "Rate and PSNR on Kodak", "*-kodak.json",
-         rate_distortion_data("psnr", FEW_CURVES), rate_distortion_figure("PSNR, dB"), rate_distortion_comparison),
+         rates.rate_distortion_data("psnr_db", FEW_CURVES), rates.rate_distortion, rates.rate_distortion_comparison),
     Item("figure05_variants", "Rate of entropy models behind the same transforms", "*-kodak.json",
-         same_transforms_data, same_transforms, same_transforms_comparison),
-    Item("figure06_clipping_distance", "Saving against the clipping distance h", "ablation*.json", figure6_data,
-         figure6, figure6_comparison),
-    Item("figure07_top_k", "Learning curves for several k", "ablation*.json", figure7_data, figure7,
+         rates.same_transforms_data, rates.same_transforms, rates.same_transforms_comparison),
+    Item("figure06_clipping_distance", "Saving against the clipping distance h", GRIDS, ablations.figure6_data,
+         ablations.figure6, ablations.figure6_comparison),
+    Item("figure07_top_k", "Learning curves for several k", GRIDS, ablations.figure7_data, ablations.figure7,
          claim="better up to k = 64, then no difference from dense attention"),
     Item("figure08_attention_points", "Attention of three points of the picture coffee",
-         MAPS, attention_data(8), attention_maps),
+         MAPS, context.attention_data(8), context.attention_maps),
     Item("figure09_attention_heads", "Attention of one point, head by head",
-         MAPS, attention_data(9), attention_maps),
+         MAPS, context.attention_data(9), context.attention_maps),
     Item("figure10_attention_k", "Attention of one point with different k, in a model trained with one k",
-         MAPS, attention_data(10), attention_maps),
+         MAPS, context.attention_data(10), context.attention_maps),
     Item("figure11_psnr_kodak", "Rate and PSNR on Kodak, more codecs", "*-kodak.json",
-         rate_distortion_data("psnr", MORE_CURVES), rate_distortion_figure("PSNR, dB"), rate_distortion_comparison),
+         rates.rate_distortion_data("psnr_db", MORE_CURVES), rates.rate_distortion, rates.rate_distortion_comparison),
     Item("figure12_ms_ssim_kodak", "Rate and MS-SSIM on Kodak; published models and tiny-rates-msssim trained for it",
-         "*-kodak.json", rate_distortion_data("ms_ssim", MORE_CURVES), rate_distortion_figure("MS-SSIM, dB"),
-         rate_distortion_comparison),
-    Item("table1_position_encoding", "Position encodings", "ablation*.json", table1_data, table_figure,
-         table1_comparison, table=True),
-    Item("table2_latency", "Latency of the entropy model", "latency.json", table2_data, table_figure,
-         table2_comparison, table=True),
-    Item("table3_bidirectional", "Context of the second slice", "ablation*.json", table3_data, table_figure,
-         table3_comparison, table=True),
-    Item("table4_image_size", "Position encodings and the size of the picture", "ablation*.json", table4_data,
-         table_figure, table4_comparison, table=True),
-    Item("table6_sizes", "Size of the entropy model", "model_sizes.json", table6_data, table_figure, table6_comparison,
-         table=True),
+         "*-kodak.json", rates.rate_distortion_data("ms_ssim_db", MORE_CURVES),
+         functools.partial(rates.rate_distortion, quality="ms_ssim_db"), rates.rate_distortion_comparison),
+    Item("table1_position_encoding", "Position encodings", GRIDS, ablations.table1_data, tables.figure,
+         ablations.table1_comparison, table=True),
+    Item("table2_latency", "Latency of the entropy model", "latency.json", tables.table2_data, tables.figure,
+         tables.table2_comparison, table=True),
+    Item("table3_bidirectional", "Context of the second slice", GRIDS, ablations.table3_data, tables.figure,
+         ablations.table3_comparison, table=True),
+    Item("table4_image_size", "Position encodings and the size of the picture", GRIDS, ablations.table4_data,
+         tables.figure, ablations.table4_comparison, table=True),
+    Item("table6_sizes", "Size of the entropy model", "model_sizes.json", tables.table6_data, tables.figure,
+         tables.table6_comparison, table=True),
 )  # fmt: skip
 
 
@@ -151,7 +117,8 @@ def regenerate(out: Path | None = None, notebooks: Path | None = None) -> dict[s
         style.write(item.draw(data), out, item.name, ("png", "svg"))
         write_bytes(out / f"{item.name}.csv", data.to_csv(index=False, float_format="%.6g").encode())
         if item.table:
-            write_bytes(out / f"{item.name}.md", (f"# {item.title}\n\n" + markdown(*cells(data))).encode())
+            text = f"# {item.title}\n\n{tables.markdown(tables.in_words(data))}\n"
+            write_bytes(out / f"{item.name}.md", text.encode())
     write_bytes(out / "README.md", readme(drawn, notebooks).encode())
     return drawn
 
@@ -162,29 +129,33 @@ def readme(drawn: dict[str, pd.DataFrame], notebooks: Path) -> str:
     for item in ITEMS:
         if item.name not in drawn:
             continue
-        link, numbers = f"[`{item.name}`]({item.name}.png)", item.compare(drawn[item.name])
-        if item.claim or not numbers:
-            rows.append([link, item.title, "", item.claim or "a picture", "see the figure", ""])
-        for c in numbers:
-            unit = f" {c.unit}" if c.unit else ""
-            published = "no number" if c.published is None else f"{c.published:.4g}{unit}"
-            rows.append([link, item.title, c.quantity, published, f"{c.ours:.4g}{unit}", c.deviation])
-    missing = [f"- {item.name}: {item.title.lower()} ({item.needs})\n" for item in ITEMS if item.name not in drawn]
-    headings = ["file", "shows", "quantity", "published", "ours", "deviation"]
+        about = {"file": f"[`{item.name}`]({item.name}.png)", "shows": item.title}
+        comparisons = item.compare(drawn[item.name])
+        if item.claim or not comparisons:
+            rows.append({**about, "published": item.claim or "a picture", "ours": "see the figure"})
+        for c in comparisons:
+            published = "no number" if c.published is None else f"{c.published:.4g} {c.unit}".strip()
+            numbers = {"published": published, "ours": f"{c.ours:.4g} {c.unit}".strip(), "deviation": c.deviation}
+            rows.append({**about, "quantity": c.quantity, **numbers})
+    columns = ["file", "shows", "quantity", "published", "ours", "deviation"]
+    missing = [f"- {item.name}: {item.title.lower()} ({item.needs})" for item in ITEMS if item.name not in drawn]
     parts = [
-        "# figures\n\nWritten by `make figures`; nothing here is drawn by hand. Each figure and table of the paper is "
-        "drawn from\ndata/results alone, as PNG and SVG, with its data as CSV; tables as Markdown too.\n",
-        "\n## The paper's figures and tables\n\nOurs are small models, trained for minutes to hours on two CPU cores; "
-        "the authors' are three to four times\nas wide and had about 280,000 steps. Published curves and numbers are "
-        "marked as such in every figure (sources: data/reference).\n\n",
-        markdown(headings, rows),
-        "\n## Not measured yet\n\n" + "".join(missing) if missing else "",
-        "\n## The notebooks' figures\n\n" + markdown(["file", "from", "section"], _of_notebooks(notebooks)),
+        "# figures",
+        "Written by `make figures`; nothing here is drawn by hand. Each figure and table of the paper is drawn from\n"
+        "data/results alone, as PNG and SVG, with its data as CSV; tables as Markdown too.",
+        "## The paper's figures and tables",
+        "Ours are small models, trained for minutes to hours on two CPU cores; the authors' are three to four times\n"
+        "as wide and had about 280,000 steps. Published curves and numbers are marked as such in every figure "
+        "(sources: data/reference).",
+        tables.markdown(pd.DataFrame(rows, columns=columns).fillna("")),
+        *(["## Not measured yet", "\n".join(missing)] if missing else []),
+        "## The notebooks' figures",
+        tables.markdown(pd.DataFrame(_of_notebooks(notebooks), columns=["file", "from", "section"])),
     ]
-    return "".join(parts)
+    return "\n\n".join(parts) + "\n"
 
 
-def _of_notebooks(folder: Path) -> list[list[str]]:
+def _of_notebooks(folder: Path) -> list[tuple[str, str, str]]:
     """File, notebook and section of each figure that a notebook saves."""
     rows = []
     for path in sorted(folder.glob("[0-9]*.ipynb")):
@@ -194,7 +165,7 @@ def _of_notebooks(folder: Path) -> list[list[str]]:
             if cell["cell_type"] == "markdown":
                 section = ([section] + re.findall(r"^#+ (?:\d+\. )?(.+)$", text, re.M))[-1]
             for name in re.findall(r'style\.save\(\w+, "(\w+)"', text):
-                rows.append([f"[`{name}`]({name}.png)", f"`notebooks/{path.name}`", section])
+                rows.append((f"[`{name}`]({name}.png)", f"`notebooks/{path.name}`", section))
     return rows
 
 

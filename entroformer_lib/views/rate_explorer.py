@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import pandas as pd
 from PIL import Image
 
+from entroformer_lib.studies.results import QUALITIES
 from entroformer_lib.views.style import COLOURS, GREYS
-
-QUALITIES = {"psnr_db": "PSNR, dB", "ms_ssim_db": "MS-SSIM, dB"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class RatePoints:
     """Measured points, and the picture at each.
 
     Args:
-        table: one row per codec and setting, means over a set of pictures: codec, setting, bpp, psnr_db, ms_ssim_db.
+        table: of `results.kodak_means`: codec, setting, bpp, psnr_db, ms_ssim_db.
         original: the picture to show.
         code: (codec, setting, picture) -> (decoded picture, bytes), such as `studies.measuring.picture_at`; called once
             for each point that is looked at.
@@ -74,15 +73,18 @@ class RatePoints:
         return sheet
 
 
-def figure_of(points: RatePoints, published: list, quality: str = "psnr_db"):
-    """The plot as a plotly figure. published: curves with label, bpp and quality, drawn as such."""
+def figure_of(points: RatePoints, published: pd.DataFrame, quality: str = "psnr_db"):
+    """The plot as a plotly figure.
+
+    published: curves of `results.published`, drawn as such; quality: psnr_db or ms_ssim_db.
+    """
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    for i, curve in enumerate(published):
+    for i, (name, curve) in enumerate(published.dropna(subset=quality).groupby("codec", sort=False)):
         grey = round(255 * float(GREYS[i % len(GREYS)]))
         figure.add_scatter(
-            x=curve.bpp, y=curve.quality, mode="lines", name=f"{curve.label}, published",
+            x=curve["bpp"], y=curve[quality], mode="lines", name=f"{name}, published",
             line={"color": f"rgb({grey},{grey},{grey})", "dash": ("dash", "dot", "dashdot")[i % 3], "width": 1},
         )  # fmt: skip
     symbols = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star")
@@ -105,7 +107,7 @@ def figure_of(points: RatePoints, published: list, quality: str = "psnr_db"):
     return figure
 
 
-def widget(points: RatePoints, published: list, quality: str = "psnr_db"):
+def widget(points: RatePoints, published: pd.DataFrame, quality: str = "psnr_db"):
     """The plot in a notebook; a click on a measured point codes the picture there and shows it beside the original."""
     import ipywidgets
     import plotly.graph_objects as go

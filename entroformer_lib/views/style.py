@@ -15,6 +15,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 GREYS = ("0.25", "0.45", "0.6", "0.35", "0.55")  # for what is not ours
 SEQUENTIAL = "cividis"  # for maps: even in grey, the same to colour-blind readers
 
+MARKERS = "osD^vPX*h<>"
+
 RC = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -52,6 +54,22 @@ class NotebookFigure(Figure):
         return buffer.getvalue()
 
 
+def points_and_means(ax, data, x: str, y: str, by: str, legend: bool = True) -> None:
+    """Every row as a pale point, and a line through the means at each x; a colour and a marker for each value of `by`.
+
+    Set a scale of the axis after it: seaborn would take the means on that scale.
+    """
+    import seaborn
+
+    names = list(dict.fromkeys(data[by]))
+    colours, markers = ((cycle * len(names))[: len(names)] for cycle in ((*COLOURS, "0.5", "#7a4a21"), MARKERS))
+    look = dict(x=x, y=y, hue=by, hue_order=names, style=by, style_order=names, palette=list(colours), ax=ax)
+    look["markers"] = dict(zip(names, markers, strict=True))
+    seaborn.scatterplot(data, **look, s=9, alpha=0.4, linewidth=0, legend=False)
+    line = dict(dashes=False, errorbar=None, linewidth=1, markersize=4, markeredgewidth=0)
+    seaborn.lineplot(data, **look, **line, legend=legend)
+
+
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **subplots):
     """A figure and its axes. width, height: inches."""
     figure = NotebookFigure(figsize=(width, height))
@@ -66,6 +84,21 @@ def label_ends(ax, ends: list[tuple[float, float, str, str]], x: float, gap: flo
         options = dict(color=colour, fontsize=6, va="center", annotation_clip=False)
         line = {"arrowstyle": "-", "color": colour, "linewidth": 0.4, "relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 0}
         ax.annotate(text, (end, y), xytext=(1.04 * x, free), arrowprops=line, **options)
+
+
+def label_points(ax, x, y, texts, colour: str = "0.35") -> None:
+    """A text beside each point, moved until it covers no other text and no point; x, y, texts: of each point.
+
+    Call it when the axes have their limits. A thin line joins a text with its point where it had to go far.
+    """
+    from adjustText import adjust_text
+
+    ax.figure.draw_without_rendering()  # now the axes stand where they will be
+    x, y = list(x), list(y)
+    labels = [ax.text(*place, fontsize=6, color=colour) for place in zip(x, y, texts, strict=True)]
+    line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.4}
+    # The number of steps is fixed, and no clock: the same figure gives the same file.
+    adjust_text(labels, x, y, ax=ax, iter_lim=150, min_arrow_len=8, expand=(1.5, 1.5), arrowprops=line)
 
 
 def save(figure: Figure, name: str, formats: tuple[str, ...] = ("png",)) -> list[Path]:

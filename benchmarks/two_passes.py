@@ -1,6 +1,6 @@
 """What coding in two passes costs, part by part: a parallel model beside a serial one behind the same transforms.
 
-    python -m entroformer_lib.studies.two_passes --kodak KODAK --out data/results/two_passes.json
+    python benchmarks/two_passes.py --kodak KODAK --out data/results/two_passes.json
 
 A parallel model gains on its second half, which sees neighbours on all sides, and pays twice: for its first half, which
 sees none, and for the hyperprior z that has to speak in their place. The serial model's latents are counted on the same
@@ -9,8 +9,6 @@ them, so the price is also measured on squares. Rates are estimated, as in `late
 """
 
 import itertools
-import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,10 +19,9 @@ from tqdm import tqdm
 from entroformer_lib.codec import codec
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import WeightsError
-from entroformer_lib.files import write_bytes
 from entroformer_lib.models.context import first_slice
 from entroformer_lib.studies.latent_rates import pictures_of
-from entroformer_lib.studies.results import provenance
+from entroformer_lib.studies.results import save
 from entroformer_lib.training.latents import transforms_digest
 from entroformer_lib.weights.zoo import load_model
 
@@ -84,21 +81,7 @@ def compare(
             each = [parts(model, y, model.gain.level_of(lmbda), side) for y in latents]
             mean = {part: sum(one[part] for one in each) / pixels for part in each[0]}
             rows.append({"pair": label, "variant": variant, "lmbda": lmbda, "side": side, **mean})
-    result = {"models": list(models), "pictures": len(pictures), "rows": rows, "provenance": provenance()}
-    write_bytes(Path(out), json.dumps(result, indent=1).encode())
-
-
-def price(rows: Sequence[dict], side: int | None = None, pair: str = "") -> list[dict]:
-    """What two passes cost at each lambda, in percent of the serial model's whole rate: `first`, `second` and `z`, and
-    their sum `all`."""
-    chosen = [row for row in rows if row["side"] == side and row["pair"] == pair]
-    serial, parallel = ([row for row in chosen if row["variant"] == v] for v in ("serial", "parallel"))
-    found = []
-    for a, b in zip(serial, parallel, strict=True):
-        whole = sum(a[part] for part in ("first", "second", "z"))
-        percent = {part: 100 * (b[part] - a[part]) / whole for part in ("first", "second", "z")}
-        found.append({"lmbda": a["lmbda"], **percent, "all": sum(percent.values())})
-    return found
+    save(Path(out), {"models": list(models), "pictures": len(pictures), "rows": rows})
 
 
 if __name__ == "__main__":

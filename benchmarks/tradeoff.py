@@ -1,11 +1,11 @@
 """Rate against decoding time: how many bits a model takes for the same picture, and how long it decodes them.
 
-    python -m entroformer_lib.studies.tradeoff --kodak pictures/kodak
+    python benchmarks/tradeoff.py --kodak pictures/kodak
 
 Two families are measured, each on terms of its own. *Shipped* models have one name each and code at any lambda. *Runs*
 are folders of training runs, such as those of the ablations, in which only what a row names differs:
 
-    python -m entroformer_lib.studies.tradeoff --kodak pictures/kodak --runs runs/ablation/groups-*-seed0 \
+    python benchmarks/tradeoff.py --kodak pictures/kodak --runs runs/ablation/groups-*-seed0 \
         runs/ablation/{hyperprior,parallel,serial}-seed0
 
 Inside a family all models share their transforms, so quality is the same and rates can be compared; where it is not,
@@ -13,11 +13,9 @@ nothing is saved. Rates are those of whole files. Seconds are the quickest of th
 repeat, so that what slows the machine slows all. Compare ratios, not seconds, and measure on an idle machine.
 """
 
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import pandas as pd
 import torch
 import tyro
 from PIL import Image
@@ -26,18 +24,16 @@ from entroformer_lib.codec import codec
 from entroformer_lib.codec.quality import psnr_db
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import StudyError
-from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.memory import keep_freed_memory
-from entroformer_lib.stages import stage_times
-from entroformer_lib.studies.latency import STAGES
+from entroformer_lib.studies.latency import measure
 from entroformer_lib.studies.rate_distortion import pictures_to_test
-from entroformer_lib.studies.results import as_json, provenance
-from entroformer_lib.studies.same_transforms import saved_rates
+from entroformer_lib.studies.results import result_path
+from entroformer_lib.studies.results import save as save_result
+from entroformer_lib.studies.same_transforms import SAME_QUALITY, saved_rates
 from entroformer_lib.training.config import RUNTIME_FIELDS
 from entroformer_lib.weights.zoo import device_name, load_model, weights_digest
 
 SHIPPED, RUNS = "shipped", "runs"
-SAME_QUALITY = 0.02  # dB: what the rounding of folded gains may change
 FREE = {*RUNTIME_FIELDS, "model", "architecture", "one_way", "seed", "out", "data", "latents", "init"}
 
 
@@ -57,44 +53,39 @@ def run(families: dict[str, list[Entroformer]], pictures: Iterable[tuple[str, Im
     rows = []
     for name, picture in pictures:
         for family, models in families.items():
-            new = [_row(family, model, name, picture, data) for model, data in _encoded(models, picture)]
+            coded = [codec.encode(model, picture) for model in models]
+            new = [_row(family, *pair, name, picture) for pair in zip(models, coded, strict=True)]
             _check_quality(new)
-            for _ in range(repeats):
-                for model, row in zip(models, new, strict=True):
-                    _time(model, row)
-            for row in new:
-                del row["data"]
+            turns = [[_decoding(*pair) for pair in zip(models, coded, strict=True)] for _ in range(repeats)]
+            for row, times in zip(new, zip(*turns, strict=True), strict=True):
+                row.update(min(times, key=lambda one: one["decode_s"]))
                 print(f"{row['model']:24} {name:10} {row['bpp']:.4f} bpp {row['decode_s']:8.3f} s", flush=True)
             rows += new
     return rows
 
 
-def _encoded(models: list[Entroformer], picture: Image.Image) -> Iterable[tuple[Entroformer, bytes]]:
-    for model in models:
-        yield model, codec.encode(model, picture)
-
-
-def _row(family: str, model: Entroformer, name: str, picture: Image.Image, data: bytes) -> dict:
+def _row(family: str, model: Entroformer, data: bytes, name: str, picture: Image.Image) -> dict:
     c, (width, height) = model.config, picture.size
     decoded = codec.decode(data, model)  # also makes what the first decoding has to make
     return {
-        "family": family, "model": model.name, "variant": c.variant,
+        "family": family,
+        "model": model.name,
+        "variant": c.variant,
         "groups": c.groups[0] * c.groups[1] * c.groups[2] if c.context == "grouped" else None,
         "parameters": sum(p.numel() for part in model.entropy_model_parts() for p in part.parameters()),
-        "image": name, "width": width, "height": height, "bytes": len(data), "bpp": 8 * len(data) / (width * height),
-        "psnr_db": psnr_db(picture, decoded.convert("RGB")), "decode_s": float("inf"), "data": data,
-    }  # fmt: skip
+        "image": name,
+        "width": width,
+        "height": height,
+        "bytes": len(data),
+        "bpp": 8 * len(data) / (width * height),
+        "psnr_db": psnr_db(picture, decoded.convert("RGB")),
+    }
 
 
-def _time(model: Entroformer, row: dict) -> None:
-    """Decodes once more, and keeps the times where it was quicker."""
-    with stage_times() as stages:
-        start = time.perf_counter()
-        codec.decode(row["data"], model)
-        seconds = time.perf_counter() - start
-    if seconds < row["decode_s"]:
-        row["decode_s"] = seconds
-        row.update({f"{name.replace(' ', '_')}_s": stages.get(name, 0.0) for name in STAGES})
+def _decoding(model: Entroformer, data: bytes) -> dict:
+    """Seconds of one decoding and of its stages."""
+    found, _ = measure(model, None, data)
+    return {"decode_s": found.pop("seconds"), **found}
 
 
 def _check_reference(family: str, models: list[Entroformer]) -> None:
@@ -184,11 +175,9 @@ def save(
         "settings": {"lmbda": lmbda, "pictures": len(pictures), "repeats": repeats},
         "terms": {family: _terms(those) for family, those in families.items()},
         "rows": rows,
-        "provenance": {
-            **provenance(), "device": device_name(torch.device("cpu")), "threads": torch.get_num_threads()
-        },
-    }  # fmt: skip
-    write_bytes(out or data_folder() / "results" / "tradeoff.json", as_json(result).encode())
+    }
+    machine = {"device": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
+    save_result(out or result_path("tradeoff"), result, **machine)
 
 
 def _terms(models: list[Entroformer]) -> dict:
@@ -198,33 +187,6 @@ def _terms(models: list[Entroformer]) -> dict:
         "steps": {model.name: (model.card.get("training") or {}).get("steps") for model in models},
         "weights_sha256": {model.name: weights_digest(model).hex() for model in models},
     }
-
-
-# ---- what is read from the result ----
-
-
-def points(saved: dict) -> pd.DataFrame:
-    """A row for each model: family, model, variant, groups, parameters, bpp and seconds (means over the pictures:
-    decode_s, and entropy_model_s, its stages context and parameters), percent (rate against the family's parallel
-    model).
-
-    saved: tradeoff.json
-
-    Raises:
-        StudyError: a family without a parallel model.
-    """
-    rows = pd.DataFrame(saved["rows"])
-    rows["entropy_model_s"] = rows["context_s"] + rows["parameters_s"]
-    rows["groups"] = rows["groups"].astype(float)
-    keys = ["family", "model", "variant", "groups", "parameters"]
-    columns = ["bpp", "psnr_db", "decode_s", "entropy_model_s"]
-    table = rows.groupby(keys, sort=False, dropna=False)[columns].mean().reset_index()
-    for family, part in table.groupby("family"):
-        reference = part[part["variant"] == "parallel"]["bpp"]
-        if len(reference) != 1:
-            raise StudyError(f"The family '{family}' has {len(reference)} parallel models to compare with, not one.")
-        table.loc[part.index, "percent"] = 100 * (part["bpp"] / float(reference.iloc[0]) - 1)
-    return table
 
 
 if __name__ == "__main__":

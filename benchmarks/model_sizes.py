@@ -1,19 +1,18 @@
 """Sizes of entropy models: Table 6.
 
-python -m entroformer_lib.studies.model_sizes
+python benchmarks/model_sizes.py
 
 Counted from the architecture alone. The paper prints "M"; for its own model that fits 2^20 bytes, in float32.
 """
 
-import json
 from collections.abc import Iterable
 
 import pandas as pd
 import tyro
 
 from entroformer_lib.entroformer import Entroformer
-from entroformer_lib.files import data_folder, write_bytes
-from entroformer_lib.studies.results import provenance
+from entroformer_lib.studies.results import result_path
+from entroformer_lib.studies.results import save as save_result
 
 NAMES = tuple(
     f"{size}-{variant}"
@@ -36,8 +35,7 @@ def run(names: Iterable[str] = NAMES) -> pd.DataFrame:
 
 def save() -> None:
     """Writes data/results/model_sizes.json."""
-    result = {"rows": run().to_dict("records"), "provenance": provenance()}
-    write_bytes(data_folder() / "results" / "model_sizes.json", json.dumps(result, indent=1).encode())
+    save_result(result_path("model_sizes"), {"rows": run().to_dict("records")})
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
 """Makes a finished training run a shipped model: half-precision weights, measured on Kodak, with a card beside them.
 
-python -m entroformer_lib.studies.model_card publish runs/tiny-rates tiny-rates --kodak pictures/kodak
-python -m entroformer_lib.studies.model_card again tiny-rates --kodak pictures/kodak
+python benchmarks/publish.py publish runs/tiny-rates tiny-rates --kodak pictures/kodak
+python benchmarks/publish.py again tiny-rates --kodak pictures/kodak
 """
 
 import dataclasses
-import json
-import math
 import shlex
 from pathlib import Path
 
+import pandas as pd
 import tyro
 from tyro.conf import Positional
 
@@ -18,11 +17,21 @@ from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.studies.classical import jpeg_psnr_db
 from entroformer_lib.studies.measuring import measure, tasks_of
 from entroformer_lib.studies.rate_distortion import pictures_to_test
-from entroformer_lib.studies.results import provenance
+from entroformer_lib.studies.results import result_path, save
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.weights.zoo import load_model, save_weights
 
 CURVE_POINTS = 60
+MEASURED = """Kodak, mean of 24 pictures, whole files on disk; mean of per-picture PSNR. JPEG has at least as many \
+bytes for each picture, with the standard Huffman tables (as in the published curves) and with optimised ones."""
+QUALITIES = ("psnr_db", "ms_ssim", "jpeg_psnr_db", "jpeg_optimised_psnr_db")
+HEADINGS = {
+    "image": "picture", "bpp_estimated": "estimated bpp", "psnr_db": "PSNR dB", "ms_ssim": "MS-SSIM",
+    "jpeg_psnr_db": "JPEG dB", "jpeg_optimised_psnr_db": "JPEG dB, optimised",
+}  # fmt: skip
+CELLS = {"lmbda": "{:g}", "bpp": "{:.4f}", "bpp_estimated": "{:.4f}", "ms_ssim": "{:.4f}"}
+CELLS |= {column: "{:.2f}" for column in ("psnr_db", "jpeg_psnr_db", "jpeg_optimised_psnr_db")}
+CURVE = {"minutes": "{:.1f}", "loss": "{:.3f}", "bpp": "{:.3f}"}  # of the training's table, rounded more
 
 
 def publish(
@@ -73,18 +82,18 @@ def _measure_and_write(trained: Entroformer, card: dict, name: str, kodak: Path)
     save_weights(trained, weights, card, half=True)
     model = load_model(weights)
     paths = {path.stem: path for path in pictures_to_test(kodak)}
-    done = data_folder() / "results" / f"{name}-kodak.json.rows"
+    result = result_path(f"{name}-kodak")
+    done = result.with_name(f"{result.name}.rows")
     tasks = tasks_of(str(weights), paths.values())
     if card.get("measured_at"):
         tasks = [task for task in tasks if task.setting in card["measured_at"]]
     rows = [_with_jpeg(row, paths) for row in measure(tasks, done, report=_tell)]
-    points = {lmbda: _mean([row for row in rows if row["lmbda"] == lmbda]) for lmbda in {row["lmbda"] for row in rows}}
-    record = provenance(model, seed=card["training"]["seed"])
-    mean = points[None] if None in points else {f"{lmbda:g}": points[lmbda] for lmbda in sorted(points)}
+    points = means(rows).drop(columns="lmbda").to_dict("records")
+    lmbdas = sorted({row["lmbda"] for row in rows} - {None})
+    mean = dict(zip((f"{lmbda:g}" for lmbda in lmbdas), points, strict=True)) if lmbdas else points[0]
     about = {"optimised_for": card["metric"], "variant": model.config.variant}
     about["transforms"] = card["training"].get("transforms")  # whose they are, where they were kept
-    result = {"images": rows, "mean": mean, **about, "provenance": record}
-    write_bytes(data_folder() / "results" / f"{name}-kodak.json", json.dumps(result, indent=1).encode())
+    record = save(result, {"images": rows, "mean": mean, **about}, model, seed=card["training"]["seed"])
 
     card["kodak"] = {**mean, "images": len(rows), "date": record["date"]}
     save_weights(trained, weights, card, half=True)
@@ -104,24 +113,22 @@ def _tell(row: dict) -> None:
     print(row["setting"] or "", row["image"], f"bpp {row['bpp']:.3f} PSNR {row['psnr_db']:.2f} dB", flush=True)
 
 
-def _mean(rows: list[dict]) -> dict:
-    columns = [key for key, value in rows[0].items() if isinstance(value, float) and key != "lmbda"]
-    return {key: sum(row[key] for row in rows) / len(rows) for key in columns}
+def means(rows: list[dict]) -> pd.DataFrame:
+    """Means over the pictures, a row for each lambda, from the lowest on."""
+    table = pd.DataFrame(rows).astype({"lmbda": float})
+    measured = table.select_dtypes("float").columns.drop("lmbda")
+    return table.groupby("lmbda", dropna=False)[list(measured)].mean().reset_index()
 
 
 def training_curve(log: Path) -> list[dict]:
     """The log thinned to a few points, each the mean over its stretch of steps."""
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = pd.read_json(log, lines=True)
     size = max(1, len(rows) // CURVE_POINTS)
-    curve = []
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        means = {
-            k: round(sum(r[k] for r in part) / len(part), 4) for k in ("rd_loss", "bpp", "psnr_db") if k in part[0]
-        }
-        minutes = round(part[-1]["seconds"] / 60, 2)
-        curve.append({"step": part[-1]["step"], "minutes": minutes, "lmbda": part[-1]["lmbda"], **means})
-    return curve
+    stretches = rows.groupby(rows.index // size)
+    measured = [column for column in ("rd_loss", "bpp", "psnr_db") if column in rows]
+    curve = stretches[["step", "lmbda"]].last().join(stretches[measured].mean().round(4))
+    curve.insert(1, "minutes", (stretches["seconds"].last() / 60).round(2))
+    return curve.astype(object).where(curve.notna(), None).to_dict("records")
 
 
 def training_command(training: dict) -> str:
@@ -141,58 +148,47 @@ def training_command(training: dict) -> str:
 
 def card_text(name: str, card: dict, rows: list[dict]) -> str:
     """The card as Markdown."""
-    training, kodak = card["training"], card["kodak"]
-    frozen = training.get("transforms") is not None
-    points = {row["lmbda"]: _mean([r for r in rows if r["lmbda"] == row["lmbda"]]) for row in rows}
-    lines = [
-        f"# {name}",
-        "",
-        "Kodak, mean of 24 pictures, whole files on disk; mean of per-picture PSNR. JPEG has at least as many bytes "
-        "for each picture, with the standard Huffman tables (as in the published curves) and with optimised ones. "
-        f"Measured {kodak['date'][:10]}.",
-        "",
-        "| lmbda | bpp | PSNR dB | MS-SSIM | JPEG dB | JPEG dB, optimised |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for lmbda, p in points.items():
-        lines.append(
-            f"| {lmbda or card['lmbda']:g} | **{p['bpp']:.3f}** | **{p['psnr_db']:.2f}** | {p['ms_ssim']:.4f} "
-            f"| {p['jpeg_psnr_db']:.2f} | {p['jpeg_optimised_psnr_db']:.2f} |"
-        )
-    lines += [
-        "",
-        f"- Architecture: `{training['model']}`, preset `{training['preset']}`",
-        f"- Trained on: {card['trained_on']}",
-        *([f"- Transforms: those of {training['transforms']}, kept; trained on latents"] if frozen else []),
-        f"- Goal: {'rate' if frozen else training['metric']}, lmbda "
-        + (", ".join(f"{v:g}" for v in card.get("lmbdas") or points if v) or f"{card['lmbda']:g}"),
-        f"- Command (DATA is the folder of the pictures): `{training_command(training)}`",
-        *([f"- Before this run: {card['before']}"] if card.get("before") else []),
-        f"- Device and time: {card['device']}, {card['train_seconds'] / 60:.0f} minutes",
-        f"- Steps: {training['steps']} of {training['batch']} crops of {training['crop']} pixels "
+    pictures = pd.DataFrame(rows).assign(lmbda=lambda table: table["lmbda"].fillna(card["lmbda"]))
+    bold = {"bpp": "**{:.3f}**", "psnr_db": "**{:.2f}**"}
+    curve = pd.DataFrame(card["curve"]).rename(columns={"step": "up to step", "rd_loss": "loss"})
+    return "\n\n".join(
+        [
+            f"# {name}",
+            f"{MEASURED} Measured {card['kodak']['date'][:10]}.",
+            _table(means(pictures.to_dict("records")).drop(columns=["bpp_estimated", "encode_s", "decode_s"]), bold),
+            _facts(card, pictures),
+            "## Kodak, picture by picture",
+            _table(pictures[["image", "lmbda", "bpp", "bpp_estimated", *QUALITIES]]),
+            "## Training",
+            _table(curve[[c for c in ("up to step", "minutes", "loss", "bpp", "psnr_db") if c in curve]], CURVE),
+        ]
+    ) + "\n"  # fmt: skip
+
+
+def _table(data: pd.DataFrame, form: dict[str, str] | None = None) -> str:
+    form = {**CELLS, **(form or {})}
+    text = data.apply(lambda column: column.map(form.get(column.name, "{}").format, na_action="ignore"))
+    return text.rename(columns=HEADINGS).to_markdown(index=False, disable_numparse=True)
+
+
+def _facts(card: dict, pictures: pd.DataFrame) -> str:
+    """What the model is and how it was trained, one line for each fact."""
+    training, frozen = card["training"], card["training"].get("transforms")
+    lmbdas = card.get("lmbdas") or pictures["lmbda"].unique()
+    facts = {
+        "Architecture": f"`{training['model']}`, preset `{training['preset']}`",
+        "Trained on": card["trained_on"],
+        "Transforms": frozen and f"those of {frozen}, kept; trained on latents",
+        "Goal": f"{'rate' if frozen else training['metric']}, lmbda " + ", ".join(f"{v:g}" for v in lmbdas),
+        "Command (DATA is the folder of the pictures)": f"`{training_command(training)}`",
+        "Before this run": card.get("before"),
+        "Device and time": f"{card['device']}, {card['train_seconds'] / 60:.0f} minutes",
+        "Steps": f"{training['steps']} of {training['batch']} crops of {training['crop']} pixels "
         "(the paper: about 280,000 of 16 crops of 384)",
-        f"- Limits: {card['limits']}",
-        "- Weights: matrices and kernels in float16, the rest in float32; measured as shipped",
-        "",
-        "## Kodak, picture by picture",
-        "",
-        "| picture | lmbda | bpp | estimated bpp | PSNR dB | MS-SSIM | JPEG dB | JPEG dB, optimised |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for r in rows:
-        lines.append(
-            f"| {r['image']} | {r['lmbda'] or card['lmbda']:g} | {r['bpp']:.4f} | {r['bpp_estimated']:.4f} "
-            f"| {r['psnr_db']:.2f} | {r['ms_ssim']:.4f} "
-            f"| {r['jpeg_psnr_db']:.2f} | {r['jpeg_optimised_psnr_db']:.2f} |"
-        )
-    heading = "| up to step | minutes | loss | bpp | PSNR dB |"
-    lines += ["", "## Training", "", heading, "| --- | --- | --- | --- | --- |"]
-    for p in card["curve"]:
-        psnr = f"{p['psnr_db']:.2f}" if "psnr_db" in p else "-"  # not measured for MS-SSIM, or on latents
-        lines.append(
-            f"| {p['step']} | {p.get('minutes', math.nan):.1f} | {p['rd_loss']:.3f} | {p['bpp']:.3f} | {psnr} |"
-        )
-    return "\n".join(lines) + "\n"
+        "Limits": card["limits"],
+        "Weights": "matrices and kernels in float16, the rest in float32; measured as shipped",
+    }
+    return "\n".join(f"- {name}: {fact}" for name, fact in facts.items() if fact is not None and fact != "")
 
 
 if __name__ == "__main__":

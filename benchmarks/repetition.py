@@ -1,6 +1,6 @@
 """How much a picture repeats itself, as its latents see it: to explain which pictures gain from attention.
 
-    python -m entroformer_lib.studies.repetition --kodak pictures/kodak
+    python benchmarks/repetition.py --kodak pictures/kodak
 
 A masked 5x5 convolution sees twelve latents before the one it predicts; attention sees all before it. So attention can
 only save where something alike lies farther away than those twelve. For every latent vector (each channel centred over
@@ -11,7 +11,6 @@ weighed by their squared length, because long ones cost the bits.
 No entropy model runs.
 """
 
-import json
 from pathlib import Path
 
 import pandas as pd
@@ -20,10 +19,10 @@ import tyro
 from torch import Tensor
 
 from entroformer_lib.codec import codec
-from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.models.position import grid_sites
 from entroformer_lib.studies.rate_distortion import pictures_to_test
-from entroformer_lib.studies.results import provenance
+from entroformer_lib.studies.results import result_path
+from entroformer_lib.studies.results import save as save_result
 from entroformer_lib.weights.zoo import load_model
 
 NEAR = 2  # rows and columns that a masked 5x5 convolution reaches
@@ -68,8 +67,8 @@ def save(kodak: Path, transforms: str = "tiny-rates@0.0035") -> None:
     """
     model = load_model(transforms, "cpu")
     table = run(model, pictures_to_test(kodak))
-    result = {"images": table.to_dict("records"), "transforms": transforms, "provenance": provenance(model)}
-    write_bytes(data_folder() / "results" / "repetition.json", json.dumps(result, indent=1).encode())
+    result = {"images": table.to_dict("records"), "transforms": transforms}
+    save_result(result_path("repetition"), result, model)
     print(table.round(3).to_string(index=False))
 
 

@@ -1,13 +1,12 @@
 """What GroupedMixer's context cache saves: the entropy model's coding steps with and without it.
 
-    python -m entroformer_lib.studies.context_cache
+    python benchmarks/context_cache.py
 
 Without it every group runs all earlier slots again: G (G + 1) / 2 passes instead of G, so (G + 1) / 2 times the work.
 Measured on the coder's own steps, from the hyperprior's feature to all latents; weights are random, and latents too.
 """
 
 import contextlib
-import json
 import time
 
 import pandas as pd
@@ -16,9 +15,9 @@ import tyro
 
 from entroformer_lib.entroformer import build_model
 from entroformer_lib.exact.arithmetic import Exact
-from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.memory import keep_freed_memory
-from entroformer_lib.studies.results import provenance
+from entroformer_lib.studies.results import result_path
+from entroformer_lib.studies.results import save as save_result
 
 MODELS = ("base-groupedmixer", "base-groupedmixer-fast", "study-groupedmixer", "tiny-groupedmixer")
 
@@ -67,8 +66,7 @@ def save(models: tuple[str, ...] = MODELS, repeats: int = 3) -> None:
     """
     keep_freed_memory()
     table = run(models, repeats=repeats)
-    result = {"rows": table.to_dict("records"), "provenance": {**provenance(), "threads": torch.get_num_threads()}}
-    write_bytes(data_folder() / "results" / "context_cache.json", json.dumps(result, indent=1).encode())
+    save_result(result_path("context_cache"), {"rows": table.to_dict("records")}, threads=torch.get_num_threads())
     print(table.round(2).to_string(index=False))
 
 

@@ -1,0 +1,148 @@
+"""Fills the marked blocks of README.md with tables and sentences from saved results.
+
+    python benchmarks/readme.py
+
+A block begins with `<!-- NAME, by benchmarks/readme.py -->` and ends with `<!-- end -->`; a function of that name says
+what stands in it. A test checks that nothing would change.
+"""
+
+import re
+import textwrap
+from pathlib import Path
+
+import pandas as pd
+
+from entroformer_lib.files import write_bytes
+from entroformer_lib.studies import bd, same_transforms
+from entroformer_lib.studies.results import AUTHORS, LABELS, ablation, kodak, kodak_means, load, published
+from entroformer_lib.views.paper_tables import markdown
+from entroformer_lib.views.rate_figures import groups_data, lines_beside
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def filled(text: str) -> str:
+    """The text with every block written anew."""
+
+    def block(match: re.Match) -> str:
+        return f"{match[1]}\n{BLOCKS[match[2]]()}\n<!-- end -->"
+
+    return re.sub(r"(<!-- (\w+), by benchmarks/readme.py -->)\n.*?<!-- end -->", block, text, flags=re.S)
+
+
+def tiny_rates() -> str:
+    """The shipped model on Kodak, a row for each lambda, and JPEG of the same bytes."""
+    rows = kodak().query("codec == 'tiny-rates'").groupby("setting")
+    means = rows[["bpp", "psnr_db", "jpeg_psnr_db", "jpeg_optimised_psnr_db"]].mean().reset_index()
+    headings = ["lambda", "bits per pixel", "PSNR, dB", "JPEG of the same bytes, standard tables", "optimised tables"]
+    forms = ("{:g}", "{:.3f}", "{:.2f}", "{:.2f}", "{:.2f}")
+    return _table(means.set_axis(headings, axis=1), forms)
+
+
+def tiny_rates_bd() -> str:
+    """BD-rates of the shipped model."""
+    jpeg, bpg = (_bd("tiny-rates", anchor, "psnr_db") for anchor in ("JPEG", "BPG 4:4:4"))
+    return _paragraph(
+        f"That is {jpeg.rate_percent:+.1f}% against JPEG and {bpg.rate_percent:+.1f}% against BPG 4:4:4 in BD-rate "
+        f"({bd.METHOD}, over {jpeg.low:.1f} and {bpg.low:.1f} to {jpeg.high:.1f} dB, published anchors). "
+        "([card](data/weights/tiny-rates.md), [numbers per picture](data/results/tiny-rates-kodak.json), "
+        "[how it was trained](docs/training.md))"
+    )
+
+
+def tiny_rates_msssim() -> str:
+    """BD-rates by MS-SSIM of the model that was trained for it."""
+    jpeg, bpg, vtm = (_bd("tiny-rates-msssim", a, "ms_ssim_db") for a in ("JPEG", "BPG 4:4:4", "VTM 9.1 (VVC)"))
+    return _paragraph(
+        "`tiny-rates-msssim` is the same network trained for MS-SSIM at seven lambdas, for another hour: in BD-rate by "
+        f"MS-SSIM {jpeg.rate_percent:.1f}% against JPEG, {bpg.rate_percent:.1f}% against BPG 4:4:4 and "
+        f"{vtm.rate_percent:.1f}% against VTM 9.1 ({bd.METHOD}, over {vtm.low:.1f} to {vtm.high:.1f} dB, published "
+        "anchors, which are codecs that do not aim at MS-SSIM; models trained for it reach further). "
+        "([card](data/weights/tiny-rates-msssim.md), [figure](figures/figure12_ms_ssim_kodak.png))"
+    )
+
+
+def speed() -> str:
+    """Times at the paper's size, as ratios."""
+    rows = pd.DataFrame(load("latency")["rows"])
+    seconds = rows.groupby(["direction", "model"])["seconds"].median()
+    decode, growth = seconds["decode"], load("latency_growth")
+    parallel, serial = decode["base-parallel"], decode["base-serial"]
+    memory = max(row["peak_mb"] for row in growth["large"])
+    return _paragraph(
+        "Decoding 768x512 pixels at the paper's size (`base`, random weights, two CPU cores, one run of `make bench`): "
+        f"the parallel model takes {parallel / decode['bmshj2018-hyperprior']:.1f} times as long as CompressAI's "
+        f"bmshj2018-hyperprior, or {parallel / decode['bmshj2018-hyperprior + memory']:.1f} times when both keep freed "
+        f"memory; the serial model takes {serial / decode['mbt2018']:.2f} times as long as mbt2018, whose context is a "
+        "convolution (both at quality 8; [all numbers](figures/table2_latency.md)), and encodes in "
+        f"{seconds['encode', 'base-serial'] / serial:.0%} of the time that it decodes in. 3840x2160 pixels go through "
+        f"the parallel model in {memory / 1000:.1f} GB, and from 256x256 to 4096x4096 the time grows with the pixels "
+        f"to the power of {growth['exponents']['seconds']:.1f}."
+    )
+
+
+def both_systems() -> str:
+    """Entroformer, GroupedMixer and CNNs behind the same transforms: bits, seconds and weights."""
+    table = same_transforms.side_by_side()
+    spread = [f"{row.least:+.1f}% to {row.most:+.1f}%" for row in table.itertuples()]
+    columns = {
+        "entropy model": table["variant"].map(LABELS),
+        "rate against parallel, equal PSNR": table["percent"].map("{:+.1f}%".format),
+        "lowest to highest over the lambdas": spread,
+        "seconds to decode": table["decode_s"],
+        "of these in context and parameters": table["entropy_model_s"],
+        "parameters, million": table["parameters"].astype(float) / 1e6,
+        "source": "[" + table["model"] + "](" + table["source"] + ")",
+    }
+    return _table(pd.DataFrame(columns), ("{}", "{}", "{}", "{:.2f}", "{:.2f}", "{:.2f}", "{}"))
+
+
+def both_systems_bd() -> str:
+    """BD-rates between models behind the same transforms, and rates against the number of groups."""
+    points = kodak_means().dropna(subset="transforms")
+    models = points.drop_duplicates("variant").set_index("variant")["codec"]
+    curves = {variant: bd.curve_of(points, model) for variant, model in models.items()}
+    serial, parallel = curves["serial"], curves["parallel"]
+    lowest = min(bd.curve_of(published(), AUTHORS).quality)
+    cnns, cnn = (bd.compare(serial, curves[base]) for base in ("minnen", "cnn"))
+    two, covered = (bd.compare(parallel.above(q), serial.above(q)).rate_percent for q in (0, lowest))
+    groups = groups_data().groupby("groups")["bpp"].mean()
+    groups[12] = ablation("groupedmixer").query("run.str.startswith('grouped-whole-')")["bpp"].mean()
+    change = 100 * (groups / lines_beside()[LABELS["parallel"]] - 1)
+    steps = load("ablation-groups")["settings"]["steps"]
+    return _paragraph(
+        "([what differs in training](docs/training.md#entropy-models-behind-the-same-transforms), "
+        "[figure](figures/figure05_variants.png), [trade-off of rate and time](figures/groupedmixer_tradeoff.png)). "
+        f"In BD-rate ({bd.METHOD}, {cnns.low:.1f} to {cnns.high:.1f} dB) the serial Entroformer is "
+        f"{cnns.rate_percent:+.1f}% against CNNs throughout and {cnn.rate_percent:+.1f}% against the CNN context "
+        f"behind the same hyperprior. Two passes instead of one by one cost {two:+.1f}% over the same range, "
+        f"where the paper has about 1%, and {covered:+.1f}% without our lowest rate, which lies below the "
+        "authors' curve ([what they pay for](notebooks/04_rate_distortion.ipynb)). The number of groups matters: in "
+        f"runs of {steps} steps GroupedMixer's rate is {change[2]:+.1f}% against the parallel model with 2 groups, "
+        f"{change[12]:+.1f}% with the 12 of this table, and {change[32]:+.1f}% with 32 "
+        "([notebook 07](notebooks/07_groupedmixer.ipynb), `data/results/ablation-groups.json`)."
+    )
+
+
+BLOCKS = {
+    block.__name__: block
+    for block in (tiny_rates, tiny_rates_bd, tiny_rates_msssim, speed, both_systems, both_systems_bd)
+}
+
+
+def _bd(model: str, anchor: str, quality: str) -> bd.Bjontegaard:
+    return bd.compare(bd.curve_of(kodak_means(), model, quality), bd.curve_of(published(), anchor, quality))
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def _table(data: pd.DataFrame, forms: tuple[str, ...]) -> str:
+    """A table with a format for each column; a dash for what is not known."""
+    words = {name: data[name].map(form.format, na_action="ignore") for name, form in zip(data, forms, strict=True)}
+    return markdown(pd.DataFrame(words).fillna("–"))
+
+
+if __name__ == "__main__":
+    write_bytes(README, filled(README.read_text()).encode())
