@@ -254,6 +254,15 @@ if NODE:  # not collected elsewhere
     test_page_says_and_shows_what_the_view_model_does = says_and_shows_what_the_view_model_does
 
 
+def test_a_mixer_that_takes_the_top_k_has_rows_and_a_page(photo):
+    server = GroupServer(grouped(inner="top_k", top_k=3), photo)
+    query = server.query(50, 1)
+    assert ((server.rows(query) > 0).sum(-1) == 3).all() and server.decoded(query)[server.rows(query)[1, 0] > 0].all()
+    meta, data = stored(explorer_page(server))
+    counts = np.frombuffer(data, "<u2", 96 * 3 * 4, meta["sections"][0]["counts"])
+    assert set(counts) == {3}
+
+
 def test_explore_writes_a_page_of_a_groupedmixer(tmp_path, monkeypatch, photo, capsys):
     model = grouped(lmbdas=LMBDAS)
     save_weights(model, tmp_path / "mixer.safetensors", {})

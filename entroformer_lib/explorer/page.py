@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from string import Template
 
 import numpy as np
@@ -32,8 +33,9 @@ import numpy as np
 from entroformer_lib import __version__
 from entroformer_lib.errors import AttentionError
 from entroformer_lib.explorer.widget import SCRIPT, meta_of
-from entroformer_lib.inspection.exploration import DENSE, Exploration, k_in_words, own_k, rank_correlations
+from entroformer_lib.inspection.exploration import Exploration, k_in_words, own_k, rank_correlations
 
+PAGE = Path(__file__).with_name("page.html")
 LARGEST_PAGE = 25_000_000  # bytes
 LARGEST_OWN = 25_000_000  # bytes before compression that the rows of the model's own k may take
 LARGEST_REST = 40_000_000  # the same for the other k
@@ -68,9 +70,8 @@ def explorer_page(server, title: str = "", progress: Progress | None = None, **s
     """
     view, blob = Exploration(server, **selection), _Blob()
     _check_size(server)
-    own, every = own_k(server), range(server.n)
-    some = lattice(server, view.ks) if server.family == "rows" else every
-    held = {k: every if k == own != DENSE else some for k in view.ks}
+    own, every, some = own_k(server), range(server.n), lattice(server, view.ks)
+    held = {k: every if k == own and server.row_entries else some for k in view.ks}
     measured = some if "cost" in view.modes else []
     tell = _teller(progress, sum(map(len, held.values())) * server.slices + len(measured))
     meta = {
@@ -88,11 +89,11 @@ def explorer_page(server, title: str = "", progress: Progress | None = None, **s
         f"Model {server.name}, {server.kind} context. The latent grid has {server.height} x {server.width} places, one "
         f"for each block of 16 x 16 pixels. This page holds the attention of {holds}."
     )
-    text = PAGE.substitute(
+    text = Template(PAGE.read_text("utf-8")).substitute(
         title=html.escape(f"What the entropy model looks at: {title}" if title else "What the entropy model looks at"),
         about=html.escape(about),
         version=__version__,
-        script=SCRIPT.read_text(),
+        script=SCRIPT.read_text("utf-8"),
         meta=json.dumps(meta).replace("</", "<\\/"),
         data=base64.b64encode(gzip.compress(blob.bytes(), 9, mtime=0)).decode(),
     )
@@ -267,36 +268,3 @@ def serve_page(text: str, opened: Callable[[str], object] = webbrowser.open) -> 
         opened(address)
         with suppress(KeyboardInterrupt):
             server.serve_forever()
-
-
-# The policy forbids the browser every request: nothing is fetched, whatever the script says.
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:">
-<link rel="icon" href="data:,">
-<title>$title</title>
-<style>
-body { margin: 16px; font: 14px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; }
-h1 { font-size: 20px; margin: 0 4px 2px; } p.about { margin: 0 4px 4px; color: #444; }
-</style>
-</head>
-<body>
-<h1>$title</h1>
-<p class="about">$about</p>
-<div id="explorer"></div>
-<p class="about">Made with entroformer-suite $version. After Qian et al., Entroformer: A Transformer-based Entropy Model
-for Learned Image Compression, ICLR 2022, figures 8 to 10.</p>
-<script type="application/json" id="meta">$meta</script>
-<script type="text/plain" id="data">$data</script>
-<script type="module">
-$script
-const text = (id) => document.getElementById(id).textContent;
-await openPage(document.getElementById("explorer"), JSON.parse(text("meta")), text("data"));
-</script>
-</body>
-</html>
-""")
