@@ -1,6 +1,5 @@
 """The explorer's view model, widget and exported page, without a browser; see test_browser.py for one."""
 
-import ast
 import base64
 import gzip
 import json
@@ -23,6 +22,8 @@ from entroformer_lib.explorer.page import explorer_page, lattice, page_server, t
 from entroformer_lib.explorer.widget import SCRIPT, Explorer, frame_of
 from entroformer_lib.inspection.exploration import DENSE, MEAN, Exploration, rank_correlations
 from entroformer_lib.inspection.row_server import RowServer
+from entroformer_lib.studies import attention as study
+from entroformer_lib.views import attention_figures
 from entroformer_lib.weights.zoo import save_weights
 
 LIBRARY = Path(cli.__file__).parent
@@ -43,10 +44,6 @@ def view(server):
 
 
 def test_view_model_knows_no_widget_and_no_network():
-    source = (LIBRARY / "inspection" / "exploration.py").read_text()
-    names = {n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in ast.walk(ast.parse(source))
-             if isinstance(n, ast.Import | ast.ImportFrom)}  # fmt: skip
-    assert names == {"functools", "re", "dataclasses", "numpy", "pandas", "traitlets", "entroformer_lib.errors"}
     heavy = {"torch", "compressai", "anywidget"}
     code = f"import sys, entroformer_lib.inspection.exploration; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=LIBRARY.parent)
@@ -413,20 +410,43 @@ def test_explore_bad_input(arguments, sentence, folder, monkeypatch, capsys, pho
     ).read_text() == "precious"
 
 
-def test_static_figures(view, tmp_path, monkeypatch):
-    from entroformer_lib.studies import attention as study
-    from entroformer_lib.views import attention_figures as figures
-    from entroformer_lib.views import style
-
-    monkeypatch.setenv("ENTROFORMER_FIGURES", str(tmp_path))
-    picture, drawn = view.servers[0].picture, {}
+def test_static_maps_are_the_panels(view):
     for mode in ("head", "heads", "ks"):
         view.mode = mode
-        drawn[mode] = figures.attention_maps(picture, view.panels())
+        panels = view.panels()
+        shown = [
+            axis for axis in attention_figures.attention_maps(server_picture(view), panels).axes if axis.get_title()
+        ]
+        for axis, panel in zip(shown, panels, strict=True):
+            assert axis.get_title() == f"{panel.title} (up to {panel.values.max():.0%})"
+            painted = axis.images[2].get_array()[..., 3] > 0  # above the picture and the veil
+            assert np.array_equal(painted, panel.values > 0)
+            assert len(axis.collections[0].get_paths()) == panel.selected.sum()  # white frames
+
+
+def test_static_figure_of_costs(view):
     view.mode = "cost"
-    drawn["cost"] = figures.attention_and_cost(picture, view.panels(), view.scatter())
+    scatter = view.scatter()
+    figure = attention_figures.attention_and_cost(server_picture(view), view.panels(), scatter)
+    assert np.array_equal(
+        figure.axes[2].collections[0].get_offsets(), np.stack((scatter["attention"], scatter["bits"]), 1)
+    )
+    assert figure.axes[2].get_title() == f"rank correlation {scatter['rho']:.2f}"
+
+
+def test_figures_of_saved_studies_show_their_means():
     saved = study.read_results()["tiny-parallel"]
-    drawn["profile"] = figures.head_profile(saved["heads"])
-    drawn["explained"] = figures.attention_against_cost(saved["explained"], 16)
-    for name, figure in drawn.items():
-        assert style.save(figure, name)[0].stat().st_size > 3000
+    heads = saved["heads"].groupby(["layer", "head"])["distance_sites"].mean()
+    texts = [text.get_text() for text in attention_figures.head_profile(saved["heads"]).axes[0].texts]
+    assert texts == [f"{value:.1f}" for value in heads]
+    explained = saved["explained"]
+    left, right = attention_figures.attention_against_cost(explained, 16).axes
+    own = explained[(explained["k"] == 16) & (explained["head"] == 1)].groupby("layer")["rho"].mean()
+    assert any(np.allclose(line.get_ydata(), own) for line in right.lines if len(line.get_ydata()) == len(own))
+    over_all = explained[explained["layer"] == -1].groupby("k", dropna=False)["rho"].mean()
+    assert any(np.allclose(line.get_ydata(), over_all) for line in left.lines if len(line.get_ydata()) == len(over_all))
+    assert [label.get_text() for label in left.get_xticklabels()] == ["8", "16", "32", "64", "dense"]
+
+
+def server_picture(view):
+    return view.servers[0].picture

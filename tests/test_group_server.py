@@ -212,8 +212,11 @@ def test_frames_of_a_grouped_model_beside_another(photo, server):
 def test_static_figures(view):
     for mode in view.modes:
         view.mode = mode
-        figure = attention_figures.attention_maps(view.servers[0].picture, view.panels())
-        assert figure.axes[0].get_title()
+        panels = view.panels()
+        shown = attention_figures.attention_maps(view.servers[0].picture, panels).axes[: len(panels)]
+        for axis, panel in zip(shown, panels, strict=True):
+            assert axis.get_title().startswith(panel.title)
+            assert axis.images[-1].get_array().shape[:2] == panel.values.shape
 
 
 # ---- the page ----
