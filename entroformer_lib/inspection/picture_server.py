@@ -77,6 +77,7 @@ class PictureServer(abc.ABC):
         self.rate, self.y_hat = self.wide.rate(level), y_hat.double()  # [1, M, h, w]
         z_hat = None if z is None else model.z_prior.quantize_z(z).double()
         self.hyper = None if z is None else self.wide.hyper_synthesis(z_hat, self.rate)  # [1, D, h, w]
+        self.wide.h_a = self.wide.h_s = None  # not needed any more, and `capture` is quicker without
         self.name, self.picture, self.size = name_at(model, level), codec.to_picture(x), rgb.size
         self.kind, self.layers, self.heads = c.context, c.context_layers, c.heads
         self.height, self.width = y_hat.shape[-2:]

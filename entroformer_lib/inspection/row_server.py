@@ -59,6 +59,7 @@ class RowServer(PictureServer):
         self._sites = grid_sites(self.height, self.width, device)
         first = first_slice(self.height, self.width, device).flatten()
         self._carrier = torch.ones_like(first) if self.causal else first  # whose tokens serve as context
+        self._carriers = self._carrier.nonzero()[:, 0]
         self.when = np.arange(self.n) if self.causal else (~first).int().cpu().numpy()
         seen = self.y_hat if self.rate is None else self.y_hat * self.rate.inverse
         self._seen = seen[0].flatten(1).T * self._carrier[:, None]  # [n, M], as the tokens carry them
@@ -190,7 +191,7 @@ class RowServer(PictureServer):
     @torch.inference_mode()
     def _keys_and_values(self, k: int | None):
         """Keys and values of all context tokens in every layer, with this k. `keys_and_values` keeps some of them."""
-        stack, carriers = self._stack(k), self._carrier.nonzero()[:, 0]
+        stack, carriers = self._stack(k), self._carriers
         tokens, sites = self.wide.context_model.embed(self._seen[carriers])[None], self._sites[carriers]
         memory = stack.memory(len(carriers))
         if self.causal:  # in stretches, because a token sees only earlier ones: half the scores
@@ -216,8 +217,8 @@ class RowServer(PictureServer):
         Returns:
             context features [q, D], and the rows of `point` [q, layers, heads, n] or None.
         """
-        memory, stack, device = self.keys_and_values(k), self._stack(k), self._seen.device
-        carriers = self._carrier.nonzero()[:, 0]
+        memory, stack = self.keys_and_values(k), self._stack(k)
+        carriers, device = self._carriers, self._seen.device
         own = torch.tensor([self.origin(site) for site in sites], device=device)
         # The last column is a token's own key, which in a first slice is among the others.
         mask = torch.ones(len(sites), len(carriers) + 1, dtype=torch.bool, device=device)
