@@ -20,7 +20,6 @@ from tyro.conf import Positional
 
 from entroformer_lib import build_model, list_models, load_model
 from entroformer_lib.files import write_bytes
-from entroformer_lib.inspection.exploration import MODES
 from entroformer_lib.studies.rate_distortion import pictures_to_test
 from entroformer_lib.studies.results import provenance
 from entroformer_lib.weights.zoo import save_weights
@@ -61,6 +60,12 @@ window.clock = (event) => {
 """
 RUN = "(cell) => { %s; window.jupyterapp.shell.currentWidget.content.activeCellIndex = cell; %s }"
 RUN_CELL = "return window.jupyterapp.commands.execute('notebook:run-cell')"
+MODES = {
+    "heads": "all heads of the layer (figure 9)",
+    "ks": "one head, several k (figure 10)",
+    "pair": "one head, two k side by side",
+    "cost": "attention against measured cost",
+}
 
 
 class Session:
@@ -121,11 +126,11 @@ def measure(session: Session) -> dict[str, tuple[list[float], float | None]]:
         "another k": ([slide("k", "Home"), *(slide("k", "ArrowRight") for _ in range(4))], K_MS),
         "another k, seen before": ([slide("k", "ArrowLeft") for _ in range(4)], CLICK_MS),
     }
-    for number, mode in enumerate(list(MODES)[1:]):
+    for number, (mode, words) in enumerate(MODES.items()):
         session.mode(mode)
         target = None if mode == "cost" else CLICK_MS  # the cost of a latent is a study of its own: 100 to 400 passes
         places = [((row + 2 * number + 2) % 32, column) for row, column in PLACES[::2]]  # not seen before
-        times[f"click on a latent, {MODES[mode]}"] = [click(*place) for place in places], target
+        times[f"click on a latent, {words}"] = [click(*place) for place in places], target
     return times
 
 

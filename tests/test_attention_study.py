@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import VARIANTS, aware_model, micro_model
+from test_groupedmixer import capture_input
 
 from entroformer_lib import tiles
 from entroformer_lib.codec import codec
 from entroformer_lib.errors import AttentionError
-from entroformer_lib.exact.coder import ExactCoder
-from entroformer_lib.inspection import row_server as row_module
+from entroformer_lib.exact.arithmetic import Exact
 from entroformer_lib.inspection.capture import POINTS, attention_points, capture
-from entroformer_lib.inspection.row_server import RowServer, spearman
+from entroformer_lib.inspection.row_server import K_HELD, RowServer
 from entroformer_lib.studies import attention as study
 from entroformer_lib.studies import rate_distortion as rd
 from entroformer_lib.weights.zoo import save_weights
@@ -116,20 +116,22 @@ def test_models_without_attention():
 # ---- the row server ----
 
 
-def exact_maps(server, k) -> dict:
-    """All maps of the context model as one run over all sites, in float64."""
-    context = server._context
-    context.stack.top_k = k or server.n
-    y = server._values.T.reshape(1, -1, server.height, server.width)
-    with torch.inference_mode(), capture(row_module._Holder(context), "*") as maps:
-        feature = context(y)
-    return {"feature": feature, **maps}
+def exact_maps(model, photo, k) -> dict:
+    """All maps of a context model as one run over all sites, in float64."""
+    context = copy.deepcopy(model.context_model).double()
+    context.stack.top_k = k or 10**6
+    wide = copy.copy(model)
+    wide._modules = {**model._modules, "context_model": context}
+    y_hat, _ = model.latents(codec.to_tensor(photo, model))
+    with torch.inference_mode(), capture(wide, "context.*") as maps:
+        context(y_hat.double())
+    return maps
 
 
 @pytest.mark.parametrize("k", [2, 6, None])
 @pytest.mark.parametrize("point", POINTS)
-def test_rows_are_those_of_the_whole_map(server, k, point):
-    maps = exact_maps(server, k)
+def test_rows_are_those_of_the_whole_map(server, model, photo, k, point):
+    maps = exact_maps(model, photo, k)
     for site in (0, 1, 5, 11, 12, 40, server.n - 1):
         rows = server.rows(site, k, point)
         if server.kind == "serial" and site == 0:
@@ -171,11 +173,11 @@ def test_bits_are_those_of_the_model(server, model, photo):
     assert np.isclose(bits["context"], theirs, rtol=1e-3, atol=1e-2).mean() > 0.97
     assert bits["context"].sum() == pytest.approx(theirs.sum(), rel=1e-3)
     for site in (0, 1, 50):
-        latent = server.latent(site, k)
         row, column = divmod(site, server.width)
-        assert latent.bits.sum() == pytest.approx(bits["context"][row, column])
-        assert latent.hyper_bits.sum() == pytest.approx(bits["hyper"][row, column])
+        assert float(server.predict([site], k)[2].sum()) == pytest.approx(bits["context"][row, column])
         facts = server.facts(site, k)
+        assert facts["bits"] == pytest.approx(bits["context"][row, column])
+        assert facts["hyper_bits"] == pytest.approx(bits["hyper"][row, column])
         assert facts["bits"] == pytest.approx(sum(g["bits"] for g in facts["groups"]))
         assert sum(g["channels"] for g in facts["groups"]) == model.config.M
         if not server.has_context(site) and server.kind == "parallel":
@@ -213,7 +215,12 @@ def test_a_context_model_that_is_told_the_rate_sees_latents_of_the_same_size(kin
     model = aware_model(kind)
     model.level = 0.0
     server = RowServer(model, photo)
-    np.testing.assert_allclose(server._seen, server._values * 2, rtol=1e-6)  # the middle of LMBDAS has a gain of 1
+    y_hat, _ = model.latents(codec.to_tensor(photo, model), 0.0)
+    with capture_input(server.wide.context_model.embed) as seen:
+        server.rows(50, 6)
+    carriers = server.when == 0 if kind == "parallel" else np.arange(96) < 96
+    expected = 2 * y_hat[0].flatten(1).T[torch.from_numpy(carriers)]  # the middle of LMBDAS has a gain of 1
+    torch.testing.assert_close(seen[0].squeeze(0).float(), expected, rtol=1e-6, atol=1e-6)
     positions, bits = server.costs(50, 6)
     assert len(positions) and np.abs(bits).max() > 1e-3
     rest = np.setdiff1d(np.flatnonzero(server.visible(50)), [*positions, server.origin(50)])[:3]
@@ -233,16 +240,15 @@ def test_predictions_are_what_the_coder_uses(server, model, photo):
     """Means of single latents equal those of the model run with another k, built for it."""
     other = micro_model(server.kind, top_k=3)
     y_hat, z = model.latents(codec.to_tensor(photo, model))
-    seen = {}
-
-    def symbols_of(channels, sites, means, scales):
-        seen.update(zip(sites.tolist(), means, strict=True))
-        return server._values[sites].float()
-
-    with torch.inference_mode():
-        ExactCoder(other)._code(y_hat.shape[-2:], model.z_prior.quantize_z(z), None, symbols_of)
+    known, seen, latents = y_hat[0].flatten(1).T, {}, None
+    with torch.inference_mode(), Exact():
+        steps = other.entropy_model().steps(*y_hat.shape[-2:], other.h_s(model.z_prior.quantize_z(z)))
+        while len(seen) < len(known):
+            step = steps.send(latents)
+            seen.update(zip(step.sites.tolist(), step.means.numpy(), strict=True))
+            latents = known[step.sites]
     for site in (0, 1, 14, 60):
-        np.testing.assert_allclose(server.latent(site, 3).means, seen[site], atol=1 / 200)
+        np.testing.assert_allclose(server.predict([site], 3)[0][0], seen[site], atol=1 / 200)
 
 
 def test_costs_are_those_of_hiding_one_by_one(server):
@@ -251,11 +257,10 @@ def test_costs_are_those_of_hiding_one_by_one(server):
     attended = (server.rows(site, 6) > 0).any((0, 1))
     attended[server.origin(site)] = False
     assert (positions == attended.nonzero()[0]).all()
-    usual = server.latent(site, 6).bits.sum()
+    usual = server.predict([site], 6)[2].sum()
     for position, cost in list(zip(positions, bits, strict=True))[:4]:
-        feature, rows = server._look([site], 6, "probs", hide=[int(position)])
-        assert not rows[..., position].any()
-        assert float(server._cost_of([site], feature)[0]) - usual == pytest.approx(cost, abs=1e-9)
+        hidden = server.predict([site], 6, hide=[int(position)])[2].sum()
+        assert float(hidden - usual) == pytest.approx(cost, abs=1e-9)
     unattended = np.flatnonzero(server.visible(site) & ~attended)[:3]
     unattended = unattended[unattended != server.origin(site)]
     if len(unattended):  # hiding what no head attends to changes nothing
@@ -263,24 +268,21 @@ def test_costs_are_those_of_hiding_one_by_one(server):
 
 
 def test_another_k_is_kept(server):
-    first = server.rows(50, 6)
+    first, held = server.rows(50, 6), server.keys_and_values(6)
     server.rows(50, None)
-    held = dict(server._held)
-    assert np.array_equal(server.rows(50, 6), first)
-    assert all(server._held[k] is cache for k, cache in held.items())
-    for k in range(1, 12):
+    assert server.keys_and_values(6) is held and np.array_equal(server.rows(50, 6), first)
+    for k in range(7, 7 + K_HELD):
         server.rows(50, k)
-    assert len(server._held) <= row_module.K_HELD
+    assert server.keys_and_values(6) is not held and np.array_equal(server.rows(50, 6), first)
 
 
-def test_a_silent_head_is_silent(server):
+def test_a_silent_head_is_silent(server, model, photo):
     """Zeroing a head by hook equals zeroing its columns of the output matrix."""
     cost = server.total_bits(6, without=(1, 0))
-    width = server.config.dim // server.heads
-    with torch.inference_mode():
-        server._context.stack.blocks[1].attention.out.weight[:, :width] = 0
-    server._held.clear()
-    assert server.total_bits(6) == pytest.approx(cost)
+    usual, width = server.total_bits(6), server.config.dim // server.heads
+    with torch.no_grad():
+        model.context_model.stack.blocks[1].attention.out.weight[:, :width] = 0
+    assert RowServer(model, photo).total_bits(6) == pytest.approx(cost) and usual != pytest.approx(cost)
 
 
 @pytest.mark.parametrize("call", [lambda s: s.rows(96, 6), lambda s: s.rows(-1, 6), lambda s: s.rows(3, 0)])
@@ -321,15 +323,8 @@ def test_head_profile(model, photo):
     assert ((table.share_own <= table.share_diamond) & (table.share_diamond + table.share_far <= 1 + 1e-9)).all()
     assert table.masked_bits.abs().max() > 0
     server = RowServer(model, photo)
-    row = np.mean([server.rows(s, 6)[1, 0] @ study._distances(server, [s])[0] for s in server.predicted()])
+    row = np.mean([server.rows(s, 6)[1, 0] @ study.distances(server, [s])[0] for s in server.predicted()])
     assert table.distance_sites[2] == pytest.approx(row)
-
-
-def test_spearman():
-    scipy = pytest.importorskip("scipy.stats")
-    a, b = np.array([0.0, 0, 1, 3, 2]), np.array([5.0, 1, 2, 2, 9])
-    assert spearman(a, b) == pytest.approx(scipy.spearmanr(a, b).statistic)
-    assert np.isnan(spearman(np.ones(4), b[:4])) and np.isnan(spearman(a[:2], b[:2]))
 
 
 def test_attention_against_cost(model, photo):
@@ -338,6 +333,27 @@ def test_attention_against_cost(model, photo):
     assert table.rho.dropna().between(-1, 1).all() and (table.positions > 0).all()
     again = study.attention_against_cost(model, [photo], ks=(2, 6, None), queries=4, seed=1)
     assert table.equals(again)
+
+
+def test_correlations_are_means_over_latents(server, model, photo):
+    """Every number from the rows and costs of the sampled latents, here all of them."""
+    scipy = pytest.importorskip("scipy.stats")
+    small = photo.crop((0, 0, 64, 64))
+    server = RowServer(model, small)
+    table = study.attention_against_cost(model, [small], ks=(6,), queries=16).set_index(["layer", "head"])
+    rho, near, costs = [], [], []
+    for site in server.predicted():
+        positions, bits = server.costs(site, 6)
+        costs.append(bits.mean() if len(bits) else np.nan)
+        if len(positions) > 2:
+            far = study.distances(server, [site])[0, positions]
+            rho.append(scipy.spearmanr(server.rows(site, 6)[1, 0, positions], bits).statistic)
+            near.append(scipy.spearmanr(-far, np.abs(bits)).statistic)
+    found = table.loc[(1, 0)]
+    assert found.rho == pytest.approx(np.nanmean(rho)) and found.rho_std == pytest.approx(np.nanstd(rho))
+    assert found.latents == np.isfinite(rho).sum()
+    assert found.rho_magnitude_nearness == pytest.approx(np.nanmean(near))
+    assert found.cost_bits == pytest.approx(np.nanmean(costs))
 
 
 def test_saved_with_provenance(tmp_path, photo_folder, monkeypatch, capsys):

@@ -111,7 +111,7 @@ def as_the_user_does(page, view: Exploration, name: str) -> list[float]:
         after(lambda: page.keyboard.press("ArrowRight"), k=view.ks[view.ks.index(view.k) + 1])
         after(lambda: page.keyboard.press("Home"), k=view.ks[0])  # the model's own: the page holds costs for that
     assert page.locator(".ef-modes button").count() == len(view.modes)
-    for mode in (*view.modes[1:], "head"):
+    for mode in (*list(view.modes)[1:], "head"):
         page.click(f"button[data-mode={mode}]")
         view.update(mode=mode)
         page.wait_for_function(

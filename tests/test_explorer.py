@@ -1,6 +1,5 @@
 """The explorer's view model, widget and exported page, without a browser; see test_browser.py for one."""
 
-import ast
 import base64
 import gzip
 import json
@@ -20,9 +19,11 @@ from entroformer_lib import cli
 from entroformer_lib.errors import AttentionError
 from entroformer_lib.explorer import page as page_module
 from entroformer_lib.explorer.page import explorer_page, lattice, page_server, to_bytes
-from entroformer_lib.explorer.widget import SCRIPT, Explorer, bytes_of, frame_of
-from entroformer_lib.inspection.exploration import DENSE, MEAN, MODES, Exploration
+from entroformer_lib.explorer.widget import SCRIPT, Explorer, frame_of
+from entroformer_lib.inspection.exploration import DENSE, MEAN, Exploration, rank_correlations
 from entroformer_lib.inspection.row_server import RowServer
+from entroformer_lib.studies import attention as study
+from entroformer_lib.views import attention_figures
 from entroformer_lib.weights.zoo import save_weights
 
 LIBRARY = Path(cli.__file__).parent
@@ -43,10 +44,6 @@ def view(server):
 
 
 def test_view_model_knows_no_widget_and_no_network():
-    source = (LIBRARY / "inspection" / "exploration.py").read_text()
-    names = {n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in ast.walk(ast.parse(source))
-             if isinstance(n, ast.Import | ast.ImportFrom)}  # fmt: skip
-    assert names == {"dataclasses", "numpy", "traitlets", "entroformer_lib.errors"}
     heavy = {"torch", "compressai", "anywidget"}
     code = f"import sys, entroformer_lib.inspection.exploration; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=LIBRARY.parent)
@@ -129,10 +126,26 @@ def test_two_models_side_by_side(photo):
         view.mode = mode
         assert tuple([p.model for p in view.panels()].count(m) for m in (0, 1)) == expected
         frame, data = frame_of(view)
-        assert len(data) == 2 * one.n * sum(expected) and len(frame["scatters"]) == 2 * (view.mode == "cost")
+        assert len(data) == 5 * one.n * sum(expected) and len(frame["scatters"]) == 2 * (view.mode == "cost")
     assert [m["kind"] for m in Explorer(view).meta["models"]] == ["serial", "parallel"]
     with pytest.raises(AttentionError, match="same grid"):
         Exploration(one, RowServer(micro_model("serial"), photo.crop((0, 0, 64, 64))))
+
+
+def test_rank_correlations():
+    """Equal values share their mean rank; where one of both does not vary there is none."""
+    scipy = pytest.importorskip("scipy.stats")
+    rows, positions = np.random.default_rng(0).integers(0, 4, (2, 3, 9)).astype(float), np.array([0, 2, 3, 5, 7, 8])
+    rows[1, 2] = 0.5
+    bits = np.array([5.0, 1, 2, 2, 9, -1])
+    found = rank_correlations(rows, positions, bits)
+    maps = np.concatenate((rows, rows.mean(1, keepdims=True)), 1)[..., positions]
+    for layer, head in np.ndindex(2, 4):
+        if (layer, head) == (1, 2):
+            assert np.isnan(found[layer, head])
+        else:
+            assert found[layer, head] == pytest.approx(scipy.spearmanr(maps[layer, head], bits).statistic)
+    assert np.isnan(rank_correlations(rows, positions[:2], bits[:2])).all()
 
 
 # ---- the widget ----
@@ -142,25 +155,29 @@ def test_widget_follows_the_view_and_forwards_clicks(view):
     widget = Explorer(view)
     assert widget.frame["caption"] == view.caption() and widget.meta["picture"].startswith("data:image/jpeg")
     before = widget.maps
-    widget._selected(widget, {"row": 3, "column": 2}, [])
+    widget._handle_custom_msg({"row": 3, "column": 2}, [])  # as ipywidgets does with a message from the browser
     assert (view.row, view.column) == (3, 2) and widget.frame["caption"] == view.caption() and widget.maps != before
     view.mode = "heads"
-    assert len(widget.maps) == 3 * 2 * view.servers[0].n and len(widget.frame["panels"]) == 3
+    assert len(widget.maps) == 3 * 5 * view.servers[0].n and len(widget.frame["panels"]) == 3
     json.dumps(widget.frame)
 
 
-def test_bytes_of_a_panel(view):
-    for mode in MODES:
+def maps_of(frame, data) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Values and flags of each panel, as the script reads them."""
+    sizes = [int(np.prod(panel["shape"])) for panel in frame["panels"]]
+    assert len(data) == 5 * sum(sizes)
+    values, flags = np.frombuffer(data, "<f4", sum(sizes)), np.frombuffer(data, "u1", sum(sizes), 4 * sum(sizes))
+    ends = np.cumsum(sizes)[:-1]
+    return list(zip(np.split(values, ends), np.split(flags, ends), strict=True))
+
+
+def test_bytes_of_a_frame(view):
+    for mode in view.modes:
         view.mode = mode
-        frame, data = frame_of(view)
-        n = view.servers[0].n
-        assert len(data) == 2 * n * len(frame["panels"])
-        for panel, meta in zip(view.panels(), frame["panels"], strict=True):
-            values, flags = np.frombuffer(bytes_of(panel), np.uint8).reshape(2, n).astype(float)
-            signed = (values - 128) / 127
-            back = np.sign(signed) * signed**2 if panel.kind == "cost" else (values / 255) ** 2
-            assert np.abs(back * meta["high"] - panel.values.ravel()).max() <= 0.01 * meta["high"]
-            assert np.array_equal(flags.astype(int) & 1, panel.decoded.ravel())
+        for panel, (values, flags) in zip(view.panels(), maps_of(*frame_of(view)), strict=True):
+            np.testing.assert_allclose(values, panel.values.ravel(), rtol=1e-6)
+            assert np.array_equal(flags & 1, panel.decoded.ravel())
+            assert np.array_equal(flags & 2, 2 * panel.selected.ravel())
 
 
 # ---- the exported page ----
@@ -177,26 +194,25 @@ def stored(page) -> tuple[dict, bytes]:
     return json.loads(meta.replace("<\\/", "</")), gzip.decompress(base64.b64decode(data))
 
 
+def facts_in(meta, data, section) -> np.ndarray:
+    """Lines of facts of a section: [queries, 2 + 5 groups]"""
+    width = 2 + 5 * len(meta["group_channels"])
+    queries = len(section["sites"]) * meta["slices"]
+    return np.frombuffer(data, "<f4", queries * width, section["facts"]).reshape(queries, width)
+
+
 def test_page_holds_the_rows(page, server):
     meta, data = stored(page)
-    assert (page.queries, page.layers, page.heads) == (
-        server.n,
-        2,
-        2,
-    ) and "96 latents x 2 layers x 2 heads" in page.in_words()
+    assert f"{server.n} latents x 2 layers x 2 heads" in page.in_words()
     for section in meta["sections"]:
-        k = section["k"] or None
-        sites = section.get("sites", range(server.n))
+        k, sites = section["k"] or None, section["sites"]
         maps = len(sites) * 4
-        facts = np.frombuffer(data, "<f4", len(sites) * meta["facts_width"], section["facts"]).reshape(len(sites), -1)
-        if k is None:
-            codes = np.frombuffer(data, "u1", maps * server.n, section["dense"]).reshape(len(sites), 2, 2, server.n)
-        else:
-            counts = np.frombuffer(data, "<u2", maps, section["counts"]).astype(int)
-            where = np.frombuffer(data, "<u2", counts.sum(), section["positions"])
-            codes = np.zeros((maps, server.n), np.uint8)
-            codes[np.repeat(np.arange(maps), counts), where] = np.frombuffer(data, "u1", counts.sum(), section["bytes"])
-            codes = codes.reshape(len(sites), 2, 2, server.n)
+        facts = facts_in(meta, data, section)
+        counts = np.frombuffer(data, "<u2", maps, section["counts"]).astype(int)
+        where = np.frombuffer(data, "<u2", counts.sum(), section["positions"])
+        codes = np.zeros((maps, server.n), np.uint8)
+        codes[np.repeat(np.arange(maps), counts), where] = np.frombuffer(data, "u1", counts.sum(), section["bytes"])
+        codes = codes.reshape(len(sites), 2, 2, server.n)
         for i in (0, 1, 50):
             rows = server.rows(sites[i], k)
             assert np.array_equal(codes[i] > 0, rows > 0)
@@ -209,7 +225,7 @@ def test_page_asks_for_nothing(page):
     """Neither the script nor the page names an address, and the policy forbids requests."""
     outside = page.text.replace("http-equiv", "")
     assert not re.search(r"https?://|\bfetch\(|XMLHttpRequest|\bimport\(|src=\"(?!data:)|@import|url\(", outside)
-    assert "for 96 latents also with k = 8, k = 16, k = 32, k = 64 and dense, and the measured costs" in page.text
+    assert "of 96 latents also with k = 8, k = 16, k = 32, k = 64 and dense, and the measured costs" in page.text
     assert "default-src 'none'" in page.text and "</script" not in SCRIPT.read_text()
     assert "<title>What the entropy model looks at: a &lt;cat&gt; &amp; more</title>" in page.text
 
@@ -222,17 +238,19 @@ def test_byte_code_keeps_what_is_attended():
 def test_lattice_thins_out(server, monkeypatch):
     ks = Exploration(server).ks
     assert lattice(server, ks) == list(range(server.n))
-    monkeypatch.setattr(page_module, "LARGEST_REST", 20_000)
+    monkeypatch.setattr(page_module, "LARGEST_REST", 60_000)
     some = lattice(server, ks)
     assert 0 < len(some) < server.n / 3 and all(sum(divmod(site, server.width)) % 2 == 0 for site in some)
     thin = explorer_page(server)
-    assert thin.queries == server.n and thin.queries_compared == len(some)
+    assert thin.holds.startswith(f"{server.n} latents ") and f"; of {len(some)} latents also" in thin.holds
+    meta, _ = stored(thin)
+    assert {len(s["sites"]) for s in meta["sections"] if s["k"] != 6} == {len(some)} == {len(meta["costs"]["sites"])}
 
 
 def test_dense_model_gets_a_page(photo):
     page = explorer_page(RowServer(micro_model("parallel", top_k=None), photo))
     meta, _ = stored(page)
-    assert meta["own_k"] == DENSE and meta["ks"] == [8, 16, 32, 64, DENSE]
+    assert meta["models"][0]["own_k"] == DENSE and meta["ks"] == [8, 16, 32, 64, DENSE]
 
 
 def test_page_is_served_on_the_loopback_address():
@@ -247,26 +265,59 @@ def test_page_is_served_on_the_loopback_address():
 
 
 NODE_SCRIPT = """
-import { PageSource, spearman } from "./explorer.mjs";
+import { PageSource } from "./explorer.mjs";
 import { readFileSync } from "node:fs";
-const { meta, data, selections, a, b } = JSON.parse(readFileSync(0, "utf8"));
+const { meta, data, selections } = JSON.parse(readFileSync(0, "utf8"));
 const source = await PageSource.open(meta, data);
-let frame = null, bytes = null;
-source.listen((f, m) => { frame = f; bytes = m; });
+let told = null;
+source.listen((...all) => { told = all; });
 const frames = [];
 for (const selection of selections) {
   source.send(selection);
-  frames.push({ ...frame, bytes: Buffer.from(bytes).toString("base64") });
+  const [frame, values, flags] = told;
+  frames.push([frame, Buffer.concat([Buffer.from(values.buffer), Buffer.from(flags.buffer)]).toString("base64")]);
 }
-console.log(JSON.stringify({ frames, rho: spearman(a, b) }));
+console.log(JSON.stringify(frames));
 """
 
 
-def page_says_and_shows_what_the_view_model_does(page, server, tmp_path):
-    """Runs the page's script in Node on the page's data."""
-    (tmp_path / "explorer.mjs").write_text(SCRIPT.read_text())
-    (tmp_path / "run.mjs").write_text(NODE_SCRIPT)
-    corner = {"row": 0, "column": server.width - 1}
+def frames_of_page(page, selections, folder) -> list[tuple[dict, bytes]]:
+    """What the page's script makes of its data, run in Node: a frame and its maps after each selection."""
+    (folder / "explorer.mjs").write_text(SCRIPT.read_text())
+    (folder / "run.mjs").write_text(NODE_SCRIPT)
+    meta, _ = stored(page)
+    data = re.search(r'id="data">(.*?)</script>', page.text, re.S)[1]
+    question = json.dumps({"meta": meta, "data": data, "selections": selections})
+    done = subprocess.run([NODE, folder / "run.mjs"], input=question, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [(frame, base64.b64decode(maps)) for frame, maps in json.loads(done.stdout)]
+
+
+def page_is_the_view_model(page, server, selections, folder) -> None:
+    """After each selection the page says and shows what a view model in Python does; attention as stored, in bytes."""
+    view = Exploration(server)
+    for change, (frame, data) in zip(selections, frames_of_page(page, selections, folder), strict=True):
+        if "by" in change:
+            change = {"row": view.row + change["by"][0], "column": view.column + change["by"][1]}
+        view.update(**change)
+        expected, maps = frame_of(view)
+        expected = json.loads(json.dumps(expected))
+        assert frame["caption"] == expected["caption"] and frame["selection"] == view.selection()
+        assert frame["panels"] == expected["panels"]
+        for (values, flags), (known, marks) in zip(maps_of(frame, data), maps_of(expected, maps), strict=True):
+            assert np.array_equal(flags, marks)  # decoded and selected
+            np.testing.assert_allclose(values, known, atol=0.004 * np.sqrt(np.abs(known).max()))  # half a byte's step
+        for facts, known in zip(frame["facts"], expected["facts"], strict=True):
+            for part, known_part in zip([facts, *facts.pop("groups")], [known, *known.pop("groups")], strict=True):
+                assert part.keys() == known_part.keys()
+                for name, value in known_part.items():
+                    assert part[name] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), name
+        for scatter, known in zip(frame["scatters"], expected["scatters"], strict=True):
+            assert scatter["rho"] == (None if known["rho"] is None else pytest.approx(known["rho"], abs=1e-6))
+            assert scatter["bits"] == pytest.approx(known["bits"], rel=1e-5)
+
+
+def says_and_shows_what_the_view_model_does(page, server, tmp_path):
     selections = [
         {"row": 4, "column": 6},
         {"row": 4, "column": 7, "head": 1},
@@ -274,43 +325,21 @@ def page_says_and_shows_what_the_view_model_does(page, server, tmp_path):
         {"by": [0, -1]},
         {"by": [1, 0]},
         {"k": 0},
-        corner,
+        {"row": 0, "column": server.width - 1},
         {"by": [-1, 0]},
         {"mode": "heads"},
         {"mode": "ks", "row": 2, "column": 2},
         {"mode": "pair", "other_k": 8},
         {"mode": "cost", "k": 6, "head": -1},
+        {"head": 0},
         {"row": 0, "column": 0},
     ]
-    a, b = np.array([0.0, 0, 1, 3, 2, 2]), np.array([5.0, 1, 2, 2, 9, -1])
-    meta, _ = stored(page)
-    data = re.search(r'id="data">(.*?)</script>', page.text, re.S)[1]
-    question = {"meta": meta, "data": data, "selections": selections, "a": a.tolist(), "b": b.tolist()}
-    done = subprocess.run([NODE, tmp_path / "run.mjs"], input=json.dumps(question), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout)
-    assert answer["rho"] == pytest.approx(server.rank_correlation(a, b))
-    view = Exploration(server)
-    for change, frame in zip(selections, answer["frames"], strict=True):
-        if "by" in change:
-            change = {"row": view.row + change["by"][0], "column": view.column + change["by"][1]}
-        view.update(**change)
-        expected, maps = frame_of(view)
-        assert frame["caption"] == expected["caption"] and frame["selection"] == view.selection()
-        theirs, ours = (np.frombuffer(m, np.uint8).astype(int) for m in (base64.b64decode(frame["bytes"]), maps))
-        theirs, ours = (m.reshape(len(expected["panels"]), 2, server.n) for m in (theirs, ours))
-        assert np.array_equal(theirs[:, 1], ours[:, 1])  # decoded and selected
-        assert np.abs(theirs[:, 0] - ours[:, 0]).max() <= 12
-        assert [p["title"] for p in frame["panels"]] == [p["title"] for p in expected["panels"]]
-        assert [tuple(p["origin"]) for p in frame["panels"]] == [p["origin"] for p in expected["panels"]]
-        for panel, ours in zip(frame["panels"], expected["panels"], strict=True):
-            assert panel["high"] == pytest.approx(ours["high"], rel=0.03)
-        assert frame["facts"][0]["bits"] == pytest.approx(expected["facts"][0]["bits"], rel=1e-5)
+    page_is_the_view_model(page, server, selections, tmp_path)
 
 
 NODE = shutil.which("node")
 if NODE:  # not collected elsewhere
-    test_page_says_and_shows_what_the_view_model_does = page_says_and_shows_what_the_view_model_does
+    test_page_says_and_shows_what_the_view_model_does = says_and_shows_what_the_view_model_does
 
 
 # ---- the command ----
@@ -334,7 +363,7 @@ def test_explore_writes_a_page(folder, monkeypatch, capsys):
     assert explore(monkeypatch, folder / "small.png", "--model", "parallel", "-o", folder / "page.html") == 0
     assert "32 latents x 2 layers x 2 heads" in capsys.readouterr().out
     meta, _ = stored(type("Text", (), {"text": (folder / "page.html").read_text()}))
-    assert (meta["height"], meta["width"], meta["name"]) == (4, 8, "parallel")
+    assert (meta["height"], meta["width"], meta["models"][0]["name"]) == (4, 8, "parallel")
 
 
 def test_explore_takes_the_rate_that_the_entropy_model_is_told(folder, monkeypatch):
@@ -344,9 +373,8 @@ def test_explore_takes_the_rate_that_the_entropy_model_is_told(folder, monkeypat
         page = folder / f"{lmbda}.html"
         assert explore(monkeypatch, folder / "small.png", "--model", f"aware@{lmbda}", "-o", page) == 0
         meta, data = stored(type("Text", (), {"text": page.read_text()}))
-        assert meta["name"] == f"aware@{lmbda}"
-        facts = np.frombuffer(data, "<f4", 32 * meta["facts_width"], meta["sections"][0]["facts"]).reshape(32, -1)
-        bits.append(facts[:, 0].sum())
+        assert meta["models"][0]["name"] == f"aware@{lmbda}"
+        bits.append(facts_in(meta, data, meta["sections"][0])[:, 0].sum())
     assert bits[0] < bits[1]
 
 
@@ -382,20 +410,43 @@ def test_explore_bad_input(arguments, sentence, folder, monkeypatch, capsys, pho
     ).read_text() == "precious"
 
 
-def test_static_figures(view, tmp_path, monkeypatch):
-    from entroformer_lib.studies import attention as study
-    from entroformer_lib.views import attention_figures as figures
-    from entroformer_lib.views import style
-
-    monkeypatch.setenv("ENTROFORMER_FIGURES", str(tmp_path))
-    picture, drawn = view.servers[0].picture, {}
+def test_static_maps_are_the_panels(view):
     for mode in ("head", "heads", "ks"):
         view.mode = mode
-        drawn[mode] = figures.attention_maps(picture, view.panels())
+        panels = view.panels()
+        shown = [
+            axis for axis in attention_figures.attention_maps(server_picture(view), panels).axes if axis.get_title()
+        ]
+        for axis, panel in zip(shown, panels, strict=True):
+            assert axis.get_title() == f"{panel.title} (up to {panel.values.max():.0%})"
+            painted = axis.images[2].get_array()[..., 3] > 0  # above the picture and the veil
+            assert np.array_equal(painted, panel.values > 0)
+            assert len(axis.collections[0].get_paths()) == panel.selected.sum()  # white frames
+
+
+def test_static_figure_of_costs(view):
     view.mode = "cost"
-    drawn["cost"] = figures.attention_and_cost(picture, view.panels(), view.scatter())
+    scatter = view.scatter()
+    figure = attention_figures.attention_and_cost(server_picture(view), view.panels(), scatter)
+    assert np.array_equal(
+        figure.axes[2].collections[0].get_offsets(), np.stack((scatter["attention"], scatter["bits"]), 1)
+    )
+    assert figure.axes[2].get_title() == f"rank correlation {scatter['rho']:.2f}"
+
+
+def test_figures_of_saved_studies_show_their_means():
     saved = study.read_results()["tiny-parallel"]
-    drawn["profile"] = figures.head_profile(saved["heads"])
-    drawn["explained"] = figures.attention_against_cost(saved["explained"], 16)
-    for name, figure in drawn.items():
-        assert style.save(figure, name)[0].stat().st_size > 3000
+    heads = saved["heads"].groupby(["layer", "head"])["distance_sites"].mean()
+    texts = [text.get_text() for text in attention_figures.head_profile(saved["heads"]).axes[0].texts]
+    assert texts == [f"{value:.1f}" for value in heads]
+    explained = saved["explained"]
+    left, right = attention_figures.attention_against_cost(explained, 16).axes
+    own = explained[(explained["k"] == 16) & (explained["head"] == 1)].groupby("layer")["rho"].mean()
+    assert any(np.allclose(line.get_ydata(), own) for line in right.lines if len(line.get_ydata()) == len(own))
+    over_all = explained[explained["layer"] == -1].groupby("k", dropna=False)["rho"].mean()
+    assert any(np.allclose(line.get_ydata(), over_all) for line in left.lines if len(line.get_ydata()) == len(over_all))
+    assert [label.get_text() for label in left.get_xticklabels()] == ["8", "16", "32", "64", "dense"]
+
+
+def server_picture(view):
+    return view.servers[0].picture

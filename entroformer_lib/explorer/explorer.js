@@ -1,10 +1,9 @@
 // The attention explorer: draws frames and sends selections. In a notebook the frames come from Python
-// (explorer/widget.py), in an exported page from the rows stored in it (PageSource below). No libraries.
+// (explorer/widget.py), in an exported page from what is stored in it (PageSource below). No libraries.
 //
-// A frame: {selection, caption, panels: [{title, kind, low, high, query, origin, radius, model, shape}], facts: one per
-// model (and k, side by side), scatters: one per model or none} and bytes:
-// for each panel n values, then n flags (1 decoded, 2 selected), n = rows * columns of its shape: the latent grid, or of
-// kind "groups" G * G.
+// A frame: {selection, caption, panels: [{title, kind, query, origin, radius, model, shape}], facts: one per model (and k,
+// side by side), scatters: one per model or none}, and with it the values of all panels, float32, then their flags (1
+// decoded, 2 selected), of each n = rows * columns of its shape: the latent grid, or of kind "groups" G * G.
 
 const MEAN = -1;
 const DENSE = 0;
@@ -16,36 +15,26 @@ const VERMILLION = "#D55E00";
 const BLUE = "#0072B2";
 const SKY = "#56B4E9";
 
-export const MODES = {
-  head: "one head",
-  heads: "all heads of the layer",
-  ks: "one head, several k",
-  pair: "two k side by side",
-  cost: "attention against cost",
-};
-
-export const GROUPED_MODES = {
-  head: "one head",
-  heads: "all heads of the inner mixer",
-  groups: "all heads of the cross mixer",
-};
-
-const EXPLAINED = {
-  head: "Where this head looks when the chosen latent is predicted: the brighter, the more attention.",
-  heads: "The same latent seen by every head of the layer, and their mean, last. Each map has its own scale.",
-  ks: "The same head when only the k best-matching positions may take part. The weights are those trained with the model's own k.",
-  pair: "The same head of the same model with two k, in all its layers: the maps, and under them what the latent costs with each k. Each map has its own scale.",
-  cost:
+// What the modes are called, and what they show: of rows of attention, and of a GroupedMixer.
+const ROWS = {
+  head: ["one head", "Where this head looks when the chosen latent is predicted: the brighter, the more attention."],
+  heads: ["all heads of the layer", "The same latent seen by every head of the layer, and their mean, last. Each map has its own scale."],
+  ks: ["one head, several k", "The same head when only the k best-matching positions may take part. The weights are those trained with the model's own k."],
+  pair: ["two k side by side", "The same head of the same model with two k, in all its layers: the maps, and under them what the latent costs with each k. Each map has its own scale."],
+  cost: [
+    "attention against cost",
     "Left: attention. Right: what it costs in bits when the position is hidden from this latent, in all layers and heads at once. " +
-    "Orange: hiding it makes the latent dearer, so it helped. Blue: hiding it makes it cheaper. White frames: the positions that were hidden, those that some head looks at.",
+      "Orange: hiding it makes the latent dearer, so it helped. Blue: hiding it makes it cheaper. White frames: the positions that were hidden, those that some head looks at.",
+  ],
 };
-
-const GROUPED_EXPLAINED = {
-  head:
+const GROUPS = {
+  head: [
+    "one head",
     "Left: where the inner mixer looks when this slice of the chosen latent is predicted, inside its window. " +
-    "Right: how much each group looks at those before it, in the cross mixer at this place; click a row to choose its group.",
-  heads: "The same latent and slice seen by every head of the inner mixer, and their mean, last. Each map has its own scale.",
-  groups: "The groups at this place seen by every head of the cross mixer, and their mean, last. Click a row to choose its group.",
+      "Right: how much each group looks at those before it, in the cross mixer at this place; click a row to choose its group.",
+  ],
+  heads: ["all heads of the inner mixer", "The same latent and slice seen by every head of the inner mixer, and their mean, last. Each map has its own scale."],
+  groups: ["all heads of the cross mixer", "The groups at this place seen by every head of the cross mixer, and their mean, last. Click a row to choose its group."],
 };
 
 const WHAT = `
@@ -75,7 +64,7 @@ const ABOUT_KIND = {
   parallel:
     "decodes in <b>two passes</b> like the two colours of a chessboard. The first pass is predicted by the hyperprior alone; the second sees all of the first, before and after it, and itself.",
   grouped:
-    "decodes <b>group after group</b>: the channels are cut into slices, the blocks into interleaved phases, and a group is one slice at one phase. " +
+    "is a GroupedMixer (Li et al. 2024). It decodes <b>group after group</b>: the channels are cut into slices, the blocks into interleaved phases, and a group is one slice at one phase. " +
     "Two mixers take turns: the <b>inner mixer</b> looks around among the latents of one group, the <b>cross mixer</b> looks at the earlier groups, at its own place only.",
   serial:
     "decodes <b>one latent after the other</b>, row by row, and sees what came before. The attention shown is that of the latent just before (<b style='color:#56B4E9'>blue frame</b>), which predicts the chosen one; in the first column that is the end of the row above.",
@@ -141,12 +130,19 @@ function cividis(t) {
   return [mix(0), mix(1), mix(2)];
 }
 
-/** Red, green, blue and alpha of a byte, or null where nothing is painted. */
-function colourOf(kind, value) {
-  if (kind !== "cost") return value ? [...cividis(value / 255), 0.75 + (0.25 * value) / 255] : null;
-  const strength = (value - 128) / 127; // cost: the middle is zero
-  if (!strength) return null;
+/** Red, green, blue and alpha of a strength from -1 to 1, or null where nothing is painted. */
+function colourOf(kind, strength) {
+  if (Math.abs(strength) < 0.5 / 255) return null;
+  if (kind !== "cost") return [...cividis(strength), 0.75 + 0.25 * strength];
   return [...(strength > 0 ? [213, 94, 0] : [0, 114, 178]), 0.45 + 0.55 * Math.abs(strength)];
+}
+
+const largest = (values) => values.reduce((most, v) => Math.max(most, Math.abs(v)), 0);
+
+/** Values on a square-root scale, the largest as 1. */
+function strengthsOf(values) {
+  const high = largest(values) || 1;
+  return values.map((v) => Math.sign(v) * Math.sqrt(Math.abs(v) / high));
 }
 
 // ---- drawing ----
@@ -186,7 +182,7 @@ function paintCells(g, meta, colour) {
   g.drawImage(small, 0, 0, g.canvas.width, g.canvas.height);
 }
 
-function drawPanel(canvas, meta, picture, panel, values, flags, large) {
+function drawPanel(canvas, meta, picture, panel, strengths, flags, large) {
   const cell = Math.max(4, Math.round((large ? 1152 : 640) / meta.width));
   const [w, h] = [meta.width * cell, meta.height * cell];
   if (canvas.width !== w || canvas.height !== h) Object.assign(canvas, { width: w, height: h });
@@ -206,7 +202,7 @@ function drawPanel(canvas, meta, picture, panel, values, flags, large) {
   stroke(`rgba(0,0,0,${large ? 0.4 : 0.25})`, Math.min(Math.max(1, cell / 24), 2), () =>
     each((flag) => !(flag & DECODED), (x, y) => line(g, x, y + cell, x + cell, y)),
   );
-  paintCells(g, meta, (i) => colourOf(panel.kind, values[i]));
+  paintCells(g, meta, (i) => colourOf(panel.kind, strengths[i]));
   stroke("rgba(255,255,255,0.14)", 1, () => {
     for (let c = 1; c < meta.width; c++) line(g, c * cell + 0.5, 0, c * cell + 0.5, h);
     for (let r = 1; r < meta.height; r++) line(g, 0, r * cell + 0.5, w, r * cell + 0.5);
@@ -220,7 +216,7 @@ function drawPanel(canvas, meta, picture, panel, values, flags, large) {
 }
 
 /** A table of groups: a row for each that is predicted, a column for each that is seen; the chosen row is framed. */
-function drawGroups(canvas, { counts, order }, panel, values, flags) {
+function drawGroups(canvas, { counts, order }, panel, strengths, flags) {
   const count = order.length;
   const cell = Math.max(10, Math.round(560 / count));
   const pad = 3.4 * 13;
@@ -231,7 +227,7 @@ function drawGroups(canvas, { counts, order }, panel, values, flags) {
   g.fillRect(0, 0, w, h);
   for (let i = 0; i < flags.length; i++) {
     const [x, y] = [pad + (i % count) * cell, pad + Math.floor(i / count) * cell];
-    const colour = flags[i] & DECODED ? [...cividis(values[i] / 255), 1] : [225, 225, 225, 1];
+    const colour = flags[i] & DECODED ? [...cividis(strengths[i]), 1] : [225, 225, 225, 1];
     g.fillStyle = rgba(colour);
     g.fillRect(x, y, cell, cell);
   }
@@ -334,15 +330,12 @@ export const kInWords = (k) => (k === DENSE ? "dense" : `k = ${k}`);
 
 const rgba = (colour) => `rgba(${colour.join()})`;
 
-function legendOf(panel) {
+function legendOf(kind, most) {
   const stops = [];
   for (let i = 0; i <= 8; i++) {
-    stops.push(panel.kind !== "cost" ? `rgb(${cividis(i / 8).join()})` : rgba(colourOf("cost", 1 + (254 * i) / 8) || [255, 255, 255, 1]));
+    stops.push(kind !== "cost" ? `rgb(${cividis(i / 8).join()})` : rgba(colourOf("cost", i / 4 - 1) || [255, 255, 255, 1]));
   }
-  const [low, high] =
-    panel.kind !== "cost"
-      ? ["0", `${percent(panel.high)} of the attention`]
-      : [`${number(-panel.high)}`, `+${number(panel.high)} bits`];
+  const [low, high] = kind !== "cost" ? ["0", `${percent(most)} of the attention`] : [`${number(-most)}`, `+${number(most)} bits`];
   return `<span class="ef-legend">${low}<i style="background:linear-gradient(90deg,${stops.join()})"></i>${high}</span>`;
 }
 
@@ -424,11 +417,11 @@ const escape = (text) => text.replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`)
 
 const SLIDERS = { layer: "layer", head: "head", k: "k", other_k: "k on the right", slice: "channel slice" };
 
-/** Puts an explorer into `root`. source: {meta, send(selection), listen(callback(frame, bytes))}. */
+/** Puts an explorer into `root`. source: {meta, send(selection), listen(callback(frame, maps, flags))}. */
 export function mount(root, source) {
   const { meta } = source;
   const grouped = meta.models.every(({ kind }) => kind === "grouped");
-  const [modes, explained] = grouped ? [GROUPED_MODES, GROUPED_EXPLAINED] : [MODES, EXPLAINED];
+  const words = grouped ? GROUPS : ROWS;
   root.innerHTML =
     `<style>${STYLE}</style><div class="ef-explorer"><details class="ef-about" ${meta.open ? "open" : ""}><summary>What is shown here</summary>` +
     `<div>${grouped ? ABOUT_GROUPS : ABOUT}${aboutModels(meta.models)}</div></details>` +
@@ -456,9 +449,9 @@ export function mount(root, source) {
     Object.assign(slider, { min: 0, max: values.length - 1, step: 1 });
     slider.addEventListener("input", () => source.send({ [name]: values[slider.valueAsNumber] }));
   }
-  for (const mode of meta.modes) {
+  for (const mode of Object.keys(meta.modes)) {
     const button = document.createElement("button");
-    Object.assign(button, { textContent: modes[mode], type: "button" });
+    Object.assign(button, { textContent: words[mode][0], type: "button" });
     button.dataset.mode = mode;
     button.addEventListener("click", () => source.send({ mode }));
     find(".ef-modes").append(button);
@@ -492,7 +485,7 @@ export function mount(root, source) {
     return figure;
   }
 
-  function show(frameOfNow, bytes) {
+  function show(frameOfNow, maps, flags) {
     last = frameOfNow;
     const { selection, panels } = last;
     const box = find(".ef-panels");
@@ -507,26 +500,26 @@ export function mount(root, source) {
     panels.forEach((panel, i) => {
       const figure = box.children[i];
       figure.style.gridColumnStart = each > 1 && panel.model !== panels[i - 1]?.model ? 1 : "auto"; // a row for each model
-      figure.querySelector("figcaption").innerHTML = `<span>${escape(panel.title)}</span>${legendOf(panel)}`;
+      const end = start + panel.shape[0] * panel.shape[1];
+      const [values, marks] = [maps, flags].map((all) => all.subarray(start, end));
+      start = end;
+      figure.querySelector("figcaption").innerHTML = `<span>${escape(panel.title)}</span>${legendOf(panel.kind, largest(values))}`;
       const canvas = figure.querySelector("canvas");
       canvas.setAttribute("aria-label", panel.title);
-      const n = panel.shape[0] * panel.shape[1];
-      const [values, flags] = [0, n].map((more) => bytes.subarray(start + more, start + more + n));
-      start += 2 * n;
       canvas.classList.toggle("ef-groups", panel.kind === "groups");
-      if (panel.kind === "groups") drawGroups(canvas, meta.models[panel.model], panel, values, flags);
-      else drawPanel(canvas, meta, picture, panel, values, flags, panels.length < 3);
+      if (panel.kind === "groups") drawGroups(canvas, meta.models[panel.model], panel, strengthsOf(values), marks);
+      else drawPanel(canvas, meta, picture, panel, strengthsOf(values), marks, panels.length < 3);
     });
-    for (const [name, { values, words }] of Object.entries(scales)) {
+    for (const [name, { values, words: inWords }] of Object.entries(scales)) {
       const slider = find(`.ef-${name}`);
       if (values.includes(selection[name])) slider.value = values.indexOf(selection[name]);
-      slider.nextElementSibling.textContent = words(selection[name]);
+      slider.nextElementSibling.textContent = inWords(selection[name]);
       slider.disabled = (name === "head" && ["heads", "groups"].includes(selection.mode)) || (name === "k" && selection.mode === "ks");
       slider.parentElement.hidden = values.length < 2 || (name === "other_k" && selection.mode !== "pair");
     }
     for (const button of find(".ef-modes").children) button.setAttribute("aria-pressed", button.dataset.mode === selection.mode);
     find(".ef-caption").textContent = last.caption;
-    find(".ef-note").textContent = explained[selection.mode] + (last.note ? ` ${last.note}` : "");
+    find(".ef-note").textContent = words[selection.mode][1] + (last.note ? ` ${last.note}` : "");
     find(".ef-body").classList.toggle("ef-two", panels.length === 2); // the numbers of each under its map
     find(".ef-side").innerHTML = sideOf(last.facts, last.scatters);
   }
@@ -549,7 +542,7 @@ async function inflate(base64) {
   return new Response(stream).arrayBuffer();
 }
 
-/** The rows stored in a page; answers as the view model in Python does. Layout: explorer/page.py. */
+/** What is stored in a page; answers as the view model in Python does. Layout: explorer/page.py. */
 export class PageSource {
   static async open(meta, base64) {
     return new PageSource(meta, await inflate(base64));
@@ -558,9 +551,17 @@ export class PageSource {
   constructor(meta, buffer) {
     this.meta = meta;
     this.n = meta.height * meta.width;
-    this.sections = meta.sections.map((s) => new Section(s, meta, this.n, buffer));
-    this.costs = meta.costs && new Costs(meta.costs, buffer);
-    if (meta.models[0].kind === "grouped") this.groups = new Groups(meta, buffer);
+    const queries = this.n * meta.slices;
+    const numbers = (start, count) => new Uint16Array(buffer, start, count);
+    this.sections = meta.sections.map((s) => new Section(s, meta, buffer));
+    this.costs = meta.costs && new Costs(meta.costs, meta, buffer);
+    [this.steps, this.origins, this.sentence] = [meta.steps, meta.origins, meta.sentence].map((start) => numbers(start, queries));
+    this.when = numbers(meta.when, this.n);
+    if (meta.cross) {
+      this.groups = meta.models[0].order.length;
+      this.place = numbers(meta.cross.place, this.n);
+      this.cross = new Uint8Array(buffer, meta.cross.bytes, meta.cross.count * meta.layers * meta.heads * this.groups ** 2);
+    }
     this.selection = { ...meta.selection };
     this.snap();
   }
@@ -571,8 +572,7 @@ export class PageSource {
   }
 
   tell() {
-    const { frame: now, bytes } = this.frame();
-    this.callback?.(now, bytes);
+    this.callback?.(...this.frame());
   }
 
   /** Takes parts of a selection, or {by: [rows, columns]}, a step to the next latent that the page holds. */
@@ -586,10 +586,9 @@ export class PageSource {
 
   /** The sites that hold everything the present mode shows. */
   held() {
-    const { mode, k } = this.selection;
-    if (mode === "ks") return this.sections.map((s) => s.sites).reduce((a, b) => (b.length < a.length ? b : a));
-    if (mode === "pair") return [k, this.selection.other_k].map((v) => this.section(v).sites).reduce((a, b) => (b.length < a.length ? b : a));
-    return mode === "cost" ? this.costs.sites : this.section(k).sites;
+    const ks = this.maps().map((map) => map.k);
+    const sites = [...ks.map((k) => this.section(k).sites), ...(this.selection.mode === "cost" ? [this.costs.sites] : [])];
+    return sites.reduce((a, b) => (b.length < a.length ? b : a));
   }
 
   section(k) {
@@ -599,20 +598,25 @@ export class PageSource {
   step([down, right]) {
     const { row, column } = this.selection;
     const ahead = this.held().filter((site) => {
-      const [r, c] = [Math.floor(site / this.meta.width), site % this.meta.width];
+      const [r, c] = this.at(site);
       return down ? (r - row) * down > 0 && c === column : (c - column) * right > 0 && r === row;
     });
     const next = down + right > 0 ? ahead[0] : ahead[ahead.length - 1];
     if (next !== undefined) this.go(next);
   }
 
+  /** Row and column of a site. */
+  at(site) {
+    return [Math.floor(site / this.meta.width), site % this.meta.width];
+  }
+
   go(site) {
-    Object.assign(this.selection, { row: Math.floor(site / this.meta.width), column: site % this.meta.width });
+    [this.selection.row, this.selection.column] = this.at(site);
   }
 
   /** Moves the query to the nearest latent that is held; costs are held for one k only. */
   snap() {
-    const { height, width, layers, heads, own_k: own } = this.meta;
+    const { height, width, layers, heads, models } = this.meta;
     const s = this.selection;
     const clip = (v, low, high) => Math.min(Math.max(v, low), high);
     s.layer = clip(s.layer, 0, layers - 1);
@@ -620,298 +624,180 @@ export class PageSource {
     s.slice = clip(s.slice, 0, this.meta.slices - 1);
     s.row = clip(s.row, 0, height - 1);
     s.column = clip(s.column, 0, width - 1);
-    if (s.mode === "cost" || !this.section(s.k)) s.k = own;
+    if (s.mode === "cost" || !this.section(s.k)) s.k = models[0].own_k;
     if (!this.section(s.other_k)) s.other_k = DENSE;
     const held = this.held();
     const site = s.row * width + s.column;
     if (held.length === this.n || held.includes(site)) return;
-    const distance = (other) => Math.abs(Math.floor(other / width) - s.row) + Math.abs((other % width) - s.column);
+    const distance = (other) => Math.abs(this.at(other)[0] - s.row) + Math.abs(this.at(other)[1] - s.column);
     this.go(held.reduce((best, other) => (distance(other) < distance(best) ? other : best)));
   }
 
+  /** The maps of the present mode, with the head and the k that are chosen. */
+  maps() {
+    const chosen = (value) => (typeof value === "string" ? this.selection[value] : value);
+    return this.meta.modes[this.selection.mode].maps.map((map) => ({ ...map, head: chosen(map.head), k: chosen(map.k) }));
+  }
+
+  /** The frame, and what its panels show: values, then flags. */
   frame() {
-    const { layer, head, k, other_k, row, column, mode } = this.selection;
-    const { width, heads, name } = this.meta;
-    const site = row * width + column;
-    const section = this.section(k);
-    const words = `layer ${layer}, ${headInWords(head)}, ${kInWords(k)}`;
-    if (this.groups) return this.frameOfGroups(site);
-    let maps;
-    if (mode === "heads") {
-      maps = [...Array(heads).keys(), MEAN].map((h) => [headInWords(h), section, h]);
-    } else if (mode === "ks" || mode === "pair") {
-      const ks = mode === "ks" ? this.meta.ks : [k, other_k];
-      maps = ks.map((v) => [`${kInWords(v)}: ${this.section(v).facts(site).bits.toFixed(1)} bits`, this.section(v), head]);
-    } else {
-      maps = [[`attention, ${words}`, section, head]];
-    }
-    const panels = [];
-    const parts = [];
-    const decoded = this.decoded(site);
-    const add = (title, kind, { values, high, selected }) => {
-      const shape = [this.meta.height, width];
-      panels.push({ title, kind, low: 0, high, query: [row, column], origin: this.origin(site), radius: this.meta.radius, model: 0, shape });
-      parts.push(values, decoded.map((d, i) => (d ? DECODED : 0) | (selected[i] ? SELECTED : 0)));
-    };
-    for (const [title, from, h] of maps) add(title, "attention", this.toBytes(from.attention(site, layer, h), from.k));
-    const scatters = [];
-    if (mode === "cost") {
-      const { positions, bits } = this.costs.of(site);
-      add("cost of its absence, in bits", "cost", this.costBytes(positions, bits));
-      const attention = section.attention(site, layer, head);
-      const received = positions.map((p) => attention[p]);
-      scatters.push({ attention: received, bits, rho: spearman(received, bits) });
-    }
-    const facts =
-      mode === "pair"
-        ? [k, other_k].map((v) => ({ name: `${name}, ${kInWords(v)}`, model: 0, ...this.section(v).facts(site) }))
-        : [{ name, model: 0, ...section.facts(site) }];
-    const bytes = new Uint8Array(parts.length * this.n);
-    parts.forEach((part, i) => bytes.set(part, i * this.n));
+    const { k, other_k, row, column, slice, mode } = this.selection;
+    const { name } = this.meta.models[0];
+    const site = row * this.meta.width + column;
+    const query = site * this.meta.slices + slice;
+    const { what, bits } = this.meta.modes[mode];
+    const shown = this.maps().map((map) => this.panel(map, site, query));
+    const several = mode === "pair";
+    const facts = (several ? [k, other_k] : [k]).map((v) => ({ name: several ? `${name}, ${kInWords(v)}` : name, model: 0, ...this.facts(site, v) }));
+    const caption = `Latent row ${row}, column ${column}: ${this.meta.sentences[this.sentence[query]]} ${this.filled(`${what} ${bits}`, site, this.selection)}`;
     const held = this.held();
     const note = held.length < this.n ? `For this view the page holds ${held.length} of ${this.n} latents and takes the nearest.` : "";
-    const frame = { selection: { ...this.selection }, caption: this.caption(site, facts), note, panels, facts, scatters };
-    return { frame, bytes };
+    const scatters = mode === "cost" ? [this.scatter(site)] : [];
+    const frame = { selection: { ...this.selection }, caption, note, panels: shown.map((s) => s.panel), facts, scatters };
+    const joined = (kind, name) => kind.from(shown.flatMap((s) => [...s[name]]));
+    return [frame, joined(Float32Array, "values"), joined(Uint8Array, "flags")];
   }
 
-  /** The same of a GroupedMixer: the inner mixer over the picture, and the cross mixer's groups. */
-  frameOfGroups(site) {
-    const { layer, head, row, column, slice, mode } = this.selection;
-    const { height, width, heads, name, radius } = this.meta;
-    const groups = this.groups;
-    const group = groups.number(row, column, slice);
-    const decoded = groups.decoded(group);
-    const panels = [];
-    const parts = [];
-    const add = (title, kind, values, flags, more) => {
-      const { values: codes, high } = this.toBytes(values, DENSE);
-      panels.push({ title, kind, low: 0, high, model: 0, ...more });
-      parts.push(codes, flags);
-    };
-    const inner = (title, h) => {
-      const more = { query: [row, column], origin: groups.origin(row, column, group), radius, shape: [height, width] };
-      add(title, "attention", this.section(DENSE).attention(site, layer, h, slice), decoded, more);
-    };
-    const cross = (title, h) => {
-      const more = { query: [group, 0], origin: [group, 0], radius: 0, shape: [groups.count, groups.count] };
-      add(title, "groups", groups.attention(row, column, layer, h), groups.before, more);
-    };
-    const every = [...Array(heads).keys(), MEAN];
-    const words = `mixer, layer ${layer}, ${headInWords(head)}`;
-    if (mode === "heads") every.forEach((h) => inner(headInWords(h), h));
-    else if (mode === "groups") every.forEach((h) => cross(headInWords(h), h));
-    else {
-      inner(`inner ${words}`, head);
-      if (groups.bytes) cross(`cross ${words}`, head);
+  panel({ title, kind, head, k }, site, query) {
+    const { layer, row, column } = this.selection;
+    const { height, width, models } = this.meta;
+    const panel = { title: this.filled(title, site, { head, k }), kind, query: [row, column], origin: this.at(this.origins[query]), radius: models[0].radius, model: 0, shape: [height, width] };
+    if (kind === "groups") {
+      const at = [this.steps[query], 0];
+      const flags = Uint8Array.from({ length: this.groups ** 2 }, (_, i) => (i % this.groups <= Math.floor(i / this.groups) ? DECODED : 0));
+      Object.assign(panel, { query: at, origin: at, radius: 0, shape: [this.groups, this.groups] });
+      return { panel, values: this.amongGroups(site, layer, head), flags };
     }
-    const { bits, groups: slices } = this.section(DENSE).facts(site, slice);
-    slices.forEach((s, i) => (s.group = groups.number(row, column, i)));
-    const facts = [{ name, model: 0, bits, hyper_bits: null, slice, groups: slices }];
-    const before = group > 1 ? `groups 0 to ${group - 1}` : group ? "group 0" : "no latents";
-    const what = {
-      head: `Layer ${layer}, ${headInWords(head)}.`,
-      heads: `Layer ${layer}, every head.`,
-      groups: `Layer ${layer}, every head of the cross mixer.`,
-    }[mode];
-    const caption =
-      `Latent row ${row}, column ${column}: channel slice ${slice} is group ${group} (of 0 to ${groups.count - 1}) and sees ${before}. ` +
-      `${what} ${slices[slice].bits.toFixed(1)} bits, with the other slices ${bits.toFixed(1)}.`;
-    const bytes = new Uint8Array(parts.reduce((sum, part) => sum + part.length, 0));
-    parts.reduce((start, part) => (bytes.set(part, start), start + part.length), 0);
-    return { frame: { selection: { ...this.selection }, caption, note: "", panels, facts, scatters: [] }, bytes };
+    let values, selected;
+    if (kind === "cost") {
+      const { positions, bits } = this.costs.of(site);
+      values = new Float32Array(this.n);
+      positions.forEach((p, i) => (values[p] = bits[i]));
+      const hidden = new Set(positions);
+      selected = (i) => hidden.has(i);
+    } else {
+      values = this.section(k).attention(site, layer, head, query % this.meta.slices);
+      selected = (i) => k !== DENSE && values[i] > 0;
+    }
+    const flags = Uint8Array.from(this.when, (when, i) => (when < this.steps[query] ? DECODED : 0) | (selected(i) ? SELECTED : 0));
+    return { panel, values, flags };
   }
 
-  origin(site) {
-    const at = this.meta.kind === "serial" ? Math.max(site - 1, 0) : site;
-    return [Math.floor(at / this.meta.width), at % this.meta.width];
-  }
-
-  inFirstPass(site) {
-    return (Math.floor(site / this.meta.width) + (site % this.meta.width)) % 2 === 1;
-  }
-
-  decoded(site) {
-    const all = new Uint8Array(this.n);
-    if (this.meta.kind === "serial") return all.fill(1, 0, site);
-    return this.inFirstPass(site) ? all : all.map((_, i) => this.inFirstPass(i));
-  }
-
-  toBytes(attention, k) {
-    const high = attention.reduce((a, b) => Math.max(a, b), 0);
-    const values = Uint8Array.from(attention, (v) => (high ? Math.round(255 * Math.sqrt(v / high)) : 0));
-    return { values, high, selected: k === DENSE ? new Uint8Array(this.n) : Uint8Array.from(attention, (v) => v > 0) };
-  }
-
-  costBytes(positions, bits) {
-    const high = bits.reduce((a, b) => Math.max(a, Math.abs(b)), 0);
-    const [values, selected] = [new Uint8Array(this.n).fill(128), new Uint8Array(this.n)];
-    positions.forEach((p, i) => {
-      values[p] = 128 + Math.round(high ? 127 * Math.sign(bits[i]) * Math.sqrt(Math.abs(bits[i]) / high) : 0);
-      selected[p] = 1;
-    });
-    return { values, high, selected };
-  }
-
-  caption(site, facts) {
-    const { layer, head, k, other_k, row, column, mode } = this.selection;
-    const pass =
-      this.meta.kind === "serial"
-        ? site ? "sees all latents before it." : "the first, nothing is decoded yet."
-        : this.inFirstPass(site)
-          ? "first pass, coded without context; its row gathers context for others."
-          : "second pass, sees the whole first pass.";
-    const what = {
-      head: `Layer ${layer}, ${headInWords(head)}, ${kInWords(k)}.`,
-      heads: `Layer ${layer}, every head, ${kInWords(k)}.`,
-      ks: `Layer ${layer}, ${headInWords(head)}, every k.`,
-      pair: `Layer ${layer}, ${headInWords(head)}, ${kInWords(k)} beside ${kInWords(other_k)}.`,
-      cost: `Layer ${layer}, ${headInWords(head)}, ${kInWords(k)}, beside the measured cost.`,
-    }[mode];
-    const [here, other] = facts.map((f) => f.bits.toFixed(1));
-    const context = mode === "pair" ? `${here} bits with ${kInWords(k)}, ${other} bits with ${kInWords(other_k)}` : `${here} bits with context`;
-    const bits = `${context}, ${facts[0].hyper_bits.toFixed(1)} bits with the hyperprior only.`;
-    return `Latent row ${row}, column ${column}: ${pass} ${what} ${bits}`;
-  }
-}
-
-/** A GroupedMixer's groups: their order, and the cross mixers' attention at every place. */
-class Groups {
-  constructor(meta, buffer) {
-    const { counts, order } = meta.models[0];
-    Object.assign(this, { meta, counts, order, count: order.length, across: Math.ceil(meta.width / counts[2]) });
-    this.before = Uint8Array.from({ length: this.count ** 2 }, (_, i) => (i % this.count <= Math.floor(i / this.count) ? DECODED : 0));
-    if (meta.cross === undefined) return;
-    const places = Math.ceil(meta.height / counts[1]) * this.across;
-    this.bytes = new Uint8Array(buffer, meta.cross, places * meta.layers * meta.heads * this.count ** 2);
-  }
-
-  number(row, column, slice) {
-    const [, down, right] = this.counts;
-    return this.order.findIndex(([s, i, j]) => s === slice && i === row % down && j === column % right);
-  }
-
-  /** Sites of which at least one slice is known before a group. */
-  decoded(group) {
-    const [, down, right] = this.counts;
-    const { height, width } = this.meta;
-    const known = new Set(this.order.slice(0, group).map(([, i, j]) => i * right + j));
-    const flag = (_, site) => (known.has((Math.floor(site / width) % down) * right + ((site % width) % right)) ? DECODED : 0);
-    return Uint8Array.from({ length: height * width }, flag);
-  }
-
-  /** The site of the group before at the same place. */
-  origin(row, column, group) {
-    const [, i, j] = this.order[Math.max(group - 1, 0)];
-    const [, down, right] = this.counts;
-    const { height, width } = this.meta;
-    return [Math.min(row - (row % down) + i, height - 1), Math.min(column - (column % right) + j, width - 1)];
-  }
-
-  /** Attention among the groups at a site's place: Float32Array [G * G]; head -1 is the mean. */
-  attention(row, column, layer, head) {
+  /** Attention of the cross mixer at a site's place: Float32Array [G * G]. */
+  amongGroups(site, layer, head) {
     const { layers, heads } = this.meta;
-    const place = Math.floor(row / this.counts[1]) * this.across + Math.floor(column / this.counts[2]);
-    const size = this.count ** 2;
+    const size = this.groups ** 2;
     const out = new Float32Array(size);
-    const wanted = head === MEAN ? [...Array(heads).keys()] : [head];
-    for (const h of wanted) {
-      const start = ((place * layers + layer) * heads + h) * size;
-      for (let i = 0; i < size; i++) out[i] += (this.bytes[start + i] / 255) ** 2 / wanted.length;
-    }
+    forHeads(head, heads, (h, share) => {
+      const start = ((this.place[site] * layers + layer) * heads + h) * size;
+      for (let i = 0; i < size; i++) out[i] += share * (this.cross[start + i] / 255) ** 2;
+    });
     return out;
   }
+
+  facts(site, k) {
+    const { slice } = this.selection;
+    const { slices, models } = this.meta;
+    const facts = this.section(k).facts(site, slice);
+    if (models[0].order) Object.assign(facts, { slice, groups: facts.groups.map((g, i) => ({ ...g, group: this.steps[site * slices + i] })) });
+    return facts;
+  }
+
+  scatter(site) {
+    const { layer, head, k } = this.selection;
+    const { positions, bits, rho } = this.costs.of(site, layer, head);
+    const attention = this.section(k).attention(site, layer, head);
+    return { attention: positions.map((p) => attention[p]), bits, rho };
+  }
+
+  /** Fills the holes in the words of a mode, see `Exploration.filled`. */
+  filled(words, site, { head, k }) {
+    const { layer, other_k, slice } = this.selection;
+    const bits = (value) => value.toFixed(1);
+    const fill = {
+      layer: () => layer,
+      head: () => headInWords(head),
+      k: () => kInWords(k),
+      other_k: () => kInWords(other_k),
+      bits: () => bits(this.facts(site, k).bits),
+      other_bits: () => bits(this.facts(site, other_k).bits),
+      alone: () => bits(this.facts(site, k).hyper_bits),
+      part: () => bits(this.facts(site, k).groups[slice].bits),
+    };
+    return words.replace(/\{(\w+)\}/g, (_, name) => fill[name]());
+  }
 }
 
-/** All rows of one k. Sparse: counts, positions and bytes of what is attended; dense: a byte for every site. */
+/** Calls back for a head, or for all with their share in the mean. */
+function forHeads(head, heads, callback) {
+  if (head !== MEAN) callback(head, 1);
+  else for (let h = 0; h < heads; h++) callback(h, 1 / heads);
+}
+
+const sumsOf = (counts) => {
+  const sums = new Uint32Array(counts.length + 1);
+  counts.forEach((count, i) => (sums[i + 1] = sums[i] + count));
+  return sums;
+};
+
+/** All rows of one k: counts, positions and bytes of what is attended. */
 class Section {
-  constructor(s, meta, n, buffer) {
-    Object.assign(this, { k: s.k, sites: s.sites ?? [...Array(n).keys()], n, meta });
-    this.number = new Map(this.sites.map((site, i) => [site, i]));
-    const queries = this.sites.length * meta.slices; // site by site, in each its channel slices
+  constructor(s, meta, buffer) {
+    Object.assign(this, { k: s.k, sites: s.sites, meta });
+    this.number = new Map(s.sites.map((site, i) => [site, i]));
+    const queries = s.sites.length * meta.slices; // site by site, in each its channel slices
     const maps = queries * meta.layers * meta.heads;
-    this.factsOf = new Float32Array(buffer, s.facts, queries * meta.facts_width);
-    if (s.dense !== undefined) {
-      this.dense = new Uint8Array(buffer, s.dense, maps * n);
-      return;
-    }
-    const counts = new Uint16Array(buffer, s.counts, maps);
-    this.starts = new Uint32Array(maps + 1);
-    counts.forEach((count, i) => (this.starts[i + 1] = this.starts[i] + count));
+    this.width = 2 + 5 * meta.group_channels.length;
+    this.factsOf = new Float32Array(buffer, s.facts, queries * this.width);
+    this.starts = sumsOf(new Uint16Array(buffer, s.counts, maps));
     this.positions = new Uint16Array(buffer, s.positions, this.starts[maps]);
     this.bytes = new Uint8Array(buffer, s.bytes, this.starts[maps]);
   }
 
-  /** The number of a site, and of its channel slice, among what is held. */
+  /** The number of a site's channel slice among what is held. */
   query(site, slice) {
     return this.number.get(site) * this.meta.slices + slice;
   }
 
   /** Attention of one latent: Float32Array [n]; head -1 is the mean. */
   attention(site, layer, head, slice = 0) {
-    const { layers, heads } = this.meta;
-    const out = new Float32Array(this.n);
-    const wanted = head === MEAN ? [...Array(heads).keys()] : [head];
-    for (const h of wanted) {
+    const { height, width, layers, heads } = this.meta;
+    const out = new Float32Array(height * width);
+    forHeads(head, heads, (h, share) => {
       const map = (this.query(site, slice) * layers + layer) * heads + h;
-      const put = (position, byte) => (out[position] += (byte / 255) ** 2 / wanted.length);
-      if (this.dense) {
-        for (let i = 0; i < this.n; i++) put(i, this.dense[map * this.n + i]);
-      } else {
-        for (let i = this.starts[map]; i < this.starts[map + 1]; i++) put(this.positions[i], this.bytes[i]);
-      }
-    }
+      for (let i = this.starts[map]; i < this.starts[map + 1]; i++) out[this.positions[i]] += share * (this.bytes[i] / 255) ** 2;
+    });
     return out;
   }
 
-  facts(site, slice = 0) {
-    const width = this.meta.facts_width;
+  facts(site, slice) {
     const query = this.query(site, slice);
-    const [bits, hyper, ...rest] = this.factsOf.subarray(query * width, (query + 1) * width);
+    const known = (v) => (Number.isNaN(v) ? null : v);
+    const [bits, hyper_bits, ...rest] = [...this.factsOf.subarray(query * this.width, (query + 1) * this.width)].map(known);
     const groups = this.meta.group_channels.map((channels, i) => {
       const [value, mean, scale, b, hb] = rest.slice(5 * i, 5 * i + 5);
       return { channels, value, mean, scale, bits: b, hyper_bits: hb };
     });
-    return { bits, hyper_bits: hyper, groups };
+    return { bits, hyper_bits, groups };
   }
 }
 
+/** Measured costs, and how attention ranks them. */
 class Costs {
-  constructor(c, buffer) {
-    this.sites = c.sites;
-    const counts = new Uint16Array(buffer, c.counts, c.sites.length);
-    this.starts = [0];
-    counts.forEach((count, i) => this.starts.push(this.starts[i] + count));
+  constructor(c, { layers, heads }, buffer) {
+    Object.assign(this, { sites: c.sites, layers, heads });
+    this.starts = sumsOf(new Uint16Array(buffer, c.counts, c.sites.length));
     this.positions = new Uint16Array(buffer, c.positions, this.starts[c.sites.length]);
     this.bits = new Float32Array(buffer, c.bits, this.starts[c.sites.length]);
+    this.rho = new Float32Array(buffer, c.rho, c.sites.length * layers * (heads + 1));
   }
 
-  of(site) {
+  of(site, layer = 0, head = MEAN) {
     const i = this.sites.indexOf(site);
     const part = (array) => [...array.subarray(this.starts[i], this.starts[i + 1])];
-    return { positions: part(this.positions), bits: part(this.bits) };
+    const rho = this.rho[(i * this.layers + layer) * (this.heads + 1) + (head === MEAN ? this.heads : head)];
+    return { positions: part(this.positions), bits: part(this.bits), rho: Number.isNaN(rho) ? null : rho };
   }
-}
-
-/** Spearman's rank correlation, equal values sharing their mean rank; null where one does not vary. */
-export function spearman(a, b) {
-  if (a.length < 3) return null;
-  const [x, y] = [ranks(a), ranks(b)];
-  const mean = (a.length - 1) / 2;
-  const product = (u, v) => u.reduce((sum, value, i) => sum + (value - mean) * (v[i] - mean), 0);
-  const size = Math.sqrt(product(x, x) * product(y, y));
-  return size > 0 ? product(x, y) / size : null;
-}
-
-function ranks(values) {
-  const order = [...values.keys()].sort((i, j) => values[i] - values[j]);
-  const out = new Array(values.length);
-  for (let start = 0; start < order.length; ) {
-    let end = start;
-    while (end < order.length && values[order[end]] === values[order[start]]) end++;
-    for (let i = start; i < end; i++) out[order[i]] = (start + end - 1) / 2;
-    start = end;
-  }
-  return out;
 }
 
 /** Opens the exported page. */
@@ -930,8 +816,9 @@ function render({ model, el }) {
     },
     listen(callback) {
       const show = () => {
-        const bytes = model.get("maps");
-        callback(model.get("frame"), new Uint8Array(bytes.buffer, bytes.byteOffset, bytes.byteLength));
+        const [frame, { buffer, byteOffset, byteLength }] = [model.get("frame"), model.get("maps")];
+        const bytes = buffer.slice(byteOffset, byteOffset + byteLength); // five bytes a place: a float32 and a flag
+        callback(frame, new Float32Array(bytes, 0, byteLength / 5), new Uint8Array(bytes, (4 * byteLength) / 5));
       };
       model.on("change:frame", show);
       show();

@@ -5,6 +5,7 @@ Explorer(Exploration(server))
 """
 
 import base64
+import dataclasses
 import io
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import anywidget
 import numpy as np
 import traitlets
 
-from entroformer_lib.inspection.exploration import Exploration, Panel, grouped, own_k
+from entroformer_lib.inspection.exploration import Exploration, own_k
 
 SCRIPT = Path(__file__).with_name("explorer.js")
 DECODED, SELECTED = 1, 2  # bits of a flag
@@ -31,11 +32,8 @@ class Explorer(anywidget.AnyWidget):
         self.view = view
         frame, maps = frame_of(view)
         super().__init__(meta=meta_of(view), frame=frame, maps=maps, **keywords)
-        self.on_msg(self._selected)
+        self.on_msg(lambda widget, content, buffers: view.update(**content))
         view.observe(self._refresh, "revision")
-
-    def _selected(self, widget, content, buffers) -> None:
-        self.view.update(**content)
 
     def _refresh(self, change) -> None:
         frame, maps = frame_of(self.view)
@@ -52,60 +50,44 @@ def meta_of(view: Exploration) -> dict:
         "width": server.width,
         "layers": max(s.layers for s in view.servers),
         "heads": max(s.heads for s in view.servers),
-        "radius": server.radius,
-        "kind": server.kind,
-        "name": server.name,
         "slices": max(s.slices for s in view.servers),
-        "models": [{"name": s.name, "kind": s.kind, "own_k": own_k(s), **groups_of(s)} for s in view.servers],
-        "modes": view.modes,
+        "models": [
+            {
+                "name": s.name,
+                "kind": s.kind,
+                "own_k": own_k(s),
+                "radius": s.radius,
+                "counts": s.counts,
+                "order": s.order,
+            }
+            for s in view.servers
+        ],
+        "modes": {name: dataclasses.asdict(mode) for name, mode in view.modes.items()},
         "ks": view.ks,
-        "own_k": own_k(server),
         "picture": data_url(server.picture),
     }
 
 
-def groups_of(server) -> dict:
-    """Of a GroupedMixer: `counts` [k_c, k_h, k_w] and the `order` of its groups, each [slice, row and column phase]."""
-    return {"counts": list(server.counts), "order": [list(g) for g in server.order]} if grouped(server) else {}
-
-
 def frame_of(view: Exploration) -> tuple[dict, bytes]:
-    """What explorer.js draws: words and numbers, and for each panel the bytes of its values and flags."""
+    """What explorer.js draws: words and numbers, and as bytes the values of all panels, float32, then their flags."""
     panels = view.panels()
     scatters = [view.scatter(number) for number in range(len(view.servers))]
+    shown = ("title", "kind", "query", "origin", "radius", "model")
     frame = {
         "revision": view.revision,
         "selection": view.selection(),
         "caption": view.caption(),
-        "panels": [
-            {"title": p.title, "kind": p.kind, "low": 0, "high": height_of(p), "query": p.query, "origin": p.origin}
-            | {"radius": p.radius, "model": p.model, "shape": p.values.shape}
-            for p in panels
-        ],
+        "panels": [{name: getattr(p, name) for name in shown} | {"shape": p.values.shape} for p in panels],
         "facts": view.facts(),
-        "scatters": [
-            {**scatter, "attention": scatter["attention"].tolist(), "bits": scatter["bits"].tolist()}
-            for scatter in scatters
-            if scatter
-        ],
+        "scatters": [{name: _plain(v) for name, v in scatter.items()} for scatter in scatters if scatter],
     }
-    return frame, b"".join(bytes_of(panel) for panel in panels)
+    flags = [DECODED * panel.decoded + SELECTED * panel.selected for panel in panels]
+    maps = [panel.values.astype("<f4").tobytes() for panel in panels]
+    return frame, b"".join(maps + [flag.astype(np.uint8).tobytes() for flag in flags])
 
 
-def height_of(panel: Panel) -> float:
-    """The value at the end of the colour scale."""
-    return float(np.abs(panel.values).max())
-
-
-def bytes_of(panel: Panel) -> bytes:
-    """n values on a square-root scale (of a cost: 128 is zero), then n flags: 1 decoded, 2 selected. n: entries."""
-    values = panel.values / (height_of(panel) or 1)
-    if panel.kind == "cost":
-        values = 128 + np.round(127 * np.sign(values) * np.sqrt(np.abs(values)))
-    else:
-        values = np.round(255 * np.sqrt(values))
-    flags = DECODED * panel.decoded + SELECTED * panel.selected
-    return values.astype(np.uint8).tobytes() + flags.astype(np.uint8).tobytes()
+def _plain(value):
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def data_url(picture) -> str:

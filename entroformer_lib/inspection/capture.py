@@ -28,35 +28,31 @@ def attention_points(model) -> dict[str, tuple[Attention, str]]:
     Raises:
         AttentionError: the model has no attention.
     """
-    stacks = {}
-    context = getattr(model, "context_model", None)
-    if hasattr(context, "stack"):
-        stacks["context"] = list(context.stack.blocks), bool(context.stack.positions)
-    for part in ("h_a", "h_s"):
-        grids = [b.stack for b in getattr(getattr(model, part, None), "blocks", ()) if hasattr(b, "stack")]
-        if grids:
-            stacks[part] = [block for grid in grids for block in grid.blocks], bool(grids[0].positions)
-    mixers = list(getattr(context, "pairs", ()))
-    if not stacks and not mixers:
-        raise AttentionError("This model has no attention to look at; Entroformers have.")
-    return _points_of_mixers(mixers) | {
-        f"{part}.{layer}.{point}": (block.attention, point)
-        for part, (blocks, relative) in stacks.items()
-        for layer, block in enumerate(blocks)
+    points = {
+        f"{name}.{point}": (attention, point)
+        for name, attention, relative in _layers(model)
         for point in POINTS
-        if relative or point != "position"
+        if hasattr(attention, point) and (relative or point != "position")
     }
-
-
-def _points_of_mixers(pairs) -> dict[str, tuple[Attention, str]]:
-    points = {}
-    for layer, pair in enumerate(pairs):
-        for kind, mixer in (("inner", pair.inner), ("cross", pair.cross)):
-            if mixer is not None:
-                attention = getattr(mixer, "attention", mixer)
-                names = [point for point in POINTS if hasattr(attention, point)]
-                points |= {f"{kind}.{layer}.{point}": (attention, point) for point in names}
+    if not points:
+        raise AttentionError("This model has no attention to look at; Entroformers have.")
     return points
+
+
+def _layers(model) -> Iterator[tuple[str, Attention, bool]]:
+    """Every attention layer: its name, and whether it has relative positions."""
+    context = getattr(model, "context_model", None)
+    parts = {part: getattr(getattr(model, part, None), "blocks", ()) for part in ("h_a", "h_s")}
+    for part, owners in {"context": [context], **parts}.items():
+        stacks = [owner.stack for owner in owners if hasattr(owner, "stack")]
+        blocks = [(block, len(stack.positions) > 0) for stack in stacks for block in stack.blocks]
+        for layer, (block, relative) in enumerate(blocks):
+            yield f"{part}.{layer}", block.attention, relative
+    for layer, pair in enumerate(getattr(context, "pairs", ())):
+        for kind in ("inner", "cross"):
+            mixer = getattr(pair, kind)
+            if mixer is not None:
+                yield f"{kind}.{layer}", getattr(mixer, "attention", mixer), True
 
 
 @contextmanager

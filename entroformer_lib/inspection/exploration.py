@@ -1,13 +1,16 @@
 """What the attention explorer shows, without any widget: a selection, and pure methods that say what belongs to it.
 
-The numbers come from a server (`studies.row_server.RowServer`, of a GroupedMixer `studies.group_server.GroupServer`),
-which is handed in; nothing here runs a model or draws a pixel. The widget, the exported page and the static figures all
-show what `Exploration` returns.
+The numbers come from a server (`picture_server.PictureServer`), which is handed in; nothing here runs a model or draws
+a pixel. What a mode shows is a `Mode`: words with holes and a list of maps. The widget and the static figures show what
+`Exploration` makes of it; the exported page holds the same modes and fills them from stored numbers.
 """
 
+import functools
+import re
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import traitlets
 
 from entroformer_lib.errors import AttentionError
@@ -15,20 +18,33 @@ from entroformer_lib.errors import AttentionError
 MEAN = -1  # as head: the mean over all heads
 DENSE = 0  # as k: dense attention
 USUAL_KS = (8, 16, 32, 64)  # figure 10
-MODES = {
-    "head": "one head",
-    "heads": "all heads of the layer (figure 9)",
-    "ks": "one head, several k (figure 10)",
-    "pair": "one head, two k side by side",
-    "cost": "attention against measured cost",
-}
-GROUPED_MODES = {
-    "head": "one head",
-    "heads": "all heads of the inner mixer",
-    "groups": "all heads of the cross mixer",
-}
+MODES = ("head", "heads", "ks", "pair", "cost", "groups")
 SELECTION = ("layer", "head", "k", "other_k", "row", "column", "slice", "mode")
-REMEMBERED = 64  # answers of a row server
+REMEMBERED = 64  # answers of a server
+
+
+@dataclass(frozen=True)
+class Map:
+    """A map of a mode.
+
+    title: with holes, see `Exploration.filled`; kind: see `Panel`; head, k: a number, or the part of the selection that
+    says it.
+    """
+
+    title: str
+    kind: str = "attention"
+    head: int | str = "head"
+    k: int | str = "k"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What is shown of a selection: its maps, and in words with holes the selection (`what`) and what a model's bits
+    are (`bits`)."""
+
+    maps: tuple[Map, ...]
+    what: str
+    bits: str
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,45 @@ class Panel:
     model: int = 0  # whose map it is, where two are side by side
 
 
+def modes_of(server, ks: list[int]) -> dict[str, Mode]:
+    """What can be shown of a server, by name."""
+    return _modes_of_groups(server) if server.family == "groups" else _modes_of_rows(server, ks)
+
+
+def _modes_of_rows(server, ks: list[int]) -> dict[str, Mode]:
+    one = Map("attention, layer {layer}, {head}, {k}")
+    cost = Map("cost of its absence, in bits", "cost")
+    several, two = (tuple(Map("{k}: {bits} bits", k=k) for k in chosen) for chosen in (ks, ("k", "other_k")))
+    bits = "{bits} bits with context, {alone} bits with the hyperprior only."
+    both = "{bits} bits with {k}, {other_bits} bits with {other_k}, {alone} bits with the hyperprior only."
+    return {
+        "head": Mode((one,), "Layer {layer}, {head}, {k}.", bits),
+        "heads": Mode(_every_head(server), "Layer {layer}, every head, {k}.", bits),
+        "ks": Mode(several, "Layer {layer}, {head}, every k.", bits),
+        "pair": Mode(two, "Layer {layer}, {head}, {k} beside {other_k}.", both),
+        "cost": Mode((one, cost), "Layer {layer}, {head}, {k}, beside the measured cost.", bits),
+    }
+
+
+def _modes_of_groups(server) -> dict[str, Mode]:
+    """The inner mixer over the picture, beside it the cross mixer's groups; or every head of one of the two."""
+    inner = Map("inner mixer, layer {layer}, {head}", k=DENSE)
+    cross = Map("cross mixer, layer {layer}, {head}", "groups", k=DENSE)
+    bits = "{part} bits, with the other slices {bits}."
+    modes = {
+        "head": Mode((inner,) if server.cross is None else (inner, cross), "Layer {layer}, {head}.", bits),
+        "heads": Mode(_every_head(server, k=DENSE), "Layer {layer}, every head.", bits),
+    }
+    if server.cross is not None:
+        every = _every_head(server, kind="groups", k=DENSE)
+        modes["groups"] = Mode(every, "Layer {layer}, every head of the cross mixer.", bits)
+    return modes
+
+
+def _every_head(server, **more) -> tuple[Map, ...]:
+    return tuple(Map("{head}", head=head, **more) for head in (*range(server.heads), MEAN))
+
+
 class Exploration(traitlets.HasTraits):
     """The selection, always one that exists: what is set too high or too low is clipped.
 
@@ -76,16 +131,17 @@ class Exploration(traitlets.HasTraits):
     row = traitlets.Int(0)
     column = traitlets.Int(0)
     slice = traitlets.Int(0)
-    mode = traitlets.Enum(tuple({**MODES, **GROUPED_MODES}), "head")
+    mode = traitlets.Enum(MODES, "head")
     revision = traitlets.Int(0)
 
     def __init__(self, server, other=None, **selection):
         self.servers = [server] if other is None else [server, other]
         if other is not None and (other.height, other.width) != (server.height, server.width):
             raise AttentionError("Two models side by side need the same grid of latents; these have different ones.")
-        self._quiet, self._answers, self._costs = True, {}, {}
+        self._quiet, self._asked = True, functools.lru_cache(REMEMBERED)(_ask)
         super().__init__()
         self.ks = offered_ks(*self.servers)
+        self._modes = [modes_of(each, self.ks) for each in self.servers]
         start = dict(
             layer=server.layers - 1,
             k=own_k(server),
@@ -100,29 +156,15 @@ class Exploration(traitlets.HasTraits):
 
     # -- the selection --
 
-    @traitlets.validate("layer")
-    def _clip_layer(self, proposal):
-        return _clip(proposal.value, 0, max(server.layers for server in self.servers) - 1)
-
-    @traitlets.validate("head")
-    def _clip_head(self, proposal):
-        return _clip(proposal.value, MEAN, max(server.heads for server in self.servers) - 1)
-
-    @traitlets.validate("k", "other_k")
-    def _clip_k(self, proposal):
-        return _clip(proposal.value, DENSE, self.servers[0].n)
-
-    @traitlets.validate("row")
-    def _clip_row(self, proposal):
-        return _clip(proposal.value, 0, self.servers[0].height - 1)
-
-    @traitlets.validate("column")
-    def _clip_column(self, proposal):
-        return _clip(proposal.value, 0, self.servers[0].width - 1)
-
-    @traitlets.validate("slice")
-    def _clip_slice(self, proposal):
-        return _clip(proposal.value, 0, max(server.slices for server in self.servers) - 1)
+    @traitlets.validate("layer", "head", "k", "other_k", "row", "column", "slice")
+    def _clip(self, proposal):
+        """What is too high or too low becomes the nearest that some server has."""
+        first, name = self.servers[0], proposal.trait.name
+        ends = {"head": (MEAN, "heads"), "layer": (0, "layers"), "row": (0, "height"), "column": (0, "width")}
+        if name in ("k", "other_k"):
+            return min(max(proposal.value, DENSE), first.n)
+        low, counted = ends.get(name, (0, "slices"))
+        return min(max(proposal.value, low), max(getattr(server, counted) for server in self.servers) - 1)
 
     @traitlets.validate("mode")
     def _offered_mode(self, proposal):
@@ -155,13 +197,10 @@ class Exploration(traitlets.HasTraits):
         return self.row * self.servers[0].width + self.column
 
     @property
-    def modes(self) -> list[str]:
-        """What can be shown of all servers."""
-        offered = [
-            [m for m in GROUPED_MODES if m != "groups" or s.has_groups] if grouped(s) else list(MODES)
-            for s in self.servers
-        ]
-        return [mode for mode in offered[0] if mode in offered[-1]]
+    def modes(self) -> dict[str, Mode]:
+        """What can be shown of all servers; where they differ, in the words for rows of attention."""
+        first = min(range(len(self.servers)), key=lambda number: self.servers[number].family == "groups")
+        return {name: mode for name, mode in self._modes[first].items() if all(name in m for m in self._modes)}
 
     def query(self, server) -> int:
         """What a server is asked: the chosen site, or of a GroupedMixer this site's channel slice."""
@@ -171,89 +210,43 @@ class Exploration(traitlets.HasTraits):
 
     def rows(self, server, k: int) -> np.ndarray:
         """Attention of the chosen latent in all layers and heads: [layers, heads, n]."""
-        return self._answer(server, k)[0]
+        return self._asked(server, "row_and_facts", self.query(server), k)[0]
 
     def facts_of(self, server, k: int) -> dict:
-        """Bits and channel groups of the chosen latent, see `RowServer.facts`."""
-        return self._answer(server, k)[1]
+        """Bits and channel groups of the chosen latent, see `PictureServer.facts`."""
+        return self._asked(server, "row_and_facts", self.query(server), k)[1]
 
     def costs(self, server) -> tuple[np.ndarray, np.ndarray]:
         """Positions and what the absence of each costs the chosen latent in bits."""
-        return self._remember(self._costs, server.costs, server, self.k)
-
-    def _answer(self, server, k: int) -> tuple[np.ndarray, dict]:
-        return self._remember(self._answers, server.row_and_facts, server, k)
-
-    def _remember(self, memory: dict, ask, server, k: int):
-        """What a row server says of the chosen latent; the last answers are kept."""
-        key = (id(server), self.query(server), k)
-        if key not in memory:
-            if len(memory) >= REMEMBERED:
-                memory.clear()
-            memory[key] = ask(self.query(server), k or None)
-        return memory[key]
+        return self._asked(server, "costs", self.query(server), self.k)
 
     def panels(self) -> list[Panel]:
         """The maps of the present mode, the second model's after the first's."""
-        return [panel for number in range(len(self.servers)) for panel in self._panels_of(number)]
+        return [self._panel(number, one) for number, modes in enumerate(self._modes) for one in modes[self.mode].maps]
 
-    def _panels_of(self, number: int) -> list[Panel]:
-        server = self.servers[number]
-        layer, head = min(self.layer, server.layers - 1), min(self.head, server.heads - 1)
+    def _panel(self, number: int, one: Map) -> Panel:
+        server, query = self.servers[number], self.query(self.servers[number])
+        layer, head, k = min(self.layer, server.layers - 1), self._chosen(one.head), self._chosen(one.k)
+        head = min(head, server.heads - 1)
         who = f"{server.name}: " if len(self.servers) > 1 else ""
-        if grouped(server):
-            return self._panels_of_groups(number, layer, head, who)
-        if self.mode == "heads":
-            maps = [(h, self.k, head_in_words(h)) for h in (*range(server.heads), MEAN)]
-        elif self.mode in ("ks", "pair"):
-            ks = self.ks if self.mode == "ks" else (self.k, self.other_k)
-            bits = [bits_in_words(self.facts_of(server, k)["bits"]) for k in ks]
-            maps = [(head, k, f"{k_in_words(k)}: {b} bits") for k, b in zip(ks, bits, strict=True)]
+        title = who + self.filled(one.title, server, layer=layer, head=head, k=k)
+        if one.kind == "groups":
+            values, row = of_head(server.groups(query)[layer], head), (server.step(query), 0)
+            seen = np.tri(len(values), dtype=bool)
+            return Panel(title, one.kind, values, seen, np.zeros_like(seen), row, row, 0, number)
+        if one.kind == "cost":
+            values, selected = np.zeros(server.n), np.zeros(server.n, dtype=bool)
+            positions, bits = self.costs(server)
+            values[positions], selected[positions] = bits, True
         else:
-            maps = [(head, self.k, f"attention, layer {layer}, {head_in_words(head)}, {k_in_words(self.k)}")]
-        panels = [self._attention(number, layer, h, k, who + words) for h, k, words in maps]
-        return [*panels, self._cost_panel(number, who)] if self.mode == "cost" else panels
+            values = of_head(self.rows(server, k)[layer], head)
+            selected = (values > 0) & (k != DENSE)
+        shape, origin = (server.height, server.width), divmod(server.origin(query), server.width)
+        maps = (v.reshape(shape) for v in (values, server.decoded(query), selected))
+        return Panel(title, one.kind, *maps, (self.row, self.column), origin, server.radius, number)
 
-    def _panels_of_groups(self, number: int, layer: int, head: int, who: str) -> list[Panel]:
-        """The inner mixer over the picture, beside it the cross mixer's groups; or every head of one of the two."""
-        server = self.servers[number]
-        if self.mode != "head":
-            draw = self._groups if self.mode == "groups" else self._attention
-            every = (*range(server.heads), MEAN)
-            return [draw(number, layer, h, DENSE, who + head_in_words(h)) for h in every]
-        words = f"mixer, layer {layer}, {head_in_words(head)}"
-        panels = [self._attention(number, layer, head, DENSE, f"{who}inner {words}")]
-        return [*panels, self._groups(number, layer, head, DENSE, f"{who}cross {words}")][: 1 + server.has_groups]
-
-    def _groups(self, number: int, layer: int, head: int, k: int, title: str) -> Panel:
-        server = self.servers[number]
-        maps = server.groups(self.query(server))[layer]
-        values = maps.mean(0) if head == MEAN else maps[head]
-        seen = np.tri(len(values), dtype=bool)
-        row = (server.group(self.query(server)), 0)
-        return Panel(title, "groups", values, seen, np.zeros_like(seen), row, row, 0, number)
-
-    def _attention(self, number: int, layer: int, head: int, k: int, title: str) -> Panel:
-        server = self.servers[number]
-        row = self.rows(server, k)[layer]
-        values = row.mean(0) if head == MEAN else row[head]
-        selected = (values > 0) if k else np.zeros(server.n, dtype=bool)
-        return self._panel(number, title, "attention", values, selected)
-
-    def _cost_panel(self, number: int, who: str) -> Panel:
-        server = self.servers[number]
-        positions, bits = self.costs(server)
-        values, selected = np.zeros(server.n), np.zeros(server.n, dtype=bool)
-        values[positions], selected[positions] = bits, True
-        return self._panel(number, who + "cost of its absence, in bits", "cost", values, selected)
-
-    def _panel(self, number: int, title: str, kind: str, values: np.ndarray, selected: np.ndarray) -> Panel:
-        server = self.servers[number]
-        shape = (server.height, server.width)
-        decoded = server.decoded(self.query(server))
-        maps = (v.reshape(shape) for v in (values, decoded, selected))
-        origin = divmod(server.origin(self.query(server)), server.width)
-        return Panel(title, kind, *maps, (self.row, self.column), origin, server.radius, number)
+    def _chosen(self, value: int | str) -> int:
+        return getattr(self, value) if isinstance(value, str) else value
 
     def scatter(self, number: int = 0) -> dict | None:
         """In the mode `cost`, for the first or second model: attention (fraction) and cost (bits) of every hidden
@@ -261,15 +254,15 @@ class Exploration(traitlets.HasTraits):
         server = self.servers[number]
         if self.mode != "cost":
             return None
-        positions, bits = self.costs(server)
-        row = self.rows(server, self.k)[min(self.layer, server.layers - 1)]
-        attention = (row.mean(0) if self.head == MEAN else row[min(self.head, server.heads - 1)])[positions]
-        rho = server.rank_correlation(attention, bits)
+        layer, head = min(self.layer, server.layers - 1), min(self.head, server.heads - 1)
+        (positions, bits), rows = self.costs(server), self.rows(server, self.k)
+        rho = rank_correlations(rows, positions, bits)[layer, head]
+        attention = of_head(rows[layer], head)[positions]
         return {"attention": attention, "bits": bits, "rho": None if np.isnan(rho) else float(rho)}
 
     def facts(self) -> list[dict]:
-        """The side panel: name, bits, hyper_bits and the channel groups, see `RowServer.facts`. One entry per model,
-        in the mode `pair` one per model and k."""
+        """The side panel: name, bits, hyper_bits and the channel groups, see `PictureServer.facts`. One entry per
+        model, in the mode `pair` one per model and k."""
         pair = self.mode == "pair"
         return [
             {"name": f"{s.name}, {k_in_words(k)}" if pair else s.name, "model": number, **self.facts_of(s, k)}
@@ -279,34 +272,48 @@ class Exploration(traitlets.HasTraits):
 
     def caption(self) -> str:
         """The selection in words, with the bits of each model."""
-        who = f"Layer {self.layer}, {head_in_words(self.head)}"
-        k = "" if self.ks == [DENSE] else f", {k_in_words(self.k)}"
-        what = {
-            "head": f"{who}{k}.",
-            "heads": f"Layer {self.layer}, every head{k}.",
-            "groups": f"Layer {self.layer}, every head of the cross mixer.",
-            "ks": f"{who}, every k.",
-            "pair": f"{who}, {k_in_words(self.k)} beside {k_in_words(self.other_k)}.",
-            "cost": f"{who}, {k_in_words(self.k)}, beside the measured cost.",
-        }[self.mode]
+        chosen = {"layer": self.layer, "head": self.head, "k": self.k}
         where = f"Latent row {self.row}, column {self.column}:"
-        models = [(pass_in_words(s, self.query(s)), self._bits_in_words(s)) for s in self.servers]
-        if len(models) == 1:
-            return f"{where} {models[0][0]} {what} {models[0][1]}"
-        each = (f"{s.name}: {seen} {bits}" for s, (seen, bits) in zip(self.servers, models, strict=True))
+        what = self.filled(self.modes[self.mode].what, self.servers[0], **chosen)
+        seen = [server.in_words(self.query(server)) for server in self.servers]
+        bits = [self.filled(m[self.mode].bits, s, **chosen) for s, m in zip(self.servers, self._modes, strict=True)]
+        if len(self.servers) == 1:
+            return f"{where} {seen[0]} {what} {bits[0]}"
+        each = (f"{s.name}: {a} {b}" for s, a, b in zip(self.servers, seen, bits, strict=True))
         return f"{where} {what} {' '.join(each)}"
 
-    def _bits_in_words(self, server) -> str:
-        facts = self.facts_of(server, self.k)
-        if grouped(server):
-            part, whole = (bits_in_words(b) for b in (facts["groups"][facts["slice"]]["bits"], facts["bits"]))
-            return f"{part} bits, with the other slices {whole}."
-        here, alone = bits_in_words(facts["bits"]), bits_in_words(facts["hyper_bits"])
-        if self.mode != "pair":
-            return f"{here} bits with context, {alone} bits with the hyperprior only."
-        other = bits_in_words(self.facts_of(server, self.other_k)["bits"])
-        ks = k_in_words(self.k), k_in_words(self.other_k)
-        return f"{here} bits with {ks[0]}, {other} bits with {ks[1]}, {alone} bits with the hyperprior only."
+    def filled(self, words: str, server, layer: int, head: int, k: int) -> str:
+        """Fills the holes in the words of a mode: {layer}, {head}, {k} and {other_k}; {bits} with this k, {other_bits}
+        with the other, {alone} with the hyperprior only, and {part} of them in the chosen channel slice."""
+        facts = self.facts_of
+        fill = {
+            "layer": lambda: str(layer),
+            "head": lambda: head_in_words(head),
+            "k": lambda: k_in_words(k),
+            "other_k": lambda: k_in_words(self.other_k),
+            "bits": lambda: bits_in_words(facts(server, k)["bits"]),
+            "other_bits": lambda: bits_in_words(facts(server, self.other_k)["bits"]),
+            "alone": lambda: bits_in_words(facts(server, k)["hyper_bits"]),
+            "part": lambda: bits_in_words(facts(server, k)["groups"][facts(server, k)["slice"]]["bits"]),
+        }
+        return re.sub(r"\{(\w+)\}", lambda hole: fill[hole[1]](), words)
+
+
+def of_head(maps: np.ndarray, head: int) -> np.ndarray:
+    """One head's map, or the mean.  maps: [heads, ...]"""
+    return maps.mean(0) if head == MEAN else maps[head]
+
+
+def rank_correlations(rows: np.ndarray, positions: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """Spearman's rank correlation of attention with the bits that the absence of positions costs, for every layer and
+    head, the mean over heads last; not a number where one of both does not vary.
+
+    rows: [layers, heads, n]; positions, bits: [J]  ->  [layers, heads + 1]
+    """
+    layers, heads, _ = rows.shape
+    maps = np.concatenate((rows, rows.mean(1, keepdims=True)), axis=1)[..., positions]
+    table = pd.DataFrame([*maps.reshape(layers * (heads + 1), -1), bits]).T
+    return table.corr("spearman", min_periods=3).to_numpy()[:-1, -1].reshape(layers, heads + 1)
 
 
 def own_k(server) -> int:
@@ -316,13 +323,8 @@ def own_k(server) -> int:
 
 def offered_ks(*servers) -> list[int]:
     """The k on offer: those of figure 10, the models' own, and dense as 0, the last."""
-    own = [own_k(server) for server in servers if not grouped(server)]  # windows have no k
+    own = [own_k(server) for server in servers if server.family == "rows"]  # windows have no k
     return [*sorted({*(USUAL_KS if own else ()), *own} - {DENSE}), DENSE]
-
-
-def grouped(server) -> bool:
-    """Whether it serves a GroupedMixer."""
-    return server.kind == "grouped"
 
 
 def bits_in_words(bits: float) -> str:
@@ -340,19 +342,5 @@ def k_in_words(k: int) -> str:
     return f"k = {k}" if k else "dense"
 
 
-def pass_in_words(server, query: int) -> str:
-    """When a latent is coded, and what it may look at."""
-    if grouped(server):
-        group = server.group(query)
-        before = {0: "no latents", 1: "group 0"}.get(group, f"groups 0 to {group - 1}")
-        place = f"group {group} (of 0 to {len(server.order) - 1})"
-        return f"channel slice {query % server.slices} is {place} and sees {before}."
-    if server.kind == "serial":
-        return "sees all latents before it." if query else "the first, nothing is decoded yet."
-    if server.has_context(query):
-        return "second pass, sees the whole first pass."
-    return "first pass, coded without context; its row gathers context for others."
-
-
-def _clip(value: int, low: int, high: int) -> int:
-    return min(max(int(value), low), high)
+def _ask(server, question: str, query: int, k: int):
+    return getattr(server, question)(query, k or None)

@@ -1,47 +1,39 @@
 """What a GroupedMixer looks at when it predicts one group at one site of a picture, and what that costs in bits.
 
-    server = GroupServer(load_model("my-groupedmixer"), "photo.png")
-    query = server.query(site=100, channel_slice=1)
-    server.rows(query)  # the inner mixers over the picture: [layers, heads, n]
-    server.groups(query)  # the cross mixers at this place: [layers, heads, G, G]
-
-It offers the explorer what `RowServer` offers it for serial and parallel models; `server_of` makes the one that fits.
+server = GroupServer(load_model("my-groupedmixer"), "photo.png")
+query = server.query(site=100, channel_slice=1)
+server.rows(query)  # the inner mixers over the picture: [layers, heads, n]
+server.groups(query)  # the cross mixers at this place: [layers, heads, G, G]
+server.inner(layer=1, slot=5, place=(7, 9))  # where one token looks inside its group: [heads, rows, columns]
 """
 
-import copy
 from collections.abc import Iterator, Sequence
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from entroformer_lib.errors import AttentionError
-from entroformer_lib.inspection.capture import attention_points, capture
-from entroformer_lib.inspection.row_server import RowServer, check_layer
-from entroformer_lib.inspection.wide_latents import wide_latents
-from entroformer_lib.models.entropy_model import PerGroup, ToldTheRate
+from entroformer_lib.inspection.capture import capture
+from entroformer_lib.inspection.picture_server import PictureServer, batches
+from entroformer_lib.inspection.row_server import RowServer
 from entroformer_lib.models.groupedmixer import group_grid, windows
-from entroformer_lib.models.priors import LIKELIHOOD_FLOOR, gaussian_mass
-
-QUERIES_AT_ONCE = 128
 
 
-def server_of(model, picture) -> "RowServer | GroupServer":
+def server_of(model, picture) -> PictureServer:
     """The server that fits a model.
 
     Raises:
         AttentionError: a model that neither takes.
     """
-    grouped = getattr(getattr(model, "config", None), "context", None) == "grouped"
-    return (GroupServer if grouped else RowServer)(model, picture)
+    context = getattr(getattr(model, "config", None), "context", None)
+    return (GroupServer if context in GroupServer.contexts else RowServer)(model, picture)
 
 
-class GroupServer:
-    """Attention of a GroupedMixer's windows and cross mixers on one picture, from one float64 pass over all groups.
+class GroupServer(PictureServer):
+    """Attention of a GroupedMixer's inner and cross mixers on one picture, from one float64 pass over all groups.
 
     A site belongs to one spatial phase and to all k_c channel slices, so to k_c groups, which are predicted one after
-    the other. A *query* is a site and one of its slices: query = site * slices + slice.
+    the other.
 
     Which token belongs to which query? Group g is predicted by slot g, whose tokens hold the latents of group g - 1
     (the shift). So the query of a site at place p of its group is token p of slot g, and what an inner mixer looks at
@@ -52,76 +44,41 @@ class GroupServer:
 
     Memory: of each layer the inner mixers' probabilities, 4 heads window^2 bytes for each of the G tokens of a place,
     and the cross mixers', 4 heads G^2. A Kodak picture takes 13 MB with the tiny model and 90 MB with base, and while
-    they are computed three times as much.
+    they are computed three times as much. Inner mixers that take the top k of a whole group keep all its n scores.
 
     What the absence of a latent costs is not measured here.
 
-    Args:
-        model: an Entroformer whose context is a GroupedMixer with windows.
-        picture: a PIL image, a path or an array, see `codec.open_picture`.
-
-    Raises:
-        AttentionError: another model.
+    Attributes:
+        counts: k_c, k_h, k_w; order: slice and phases of each group, as they are coded; grid: rows and columns of a
+            group, a place of which is k_h x k_w latents; cross: of every place, [places, layers, heads, G, G], or None
+            without cross mixers: slot i predicts group i and holds group i - 1, slot 0 the start.
     """
 
-    kind = "grouped"
-    default_k = None  # windows have no k
+    family, contexts, offer = "groups", ("grouped",), "only GroupedMixers have mixers to look at"
 
     @torch.inference_mode()
     def __init__(self, model, picture):
-        attention_points(model)  # a sentence for what is no Entroformer
-        c = self.config = model.config
-        if c.context != "grouped":
-            raise AttentionError(f"This model's context is {c.context}; groups are those of a GroupedMixer.")
-        if c.inner != "window":
-            kind = "no inner mixer" if c.inner == "none" else "an inner mixer that takes the top k of a whole group"
-            raise AttentionError(f"This GroupedMixer has {kind}; the explorer shows those with windows.")
-        scene = wide_latents(model, picture)
-        self.name, self.picture, self.size = scene.name, scene.picture, scene.size
-        self.layers, self.heads = c.context_layers, c.heads
-        mixer, parameters = (copy.deepcopy(p).eval().double() for p in (model.context_model, model.entropy_parameters))
+        super().__init__(model, picture)
+        c, mixer = self.config, self.wide.context_model
         self.counts, self.order = mixer.counts, mixer.order
-        self.slices = self.counts[0]
-        # The diamond of relative positions, as it lies on the picture's grid:
-        self.radius = c.radius * self.counts[1] if self.counts[1] == self.counts[2] else 0
-        self.height, self.width = scene.y_hat.shape[-2:]
-        self._grid = group_grid(self.height, self.width, self.counts)
-        with capture(SimpleNamespace(context_model=mixer), "*.probs") as maps:
-            model_of = PerGroup(mixer, parameters)
-            model_of = model_of if scene.rate is None else ToldTheRate(model_of, scene.rate)
-            means, log_scales = model_of.predict(scene.y_hat, scene.hyper)
-        scales = parameters.bounded(log_scales).exp()
-        bits = -gaussian_mass(scene.y_hat, means, scales).clamp(min=LIKELIHOOD_FLOOR).log2()
-        slices = (v[0].flatten(1).view(self.slices, -1, self.n) for v in (scene.y_hat, means, scales, bits))
-        values, means, scales, bits = slices  # [k_c, m, n]
-        sizes = (v.square().mean(1).sqrt() for v in (values, means, scales))
-        self._facts = torch.stack([*sizes, bits.sum(1)]).permute(2, 1, 0).cpu().numpy()  # [n, k_c, 4]
-        index = [windows(*self._grid, c.window, pair.inner.shift) for pair in mixer.pairs]
-        self._keys = [keys[place // keys.size(1)].numpy() for keys, place in index]  # [places, window^2], -1: empty
-        self._inner = [
-            _of_places(maps[f"inner.{layer}.probs"], index[layer][1], len(self.order)) for layer in range(self.layers)
-        ]  # [G, places, heads, window^2]
-        self._cross = None
-        if c.cross:
-            cross = [maps[f"cross.{layer}.probs"].float() for layer in range(self.layers)]
-            self._cross = torch.stack(cross, dim=1).cpu().numpy()  # [places, layers, heads, G, G]
+        self.slices, k_h, k_w = self.counts
+        self.channel_groups = np.array_split(np.arange(c.M), self.slices)
+        self.radius = c.radius * k_h if k_h == k_w else 0  # of the diamond as it lies on the picture's grid
+        self.grid = group_grid(self.height, self.width, self.counts)
+        self.row_entries = {"window": c.window**2, "top_k": c.top_k}.get(c.inner)
+        known = {tuple(phase): step for step, (_, *phase) in reversed([*enumerate(self.order)])}
+        self.when = np.array([known[row % k_h, column % k_w] for row, column in np.ndindex(self.height, self.width)])
+        patterns = [f"{kind}.*.probs" for kind, there in (("inner", c.inner != "none"), ("cross", c.cross)) if there]
+        with capture(self.wide, *patterns) as maps:
+            means, scales = self.wide.distributions(self.y_hat, self.hyper, rate=self.rate)
+        bits = -self.wide.gaussian(self.y_hat, means, scales).log2()
+        values, means, scales, bits = (v[0].flatten(1).T for v in (self.y_hat, means, scales, bits))  # [n, M]
+        self._facts = self._lines(values, means, scales, bits, torch.full_like(bits, torch.nan))
+        found = {name: probs.float().cpu().numpy() for name, probs in maps.items()}
+        self._inner = [found[f"inner.{layer}.probs"] for layer in range(self.layers)] if c.inner != "none" else []
+        self.cross = np.stack([found[f"cross.{i}.probs"] for i in range(self.layers)], axis=1) if c.cross else None
 
     # -- the grid --
-
-    @property
-    def n(self) -> int:
-        """Number of latent sites."""
-        return self.height * self.width
-
-    @property
-    def row_entries(self) -> int:
-        """Places in a window: so many entries of a row can be more than zero."""
-        return self._keys[0].shape[1]
-
-    @property
-    def has_groups(self) -> bool:
-        """Whether there are cross mixers."""
-        return self._cross is not None
 
     def query(self, site: int, channel_slice: int) -> int:
         """The number of a site and a channel slice.
@@ -132,10 +89,10 @@ class GroupServer:
         query = site * self.slices + channel_slice
         if not 0 <= channel_slice < self.slices:
             raise AttentionError(f"There is no channel slice {channel_slice}; there are 0 to {self.slices - 1}.")
-        self._check(query)
+        self.check(query)
         return query
 
-    def group(self, query: int) -> int:
+    def step(self, query: int) -> int:
         """The number of the query's group, in the order of coding."""
         site, channel_slice = divmod(query, self.slices)
         (row, column), (_, k_h, k_w) = divmod(site, self.width), self.counts
@@ -144,114 +101,99 @@ class GroupServer:
     def place(self, query: int) -> int:
         """The place of the query's site in its group, in raster order."""
         row, column = divmod(query // self.slices, self.width)
-        return row // self.counts[1] * self._grid[1] + column // self.counts[2]
-
-    def has_context(self, query: int) -> bool:
-        """Whether other latents were coded before."""
-        return self.group(query) > 0
+        return row // self.counts[1] * self.grid[1] + column // self.counts[2]
 
     def origin(self, query: int) -> int:
         """The site of the latents that the predicting token holds, at the query's place in the group before; its own
         in the first group, and the nearest in the picture where the grid ends before."""
-        row, column = self._sites_of(np.array([self.place(query)]), self.group(query))
-        return int(min(row[0], self.height - 1) * self.width + min(column[0], self.width - 1))
+        phase = self._held_phase(self.step(query))
+        row, column = divmod(query // self.slices, self.width)
+        row, column = row - row % self.counts[1] + phase[0], column - column % self.counts[2] + phase[1]
+        return min(row, self.height - 1) * self.width + min(column, self.width - 1)
 
-    def decoded(self, query: int) -> np.ndarray:
-        """Sites of which at least one channel slice is known when the query is predicted: bool [n]."""
-        _, k_h, k_w = self.counts
-        known = np.zeros((self.height, self.width), dtype=bool)
-        for _, row, column in self.order[: self.group(query)]:
-            known[row::k_h, column::k_w] = True
-        return known.ravel()
+    def in_words(self, query: int) -> str:
+        """When the query is coded, and what it may look at."""
+        group = self.step(query)
+        before = {0: "no latents", 1: "group 0"}.get(group, f"groups 0 to {group - 1}")
+        place = f"group {group} (of 0 to {len(self.order) - 1})"
+        return f"channel slice {query % self.slices} is {place} and sees {before}."
 
-    def _sites_of(self, places: np.ndarray, slot: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and columns of what the tokens of a slot hold; in slot 0, of what they predict."""
-        _, row, column = self.order[max(slot - 1, 0)]
-        down, right = np.divmod(places, self._grid[1])
-        return down * self.counts[1] + row, right * self.counts[2] + column
+    def _held_phase(self, slot: int) -> tuple[int, int]:
+        """Row and column phase of what the tokens of a slot hold; in slot 0, of what they predict."""
+        return self.order[max(slot - 1, 0)][1:]
 
     # -- answers --
 
+    def inner(self, layer: int, slot: int, place: tuple[int, int]) -> np.ndarray:
+        """Where the token of a slot at a place (row, column) looks inside its group.  ->  [heads, rows, columns]
+
+        Raises:
+            AttentionError: no such layer, slot or place, or a model without inner mixers.
+        """
+        if not self._inner:
+            raise AttentionError("This model has no inner-group mixers.")
+        sizes = (self.layers, len(self.order), *self.grid)
+        for name, value, size in zip(("layer", "slot", "row", "column"), (layer, slot, *place), sizes, strict=True):
+            if not 0 <= value < size:
+                raise AttentionError(f"There is no {name} {value}; there are 0 to {size - 1}.")
+        token, probs = place[0] * self.grid[1] + place[1], self._inner[layer]
+        if self.config.inner == "top_k":
+            return probs[slot, :, token].reshape(-1, *self.grid)
+        side = self.config.window
+        index, places = windows(*self.grid, side, self.wide.context_model.pairs[layer].inner.shift)
+        window, query = divmod(int(places[token]), side**2)
+        keys, found = index[window].numpy(), np.zeros((self.heads, self.grid[0] * self.grid[1]), np.float32)
+        found[:, keys[keys >= 0]] = probs[slot * len(index) + window, :, query][:, keys >= 0]
+        return found.reshape(-1, *self.grid)
+
     def rows(self, query: int, k: int | None = None) -> np.ndarray:
         """The inner mixers' attention of one query over the picture, see above: [layers, heads, n]. k is not used."""
-        self._check(query)
-        slot, place = self.group(query), self.place(query)
-        out = np.zeros((self.layers, self.heads, self.n))
-        for layer, (keys, probs) in enumerate(zip(self._keys, self._inner, strict=True)):
-            row, column = self._sites_of(keys[place], slot)
-            inside = (keys[place] >= 0) & (row < self.height) & (column < self.width)
-            out[layer][:, (row * self.width + column)[inside]] = probs[slot, place][:, inside]
-        return out
+        self.check(query)
+        slot, (_, k_h, k_w) = self.step(query), self.counts
+        row, column = self._held_phase(slot)
+        out = np.zeros((self.layers, self.heads, self.height, self.width))
+        phase = out[..., row::k_h, column::k_w]
+        for layer in range(self.layers):
+            inside = self.inner(layer, slot, divmod(self.place(query), self.grid[1]))
+            phase[layer] = inside[:, : phase.shape[-2], : phase.shape[-1]]
+        return out.reshape(self.layers, self.heads, self.n)
 
     def groups(self, query: int) -> np.ndarray:
-        """The cross mixers' attention at the query's place: [layers, heads, slot, slot]. Slot i predicts group i and
-        holds group i - 1, slot 0 the start; the query's own row is that of its group.
+        """The cross mixers' attention at the query's place: [layers, heads, slot, slot]. The query's own row is that of
+        its group.
 
         Raises:
             AttentionError: a model without cross mixers.
         """
-        self._check(query)
-        if not self.has_groups:
+        self.check(query)
+        if self.cross is None:
             raise AttentionError("This GroupedMixer has no cross mixers.")
-        return self._cross[self.place(query)].astype(float)
+        return self.cross[self.place(query)].astype(float)
+
+    def many(self, queries: Sequence[int], k: int | None = None) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+        """Many queries in batches, see `PictureServer.many`. hyper_bits are not numbers: only the first group is
+        predicted from the hyperprior alone, the others never are."""
+        for part in batches(queries):
+            yield part, np.stack([self.rows(q) for q in part]), self._facts[np.array(part) // self.slices]
+
+    def _in_names(self, query: int, line: np.ndarray) -> dict:
+        """A line of facts with names; of each slice also the group it is coded in."""
+        site, channel_slice = divmod(query, self.slices)
+        named = super()._in_names(query, line)
+        for number, group in enumerate(named["groups"]):
+            group["group"] = self.step(site * self.slices + number)
+        return {**named, "slice": channel_slice}
 
     def bits(self) -> np.ndarray:
         """Bits of every latent, summed over its channels: [h, w]."""
-        return self._facts[..., 3].sum(1).reshape(self.height, self.width)
+        return self._facts[:, 0].reshape(self.height, self.width)
 
-    def facts(self, query: int, k: int | None = None) -> dict:
-        """The side panel: bits of the whole site; of each channel slice the group it is coded in, root mean squares of
-        values, predicted means and scales, and bits. hyper_bits are None: only the first group is predicted from the
-        hyperprior alone, the others never are."""
-        self._check(query)
-        site, channel_slice = divmod(query, self.slices)
-        names = ("value", "mean", "scale", "bits")
-        groups = [
-            {"channels": self.config.M // self.slices, **dict(zip(names, line.tolist(), strict=True))}
-            | {"hyper_bits": None, "group": self.group(site * self.slices + s)}
-            for s, line in enumerate(self._facts[site])
-        ]
-        total = float(self._facts[site, :, 3].sum())
-        return {"bits": total, "hyper_bits": None, "slice": channel_slice, "groups": groups}
-
-    def row_and_facts(self, query: int, k: int | None = None) -> tuple[np.ndarray, dict]:
-        """`rows` and `facts` of one query."""
-        return self.rows(query), self.facts(query)
-
-    def many(self, queries: Sequence[int], k: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Many queries in batches: (queries [q], rows [q, layers, heads, n], facts [q, 2 + 5 slices]), the facts as
-        `RowServer.many` orders them; what is None is not a number there."""
-        for start in range(0, len(queries), QUERIES_AT_ONCE):
-            part = np.array(queries[start : start + QUERIES_AT_ONCE])
-            lines = np.full((len(part), 2 + 5 * self.slices), np.nan)
-            facts = self._facts[part // self.slices]  # [q, k_c, 4]
-            lines[:, 0] = facts[..., 3].sum(1)
-            lines[:, 2:].reshape(len(part), self.slices, 5)[..., :4] = facts
-            yield part, np.stack([self.rows(query) for query in part]), lines
-
-    def all_groups(self) -> np.ndarray:
-        """`groups` of every place: [places, layers, heads, G, G]."""
-        return self._cross
+    def bits_of_groups(self) -> np.ndarray:
+        """What each group costs: [G]."""
+        slices, (_, k_h, k_w) = self._facts[:, 5::5].reshape(self.height, self.width, -1), self.counts
+        return np.array([slices[i::k_h, j::k_w, s].sum() for s, i, j in self.order])
 
     @property
-    def channel_groups(self) -> list[np.ndarray]:
-        """The channels of each slice."""
-        return np.array_split(np.arange(self.config.M), self.slices)
-
-    def check_layer(self, layer: int, head: int = 0) -> None:
-        """`check_layer` of this server."""
-        check_layer(self, layer, head)
-
-    def _check(self, query: int) -> None:
-        if not 0 <= query < self.n * self.slices:
-            raise AttentionError(
-                f"There is no latent {query // self.slices}; the grid has {self.height} x {self.width}, so 0 to "
-                f"{self.n - 1}."
-            )
-
-
-def _of_places(probs: Tensor, place: Tensor, groups: int) -> np.ndarray:
-    """Rows of windows in the order of places.  probs: [G windows, heads, s, s], place: [places]  ->
-    [G, places, heads, s]"""
-    rows = probs.float().transpose(1, 2).unflatten(0, (groups, -1)).flatten(1, 2)  # [G, windows s, heads, s]
-    return rows[:, place.to(rows.device)].cpu().numpy()
+    def latents_of_a_group(self) -> int:
+        """How many latents a group has, those in the padding included."""
+        return self.grid[0] * self.grid[1] * self.config.M // self.slices

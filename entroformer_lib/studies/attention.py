@@ -2,7 +2,7 @@
 
     python -m entroformer_lib.studies.attention tiny-parallel --images pictures/kodak --limit 6
 
-Two studies on the row server (`studies.row_server`), which answers for one latent of one picture: `head_profile` and
+Two studies on the row server (`inspection.row_server`), which answers for one latent of one picture: `head_profile` and
 `attention_against_cost`.
 
 Attended is not the same as useful. The second study therefore hides every attended position in turn, measures what its
@@ -10,7 +10,6 @@ absence costs in bits, and asks whether attention has the same order.
 """
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import tyro
 from tyro.conf import Positional
 
 from entroformer_lib.files import data_folder, write_bytes
-from entroformer_lib.inspection.row_server import RowServer, spearman
+from entroformer_lib.inspection.row_server import RowServer
 from entroformer_lib.studies.rate_distortion import pictures_to_test
 from entroformer_lib.studies.results import provenance
 from entroformer_lib.weights.zoo import load_model
@@ -41,11 +40,10 @@ def head_profile(model, pictures: Sequence, k: int | str | None = "own", masking
 
     Returns:
         One row per image, layer and head. Distances are L1, in latent sites (16 pixels), from the token that predicts.
-        distance_sites: mean under the attention; uniform_distance_sites: the same if all visible sites were attended
-        alike. entropy_bits: of the row. share_own: attention on the token itself; share_diamond: within L1 distance
-        `radius`, itself included; share_far: beyond FAR sites; the rest lies between. uniform_share_diamond and
-        uniform_share_far: what looking everywhere alike would give. masked_bits and masked_percent: what zeroing the
-        head adds to the bits of y; None without `masking`.
+        distance_sites: mean under the attention. entropy_bits: of the row. share_own: attention on the token itself;
+        share_diamond: within L1 distance `radius`, itself included; share_far: beyond FAR sites; the rest lies between.
+        uniform_distance_sites, uniform_share_diamond, …: what looking at all visible sites alike would give.
+        masked_bits and masked_percent: what zeroing the head adds to the bits of y; None without `masking`.
     """
     rows = []
     for name, server in _servers(model, pictures):
@@ -60,33 +58,31 @@ def head_profile(model, pictures: Sequence, k: int | str | None = "own", masking
 
 
 def _profile_of_picture(server: RowServer, k: int | None) -> list[dict]:
-    sums: dict[str, np.ndarray | float] = {}
+    sums: dict[str, np.ndarray] = {}
     sites = server.predicted()
     for part, probs, _ in server.many(sites, k):
-        distance = _distances(server, part)[:, None, None]  # [q, 1, 1, n]
+        distance = distances(server, part)[:, None, None]  # [q, 1, 1, n]
         visible = np.stack([server.visible(site) for site in part])[:, None, None]
         alike = visible / visible.sum(-1, keepdims=True)
-        safe = np.where(probs > 0, probs, 1)
-        for name, values in {
-            "distance_sites": (probs * distance).sum(-1),
-            "uniform_distance_sites": (alike * distance).sum(-1),
-            "entropy_bits": -(probs * np.log2(safe)).sum(-1),
-            "share_own": (probs * (distance == 0)).sum(-1),
-            "share_diamond": (probs * (distance <= server.radius)).sum(-1),
-            "uniform_share_diamond": (alike * (distance <= server.radius)).sum(-1),
-            "share_far": (probs * (distance > FAR)).sum(-1),
-            "uniform_share_far": (alike * (distance > FAR)).sum(-1),
-        }.items():
-            sums[name] = sums.get(name, 0.0) + values.sum(0)
+        measures = {
+            "distance_sites": distance,
+            "share_own": distance == 0,
+            "share_diamond": distance <= server.radius,
+            "share_far": distance > FAR,
+        }
+        entropy = -probs * np.log2(np.where(probs > 0, probs, 1))
+        found = {name: probs * measure for name, measure in measures.items()} | {"entropy_bits": entropy}
+        found |= {f"uniform_{name}": alike * measure for name, measure in measures.items()}
+        for name, values in found.items():
+            sums[name] = sums.get(name, 0) + values.sum((0, -1))  # [layers or 1, heads or 1]
     means = {name: np.broadcast_to(v / len(sites), (server.layers, server.heads)) for name, v in sums.items()}
     return [
         {"layer": layer, "head": head, **{name: float(v[layer, head]) for name, v in means.items()}}
-        for layer in range(server.layers)
-        for head in range(server.heads)
+        for layer, head in np.ndindex(server.layers, server.heads)
     ]
 
 
-def _distances(server: RowServer, sites: Sequence[int]) -> np.ndarray:
+def distances(server: RowServer, sites: Sequence[int]) -> np.ndarray:
     """L1 distance from the token that predicts each site to all sites: [q, n]."""
     rows, columns = np.divmod(np.arange(server.n), server.width)
     origins = np.array([server.origin(site) for site in sites])
@@ -131,45 +127,26 @@ def attention_against_cost(
 
 
 def _explained(server: RowServer, sites: np.ndarray, k: int | None) -> list[dict]:
-    rho, magnitude, near, near_magnitude, counts, costs, saved = [], [], [], [], [], [], []
+    ranks, per_latent = [], []
     for site in sites.tolist():
         positions, bits = server.costs(site, k)
-        probs = server.rows(site, k)
-        maps = np.concatenate((probs.reshape(-1, server.n), probs.mean((0, 1))[None]))[:, positions]
-        rho.append([spearman(row, bits) for row in maps])
-        magnitude.append([spearman(row, np.abs(bits)) for row in maps])
-        nearness = -_distances(server, [site])[0, positions]
-        near.append(spearman(nearness, bits))
-        near_magnitude.append(spearman(nearness, np.abs(bits)))
-        counts.append(len(positions))
-        costs.append(bits.mean() if len(bits) else math.nan)
-        facts = server.facts(site, k)
-        saved.append(facts["hyper_bits"] - facts["bits"])
-    rho, magnitude = np.array(rho), np.array(magnitude)
-    where = [(layer, head) for layer in range(server.layers) for head in range(server.heads)] + [(-1, -1)]
-    return [
-        {
-            "layer": layer,
-            "head": head,
-            "rho": _mean(rho[:, i]),
-            "rho_std": _mean((rho[:, i] - _mean(rho[:, i])) ** 2) ** 0.5,
-            "rho_magnitude": _mean(magnitude[:, i]),
-            "rho_nearness": _mean(np.array(near)),
-            "rho_magnitude_nearness": _mean(np.array(near_magnitude)),
-            "latents": int(np.isfinite(rho[:, i]).sum()),
-            "positions": _mean(np.array(counts)),
-            "cost_bits": _mean(np.array(costs)),
-            "saved_bits": _mean(np.array(saved)),
-        }
-        for i, (layer, head) in enumerate(where)
-    ]
-
-
-def _mean(values: np.ndarray) -> float:
-    """Mean of the values that are numbers; not a number if none is."""
-    known = np.asarray(values, dtype=float)
-    known = known[np.isfinite(known)]
-    return float(known.mean()) if len(known) else math.nan
+        probs, facts = server.row_and_facts(site, k)
+        maps = [*probs.reshape(-1, server.n), probs.mean((0, 1)), -distances(server, [site])[0]]
+        columns = pd.DataFrame([*np.stack(maps)[:, positions], bits, np.abs(bits)]).T
+        ranks.append(columns.corr("spearman", min_periods=3).to_numpy()[:-2, -2:])
+        saved = facts["hyper_bits"] - facts["bits"]
+        per_latent.append({"positions": len(positions), "cost_bits": columns.iloc[:, -2].mean(), "saved_bits": saved})
+    cost, magnitude = (pd.DataFrame(part) for part in np.moveaxis(np.stack(ranks), -1, 0))  # [latents, maps], each
+    table = pd.DataFrame({"rho": cost.mean(), "rho_std": cost.std(ddof=0), "rho_magnitude": magnitude.mean()})
+    *_, nearness = table.index
+    table = table.assign(
+        rho_nearness=table["rho"][nearness],
+        rho_magnitude_nearness=table["rho_magnitude"][nearness],
+        latents=cost.count(),
+        **pd.DataFrame(per_latent).mean(),
+    ).drop(index=nearness)
+    where = [*np.ndindex(server.layers, server.heads), (-1, -1)]
+    return [{"layer": i, "head": j, **row} for (i, j), row in zip(where, table.to_dict("records"), strict=True)]
 
 
 # ---- saved, with where it comes from ----
@@ -221,17 +198,8 @@ def main(
 
 
 def _records(table: pd.DataFrame) -> list[dict]:
-    """Rows for JSON: six digits, and null where there is no number (dense attention has no k)."""
-    rows = table.to_dict("records")
-    return [{key: _plain(value) for key, value in row.items()} for row in rows]
-
-
-def _plain(value):
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return None
-        return int(value) if value.is_integer() and abs(value) < 1e6 else float(f"{value:.6g}")
-    return value
+    """Rows for JSON; null where there is no number (dense attention has no k)."""
+    return json.loads(table.to_json(orient="records", double_precision=8))
 
 
 def read_results(path: Path | None = None) -> dict[str, dict]:

@@ -5,19 +5,21 @@ Pure functions from panels (`exploration.Panel`) and tables (`studies.attention`
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PatchCollection
-from matplotlib.colors import FuncNorm, Normalize, to_rgba
+from matplotlib.colors import FuncNorm, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
 from entroformer_lib.inspection.exploration import Panel
-from entroformer_lib.views.style import COLOURS, SEQUENTIAL, TWO_COLUMNS, NotebookFigure, new_figure, styled
+from entroformer_lib.views.style import COLOURS, SEQUENTIAL, TWO_COLUMNS, new_figure, styled
 
 QUERY, ORIGIN = COLOURS[1], COLOURS[4]
+MARKERS = list("osD^vP*X")
 DEARER, CHEAPER = COLOURS[1], COLOURS[0]  # when a position is hidden
 SIGNED_ROOT = (lambda v: np.sign(v) * np.sqrt(np.abs(v)), lambda v: np.sign(v) * np.square(v))
 ROOT = (lambda v: np.sqrt(np.maximum(v, 0)), np.square)  # the scale of colours, and back
@@ -32,7 +34,7 @@ def attention_maps(
     A legend below says what frames and shades mean.
 
     Args:
-        picture: padded to the latent grid, see `RowServer.picture`.
+        picture: padded to the latent grid, see `PictureServer.picture`.
         titles: instead of the panels' own.
     """
     rows = -(-len(panels) // columns)
@@ -159,18 +161,14 @@ def head_profile(table: pd.DataFrame) -> Figure:
         ("share_far", "more than 8 sites away", "{:.0%}"),
         ("masked_percent", "bits when masked", "{:+.1f}%"),
     )
-    layers, heads = (means.index.get_level_values(i).max() + 1 for i in (0, 1))
+    layers = table["layer"].nunique()
     figure, axes = new_figure(TWO_COLUMNS, 0.3 * layers + 0.7, 1, len(columns), sharey=True)
     for axis, (column, title, form) in zip(axes, columns, strict=True):
-        values = means[column].unstack("head").to_numpy()
-        norm = Normalize(min(values.min(), 0), values.max())
-        axis.imshow(values, cmap=SEQUENTIAL, norm=norm, aspect="auto")
-        for (layer, head), value in np.ndenumerate(values):
-            colour = "black" if norm(value) > 0.55 else "white"
-            axis.text(head, layer, form.format(value), ha="center", va="center", color=colour, fontsize=6.5)
-        axis.set(title=title, xlabel="head", xticks=range(heads), yticks=range(layers))
-        axis.spines[:].set_visible(False)
-        axis.tick_params(length=0)
+        values = means[column].unstack("head")
+        words = dict(annot=values.map(form.format), fmt="", annot_kws={"fontsize": 6.5})
+        sns.heatmap(values, vmin=min(values.min().min(), 0), cmap=SEQUENTIAL, cbar=False, ax=axis, **words)
+        axis.set(title=title, xlabel="head", ylabel="")
+        axis.tick_params(length=0, labelrotation=0)
     axes[0].set_ylabel("layer")
     return figure
 
@@ -183,34 +181,26 @@ def attention_against_cost(table: pd.DataFrame, own_k: int | None = None) -> Fig
 
     Args:
         table: of `studies.attention.attention_against_cost`.
-        own_k: the model's k, for the second panel; by default the least in the table.
+        own_k: the model's k, for the second panel; by default the first in the table.
     """
-    figure = NotebookFigure(figsize=(TWO_COLUMNS, 2.5))
-    left, right = figure.subplots(1, 2)
-    over_all = table[table["layer"] < 0]
-    ks = sorted(over_all["k"].dropna().unique()) + [np.nan] * bool(over_all["k"].isna().any())
-    shown = (
-        ("rho", "attention and cost", "o"),
-        ("rho_magnitude", "attention and size of the change", "s"),
-        ("rho_nearness", "nearness and cost", "^"),
-        ("rho_magnitude_nearness", "nearness and size of the change", "D"),
-    )
-    shown = [line for line in shown if line[0] in table]  # the oldest saved result lacks the last
-    for number, (column, label, marker) in enumerate(shown):
-        per_k = [_of_k(over_all, k)[column].dropna() for k in ks]
-        _spread(left, np.arange(len(ks)) + 0.12 * (number - 1.5), per_k, COLOURS[number], marker, label)
-    left.set_xticks(range(len(ks)), ["dense" if np.isnan(k) else f"{k:.0f}" for k in ks])
+    figure, (left, right) = new_figure(TWO_COLUMNS, 2.5, 1, 2)
+    shown = {
+        "rho": "attention and cost",
+        "rho_magnitude": "attention and size of the change",
+        "rho_nearness": "nearness and cost",
+        "rho_magnitude_nearness": "nearness and size of the change",
+    }
+    table = table.assign(k=table["k"].map("{:.0f}".format).replace("nan", "dense"))
+    over_all = table[table["layer"] < 0].rename(columns=shown)
+    names = [name for name in shown.values() if name in over_all]  # the oldest saved result lacks the last
+    _with_spread(left, over_all.melt("k", names, "what", "value"), x="k", y="value", hue="what")
     left.set_yticks([-0.25, 0, 0.25, 0.5, 0.75, 1])
     left.set(xlabel="k", ylabel="Spearman's rank correlation", ylim=(-0.25, 1.6), title="mean over layers and heads")
     left.legend(loc="upper center", ncols=1, handletextpad=0.2, fontsize=6.5)
-    own = _of_k(table[table["layer"] >= 0], min(ks) if own_k is None else own_k)
-    for head, group in own.groupby("head"):
-        layers = sorted(group["layer"].unique())
-        values = [group[group["layer"] == layer]["rho"].dropna() for layer in layers]
-        marker = "osD^vP*X"[int(head) % 8]
-        offsets = np.array(layers) + 0.1 * (head - 1)
-        _spread(right, offsets, values, COLOURS[int(head) % len(COLOURS)], marker, f"head {head}")
-    right.set(xlabel="layer", title=f"attention and cost, each head, k = {own['k'].iloc[0]:.0f}")
+    k = table["k"].iloc[0] if own_k is None else str(own_k)
+    own = table[(table["layer"] >= 0) & (table["k"] == k)]
+    _with_spread(right, own.assign(head=own["head"].map("head {}".format)), x="layer", y="rho", hue="head")
+    right.set(xlabel="layer", ylabel="", title=f"attention and cost, each head, k = {k}")
     right.legend(ncols=3, loc="upper center", handletextpad=0.2)
     right.set_ylim(*(v * 1.35 for v in right.get_ylim()))
     for axis in (left, right):
@@ -219,13 +209,11 @@ def attention_against_cost(table: pd.DataFrame, own_k: int | None = None) -> Fig
     return figure
 
 
-def _of_k(table: pd.DataFrame, k: float | None) -> pd.DataFrame:
-    return table[table["k"].isna()] if k is None or np.isnan(k) else table[table["k"] == k]
-
-
-def _spread(axis, x, values: list, colour: str, marker: str, label: str) -> None:
-    """Mean, least and most of each list."""
-    means = np.array([np.mean(v) if len(v) else np.nan for v in values])
-    ends = np.array([[np.min(v), np.max(v)] if len(v) else [np.nan] * 2 for v in values])
-    bars = np.abs(ends.T - means)
-    axis.errorbar(x, means, yerr=bars, fmt=marker, color=colour, label=label, markersize=3.5, linewidth=0.9)
+def _with_spread(axis, table: pd.DataFrame, hue: str, **columns: str) -> None:
+    """Means as points, from the least to the most as bars, a colour and a marker for each value of `hue`."""
+    number = range(table[hue].nunique())
+    looks = dict(
+        palette=[COLOURS[i % len(COLOURS)] for i in number], markers=[MARKERS[i % len(MARKERS)] for i in number]
+    )
+    bars = dict(errorbar=("pi", 100), err_kws={"linewidth": 0.9})
+    sns.pointplot(table, hue=hue, ax=axis, linestyle="none", dodge=0.4, markersize=3.5, **columns, **looks, **bars)

@@ -8,7 +8,6 @@ from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import PercentFormatter
-from PIL import Image
 
 from entroformer_lib.models.groupedmixer import Counts, group_order, windows
 from entroformer_lib.views.style import COLOURS, ONE_COLUMN, SEQUENTIAL, TWO_COLUMNS, new_figure, styled
@@ -166,59 +165,21 @@ def cross_shares(cross: np.ndarray, order: list[tuple[int, int, int]]) -> pd.Dat
     slot holds), the start, and of the other groups those of the predicted slice, of the predicted phase, of neither.
     """
     layers, heads, G, _ = cross.shape
-    kinds = ("last group", "start", "same slice", "same phase", "neither")
-    sums = np.zeros((layers, heads, len(kinds)))
-    for slot in range(2, G):
-        for other in range(slot + 1):
-            if other == slot:
-                kind = 0
-            elif other == 0:
-                kind = 1
-            else:
-                held, wanted = order[other - 1], order[slot]
-                kind = 2 if held[0] == wanted[0] else 3 if held[1:] == wanted[1:] else 4
-            sums[:, :, kind] += cross[:, :, slot, other]
+    kinds = ["last group", "start", "same slice", "same phase", "neither"]
+    looks, looked_at = np.tril_indices(G)
+    looks, looked_at = looks[looks > 1], looked_at[looks > 1]
+    same_slice, *same_phase = (part[looked_at - 1] == part[looks] for part in np.array(order).T)
+    tests = [looked_at == looks, looked_at == 0, same_slice, np.all(same_phase, axis=0)]
     index = pd.MultiIndex.from_product([range(layers), range(heads)], names=["layer", "head"])
-    return pd.DataFrame(100 * sums.reshape(-1, len(kinds)) / max(G - 2, 1), index, kinds)
+    table = pd.DataFrame(cross[:, :, looks, looked_at].reshape(layers * heads, -1).T, columns=index)
+    sums = table.groupby(np.select(tests, kinds[:4], kinds[4])).sum().T
+    return 100 * sums.reindex(columns=kinds, fill_value=0.0) / max(G - 2, 1)
 
 
 def even_attention(cross: np.ndarray) -> np.ndarray:
     """What `cross` would be if each slot looked at all that it may see alike."""
     G = cross.shape[-1]
     return np.broadcast_to(np.tril(np.ones((G, G))) / np.arange(1, G + 1)[:, None], cross.shape)
-
-
-@styled
-def inner_maps(picture: Image.Image, maps: list[np.ndarray], place: tuple[int, int]) -> Figure:
-    """Where one token looks inside its group, over the picture: a row for each layer, a column for each head.
-
-    Args:
-        picture: padded to the latent grid.
-        maps: [heads, rows, columns] of each layer, shares of attention.
-        place: row and column of the token.
-    """
-    layers, heads = len(maps), len(maps[0])
-    rows, columns = maps[0][0].shape
-    panel = (TWO_COLUMNS - 0.8) / max(heads, 3)
-    height = layers * (panel * rows / columns + 0.2) + 0.15
-    figure, axes = new_figure(TWO_COLUMNS, height, layers, heads, squeeze=False)
-    extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
-    grey = 0.25 + 0.7 * np.asarray(picture.convert("L")) / 255
-    norm = PowerNorm(0.5, 0, max(float(m.max()) for m in maps))
-    for (layer, head), ax in np.ndenumerate(axes):
-        seen = maps[layer][head]
-        ax.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=extent)
-        image = ax.imshow(
-            np.where(seen > 0, seen, np.nan), cmap=SEQUENTIAL, norm=norm, extent=extent, interpolation="nearest"
-        )
-        ax.add_patch(Rectangle((place[1] - 0.5, place[0] - 0.5), 1, 1, fill=False, edgecolor=TOKEN, linewidth=1.4))
-        ax.set(xticks=[], yticks=[], title=f"layer {layer}, head {head}")
-        ax.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, pad=0.02)
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, 0))
-    bar.set_label("attention of the framed place")
-    bar.outline.set_visible(False)
-    return figure
 
 
 @styled

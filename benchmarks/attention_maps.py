@@ -1,18 +1,19 @@
 """Attention of a few latents of one picture, saved for Figures 8, 9 and 10.
 
-    python -m entroformer_lib.studies.attention_maps
+python benchmarks/attention_maps.py
 
-The rest of the questions about attention is in `attention.py`; the explorer shows any latent of any picture.
+What heads look at on average is in `studies/attention.py`; the explorer shows any latent of any picture.
 """
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import tyro
 
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.files import data_folder, write_bytes
-from entroformer_lib.studies.attention import RowServer
+from entroformer_lib.inspection.row_server import RowServer
 from entroformer_lib.studies.results import provenance
 from entroformer_lib.weights.zoo import load_model
 
@@ -40,18 +41,19 @@ def maps(server: RowServer, points: Sequence[tuple[int, int]] = POINTS, ks: Sequ
     return found + [row(10, "dense" if n is None else f"k = {n}", points[-1], 0, n) for n in ks]
 
 
-def save(model: str = "tiny-parallel", picture: str = "coffee") -> None:
-    """Writes data/results/attention_maps.json.
+def save(model: str = "tiny-parallel", picture: str = "coffee", out: Path | None = None) -> None:
+    """Writes the maps, with where they come from.
 
     Args:
         model: Name or path.
         picture: A sample picture; the points belong to "coffee".
+        out: The file; by default data/results/attention_maps.json.
     """
     loaded = load_model(model, "cpu")
     found = maps(RowServer(loaded, sample_picture(picture)))
     result = {"model": model, "picture": picture, "provenance": provenance(loaded)}
     text = json.dumps(result, indent=1)[:-2] + ',\n "maps": [\n' + ",\n".join(map(json.dumps, found)) + "\n]}\n"
-    write_bytes(data_folder() / "results" / "attention_maps.json", text.encode())
+    write_bytes(out or data_folder() / "results" / "attention_maps.json", text.encode())
 
 
 if __name__ == "__main__":
