@@ -8,16 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from entroformer_lib.codec import pictures
 from entroformer_lib.errors import DataError
-from entroformer_lib.training.data import (
-    PreloadedCrops,
-    StreamedCrops,
-    crop_of,
-    find_sources,
-    picture_number,
-    random_kept,
-    uniform_noise,
-)
+from entroformer_lib.training.chance import picture_number, random_kept, uniform_noise
+from entroformer_lib.training.data import PreloadedCrops, StreamedCrops, crop_of, find_sources
 
 RANGES = [range(4 * i, 4 * i + 4) for i in range(4)]
 
@@ -125,3 +119,29 @@ def test_sources_that_cannot_be_used(tmp_path, tar):
     cut.write_bytes(tar.read_bytes()[:70_000])
     with pytest.raises(DataError, match="damaged"):
         PreloadedCrops(cut, 64)
+
+
+def test_training_sees_the_pixels_that_the_codec_sees(tmp_path):
+    """16 bits, a palette, transparency and the camera's orientation, from a file, a stream and a tar."""
+    rng = np.random.default_rng(0)
+    wide = rng.integers(0, 2**16, (64, 64), dtype=np.uint16)
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    colours = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    colours.quantize(16).save(tmp_path / "palette.png")
+    colours.putalpha(90)
+    colours.save(tmp_path / "clear.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(rng.integers(0, 256, (64, 96, 3), dtype=np.uint8)).save(tmp_path / "turned.png", exif=exif)
+    with tarfile.open(tmp_path / "all.tar", "w") as file:
+        for path in tmp_path.glob("*.png"):
+            file.add(path, path.name)
+    for path in sorted(tmp_path.glob("*.png")):
+        expected = pictures.to_rgb(pictures.open_picture(path))[0]
+        (found,) = PreloadedCrops(path, 64).pictures
+        assert np.array_equal(found.permute(1, 2, 0), np.asarray(expected)), path.name
+        streamed = next(StreamedCrops(path, 64, workers=0).batches([range(4)]))
+        assert torch.equal(streamed, next(PreloadedCrops(path, 64).batches([range(4)])))
+    (turned,) = PreloadedCrops(tmp_path / "turned.png", 64).pictures
+    assert turned.shape == (3, 96, 64)
+    assert len(PreloadedCrops(tmp_path / "all.tar", 64).pictures) == 4
