@@ -289,10 +289,10 @@ def test_losses_are_announced(folder, tmp_path):
 
 def test_the_command_on_a_card_is_its_run():
     """What a model card prints, typed again, is the same run: switches, lists and all."""
+    frozen = dict(transforms="tiny-rates", latents="runs/latents", rounded=True)
     run = TrainConfig(
-        "DATA", "runs/x", rounded=True, even_rates=False, architecture=("position=none",), lmbdas=(0.01, 0.04), init="x",
-        transforms="tiny-rates", latents="runs/latents",
-    )  # fmt: skip
+        "DATA", "runs/x", even_rates=False, architecture=("position=none",), lmbdas=(0.01, 0.04), init="x", **frozen
+    )
     words = shlex.split(training_command(dataclasses.asdict(run)))
     assert words[:2] == ["entroformer", "train"]
     assert tyro.cli(TrainConfig, args=words[2:]) == run
