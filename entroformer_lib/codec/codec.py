@@ -125,6 +125,13 @@ def decode(data: bytes, model: Entroformer | None = None) -> Image.Image:
     return picture.convert("L") if container.grey else picture
 
 
+@torch.inference_mode()
+def reconstruction(model: Entroformer, picture: Image.Image) -> Image.Image:
+    """What a model makes of an RGB picture, without coding it to bytes."""
+    y_hat, _ = model.eval().latents(to_tensor(picture, model))
+    return to_picture(unpad(model.reconstruct(y_hat), picture.height, picture.width))
+
+
 def _model_of(container: Container) -> Entroformer:
     if not container.model:
         raise BitstreamError("The file does not name its model, so the model must be given.")

@@ -1,10 +1,8 @@
-"""What interrupts a run: a signal, measurements between its steps, crops too large for the memory."""
+"""What interrupts a run: a signal, or crops too large for the memory."""
 
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 
@@ -29,24 +27,6 @@ class Signals:
 
     def _note(self, number, frame) -> None:
         self.caught = number
-
-
-class TrainingClock:
-    """Seconds of training, over all starts of a run. before: seconds of earlier starts."""
-
-    def __init__(self, before: float = 0.0):
-        self.begin = time.monotonic() - before
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.begin
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What runs inside is no training time."""
-        start = time.monotonic()
-        yield
-        self.begin += time.monotonic() - start
 
 
 def largest_that_fits(too_large: int, attempt: Callable[[int], None]) -> int:

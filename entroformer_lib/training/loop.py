@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.data import PreloadedCrops, StreamedCrops, held_out_crops, read_names
 from entroformer_lib.training.folder import RunFolder, read_checkpoint
 from entroformer_lib.training.initial import initial_model
-from entroformer_lib.training.interruptions import Signals, TrainingClock, largest_that_fits
+from entroformer_lib.training.interruptions import Signals, largest_that_fits
 from entroformer_lib.training.latents import LatentCrops, trained_lmbda
 from entroformer_lib.training.loss import RateStep, TrainingStep, rates_and_distortions
 from entroformer_lib.training.optimizer import Mean, build_optimizer, learning_rate_factor
@@ -91,37 +92,37 @@ class Run:
         self.step_module, self.optimizer = fabric.setup(goal, build_optimizer(model, config.optimizer, config.lr))
         self.step_module.train()
         self.mean = Mean(model, config.ema)
-        self.clock = TrainingClock()
+        self.seconds = 0.0  # of training, over all starts
         self.first_sample = 0  # a branch goes on where its trunk's samples end
 
     def go(self, crops: Crops, first: int, progress: bool, watch: Watch | None = None) -> Path:
         """All steps from `first` on, with log and checkpoints.  ->  path of the weights"""
-        c, clock = self.config, self.clock
-        saved_at = logged_at = clock.seconds
-        logged = first
+        c, logged, logged_at, saved_at = self.config, first, self.seconds, self.seconds
         bar = tqdm(total=c.steps, initial=first, disable=not progress, unit="step", file=sys.stderr)
         with bar, Signals() as signals:
+            begin = time.monotonic()
             for step, x in self.batches(crops, first):
-                terms = self.step(x, step)
-                done = step + 1
+                terms, done = self.step(x, step), step + 1
+                self.seconds += time.monotonic() - begin
                 bar.update()
                 if done % c.log_every == 0 or done == c.steps:
-                    speed = (done - logged) * c.batch / (clock.seconds - logged_at)
+                    speed = (done - logged) * c.batch / (self.seconds - logged_at)
+                    logged, logged_at = done, self.seconds
                     row = self.log(done, terms, speed)
-                    logged_at, logged = clock.seconds, done
                     bar.set_postfix({k: f"{row[k]:.3f}" for k in ("rd_loss", "bpp", "psnr_db", "ms_ssim") if k in row})
                     if watch is not None and self.fabric.is_global_zero:
                         watch(row, self.model)
                         self.step_module.train()
                 stop = self._anywhere(signals.caught is not None)
-                if stop or clock.seconds - saved_at > c.checkpoint_seconds or done == c.steps:
+                if stop or self.seconds - saved_at > c.checkpoint_seconds or done == c.steps:
                     self.save(done)
-                    saved_at = clock.seconds
+                    saved_at = self.seconds
                 if stop:
                     raise Stopped(
                         f"Stopped by a signal at step {done} of {c.steps}; "
                         f"the same command goes on from {self.folder.checkpoint}."
                     )
+                begin = time.monotonic()  # the log and the checkpoint are no training time
         return self.finish()
 
     def batches(self, crops: Crops, first: int) -> Iterator[tuple[int, Tensor]]:
@@ -168,11 +169,11 @@ class Run:
         c = self.config
         row = {name: float(self.fabric.all_reduce(value.detach())) for name, value in terms.items()}
         row = {"step": step, **row, "lr": self.optimizer.param_groups[0]["lr"], "lmbda": c.lmbda_at(step - 1)}
-        row |= {"seconds": round(self.clock.seconds, 3), "images_per_s": round(speed, 2)}
+        row |= {"seconds": round(self.seconds, 3), "images_per_s": round(speed, 2)}
         self.fabric.log_dict({k: v for k, v in row.items() if k != "step"}, step=step)
         if self.fabric.is_global_zero:
             if c.held_out and (step % c.held_out_every < c.log_every or step == c.steps):
-                with self.clock.paused(), self.mean.in_place():  # the mean is what will be kept
+                with self.mean.in_place():  # the mean is what will be kept
                     lmbdas = self.model.config.lmbdas or (c.lmbda,)
                     row["held_out"] = rates_and_distortions(self.model.eval(), self.held_out, lmbdas, c.metric)
                 self.step_module.train()
@@ -192,7 +193,7 @@ class Run:
                     "model": self.model.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
                     "step": step,
-                    "seconds": self.clock.seconds,
+                    "seconds": self.seconds,
                     "first_sample": self.first_sample,
                     "batch": self.config.batch,
                     "mean": self.mean.values,
@@ -202,21 +203,20 @@ class Run:
 
     def resume(self, trunk: dict | None = None) -> int:
         """Loads the checkpoint, if there is one, or begins a branch of a trunk's.  ->  the step to go on with."""
-        state, step = None, 0
+        step = 0
         if self.folder.checkpoint.exists():
             state = read_checkpoint(self.folder.checkpoint, self.fabric.device)
             step = state["step"]
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.mean.values = state["mean"]
-            self.first_sample = state.get("first_sample", 0)
+            self.seconds, self.first_sample = state["seconds"], state.get("first_sample", 0)
         elif trunk is not None:
             self.first_sample = trunk.get("first_sample", 0) + trunk["step"] * trunk["batch"]
             if not self.config.architecture:
                 self.optimizer.load_state_dict(trunk["optimizer"])
         if self.fabric.is_global_zero:
             self.folder.cut_log(step)
-        self.clock = TrainingClock(state["seconds"] if state else 0.0)
         return step
 
     def finish(self) -> Path:
