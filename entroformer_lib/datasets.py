@@ -1,6 +1,5 @@
 """Pictures to test on: fetched with checksums, or the samples that come with scikit-image."""
 
-import hashlib
 import os
 import shutil
 import urllib.error
@@ -11,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from entroformer_lib.errors import DataError
-from entroformer_lib.files import data_folder, replacing
+from entroformer_lib.files import data_folder, file_digest, replacing
 
 Remote = tuple[str, str]  # the address of a file, and its checksum as `algorithm:hex`
 
@@ -63,8 +62,8 @@ def fetch_file(url: str, checksum: str, folder: Path) -> Path:
     Raises:
         DataError: it cannot be fetched, or has another checksum.
     """
-    path = folder / url.rpartition("/")[2]
-    if path.exists() and _checksum(path, checksum) == checksum:
+    path, (algorithm, _, digest) = folder / url.rpartition("/")[2], checksum.partition(":")
+    if path.exists() and file_digest(path, algorithm) == digest:
         return path
     part, by_hand = (
         path.with_name(f"{path.name}.part"),
@@ -76,7 +75,7 @@ def fetch_file(url: str, checksum: str, folder: Path) -> Path:
         raise DataError(f"{url} answers {error.code} {error.reason}; {by_hand}") from None
     except OSError as error:
         raise DataError(f"{url} cannot be reached ({getattr(error, 'reason', error)}); {by_hand}") from None
-    if _checksum(part, checksum) != checksum:
+    if file_digest(part, algorithm) != digest:
         part.unlink()
         raise DataError(f"{url} has not the expected checksum and was removed; {by_hand}")
     os.replace(part, path)
@@ -94,12 +93,6 @@ def _download(url: str, part: Path) -> None:
     except urllib.error.HTTPError as error:
         if not have or error.code != 416:  # 416: the part is as long as the file already
             raise
-
-
-def _checksum(path: Path, like: str) -> str:
-    algorithm = like.split(":")[0]
-    with open(path, "rb") as file:
-        return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
 
 
 def _unpack(archive: Path, folder: Path) -> None:

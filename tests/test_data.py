@@ -103,6 +103,21 @@ def test_unusable_pictures_are_named_and_left_out(photo_folder, tmp_path):
     assert len(list(StreamedCrops(tmp_path, 64, workers=0).batches(RANGES))) == 4
 
 
+def test_a_stream_passes_over_what_only_looks_whole(photo_folder, tmp_path):
+    """Pictures whose header is whole and whose pixels are cut short; and what is held out, in folders too."""
+    whole, cut = (photo_folder / "coffee.png").read_bytes(), (photo_folder / "chelsea.png").read_bytes()[:9000]
+    (tmp_path / "coffee.png").write_bytes(whole)
+    (tmp_path / "cut.png").write_bytes(cut)
+    with tarfile.open(tmp_path / "some.tar", "w") as file:
+        file.add(tmp_path / "coffee.png", "a.png")
+        file.add(tmp_path / "cut.png", "b.png")
+        file.add(photo_folder / "astronaut.png", "deep/astronaut.png")
+    crops = StreamedCrops(tmp_path / "some.tar", 64, workers=0, left_out=frozenset({"astronaut.png"}))
+    seen = torch.cat([*crops.batches([range(2), range(2, 12)])])
+    only = StreamedCrops(tmp_path / "coffee.png", 64, workers=0)
+    assert torch.equal(seen, torch.cat([*only.batches([range(12)])]))
+
+
 def test_sources_that_cannot_be_used(tmp_path, tar):
     (tmp_path / "empty").mkdir()
     (tmp_path / "list.txt").write_text("gone.png\n")

@@ -4,6 +4,7 @@ Sample number g of a run, counted over all steps and processes, is a function of
 picture, and which crop of it.
 """
 
+import collections
 import glob
 import io
 import itertools
@@ -54,8 +55,7 @@ def find_sources(source: str | os.PathLike | list) -> tuple[list[Path], list[str
             raise DataError(f"There is no picture and no .tar in the folder {name}.")
         return pictures, tars
     if path.suffix == ".txt" and path.is_file():
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-        pictures = [path.parent / line for line in lines]
+        pictures = [path.parent / line for line in _lines(path)]
         missing = [p for p in pictures if not p.is_file()]
         if missing or not pictures:
             what = f"names {missing[0]}, which is not there" if missing else "names no picture"
@@ -89,12 +89,18 @@ def read_names(path: str | os.PathLike) -> frozenset[str]:
         DataError: no such list, or an empty one.
     """
     try:
-        lines = [line.partition("#")[0].strip() for line in Path(path).read_text().splitlines()]
+        names = frozenset(_lines(Path(path)))
     except (OSError, UnicodeError) as error:
         raise DataError(f"The list of held-out pictures {path} cannot be read: {error}.") from None
-    if not any(lines):
+    if not names:
         raise DataError(f"The list of held-out pictures {path} names none.")
-    return frozenset(filter(None, lines))
+    return names
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a list without comments, which # begins, and without empty ones."""
+    lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
+    return [line for line in lines if line]
 
 
 def held_out_crops(source, names: frozenset[str], largest: int = 256) -> Tensor:
@@ -252,12 +258,8 @@ class _FileSamples(Dataset):
         return self.sampling.crop(g, self.side, lambda: self._picture(g))
 
     def _picture(self, g: int) -> Tensor:
-        first = picture_number(g, len(self.files), self.sampling.seed)
-        for offset in range(len(self.files)):  # the next one where this one cannot be used
-            picture = _read_if_usable(self.files[(first + offset) % len(self.files)], self.side)
-            if picture is not None:
-                return picture
-        raise DataError(f"No picture is readable and at least {self.side} pixels on both sides.")
+        first, count = picture_number(g, len(self.files), self.sampling.seed), len(self.files)
+        return _first_usable((self.files[(first + i) % count] for i in range(count)), self.side)
 
 
 class _TarSamples(IterableDataset):
@@ -267,13 +269,15 @@ class _TarSamples(IterableDataset):
         self.tars, self.side, self.sampling, self.left_out, self.ranges = tars, side, sampling, left_out, list(ranges)
 
     def __iter__(self) -> Iterator[Tensor]:
-        stream, position = self._stream(), 0
+        # Besides the picture of a sample those before it, to take where only the header of a picture is whole.
+        stream, position, latest = self._stream(), 0, collections.deque(maxlen=8)
         for samples in self.ranges:
             batch = []
             for g in samples:
                 while position <= g:  # after a resume, or another process's share: passed over without decoding
-                    data, position = next(stream), position + 1
-                batch.append(self.sampling.crop(g, self.side, lambda d=data: _read_if_usable(d, self.side)))
+                    latest.appendleft(next(stream))
+                    position += 1
+                batch.append(self.sampling.crop(g, self.side, lambda: _first_usable(latest, self.side)))
             yield torch.stack(batch)
 
     def _stream(self) -> Iterator[bytes]:
@@ -281,7 +285,7 @@ class _TarSamples(IterableDataset):
             rng = generator(self.sampling.seed, SHARDS, epoch)
             shards = [self.tars[i] for i in rng.permutation(len(self.tars))]
             members = _tar_members(shards)
-            usable = (d for name, d in members if name not in self.left_out and _is_usable(d, self.side))
+            usable = (d for n, d in members if Path(n).name not in self.left_out and _is_usable(d, self.side))
             count = 0
             for data in _shuffled(usable, rng):
                 count += 1
@@ -313,9 +317,13 @@ def _is_usable(data: bytes, crop: int) -> bool:
         return False
 
 
-def _read_if_usable(picture: Path | bytes, crop: int) -> Tensor | None:
-    try:
-        pixels = pixels_of(picture)
-    except DataError:
-        return None
-    return _channels_first(pixels) if min(pixels.shape[:2]) >= crop else None
+def _first_usable(pictures: Iterable[Path | bytes], side: int) -> Tensor:
+    """The first picture that can be read and is large enough: uint8 [3, H, W]."""
+    for picture in pictures:
+        try:
+            pixels = pixels_of(picture)
+        except DataError:
+            continue
+        if min(pixels.shape[:2]) >= side:
+            return _channels_first(pixels)
+    raise DataError(f"No picture is readable and at least {side} pixels on both sides.")

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from entroformer_lib.entroformer import Entroformer, fingerprint
 from entroformer_lib.errors import RateError, WeightsError
-from entroformer_lib.files import data_folder, replacing
+from entroformer_lib.files import data_folder, file_digest, replacing
 from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.priors import FactorizedPrior
 
@@ -220,7 +220,7 @@ def _describe(path: Path) -> list[dict]:
         "variant": config.variant,
         "metric": card.get("metric"),
         "bytes": path.stat().st_size,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "sha256": file_digest(path),
         "path": str(path),
     }
     kodak = card.get("kodak", {})
