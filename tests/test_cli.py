@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import resource
 import shlex
 import subprocess
 import sys
@@ -267,6 +266,7 @@ def test_force_replaces(folder, bad):
 
 def test_a_full_disk_leaves_no_half_file(folder, tmp_path):
     """The kernel refuses to write beyond 64 bytes, as a full disk would."""
+    resource = pytest.importorskip("resource", reason="limits of processes are there on Unix alone")
     (tmp_path / "old.ef").write_bytes(b"old")
 
     def limit():
