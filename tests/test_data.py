@@ -11,7 +11,7 @@ from PIL import Image
 from entroformer_lib.codec import pictures
 from entroformer_lib.errors import DataError
 from entroformer_lib.training.chance import picture_number, random_kept, uniform_noise
-from entroformer_lib.training.data import PreloadedCrops, StreamedCrops, crop_of, find_sources
+from entroformer_lib.training.data import PreloadedCrops, StreamedCrops, crop_of, find_sources, read_names
 
 RANGES = [range(4 * i, 4 * i + 4) for i in range(4)]
 
@@ -39,6 +39,13 @@ def test_folder_list_and_tar_give_the_same_crops(photo_folder, listing, tar):
     assert batches[0][0].shape == (4, 3, 64, 64) and batches[0][0].min() >= 0 and batches[0][0].max() <= 1
     for other in batches[1:]:
         assert all(map(torch.equal, batches[0], other))
+
+
+def test_a_list_may_have_comments_and_names_with_a_hash(photo_folder, tmp_path):
+    (tmp_path / "no#1.png").write_bytes((photo_folder / "coffee.png").read_bytes())
+    (tmp_path / "list.txt").write_text("# ours\n\nno#1.png  # the only one\n")
+    assert find_sources(tmp_path / "list.txt") == ([tmp_path / "no#1.png"], [])
+    assert read_names(tmp_path / "list.txt") == {"no#1.png"}
 
 
 def test_streamed_files_equal_preloaded(photo_folder):

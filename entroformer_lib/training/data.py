@@ -9,6 +9,7 @@ import glob
 import io
 import itertools
 import os
+import re
 import tarfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -98,8 +99,8 @@ def read_names(path: str | os.PathLike) -> frozenset[str]:
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a list without comments, which # begins, and without empty ones."""
-    lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
+    """The lines of a list, without comments (# at the beginning or behind a space) and empty lines."""
+    lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in path.read_text().splitlines())
     return [line for line in lines if line]
 
 
