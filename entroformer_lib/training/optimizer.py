@@ -66,7 +66,8 @@ class Muon(torch.optim.Optimizer):
         for p, state in zip(parameters, states, strict=True):
             if not state:
                 state.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
-            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32)  # an int in earlier checkpoints
+            # An int in earlier checkpoints, and on the GPU where a checkpoint was loaded to one.
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device="cpu")
         means, squares, steps = ([state[key] for state in states] for key in ("mean", "square", "step"))
         numbers = dict(zip(("beta1", "beta2"), group["betas"], strict=True), lr=group["lr"], eps=group["eps"])
         fixed = dict(amsgrad=False, maximize=False, weight_decay=0.0, foreach=True)
