@@ -20,7 +20,6 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from entroformer_lib.studies.provenance import provenance
 from torch import Tensor
 
 from entroformer_lib.entroformer import build_model
@@ -29,8 +28,10 @@ from entroformer_lib.memory import keep_freed_memory
 from entroformer_lib.models.config import parse_fields
 from entroformer_lib.models.context import NO_GAPS
 from entroformer_lib.models.transforms import DCT_SCALE
+from entroformer_lib.studies.results import provenance
+from entroformer_lib.training.chance import random_levels, uniform_noise
 from entroformer_lib.training.config import TrainConfig
-from entroformer_lib.training.data import PreloadedCrops, random_levels, read_names, uniform_noise
+from entroformer_lib.training.data import PreloadedCrops, read_names
 from entroformer_lib.training.loop import train
 from entroformer_lib.training.loss import TrainingStep
 from entroformer_lib.training.optimizer import build_optimizer

@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,16 +20,20 @@ studies = tyro.extras.SubcommandApp()
 app.command(studies, name="study", help="Run a study: entroformer study ablation --help shows one.")
 
 Output = Annotated[Path | None, arg(aliases=["-o"], metavar="FILE")]
+Model = Annotated[str, arg(help="A name from `entroformer models`, or a .safetensors file.")]
+Device = Annotated[str, arg(help="cpu, cuda, or auto.")]
+Force = Annotated[bool, arg(help="Replace an output that exists.")]
+AsJson = Annotated[bool, arg(name="json", help="Print JSON.")]
 
 
 @app.command
 def compress(
     image: Positional[Path],
     output: Output = None,
-    model: str = "tiny-rates",
+    model: Model = "tiny-rates",
     bpp: float | None = None,
-    force: bool = False,
-    device: str = "auto",
+    force: Force = False,
+    device: Device = "auto",
 ) -> None:
     """Compress a picture into an .ef file.
 
@@ -38,10 +44,7 @@ def compress(
     Args:
         image: The picture: PNG, JPEG, WebP, TIFF and what else Pillow reads.
         output: The .ef file; by default beside the picture.
-        model: A name from `entroformer models`, or a .safetensors file.
         bpp: The most bits per pixel the file may have; takes a model of variable rate.
-        force: Replace an output that exists.
-        device: cpu, cuda, or auto.
     """
     output = _output(output, image.with_suffix(".ef"), force)
     from entroformer_lib.codec import codec
@@ -61,8 +64,8 @@ def decompress(
     file: Positional[Path],
     output: Output = None,
     model: str | None = None,
-    force: bool = False,
-    device: str = "auto",
+    force: Force = False,
+    device: Device = "auto",
 ) -> None:
     """Turn an .ef file back into a picture.
 
@@ -72,34 +75,35 @@ def decompress(
         file: The .ef file.
         output: The picture, its format told by the ending; by default a PNG beside the file.
         model: Weights to decode with, where the file names none or they lie elsewhere.
-        force: Replace an output that exists.
-        device: cpu, cuda, or auto.
     """
     output = _output(output, file.with_suffix(".png"), force)
     data = _read(file)
+    import io
+
     from PIL import Image
 
     from entroformer_lib.codec import codec
     from entroformer_lib.files import write_bytes
 
-    Image.init()
-    if output.suffix.lower() not in Image.EXTENSION:
+    form = Image.registered_extensions().get(output.suffix.lower())
+    if form not in Image.SAVE:
         raise UserError(f"The ending of {output} is not that of a picture format that can be written.")
     with _progress():
         picture = codec.decode(data, None if model is None else _load(model, device))
-    write_bytes(output, _picture_bytes(picture, output))
+    buffer = io.BytesIO()
+    picture.save(buffer, form)
+    write_bytes(output, buffer.getvalue())
     print(f"{output}: {picture.width} x {picture.height}")
 
 
 @app.command
-def info(file: Positional[Path], as_json: Annotated[bool, arg(name="json")] = False) -> None:
+def info(file: Positional[Path], as_json: AsJson = False) -> None:
     """Say what is in an .ef file, without decoding it.
 
     Example: entroformer info photo.ef --json
 
     Args:
         file: The .ef file.
-        as_json: Print JSON.
     """
     data = _read(file)
     from entroformer_lib.codec.container import VERSION, Container
@@ -124,13 +128,10 @@ def info(file: Positional[Path], as_json: Annotated[bool, arg(name="json")] = Fa
 
 
 @app.command
-def models(as_json: Annotated[bool, arg(name="json")] = False) -> None:
+def models(as_json: AsJson = False) -> None:
     """List the models that can be loaded by name.
 
     Example: entroformer models --json
-
-    Args:
-        as_json: Print JSON.
     """
     from entroformer_lib.weights.zoo import list_models
 
@@ -138,20 +139,18 @@ def models(as_json: Annotated[bool, arg(name="json")] = False) -> None:
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    name, variant = (max(len(str(row[column])) for row in [*rows, {column: column}]) for column in ("name", "variant"))
-    print(f"{'name':{name}} {'variant':{variant}} {'lmbda':>8} {'MB':>6}  {'Kodak bpp':>9} {'PSNR dB':>8}  SHA-256")
-    for row in rows:
-        bpp, psnr = (f"{v:.3f}" if v is not None else "-" for v in (row["kodak_bpp"], row["kodak_psnr_db"]))
-        megabytes = f"{row['bytes'] / 1e6:.1f}"
-        lmbda = "-" if row["lmbda"] is None else row["lmbda"]
-        print(
-            f"{row['name']:{name}} {row['variant']:{variant}} {lmbda:>8} {megabytes:>6}  {bpp:>9} {psnr:>8}  "
-            f"{row['sha256'][:12]}"
-        )
+    import pandas as pd
+
+    columns = ["name", "variant", "lmbda", "MB", "kodak_bpp", "kodak_psnr_db", "sha256"]
+    table = pd.DataFrame([{**row, "MB": row["bytes"] / 1e6, "sha256": row["sha256"][:12]} for row in rows])
+    formats = {"lmbda": "{:g}", "MB": "{:.1f}", "kodak_bpp": "{:.3f}", "kodak_psnr_db": "{:.3f}"}
+    print(
+        table.to_string(columns=columns, index=False, na_rep="-", formatters={k: f.format for k, f in formats.items()})
+    )
 
 
 @app.command
-def train(config: Annotated[TrainConfig, arg(name="")], as_json: Annotated[bool, arg(name="json")] = False) -> None:
+def train(config: Annotated[TrainConfig, arg(name="")], as_json: AsJson = False) -> None:
     """Train a model, or go on with a run that was stopped.
 
     Example: entroformer train --data photos/ --out runs/first --model tiny-parallel --steps 2000
@@ -174,11 +173,11 @@ def train(config: Annotated[TrainConfig, arg(name="")], as_json: Annotated[bool,
 
 @app.command(name="eval")
 def evaluate(
-    model: Positional[str],
+    model: Positional[Model],
     data: Path,
     limit: int | None = None,
     json_file: Annotated[Path | None, arg(name="json")] = None,
-    device: str = "auto",
+    device: Device = "auto",
     jobs: int | None = None,
 ) -> None:
     """Measure a model on a folder of pictures, through real bytes.
@@ -189,13 +188,15 @@ def evaluate(
     Example: entroformer eval tiny-parallel --data kodak/ --limit 3 --json result.json
 
     Args:
-        model: A name from `entroformer models`, or a .safetensors file.
         data: Folder of pictures.
         limit: Take only the first so many.
         json_file: Write rows, mean and provenance there; - prints them.
-        device: cpu, cuda, or auto.
         jobs: Pictures at a time, each on one core; default: as many as there are cores.
     """
+    import numpy as np
+    import pandas as pd
+    from tqdm import tqdm
+
     from entroformer_lib.studies.measuring import Task, measure
     from entroformer_lib.studies.rate_distortion import pictures_to_test
 
@@ -203,15 +204,17 @@ def evaluate(
     place = next(loaded.g_s.parameters()).device.type
     tasks = [Task(model, None, str(path), place) for path in pictures_to_test(data, limit)]
     quiet = str(json_file) == "-"
-    columns = ("bpp", "bpp_estimated", "psnr_db", "ms_ssim", "encode_s", "decode_s")
-    if not quiet:
-        print(f"{'image':20}" + "".join(f"{name:>15}" for name in columns))
+    columns = ["bpp", "bpp_estimated", "psnr_db", "ms_ssim", "encode_s", "decode_s"]
     done = None if json_file is None or quiet else json_file.with_name(json_file.name + ".rows")
-    rows = measure(tasks, done, jobs, lambda row: quiet or _print_row(row["image"], row, columns))
+    with tqdm(total=len(tasks), unit="picture", disable=None) as bar:
+        rows = measure(tasks, done, jobs, lambda row: bar.update())
     rows = [{name: value for name, value in row.items() if name not in ("codec", "setting")} for row in rows]
-    mean = {name: _mean([row[name] for row in rows]) for name in columns}
+    table = pd.DataFrame(rows).set_index("image")[columns].astype(float)
+    means = table.mean()
     if not quiet:
-        _print_row("mean", mean, columns)
+        table.loc["mean"] = means
+        print(table.to_string(float_format="{:.4f}".format, na_rep="-", index_names=False))
+    mean = {name: None if np.isnan(value) else float(value) for name, value in means.items()}
     if json_file is not None:
         from entroformer_lib.files import write_bytes
         from entroformer_lib.studies.results import provenance
@@ -300,12 +303,12 @@ def study_ablation(
 def explore(
     image: Positional[Path],
     output: Output = None,
-    model: str = "tiny-parallel",
+    model: Model = "tiny-parallel",
     layer: int | None = None,
     head: int | None = None,
     serve: bool = False,
-    force: bool = False,
-    device: str = "auto",
+    force: Force = False,
+    device: Device = "auto",
 ) -> None:
     """Write a page that shows what the entropy model looks at when it predicts each block of a picture.
 
@@ -317,12 +320,9 @@ def explore(
     Args:
         image: The picture.
         output: The page; by default beside the picture.
-        model: A name from `entroformer models`, or a .safetensors file.
         layer: Layer to begin with; by default the last.
         head: Head to begin with; by default the mean over all.
         serve: Open the page in the browser at an address of this machine, until Ctrl+C; written only with -o.
-        force: Replace an output that exists.
-        device: cpu, cuda, or auto.
     """
     if output is not None or not serve:
         output = _output(output, image.with_suffix(".html"), force)
@@ -335,7 +335,8 @@ def explore(
     rows = server_of(_load(model, device), picture)
     start = {name: value for name, value in (("layer", layer), ("head", head)) if value is not None}
     rows.check_layer(**{"layer": 0, **start})
-    page = explorer_page(rows, image.stem, _counter(), **start)
+    with _progress() as show:
+        page = explorer_page(rows, image.stem, show, **start)
     if output is not None:
         write_bytes(output, page.text.encode())
     print(f"{output or image}: {page.in_words()}")
@@ -364,7 +365,7 @@ def data(name: Positional[str], to: Path | None = None) -> None:
 
 @app.command(name="import-official")
 def import_official(
-    src: Positional[Path], dst: Positional[Path], force: bool = False, top_k: int | None = None
+    src: Positional[Path], dst: Positional[Path], force: Force = False, top_k: int | None = None
 ) -> None:
     """Turn a checkpoint of the authors' released code into weights of this library, without running what is in it.
 
@@ -373,7 +374,6 @@ def import_official(
     Args:
         src: The checkpoint (.pth), as the authors published it, or a dict of state dicts under the same names.
         dst: The weights (.safetensors).
-        force: Replace an output that exists.
         top_k: k of the attention, where the checkpoint does not say (state dicts do not); 32 by default.
     """
     _output(dst, dst, force)
@@ -394,33 +394,21 @@ def _load(model: str, device: str):
     return load_model(model, device)
 
 
-def _progress():
-    """Shows on a terminal how far the work has come, once it takes longer than a second."""
-    import time
-    from contextlib import nullcontext
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Shows on a terminal how far the work inside has come, once it takes longer than a second."""
+    from tqdm import tqdm
 
     from entroformer_lib.stages import listening
 
-    if not sys.stderr.isatty():
-        return nullcontext()
-    start = time.monotonic()
+    with tqdm(delay=1, disable=None, leave=False) as bar:
 
-    def show(what: str, done: int, total: int) -> None:
-        if time.monotonic() - start > 1:
-            print(f"\r{done} of {total} {what}   ", end="\r" if done == total else "", file=sys.stderr, flush=True)
+        def show(what: str, done: int, total: int) -> None:
+            bar.unit, bar.total = f" {what}", total
+            bar.update(done - bar.n)
 
-    return listening(show)
-
-
-def _counter():
-    """What `explorer_page` calls as it goes on; None where no terminal shows it."""
-    if not sys.stderr.isatty():
-        return None
-
-    def show(what: str, done: int, total: int) -> None:
-        print(f"\r{done} of {total} {what}   ", end="\r" if done == total else "", file=sys.stderr, flush=True)
-
-    return show
+        with listening(show):
+            yield show
 
 
 def _output(output: Path | None, default: Path, force: bool) -> Path:
@@ -448,27 +436,6 @@ def _say_what_is_lost(picture) -> None:
         print("The transparency is not kept: transparent pixels are laid over white.", file=sys.stderr)
     if picture.mode.startswith("I"):
         print("16 bits are scaled to 8.", file=sys.stderr)
-
-
-def _picture_bytes(picture, path: Path) -> bytes:
-    import io
-
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    picture.save(buffer, Image.EXTENSION[path.suffix.lower()])
-    return buffer.getvalue()
-
-
-def _mean(values: list) -> float | None:
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if known else None
-
-
-def _print_row(name: str, row: dict, columns: tuple) -> None:
-    print(
-        f"{name:20}" + "".join(f"{'-' if row[c] is None else format(row[c], '.4f'):>15}" for c in columns), flush=True
-    )
 
 
 def main() -> int:

@@ -1,44 +1,34 @@
 """Pictures to test on: fetched with checksums, or the samples that come with scikit-image."""
 
-import hashlib
 import os
-import sys
+import shutil
 import urllib.error
 import urllib.request
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from entroformer_lib.errors import DataError
-from entroformer_lib.files import data_folder, replacing
+from entroformer_lib.files import data_folder, file_digest, replacing
 
-
-@dataclass(frozen=True)
-class Remote:
-    """One file to fetch: where it is, what it is called here, and its checksum as `algorithm:hex`."""
-
-    url: str
-    name: str
-    checksum: str
+Remote = tuple[str, str]  # the address of a file, and its checksum as `algorithm:hex`
 
 
 def _kodak() -> list[Remote]:
     """24 photographs of 768x512, the field's test set. Test only: never train on them."""
     lines = (data_folder() / "reference" / "kodak.sha256").read_text().split("\n")
     pairs = [line.split() for line in lines if line and not line.startswith("#")]
-    return [Remote(f"http://r0k.us/graphics/kodak/kodak/{name}", name, f"sha256:{digest}") for digest, name in pairs]
+    return [(f"http://r0k.us/graphics/kodak/kodak/{name}", f"sha256:{digest}") for digest, name in pairs]
 
 
 def _clic2020() -> list[Remote]:
     """Professional photographs, the validation set of CLIC 2020."""
-    name = "professional_valid_2020.zip"
-    return [Remote(f"https://data.vision.ee.ethz.ch/cvl/clic/{name}", name, "md5:7111ee240435911db04dbc5f40d50272")]
+    address = "https://data.vision.ee.ethz.ch/cvl/clic/professional_valid_2020.zip"
+    return [(address, "md5:7111ee240435911db04dbc5f40d50272")]
 
 
-DATASETS = {
-    "kodak": _kodak,
-    "clic2020": _clic2020,
-}
+DATASETS = {"kodak": _kodak, "clic2020": _clic2020}
 SAMPLES = ("astronaut", "chelsea", "coffee", "rocket")  # photographs inside scikit-image, no network needed
 
 
@@ -59,52 +49,50 @@ def fetch(name: str, folder: Path) -> list[Path]:
     if name not in DATASETS:
         raise DataError(f"There is no data set '{name}'; there are samples, {', '.join(DATASETS)}.")
     folder.mkdir(parents=True, exist_ok=True)
-    remotes = DATASETS[name]()
-    for number, remote in enumerate(remotes, 1):
-        print(f"{number}/{len(remotes)} {remote.name}", file=sys.stderr)
-        fetch_file(remote, folder)
+    for url, checksum in tqdm(DATASETS[name](), unit="file", disable=None):
+        fetch_file(url, checksum, folder)
     for path in folder.glob("*.zip"):
         _unpack(path, folder)
     return sorted(folder.rglob("*.png"))
 
 
-def fetch_file(remote: Remote, folder: Path) -> Path:
-    """One file, whole and with the right checksum; a part left by an earlier try is continued."""
-    path = folder / remote.name
-    if path.exists() and _checksum(path, remote.checksum) == remote.checksum:
+def fetch_file(url: str, checksum: str, folder: Path) -> Path:
+    """One file, whole and with the right checksum; a part left by an earlier try is continued.
+
+    Raises:
+        DataError: it cannot be fetched, or has another checksum.
+    """
+    path, (algorithm, _, digest) = folder / url.rpartition("/")[2], checksum.partition(":")
+    if path.exists() and file_digest(path, algorithm) == digest:
         return path
-    part = folder / (remote.name + ".part")
-    request = urllib.request.Request(remote.url)
-    have = part.stat().st_size if part.exists() else 0
-    if have:
-        request.add_header("Range", f"bytes={have}-")
+    part, by_hand = (
+        path.with_name(f"{path.name}.part"),
+        f"if you have {path.name} from elsewhere, put it into {folder}.",
+    )
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            mode = "ab" if answer.status == 206 else "wb"  # a server that ignores Range sends all of it again
-            with open(part, mode) as file:
-                while block := answer.read(2**16):
-                    file.write(block)
+        _download(url, part)
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: the part is already as long as the file
-            raise DataError(f"{remote.url} answers {error.code} {error.reason}; {_by_hand(remote, folder)}") from None
+        raise DataError(f"{url} answers {error.code} {error.reason}; {by_hand}") from None
     except OSError as error:
-        reason = getattr(error, "reason", error)
-        raise DataError(f"{remote.url} cannot be reached ({reason}); {_by_hand(remote, folder)}") from None
-    if _checksum(part, remote.checksum) != remote.checksum:
+        raise DataError(f"{url} cannot be reached ({getattr(error, 'reason', error)}); {by_hand}") from None
+    if file_digest(part, algorithm) != digest:
         part.unlink()
-        raise DataError(f"{remote.url} has not the expected checksum and was removed; {_by_hand(remote, folder)}")
+        raise DataError(f"{url} has not the expected checksum and was removed; {by_hand}")
     os.replace(part, path)
     return path
 
 
-def _by_hand(remote: Remote, folder: Path) -> str:
-    return f"if you have {remote.name} from elsewhere, put it into {folder}."
-
-
-def _checksum(path: Path, like: str) -> str:
-    algorithm = like.split(":")[0]
-    with open(path, "rb") as file:
-        return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
+def _download(url: str, part: Path) -> None:
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            mode = "ab" if answer.status == 206 else "wb"  # a server that ignores Range sends all of it again
+            with part.open(mode) as file:
+                shutil.copyfileobj(answer, file)
+    except urllib.error.HTTPError as error:
+        if not have or error.code != 416:  # 416: the part is as long as the file already
+            raise
 
 
 def _unpack(archive: Path, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Files that are either whole or not there, and where the project's own data lies."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,12 @@ def write_bytes(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"{path} could not be written: {error.strerror or error}.") from None
+
+
+def file_digest(path: Path, algorithm: str = "sha256") -> str:
+    """Checksum of a file in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def data_folder() -> Path:

@@ -3,62 +3,63 @@
 with stage_times() as seconds:
     codec.encode(model, picture)
 seconds  # {"transforms": 0.31, "hyper": 0.12, "context": 0.40, "entropy coding": 0.02}
+
+Who listens is kept in context variables, so every thread has its own.
 """
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 
 import torch
 
-_running: dict[str, float] | None = None
-_listener: Callable[[str, int, int], None] | None = None
-_idle = nullcontext()
+Listener = Callable[[str, int, int], None]
+_seconds: ContextVar[dict[str, float] | None] = ContextVar("seconds", default=None)
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
-@contextmanager
-def stage_times() -> Iterator[dict[str, float]]:
+def stage_times() -> AbstractContextManager[dict[str, float]]:
     """Collects the seconds of each stage that runs inside the block."""
-    global _running
-    before, _running = _running, {}
-    try:
-        yield _running
-    finally:
-        _running = before
+    return _during(_seconds, {})
 
 
-def stage(name: str):
-    """Marks a stretch of work as belonging to a stage; costs next to nothing while no clock runs."""
-    return _idle if _running is None else _timed(name)
+def listening(listener: Listener) -> AbstractContextManager[Listener]:
+    """Calls `listener(what, done, total)` as long work inside the block goes on."""
+    return _during(_listener, listener)
 
 
 @contextmanager
-def _timed(name: str) -> Iterator[None]:
+def _during(variable: ContextVar, value) -> Iterator:
+    token = variable.set(value)
+    try:
+        yield value
+    finally:
+        variable.reset(token)
+
+
+def stage(name: str) -> AbstractContextManager[None]:
+    """Marks a stretch of work as belonging to a stage; costs next to nothing while no clock runs."""
+    seconds = _seconds.get()
+    return nullcontext() if seconds is None else _timed(name, seconds)
+
+
+@contextmanager
+def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
     _wait()
     start = time.perf_counter()
     try:
         yield
     finally:
         _wait()
-        if _running is not None:
-            _running[name] = _running.get(name, 0.0) + time.perf_counter() - start
-
-
-@contextmanager
-def listening(listener: Callable[[str, int, int], None]) -> Iterator[None]:
-    """Calls `listener(what, done, total)` as long work inside the block goes on."""
-    global _listener
-    before, _listener = _listener, listener
-    try:
-        yield
-    finally:
-        _listener = before
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def tell(what: str, done: int, total: int) -> None:
     """Says how far some work has come, if anybody listens."""
-    if _listener is not None:
-        _listener(what, done, total)
+    listener = _listener.get()
+    if listener is not None:
+        listener(what, done, total)
 
 
 def _wait() -> None:

@@ -8,16 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from entroformer_lib.codec import pictures
 from entroformer_lib.errors import DataError
-from entroformer_lib.training.data import (
-    PreloadedCrops,
-    StreamedCrops,
-    crop_of,
-    find_sources,
-    picture_number,
-    random_kept,
-    uniform_noise,
-)
+from entroformer_lib.training.chance import picture_number, random_kept, uniform_noise
+from entroformer_lib.training.data import PreloadedCrops, StreamedCrops, crop_of, find_sources, read_names
 
 RANGES = [range(4 * i, 4 * i + 4) for i in range(4)]
 
@@ -45,6 +39,13 @@ def test_folder_list_and_tar_give_the_same_crops(photo_folder, listing, tar):
     assert batches[0][0].shape == (4, 3, 64, 64) and batches[0][0].min() >= 0 and batches[0][0].max() <= 1
     for other in batches[1:]:
         assert all(map(torch.equal, batches[0], other))
+
+
+def test_a_list_may_have_comments_and_names_with_a_hash(photo_folder, tmp_path):
+    (tmp_path / "no#1.png").write_bytes((photo_folder / "coffee.png").read_bytes())
+    (tmp_path / "list.txt").write_text("# ours\n\nno#1.png  # the only one\n")
+    assert find_sources(tmp_path / "list.txt") == ([tmp_path / "no#1.png"], [])
+    assert read_names(tmp_path / "list.txt") == {"no#1.png"}
 
 
 def test_streamed_files_equal_preloaded(photo_folder):
@@ -109,6 +110,21 @@ def test_unusable_pictures_are_named_and_left_out(photo_folder, tmp_path):
     assert len(list(StreamedCrops(tmp_path, 64, workers=0).batches(RANGES))) == 4
 
 
+def test_a_stream_passes_over_what_only_looks_whole(photo_folder, tmp_path):
+    """Pictures whose header is whole and whose pixels are cut short; and what is held out, in folders too."""
+    whole, cut = (photo_folder / "coffee.png").read_bytes(), (photo_folder / "chelsea.png").read_bytes()[:9000]
+    (tmp_path / "coffee.png").write_bytes(whole)
+    (tmp_path / "cut.png").write_bytes(cut)
+    with tarfile.open(tmp_path / "some.tar", "w") as file:
+        file.add(tmp_path / "coffee.png", "a.png")
+        file.add(tmp_path / "cut.png", "b.png")
+        file.add(photo_folder / "astronaut.png", "deep/astronaut.png")
+    crops = StreamedCrops(tmp_path / "some.tar", 64, workers=0, left_out=frozenset({"astronaut.png"}))
+    seen = torch.cat([*crops.batches([range(2), range(2, 12)])])
+    only = StreamedCrops(tmp_path / "coffee.png", 64, workers=0)
+    assert torch.equal(seen, torch.cat([*only.batches([range(12)])]))
+
+
 def test_sources_that_cannot_be_used(tmp_path, tar):
     (tmp_path / "empty").mkdir()
     (tmp_path / "list.txt").write_text("gone.png\n")
@@ -125,3 +141,29 @@ def test_sources_that_cannot_be_used(tmp_path, tar):
     cut.write_bytes(tar.read_bytes()[:70_000])
     with pytest.raises(DataError, match="damaged"):
         PreloadedCrops(cut, 64)
+
+
+def test_training_sees_the_pixels_that_the_codec_sees(tmp_path):
+    """16 bits, a palette, transparency and the camera's orientation, from a file, a stream and a tar."""
+    rng = np.random.default_rng(0)
+    wide = rng.integers(0, 2**16, (64, 64), dtype=np.uint16)
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    colours = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    colours.quantize(16).save(tmp_path / "palette.png")
+    colours.putalpha(90)
+    colours.save(tmp_path / "clear.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(rng.integers(0, 256, (64, 96, 3), dtype=np.uint8)).save(tmp_path / "turned.png", exif=exif)
+    with tarfile.open(tmp_path / "all.tar", "w") as file:
+        for path in tmp_path.glob("*.png"):
+            file.add(path, path.name)
+    for path in sorted(tmp_path.glob("*.png")):
+        expected = pictures.to_rgb(pictures.open_picture(path))[0]
+        (found,) = PreloadedCrops(path, 64).pictures
+        assert np.array_equal(found.permute(1, 2, 0), np.asarray(expected)), path.name
+        streamed = next(StreamedCrops(path, 64, workers=0).batches([range(4)]))
+        assert torch.equal(streamed, next(PreloadedCrops(path, 64).batches([range(4)])))
+    (turned,) = PreloadedCrops(tmp_path / "turned.png", 64).pictures
+    assert turned.shape == (3, 96, 64)
+    assert len(PreloadedCrops(tmp_path / "all.tar", 64).pictures) == 4

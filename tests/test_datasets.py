@@ -8,7 +8,7 @@ import pytest
 from conftest import pictures_folder
 
 from entroformer_lib import datasets
-from entroformer_lib.datasets import SAMPLES, Remote, fetch, fetch_file, sample_picture
+from entroformer_lib.datasets import SAMPLES, fetch, fetch_file, sample_picture
 from entroformer_lib.errors import DataError
 
 CONTENT = bytes(range(256)) * 400
@@ -48,28 +48,28 @@ def address():
 
 def test_a_broken_download_is_continued(address, tmp_path):
     (tmp_path / "file.bin.part").write_bytes(CONTENT[:1000])
-    path = fetch_file(Remote(f"{address}/file.bin", "file.bin", CHECKSUM), tmp_path)
+    path = fetch_file(f"{address}/file.bin", CHECKSUM, tmp_path)
     assert path.read_bytes() == CONTENT and Server.asked == ["bytes=1000-"]
-    fetch_file(Remote(f"{address}/file.bin", "file.bin", CHECKSUM), tmp_path)
+    fetch_file(f"{address}/file.bin", CHECKSUM, tmp_path)
     assert len(Server.asked) == 1  # what is whole is not fetched again
 
 
 def test_a_download_that_was_complete_but_not_moved(address, tmp_path):
     (tmp_path / "file.bin.part").write_bytes(CONTENT)
-    assert fetch_file(Remote(f"{address}/file.bin", "file.bin", CHECKSUM), tmp_path).read_bytes() == CONTENT
+    assert fetch_file(f"{address}/file.bin", CHECKSUM, tmp_path).read_bytes() == CONTENT
 
 
 def test_a_wrong_checksum_leaves_nothing(address, tmp_path):
     with pytest.raises(DataError, match="checksum"):
-        fetch_file(Remote(f"{address}/file.bin", "file.bin", "sha256:00"), tmp_path)
+        fetch_file(f"{address}/file.bin", "sha256:00", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_reached_names_the_folder(address, tmp_path):
     with pytest.raises(DataError, match=f"404.*{tmp_path.name}"):
-        fetch_file(Remote(f"{address}/other.bin", "other.bin", CHECKSUM), tmp_path)
+        fetch_file(f"{address}/other.bin", CHECKSUM, tmp_path)
     with pytest.raises(DataError, match=f"cannot be reached.*put it into.*{tmp_path.name}"):
-        fetch_file(Remote("http://127.0.0.1:9/file.bin", "file.bin", CHECKSUM), tmp_path)
+        fetch_file("http://127.0.0.1:9/file.bin", CHECKSUM, tmp_path)
     with pytest.raises(DataError, match="imagenet"):
         fetch("imagenet", tmp_path)
 
@@ -77,7 +77,7 @@ def test_what_cannot_be_reached_names_the_folder(address, tmp_path):
 def test_kodak_already_there_is_recognised(tmp_path):
     """All 24 checksums are those of the real pictures, so nothing is fetched when the folder is filled by hand."""
     remotes = datasets.DATASETS["kodak"]()
-    assert [r.name for r in remotes] == [f"kodim{i:02}.png" for i in range(1, 25)]
+    assert [url.rpartition("/")[2] for url, _ in remotes] == [f"kodim{i:02}.png" for i in range(1, 25)]
     kodak = pictures_folder("kodak")
     if kodak:
         for path in kodak.glob("*.png"):

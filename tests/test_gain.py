@@ -12,7 +12,7 @@ from entroformer_lib.codec.container import Container
 from entroformer_lib.errors import BitstreamError, ConfigError, RateError
 from entroformer_lib.exact.coder import ExactCoder
 from entroformer_lib.models.gain import RateGain
-from entroformer_lib.training.loop import MS_SSIM_OVER_MSE
+from entroformer_lib.training.initial import MS_SSIM_OVER_MSE
 from entroformer_lib.weights.zoo import list_models, load_model, save_weights
 
 

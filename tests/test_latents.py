@@ -13,8 +13,8 @@ from entroformer_lib.codec import codec
 from entroformer_lib.errors import ConfigError, DataError, TrainingError, WeightsError
 from entroformer_lib.models import config as model_config
 from entroformer_lib.training import latents, loop
+from entroformer_lib.training.chance import random_missing
 from entroformer_lib.training.config import TrainConfig
-from entroformer_lib.training.data import random_missing
 from entroformer_lib.training.latents import LatentCrops, frozen_transforms, transforms_digest, write_latents
 from entroformer_lib.training.loop import train
 from entroformer_lib.training.loss import RateStep

@@ -39,6 +39,22 @@ def test_the_rest_is_adam():
     assert torch.allclose(ours, theirs, atol=1e-6)
 
 
+def test_states_that_count_steps_in_whole_numbers_go_on():
+    """Checkpoints of earlier versions have them."""
+    ends = []
+    for convert in (lambda step: step, int):
+        p = torch.ones(3, requires_grad=True)
+        muon = Muon([{"params": [p]}], lr=0.1)
+        for i in range(4):
+            p.grad = torch.tensor([1.0, -2.0, 0.5]) * (i + 1)
+            muon.step()
+            state = muon.state_dict()
+            state["state"][0]["step"] = convert(state["state"][0]["step"])
+            muon.load_state_dict(state)
+        ends.append(p.detach())
+    assert torch.equal(*ends)
+
+
 def test_every_parameter_is_in_one_group():
     model = Entroformer(named_config("tiny-parallel", **MICRO))
     groups = build_optimizer(model, "muon", 1e-3).param_groups

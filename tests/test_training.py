@@ -15,12 +15,13 @@ from conftest import MICRO
 
 from entroformer_lib.errors import ConfigError, TrainingError, UserError
 from entroformer_lib.models import config as model_config
-from entroformer_lib.training import loop
+from entroformer_lib.training.chance import DRAWN, random_choice
 from entroformer_lib.training.config import TrainConfig
-from entroformer_lib.training.data import Sampling, held_out_crops, random_drawn
+from entroformer_lib.training.data import Sampling, held_out_crops
+from entroformer_lib.training.initial import initial_model
 from entroformer_lib.training.loop import train
-from entroformer_lib.training.loss import rates_and_distortions, tempered
-from entroformer_lib.training.schedule import learning_rate_factor
+from entroformer_lib.training.loss import TrainingStep, rates_and_distortions, tempered
+from entroformer_lib.training.optimizer import learning_rate_factor
 from entroformer_lib.weights.zoo import load_model
 
 GOLDEN = Path(__file__).parent / "golden" / "training_20_steps.jsonl"
@@ -54,68 +55,80 @@ def losses(config) -> list[float]:
 
 
 def test_golden_log_of_20_steps(config):
-    """Change of behaviour anywhere in model, data or loop shows here. Renew by deleting the file, with a reason."""
+    """Change of behaviour anywhere in model, data or loop shows here. A new file takes a reason in its commit."""
     train(config, progress=False)
     names = ("step", "rd_loss", "bpp_y", "bpp_z", "psnr_db", "lr", "lmbda")
     rows = [{name: row[name] for name in names} for row in log_of(config)]
-    if not GOLDEN.exists():
-        GOLDEN.write_text("".join(json.dumps(row) + "\n" for row in rows))
     golden = [json.loads(line) for line in GOLDEN.read_text().splitlines()]
     for row, expected in zip(rows, golden, strict=True):
         assert row == pytest.approx(expected, rel=2e-3), f"step {row['step']}"
     assert sum(r["rd_loss"] for r in rows[4:8]) < sum(r["rd_loss"] for r in rows[:4])
 
 
-@pytest.mark.parametrize("variant", ["tiny-parallel", "tiny-serial"])
-@pytest.mark.parametrize("preset", ["paper", "official"])  # official draws k at random
-def test_resume_equals_uninterrupted(config, tmp_path, variant, preset, monkeypatch):
-    config = replace(config, model=variant, preset=preset, steps=8)
-    weights = train(config, progress=False)
-    cut = replace(config, out=str(tmp_path / "cut"), checkpoint_seconds=0.0)
-    step = loop.Run.step
+def crash_at(step: int):
+    """A watcher under which the process ends at a step that is logged, but in no checkpoint."""
 
-    def interrupted(run, x, number):
-        if number == 5:
-            raise KeyboardInterrupt
-        return step(run, x, number)
+    def watch(row, model):
+        if row["step"] == step:
+            raise RuntimeError("the power is gone")
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop.Run, "step", interrupted)
-        train(cut, progress=False)
-    again = train(cut, progress=False)
-    assert losses(cut) == losses(config)
-    ours, theirs = load_model(again, "cpu").state_dict(), load_model(weights, "cpu").state_dict()
+    return watch
+
+
+def signal_at(step: int):
+    """A watcher under which the process gets a signal at a step."""
+
+    def watch(row, model):
+        if row["step"] == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    return watch
+
+
+def assert_same_run(a, b):
+    """Two finished runs with the same losses and the same weights."""
+    assert losses(a) == losses(b)
+    ours, theirs = (load_model(Path(c.out) / "weights.safetensors", "cpu").state_dict() for c in (a, b))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_resume_with_muon_mean_and_variable_rate(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("variant", ["tiny-parallel", "tiny-serial"])
+@pytest.mark.parametrize("preset", ["paper", "official"])  # official draws k at random
+def test_resume_equals_uninterrupted(config, tmp_path, variant, preset):
+    config = replace(config, model=variant, preset=preset, steps=8)
+    train(config, progress=False)
+    cut = replace(config, out=str(tmp_path / "cut"), checkpoint_seconds=0.0)
+    with pytest.raises(RuntimeError, match="power"):
+        train(cut, progress=False, watch=crash_at(6))
+    assert len(losses(cut)) == 6
+    train(cut, progress=False)
+    assert_same_run(cut, config)
+
+
+def test_resume_with_muon_mean_and_variable_rate(config, tmp_path):
     """What these add to the state is in the checkpoint too; the crop grows after the cut."""
     more = dict(optimizer="muon", ema=0.9, lmbdas=(0.01, 0.1), last_crop=128, schedule="linear")
     config = replace(config, steps=5, pretrain_lmbda=None, **more)
-    weights = train(config, progress=False)
-    cut = replace(config, out=str(tmp_path / "cut"), checkpoint_seconds=0.0)
-    with monkeypatch.context() as patch, pytest.raises(TrainingError, match="Stopped"):
-        patch.setattr(loop.Run, "_stopped", lambda run: (Path(cut.out) / "checkpoint.pt").exists())
-        train(cut, progress=False)
-    assert len(log_of(cut)) < 5
-    again = train(cut, progress=False)
-    assert losses(cut) == losses(config)
-    ours, theirs = load_model(again, "cpu").state_dict(), load_model(weights, "cpu").state_dict()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    train(config, progress=False)
+    cut = replace(config, out=str(tmp_path / "cut"))
+    with pytest.raises(TrainingError, match="Stopped by a signal at step 2"):
+        train(cut, progress=False, watch=signal_at(2))
+    train(cut, progress=False)
+    assert_same_run(cut, config)
 
 
 def test_too_large_a_batch_names_one_that_fits(config, monkeypatch):
     """The memory of a GPU, imitated: no more than three crops at a time."""
-    forward = loop.TrainingStep.forward
+    forward = TrainingStep.forward
 
-    def small_memory(self, x, *rest):
+    def small_memory(self, x, *rest, **more):
         if len(x) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, x, *rest)
+        return forward(self, x, *rest, **more)
 
     train(replace(config, steps=2), progress=False)  # leaves a checkpoint
     longer = replace(config, steps=2, batch=8, out=config.out + "2")
-    monkeypatch.setattr(loop.TrainingStep, "forward", small_memory)
+    monkeypatch.setattr(TrainingStep, "forward", small_memory)
     with pytest.raises(TrainingError, match="--batch 2 goes on"):
         train(longer, progress=False)
     train(replace(longer, batch=2), progress=False)
@@ -137,7 +150,7 @@ def test_variable_rate_from_weights_of_one_rate(config):
     """Gains start at 1 for the lambda of the weights, so that rate codes as before."""
     one = train(replace(config, steps=2, pretrain=0, lmbda=0.02), progress=False)
     several = replace(config, init=str(one), lmbdas=(0.005, 0.02, 0.08), pretrain_lmbda=None, out=config.out + "2")
-    start, several = load_model(one, "cpu"), loop._initial_model(several).eval()
+    start, several = load_model(one, "cpu"), initial_model(several).eval()
     several.level = several.gain.level_of(0.02)
     x = torch.rand(1, 3, 64, 64)
     assert torch.equal(start(x)["x_hat"], several(x)["x_hat"])
@@ -148,14 +161,14 @@ def test_variable_rate_from_weights_of_one_rate(config):
 def test_another_architecture_begins_with_what_fits(config):
     one = train(replace(config, steps=2, pretrain=0), progress=False)
     start = load_model(one, "cpu")
-    wider = loop._initial_model(replace(config, init=str(one), architecture=(f"M={MICRO['M'] + 8}",)))
+    wider = initial_model(replace(config, init=str(one), architecture=(f"M={MICRO['M'] + 8}",)))
     assert wider.config == start.config.replaced(M=MICRO["M"] + 8)
     before, after = start.state_dict(), wider.state_dict()
     taken = {n for n in before if before[n].shape == after[n].shape and torch.equal(before[n], after[n])}
     assert {"g_a.0.weight", "g_s.6.weight", "context_model.stack.blocks.0.attention.qkv.weight"} <= taken
     assert not taken & {"g_a.6.weight", "g_s.0.weight", "entropy_parameters.layers.2.weight"}
     with pytest.raises(ConfigError, match="no field 'N2'"):
-        loop._initial_model(replace(config, init=str(one), architecture=("N2=3",)))
+        initial_model(replace(config, init=str(one), architecture=("N2=3",)))
 
 
 def test_a_finished_run_is_not_repeated(config):
@@ -174,13 +187,13 @@ def test_another_run_in_the_same_folder_is_refused(config):
 
 def test_a_loss_that_is_no_number_names_the_step(config, monkeypatch):
     config = replace(config, steps=6, checkpoint_seconds=0.0)
-    forward = loop.TrainingStep.forward
+    forward = TrainingStep.forward
 
-    def forward_with_nan(self, x, *rest):
+    def forward_with_nan(self, x, *rest, **more):
         self.calls = getattr(self, "calls", 0) + 1
-        return forward(self, x * (float("nan") if self.calls == 4 else 1), *rest)
+        return forward(self, x * (float("nan") if self.calls == 4 else 1), *rest, **more)
 
-    monkeypatch.setattr(loop.TrainingStep, "forward", forward_with_nan)
+    monkeypatch.setattr(TrainingStep, "forward", forward_with_nan)
     with pytest.raises(TrainingError, match="step 4"):
         train(config, progress=False)
     state = torch.load(Path(config.out) / "checkpoint.pt", weights_only=True)
@@ -307,18 +320,18 @@ def held_out(photo_folder, tmp_path, config):
     return replace(config, held_out=str(path), held_out_every=2, steps=4, pretrain=0, pretrain_lmbda=None)
 
 
-def test_held_out_pictures_are_in_the_log_and_not_in_training(held_out, monkeypatch):
-    config, kept = replace(held_out, lmbdas=(0.01, 0.1)), []
-    crops = loop.PreloadedCrops
-
-    def watched(*arguments, **more):
-        kept.append(crops(*arguments, **more))
-        return kept[0]
-
-    monkeypatch.setattr(loop, "PreloadedCrops", watched)
+def test_held_out_pictures_are_in_the_log_and_not_in_training(held_out, photo_folder, tmp_path):
+    """The losses are those of a run that never had these pictures."""
+    config = replace(held_out, lmbdas=(0.01, 0.1))
     weights = train(config, progress=False)
-    everything = crops(config.data, config.crop).pictures
-    assert len(kept[0].pictures) == len(everything) - 2
+    rest = tmp_path / "rest"
+    rest.mkdir()
+    for path in photo_folder.glob("*.png"):
+        if path.name not in ("astronaut.png", "coffee.png"):
+            (rest / path.name).write_bytes(path.read_bytes())
+    alone = replace(config, data=str(rest), held_out=None, out=str(tmp_path / "alone"))
+    train(alone, progress=False)
+    assert losses(alone) == losses(config)
     rows = log_of(config)
     assert [row["step"] for row in rows if "held_out" in row] == [2, 4]
     points = rows[-1]["held_out"]
@@ -364,17 +377,16 @@ def test_a_branch_goes_on_where_the_checkpoint_stands(config, tmp_path):
     assert [row["rd_loss"] for row in log_of(decay)[:1]] == [log_of(config)[3]["rd_loss"]]
 
 
-def test_a_branch_resumes_exactly(config, tmp_path, monkeypatch):
+def test_a_branch_resumes_exactly(config, tmp_path):
     config = replace(config, pretrain=0, pretrain_lmbda=None, schedule="constant", steps=2)
     train(config, progress=False)
     branch = replace(config, branch=str(Path(config.out) / "checkpoint.pt"), schedule="decay", steps=4)
-    whole, cut = (replace(branch, out=str(tmp_path / name), checkpoint_seconds=0.0) for name in ("whole", "cut"))
+    whole, cut = (replace(branch, out=str(tmp_path / name)) for name in ("whole", "cut"))
     train(whole, progress=False)
-    with monkeypatch.context() as patch, pytest.raises(TrainingError, match="Stopped"):
-        patch.setattr(loop.Run, "_stopped", lambda run: (Path(cut.out) / "checkpoint.pt").exists())
-        train(cut, progress=False)
+    with pytest.raises(TrainingError, match="Stopped"):
+        train(cut, progress=False, watch=signal_at(1))
     train(cut, progress=False)
-    assert losses(cut) == losses(whole)
+    assert_same_run(cut, whole)
 
 
 def test_a_branch_may_grow(config, tmp_path):
@@ -409,7 +421,7 @@ def test_a_drawn_crop_counts_at_most_like_the_middle_photograph():
     assert torch.allclose(loss.grad, torch.tensor([1.0, 2 / 300, 1.0, 1.0, 1.0]))
     assert tempered(loss, ~drawn | drawn) is loss and tempered(loss, drawn & ~drawn) is loss
     sampling = Sampling(seed=3, graphics=0.5)
-    said = random_drawn(range(20), 0.5, 3)
+    said = random_choice(range(20), 0.5, 3, DRAWN)
     photo = torch.zeros(3, 64, 64, dtype=torch.uint8)
     black = torch.tensor([not sampling.crop(g, 64, lambda: photo).any() for g in range(20)])
     assert torch.equal(said, ~black) and 0 < said.sum() < 20

@@ -16,6 +16,7 @@
 Integers are little-endian. About 45 bytes surround the strings.
 """
 
+import io
 import struct
 import zlib
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ MAGIC = b"\x93EF"
 VERSION = 3
 LARGEST_SIDE = 2**16 - 1
 LEVEL_STEPS = 256
+NONSENSE = "The .ef file has a header that makes no sense."
 _U16, _U32 = struct.Struct("<H"), struct.Struct("<I")
 
 
@@ -74,43 +76,36 @@ class Container:
             raise BitstreamError(f"This .ef file has version {data[3]}; this program reads version {VERSION}.")
         if len(data) < 12 or _U32.unpack(data[-4:])[0] != zlib.crc32(data[:-4]):
             raise BitstreamError("The .ef file is cut short or damaged: its checksum does not fit.")
-        reader = _Reader(data[:-4], start=4)
-        flags = reader.take(1)[0]
-        width, height = reader.varint(), reader.varint()
+        body = io.BytesIO(data[4:-4])
+        flags = _take(body, 1)[0]
+        width, height = _take_varint(body), _take_varint(body)
         if not (1 <= width <= LARGEST_SIDE and 1 <= height <= LARGEST_SIDE) or flags > 3:
-            raise BitstreamError("The .ef file has a header that makes no sense.")
-        level = _U16.unpack(reader.take(2))[0] / LEVEL_STEPS if flags & 2 else None
+            raise BitstreamError(NONSENSE)
+        level = _U16.unpack(_take(body, 2))[0] / LEVEL_STEPS if flags & 2 else None
         try:
-            name = reader.take(reader.varint()).decode()
+            name = _take(body, _take_varint(body)).decode()
         except UnicodeDecodeError:
-            raise BitstreamError("The .ef file has a header that makes no sense.") from None
-        weights, (crc,) = reader.take(4), _U32.unpack(reader.take(4))
-        z_string = reader.take(reader.varint())
-        return cls(width, height, bool(flags & 1), name, weights, crc, z_string, reader.rest(), level)
+            raise BitstreamError(NONSENSE) from None
+        weights, (crc,) = _take(body, 4), _U32.unpack(_take(body, 4))
+        z_string = _take(body, _take_varint(body))
+        return cls(width, height, bool(flags & 1), name, weights, crc, z_string, body.read(), level)
 
 
-class _Reader:
-    def __init__(self, data: bytes, start: int):
-        self.data, self.position = data, start
+def _take(body: io.BytesIO, count: int) -> bytes:
+    taken = body.read(count)
+    if len(taken) < count:
+        raise BitstreamError("The .ef file ends inside its header.")
+    return taken
 
-    def take(self, count: int) -> bytes:
-        end = self.position + count
-        if end > len(self.data):
-            raise BitstreamError("The .ef file ends inside its header.")
-        taken, self.position = self.data[self.position : end], end
-        return taken
 
-    def varint(self) -> int:
-        value = 0
-        for shift in range(0, 35, 7):
-            byte = self.take(1)[0]
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value
-        raise BitstreamError("The .ef file has a header that makes no sense.")
-
-    def rest(self) -> bytes:
-        return self.take(len(self.data) - self.position)
+def _take_varint(body: io.BytesIO) -> int:
+    value = 0
+    for shift in range(0, 35, 7):
+        byte = _take(body, 1)[0]
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value
+    raise BitstreamError(NONSENSE)
 
 
 def _varint(value: int) -> bytes:

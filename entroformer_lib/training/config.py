@@ -1,7 +1,10 @@
 """What one training run is: read by the loop, the command line and the model cards. Imports nothing heavy."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
+
+from entroformer_lib.errors import TrainingError
 
 
 @dataclass(frozen=True)
@@ -9,6 +12,9 @@ class TrainConfig:
     """One training run. The defaults are the paper's (appendix A.5) but for size, batch and length.
 
     The line under a field is its help text on the command line.
+
+    Raises:
+        TrainingError: a value out of its range, or fields that do not go together.
     """
 
     data: str
@@ -93,6 +99,37 @@ class TrainConfig:
     """How many processes; under torchrun, per machine."""
     checkpoint_seconds: float = 120.0
     log_every: int = 50
+
+    def __post_init__(self):
+        for wrong, sentence in self._rules():
+            if wrong:
+                raise TrainingError(sentence)
+
+    def _rules(self) -> Iterator[tuple[bool, str]]:
+        """What must not be, each with the sentence that says so."""
+        yield self.steps < 1 or self.batch < 1, "A run needs at least one step and a batch of at least one."
+        for crop in (self.crop, self.last_crop or self.crop):
+            yield crop < 64 or crop % 64 > 0, f"The crop must be a multiple of 64 pixels, and is {crop}."
+            small = self.metric == "ms-ssim" and crop <= 160
+            yield small, f"MS-SSIM needs crops above 160 pixels, and the crop is {crop}."
+        yield not 0 <= self.ema < 1, f"The ema must be at least 0 and below 1, and is {self.ema}."
+        yield not 0 <= self.missing < 1, "missing is a share below 1."
+        for name in ("graphics", "permuted", "one_way"):
+            yield not 0 <= getattr(self, name) <= 1, f"{name} is a share of at most 1."
+        on_latents, alone = self.transforms is not None, (self.transforms is None) != (self.latents is None)
+        yield alone, "Frozen transforms and the latents they gave go together: set both or none of the two."
+        for name in ("last_crop", "pretrain_lmbda", "graphics", "permuted", "held_out"):
+            wrong = on_latents and getattr(self, name) not in (None, 0)
+            yield wrong, f"{name} goes with pictures, not with the latents of frozen transforms."
+        for name in ("rounded", "missing", "one_way"):
+            wrong = not on_latents and bool(getattr(self, name))
+            yield wrong, f"{name} goes with the latents of frozen transforms."
+        wrong = self.branch is not None and (self.init is not None or on_latents or len(self.lmbdas) > 0)
+        yield wrong, "A branch has model and lambdas of its trunk: init, transforms and lmbdas are not for it."
+        wrong = self.schedule == "decay" and self.branch is None
+        yield wrong, "The schedule decay has no warm-up: it is for a branch of another run."
+        wrong = len(self.lmbdas) > 0 and self.pretrain_lmbda is not None
+        yield wrong, "pretrain_lmbda goes with one lmbda; with lmbdas the high rates are trained all along."
 
     def lmbda_at(self, step: int) -> float:
         """The weight of the distortion at a step; of variable rate, the middle one."""

@@ -1,15 +1,15 @@
 """Training pictures: from a folder, a list or WebDataset tars; random downscale and crop.
 
-Sample number g of a run, counted over all steps and processes, is a function of the seed and g alone: which picture,
-which crop, which noise. So a resumed run continues exactly, and two processes share the work of one without changing
-it.
+Sample number g of a run, counted over all steps and processes, is a function of the seed and g alone (chance.py): which
+picture, and which crop of it.
 """
 
-import functools
+import collections
 import glob
 import io
 import itertools
 import os
+import re
 import tarfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +23,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from entroformer_lib.codec.pictures import pixels_of
 from entroformer_lib.errors import DataError
+from entroformer_lib.training.chance import DRAWN, HELD_OUT, SHARDS, generator, picture_number
 from entroformer_lib.training.graphics import drawn
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
@@ -54,8 +56,7 @@ def find_sources(source: str | os.PathLike | list) -> tuple[list[Path], list[str
             raise DataError(f"There is no picture and no .tar in the folder {name}.")
         return pictures, tars
     if path.suffix == ".txt" and path.is_file():
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-        pictures = [path.parent / line for line in lines]
+        pictures = [path.parent / line for line in _lines(path)]
         missing = [p for p in pictures if not p.is_file()]
         if missing or not pictures:
             what = f"names {missing[0]}, which is not there" if missing else "names no picture"
@@ -69,20 +70,16 @@ def find_sources(source: str | os.PathLike | list) -> tuple[list[Path], list[str
     raise DataError(f"There are no training pictures at {name}.")
 
 
-UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-
-
 def pictures_in(source, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[np.ndarray]:
     """Every picture of a source whose file name is wanted, as uint8 [H, W, 3], in a fixed order. What cannot be read is
     named in a warning."""
     files, tars = find_sources(source)
-    members = ((str(path), path.read_bytes) for path in files)
-    for name, read in itertools.chain(members, ((n, lambda d=d: d) for n, d in _tar_members(tars))):
+    for name, picture in itertools.chain(((str(path), path) for path in files), _tar_members(tars)):
         if not wanted(Path(name).name):
             continue
         try:
-            yield _rgb(read())
-        except UNREADABLE as error:
+            yield pixels_of(picture)
+        except DataError as error:
             warnings.warn(f"left out {name}: {error}", stacklevel=2)
 
 
@@ -93,12 +90,18 @@ def read_names(path: str | os.PathLike) -> frozenset[str]:
         DataError: no such list, or an empty one.
     """
     try:
-        lines = [line.partition("#")[0].strip() for line in Path(path).read_text().splitlines()]
+        names = frozenset(_lines(Path(path)))
     except (OSError, UnicodeError) as error:
         raise DataError(f"The list of held-out pictures {path} cannot be read: {error}.") from None
-    if not any(lines):
+    if not names:
         raise DataError(f"The list of held-out pictures {path} names none.")
-    return frozenset(filter(None, lines))
+    return names
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a list, without comments (# at the beginning or behind a space) and empty lines."""
+    lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in path.read_text().splitlines())
+    return [line for line in lines if line]
 
 
 def held_out_crops(source, names: frozenset[str], largest: int = 256) -> Tensor:
@@ -108,13 +111,13 @@ def held_out_crops(source, names: frozenset[str], largest: int = 256) -> Tensor:
     Raises:
         DataError: a name that is not in the source, or a picture smaller than 64 pixels.
     """
-    pictures = [torch.from_numpy(p.transpose(2, 0, 1).copy()) for p in pictures_in(source, names.__contains__)]
+    pictures = [_channels_first(p) for p in pictures_in(source, names.__contains__)]
     if len(pictures) != len(names):
         raise DataError(f"Of {len(names)} held-out pictures {len(pictures)} are among the training data.")
     crop = min(largest, min(min(p.shape[1:]) for p in pictures) // 64 * 64)
     if not crop:
         raise DataError("A held-out picture is smaller than 64 pixels.")
-    return torch.stack([crop_of(p, crop, 0.5, np.random.default_rng((10, i))) for i, p in enumerate(pictures)])
+    return torch.stack([crop_of(p, crop, 0.5, generator(HELD_OUT, i)) for i, p in enumerate(pictures)])
 
 
 def _tar_members(tars: list[str]) -> Iterator[tuple[str, bytes]]:
@@ -137,9 +140,9 @@ def _tar_members(tars: list[str]) -> Iterator[tuple[str, bytes]]:
         raise DataError(f"A tar among the training data is damaged or cannot be read: {error}.") from None
 
 
-def _rgb(data: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image.convert("RGB"))
+def _channels_first(picture: np.ndarray) -> Tensor:
+    """uint8 [H, W, 3]  ->  uint8 [3, H, W]"""
+    return torch.from_numpy(picture.transpose(2, 0, 1).copy())
 
 
 def crop_of(picture: Tensor, crop: int, downscale: float, rng: np.random.Generator) -> Tensor:
@@ -172,22 +175,11 @@ class Sampling:
 
     def crop(self, g: int, side: int, picture: Callable[[], Tensor]) -> Tensor:
         """picture: gives uint8 [3, H, W]  ->  float32 [3, side, side] in [0, 1]"""
-        more = np.random.default_rng((self.seed, 9, g))
-        if more.random() < self.graphics:  # as `random_drawn` says
+        more = generator(self.seed, DRAWN, g)
+        if more.random() < self.graphics:  # as `random_choice` says
             return drawn(side, more)
-        x = crop_of(picture(), side, self.downscale, np.random.default_rng((self.seed, g)))
+        x = crop_of(picture(), side, self.downscale, generator(self.seed, g))
         return x[more.permutation(3)] if more.random() < self.permuted else x
-
-
-def picture_number(g: int, count: int, seed: int) -> int:
-    """Which of `count` pictures sample g takes: every picture once per epoch, in an order of the epoch's own."""
-    epoch, position = divmod(g, count)
-    return int(_epoch_order(epoch, count, seed)[position])
-
-
-@functools.lru_cache(maxsize=2)
-def _epoch_order(epoch: int, count: int, seed: int) -> np.ndarray:
-    return np.random.default_rng((seed, 1, epoch)).permutation(count)
 
 
 class PreloadedCrops:
@@ -212,7 +204,7 @@ class PreloadedCrops:
             if min(picture.shape[:2]) < crop:
                 small += 1
             else:
-                self.pictures.append(torch.from_numpy(picture.transpose(2, 0, 1).copy()).to(device))  # [3, H, W]
+                self.pictures.append(_channels_first(picture).to(device))
         if not self.pictures:
             why = f"all {small} are smaller than the crop of {crop} pixels" if small else "none could be read"
             raise DataError(f"There are no pictures to train on: {why}.")
@@ -267,12 +259,8 @@ class _FileSamples(Dataset):
         return self.sampling.crop(g, self.side, lambda: self._picture(g))
 
     def _picture(self, g: int) -> Tensor:
-        first = picture_number(g, len(self.files), self.sampling.seed)
-        for offset in range(len(self.files)):  # the next one where this one cannot be used
-            picture = _read_if_usable(self.files[(first + offset) % len(self.files)].read_bytes, self.side)
-            if picture is not None:
-                return picture
-        raise DataError(f"No picture is readable and at least {self.side} pixels on both sides.")
+        first, count = picture_number(g, len(self.files), self.sampling.seed), len(self.files)
+        return _first_usable((self.files[(first + i) % count] for i in range(count)), self.side)
 
 
 class _TarSamples(IterableDataset):
@@ -282,21 +270,23 @@ class _TarSamples(IterableDataset):
         self.tars, self.side, self.sampling, self.left_out, self.ranges = tars, side, sampling, left_out, list(ranges)
 
     def __iter__(self) -> Iterator[Tensor]:
-        stream, position = self._stream(), 0
+        # Besides the picture of a sample those before it, to take where only the header of a picture is whole.
+        stream, position, latest = self._stream(), 0, collections.deque(maxlen=8)
         for samples in self.ranges:
             batch = []
             for g in samples:
                 while position <= g:  # after a resume, or another process's share: passed over without decoding
-                    data, position = next(stream), position + 1
-                batch.append(self.sampling.crop(g, self.side, lambda d=data: _read_if_usable(lambda: d, self.side)))
+                    latest.appendleft(next(stream))
+                    position += 1
+                batch.append(self.sampling.crop(g, self.side, lambda: _first_usable(latest, self.side)))
             yield torch.stack(batch)
 
     def _stream(self) -> Iterator[bytes]:
         for epoch in itertools.count():
-            rng = np.random.default_rng((self.sampling.seed, 4, epoch))
+            rng = generator(self.sampling.seed, SHARDS, epoch)
             shards = [self.tars[i] for i in rng.permutation(len(self.tars))]
             members = _tar_members(shards)
-            usable = (d for name, d in members if name not in self.left_out and _is_usable(d, self.side))
+            usable = (d for n, d in members if Path(n).name not in self.left_out and _is_usable(d, self.side))
             count = 0
             for data in _shuffled(usable, rng):
                 count += 1
@@ -328,57 +318,13 @@ def _is_usable(data: bytes, crop: int) -> bool:
         return False
 
 
-def _read_if_usable(read, crop: int) -> Tensor | None:
-    try:
-        picture = _rgb(read())
-    except UNREADABLE:
-        return None
-    return torch.from_numpy(picture.transpose(2, 0, 1).copy()) if min(picture.shape[:2]) >= crop else None
-
-
-def uniform_noise(samples: range, shapes: dict[str, tuple], seed: int, device="cpu") -> dict[str, Tensor]:
-    """Noise in [-0.5, 0.5) of each sample number.  shapes: {"y": (M, h, w), ...}  ->  {"y": [B, M, h, w], ...}"""
-    noise: dict[str, list[Tensor]] = {name: [] for name in shapes}
-    for g in samples:
-        generator = torch.Generator(device).manual_seed(hash((seed, 2, g)) % 2**63)
-        for name, shape in shapes.items():
-            noise[name].append(torch.rand(shape, generator=generator, device=device) - 0.5)
-    return {name: torch.stack(values) for name, values in noise.items()}
-
-
-def random_kept(samples: range, size: tuple[int, int], fraction: float, seed: int, device="cpu") -> Tensor:
-    """Random masks for the pretraining of A.5, True = kept: bool [B, 1, h, w] with `fraction` of the sites False."""
-    h, w = size
-    masks = []
-    for g in samples:
-        order = np.random.default_rng((seed, 3, g)).permutation(h * w)
-        masks.append(torch.from_numpy(order >= round(fraction * h * w)).view(1, h, w))
-    return torch.stack(masks).to(device)
-
-
-def random_missing(samples: range, size: tuple[int, int], largest: float, seed: int, device="cpu") -> Tensor:
-    """Latents hidden from the others as context, True = hidden: bool [B, 1, h, w]. Each sample has a share of its own,
-    uniform in [0, largest], so that the model knows whole context, single gaps and many."""
-    masks = []
-    for g in samples:
-        rng = np.random.default_rng((seed, 6, g))
-        masks.append(torch.from_numpy(rng.random((1, *size)) < rng.uniform(0, largest)))
-    return torch.stack(masks).to(device)
-
-
-def random_one_way(samples: range, share: float, seed: int, device="cpu") -> Tensor:
-    """Which samples see their context one way: bool [B], `share` of them in the long run."""
-    drawn = [np.random.default_rng((seed, 8, g)).random() < share for g in samples]
-    return torch.tensor(drawn, device=device)
-
-
-def random_drawn(samples: range, share: float, seed: int, device="cpu") -> Tensor:
-    """Which samples are drawn by code: bool [B]."""
-    drawn = [np.random.default_rng((seed, 9, g)).random() < share for g in samples]
-    return torch.tensor(drawn, device=device)
-
-
-def random_levels(samples: range, count: int, seed: int) -> list[int]:
-    """Which of `count` rates each sample of a variable-rate run has. All come up equally often in every `count`
-    samples, so that the mean of a batch's losses jumps less."""
-    return [int(np.random.default_rng((seed, 5, g // count)).permutation(count)[g % count]) for g in samples]
+def _first_usable(pictures: Iterable[Path | bytes], side: int) -> Tensor:
+    """The first picture that can be read and is large enough: uint8 [3, H, W]."""
+    for picture in pictures:
+        try:
+            pixels = pixels_of(picture)
+        except DataError:
+            continue
+        if min(pixels.shape[:2]) >= side:
+            return _channels_first(pixels)
+    raise DataError(f"No picture is readable and at least {side} pixels on both sides.")

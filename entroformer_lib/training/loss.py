@@ -8,10 +8,19 @@ from torch import Tensor, nn
 
 from entroformer_lib.models.context import NO_GAPS, Gaps
 
+ERROR_WEIGHT = {"mse": 255**2, "ms-ssim": 1}  # what lambda multiplies is this times `errors`
 
-def psnr_db(mse: Tensor) -> Tensor:
-    """PSNR in dB of a mean squared error of pixels in [0, 1]."""
-    return -10 * torch.log10(mse)
+
+def errors(x_hat: Tensor, x: Tensor, metric: str) -> Tensor:
+    """MSE, or 1 - MS-SSIM, of pictures [B, 3, H, W] with values in [0, 1].  ->  [B]"""
+    if metric == "mse":
+        return (x_hat - x).square().flatten(1).mean(1)
+    return 1 - ms_ssim(x_hat, x, data_range=1.0, size_average=False)
+
+
+def quality(error: Tensor, metric: str) -> dict[str, Tensor]:
+    """A mean of `errors` in the usual unit: {"psnr_db"}, or {"ms_ssim"}."""
+    return {"psnr_db": -10 * torch.log10(error)} if metric == "mse" else {"ms_ssim": 1 - error}
 
 
 def rates(likelihoods: dict[str, Tensor], pixels: int) -> dict[str, Tensor]:
@@ -33,43 +42,6 @@ def tempered(loss: Tensor, drawn: Tensor) -> Tensor:
         return loss
     middle = loss.detach()[~drawn].median()
     return torch.where(drawn, loss * (middle / loss.detach()).clamp(max=1), loss)
-
-
-class RateStep(nn.Module):
-    """The entropy model alone on given latents, where the transforms are frozen: the loss is the rate.
-
-    Noise on y is there for g_a's gradient. Where g_a is frozen the rate of `rounded` y can be trained, the one that is
-    measured; z comes from h_a, which learns, and keeps its noise.
-    """
-
-    def __init__(self, model: nn.Module, bf16: bool = False, even: bool = True, rounded: bool = False):
-        super().__init__()
-        self.model, self.bf16, self.even, self.rounded = model, bf16, even, rounded
-
-    def forward(
-        self,
-        y: Tensor,
-        noise: dict | None = None,
-        gaps: Gaps = NO_GAPS,
-        level: Tensor | None = None,
-    ) -> dict:
-        """y: [B, M, h, w] of g_a, before the gain  ->  scalars `loss`, `rd_loss` = `bpp`, `bpp_y`, `bpp_z`."""
-        with torch.autocast(y.device.type, torch.bfloat16, enabled=self.bf16):
-            y = self.model.scaled(y, level)
-            if self.rounded:
-                noise = {**(noise or {}), "y": torch.floor(y + 0.5) - y}
-            likelihoods, _ = self.model.likelihoods(y, noise, gaps, level)
-        bpp = rates(likelihoods, pixels=256 * y.size(2) * y.size(3))
-        rate, weight, lmbdas = sum(bpp.values()), 1.0, self.model.config.lmbdas  # [B]
-        if level is not None and self.even:
-            weight = evenly(torch.tensor(lmbdas, device=y.device)[level], lmbdas)
-        mean = rate.detach().mean()
-        return {
-            "loss": (weight * rate).mean() + self.model.aux_loss(),
-            "rd_loss": mean,
-            "bpp": mean,
-            **{name: value.detach().mean() for name, value in bpp.items()},
-        }
 
 
 class TrainingStep(nn.Module):
@@ -103,27 +75,51 @@ class TrainingStep(nn.Module):
         """
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             out = self.model(x, noise=noise, gaps=gaps, level=level)
-        pixels = x.size(2) * x.size(3)
-        bpp = rates(out["likelihoods"], pixels)
-        rate = sum(bpp.values())  # [B]
-        mse = (out["x_hat"] - x).square().flatten(1).mean(1)  # [B]
-        if self.metric == "mse":
-            distortion, quality = 255**2 * mse, {"psnr_db": psnr_db(mse.detach().mean())}
-        else:
-            similarity = ms_ssim(out["x_hat"], x, data_range=1.0, size_average=False)  # [B]
-            distortion, quality = 1 - similarity, {"ms_ssim": similarity.detach().mean()}
-        rd_loss = rate + lmbda * distortion  # [B]
-        weight = evenly(lmbda, self.model.config.lmbdas) if self.even and torch.is_tensor(lmbda) else 1.0
-        loss = weight * rd_loss
+        bpp = rates(out["likelihoods"], pixels=x.size(2) * x.size(3))
+        error = errors(out["x_hat"], x, self.metric)
+        goal = sum(bpp.values()) + lmbda * (ERROR_WEIGHT[self.metric] * error)  # [B]
+        return self.terms(goal, bpp, lmbda, drawn) | quality(error.detach().mean(), self.metric)
+
+    def terms(self, goal: Tensor, bpp: dict[str, Tensor], lmbda: float | Tensor | None, drawn: Tensor | None) -> dict:
+        """The scalars that are minimised and logged. goal: [B], what each crop should have little of."""
+        loss = goal
+        if self.even and torch.is_tensor(lmbda):
+            loss = evenly(lmbda, self.model.config.lmbdas) * loss
         if drawn is not None:
             loss = tempered(loss, drawn)
-        return {
-            "loss": loss.mean() + self.model.aux_loss(),
-            "rd_loss": rd_loss.detach().mean(),
-            "bpp": rate.detach().mean(),
-            **{name: value.detach().mean() for name, value in bpp.items()},
-            **quality,
-        }
+        logged = {"rd_loss": goal, "bpp": sum(bpp.values()), **bpp}
+        means = {name: value.detach().mean() for name, value in logged.items()}
+        return {"loss": loss.mean() + self.model.aux_loss(), **means}
+
+
+class RateStep(TrainingStep):
+    """The entropy model alone on given latents, where the transforms are frozen: the loss is the rate.
+
+    Noise on y is there for g_a's gradient. Where g_a is frozen the rate of `rounded` y can be trained, the one that is
+    measured; z comes from h_a, which learns, and keeps its noise.
+    """
+
+    def __init__(self, model: nn.Module, bf16: bool = False, even: bool = True, rounded: bool = False):
+        super().__init__(model, bf16=bf16, even=even)
+        self.rounded = rounded
+
+    def forward(
+        self,
+        y: Tensor,
+        lmbda: float | Tensor | None = None,
+        noise: dict | None = None,
+        gaps: Gaps = NO_GAPS,
+        level: Tensor | None = None,
+        drawn: Tensor | None = None,
+    ) -> dict:
+        """y: [B, M, h, w] of g_a, before the gain  ->  scalars `loss`, `rd_loss` = `bpp`, `bpp_y`, `bpp_z`."""
+        with torch.autocast(y.device.type, torch.bfloat16, enabled=self.bf16):
+            y = self.model.scaled(y, level)
+            if self.rounded:
+                noise = {**(noise or {}), "y": torch.floor(y + 0.5) - y}
+            likelihoods, _ = self.model.likelihoods(y, noise, gaps, level)
+        bpp = rates(likelihoods, pixels=256 * y.size(2) * y.size(3))
+        return self.terms(sum(bpp.values()), bpp, lmbda, drawn)
 
 
 @torch.no_grad()
@@ -135,18 +131,13 @@ def rates_and_distortions(model: nn.Module, pictures: Tensor, lmbdas: tuple[floa
     """
     rows = []
     for level, lmbda in enumerate(lmbdas):
-        terms: dict[str, list[Tensor]] = {"bpp": [], "distortion": []}
+        bpp, error = [], []
         for x in pictures.split(8):
             levels = torch.full((len(x),), level, device=x.device) if model.config.lmbdas else None
             out = model(x, level=levels)
-            terms["bpp"].append(sum(rates(out["likelihoods"], x[0, 0].numel()).values()))
-            x_hat = out["x_hat"].clamp(0, 1)
-            if metric == "mse":
-                terms["distortion"].append((x_hat - x).square().flatten(1).mean(1))
-            else:
-                terms["distortion"].append(1 - ms_ssim(x_hat, x, data_range=1.0, size_average=False))
-        bpp, distortion = (torch.cat(values).double().mean() for values in terms.values())
-        quality = {"psnr_db": float(psnr_db(distortion))} if metric == "mse" else {"ms_ssim": 1 - float(distortion)}
-        rd_loss = bpp + lmbda * distortion * (255**2 if metric == "mse" else 1)
-        rows.append({"lmbda": lmbda, "rd_loss": float(rd_loss), "bpp": float(bpp), **quality})
+            bpp.append(sum(rates(out["likelihoods"], x[0, 0].numel()).values()))
+            error.append(errors(out["x_hat"].clamp(0, 1), x, metric))
+        rate, mean = (torch.cat(values).double().mean() for values in (bpp, error))
+        numbers = {"rd_loss": rate + lmbda * mean * ERROR_WEIGHT[metric], "bpp": rate, **quality(mean, metric)}
+        rows.append({"lmbda": lmbda, **{name: float(value) for name, value in numbers.items()}})
     return rows

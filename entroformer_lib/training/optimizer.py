@@ -1,11 +1,18 @@
-"""Adam as in the paper, and Muon, which needs far fewer steps (docs/training.md has the comparison)."""
+"""How weights move: Adam as in the paper, and Muon, which needs far fewer steps (docs/training.md compares the two).
+
+Also the learning rate over a run, and the running mean of the weights.
+"""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 QUANTILES_LR = 1e-3  # of the factorized prior, as in CompressAI
+COOL_DOWN = 0.6  # share of the steps over which the linear schedule goes to zero
 
 
 def build_optimizer(model: nn.Module, kind: str, lr: float) -> torch.optim.Optimizer:
@@ -38,6 +45,9 @@ class Muon(torch.optim.Optimizer):
     gradients move as far as the others. A kernel [out, in, h, w] counts as a matrix [out, in h w]. Steps are scaled to
     the size that Adam's usually have (0.2 sqrt(longer side), Liu et al. 2025), so both share one learning rate.
 
+    torch.optim.Muon takes matrices alone and one after the other. Here kernels are matrices too, and those of equal
+    shape go through one batched product, which is most of a step's time.
+
     Groups with `orthogonal` hold matrices; a `fixed` learning rate is not scheduled.
     """
 
@@ -52,23 +62,16 @@ class Muon(torch.optim.Optimizer):
             (self._muon if group["orthogonal"] else self._adam)(parameters, group)
 
     def _adam(self, parameters: list[Tensor], group: dict) -> None:
-        if not parameters:
-            return
-        for p in parameters:
-            if not self.state[p]:
-                self.state[p].update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
-            self.state[p]["step"] += 1
-        b1, b2 = group["betas"]
-        gradients = [p.grad for p in parameters]
-        means, squares = ([self.state[p][key] for p in parameters] for key in ("mean", "square"))
-        torch._foreach_lerp_(means, gradients, 1 - b1)
-        torch._foreach_mul_(squares, b2)
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 - b2)
-        steps = [self.state[p]["step"] for p in parameters]
-        roots = torch._foreach_sqrt(squares)
-        torch._foreach_div_(roots, [math.sqrt(1 - b2**t) for t in steps])
-        torch._foreach_add_(roots, group["eps"])
-        torch._foreach_addcdiv_(parameters, means, roots, [-group["lr"] / (1 - b1**t) for t in steps])
+        states = [self.state[p] for p in parameters]
+        for p, state in zip(parameters, states, strict=True):
+            if not state:
+                state.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
+            # An int in earlier checkpoints, and on the GPU where a checkpoint was loaded to one.
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device="cpu")
+        means, squares, steps = ([state[key] for state in states] for key in ("mean", "square", "step"))
+        numbers = dict(zip(("beta1", "beta2"), group["betas"], strict=True), lr=group["lr"], eps=group["eps"])
+        fixed = dict(amsgrad=False, maximize=False, weight_decay=0.0, foreach=True)
+        adam(parameters, [p.grad for p in parameters], means, squares, [], steps, **numbers, **fixed)
 
     def _muon(self, parameters: list[Tensor], group: dict) -> None:
         by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
@@ -97,3 +100,59 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
         x = torch.baddbmm(x, even, x, beta=3.4445)
     x = x.to(matrices.dtype)
     return (x.mT if tall else x).reshape(matrices.shape)
+
+
+def learning_rate_factor(
+    step: int, total: int, warmup: float = 0.05, decay: float = 0.75, schedule: str = "steps"
+) -> float:
+    """Factor on the base learning rate: linear warm-up over 5% of the steps, then
+
+    `steps`: times `decay` at every fifth of the steps (appendix A.5; the released code has 0.5 instead of 0.75);
+    `linear`: constant, and over the last 60% of the steps linearly down to 0 (ours, for short budgets);
+    `constant`: constant. `decay` has no warm-up: linearly from 1 to 0, for a branch of a constant run.
+    """
+    if schedule == "decay":
+        return 1 - step / total
+    warm_steps = max(1, round(warmup * total))
+    if schedule == "constant":  # open-ended: its length says nothing about its beginning
+        warm_steps = min(warm_steps, 500)
+    warm = min(1.0, (step + 1) / warm_steps)
+    if schedule == "linear":
+        return warm * min(1.0, (total - step) / (COOL_DOWN * total))
+    if schedule == "constant":
+        return warm
+    return warm * decay ** (5 * step // total)
+
+
+class Mean:
+    """Exponential running mean of the weights. It follows quickly at first: the decay grows as (1 + t) / (10 + t).
+
+    With a decay of 0 there is no mean, and nothing happens.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model, self.decay = model, decay
+        self.values = {name: p.detach().clone() for name, p in model.named_parameters()} if decay else None
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes up the weights after a step."""
+        if self.values is not None:
+            weight = 1 - min(self.decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(self.values.values()), list(self.model.parameters()), weight)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the mean is the model's weights, to be measured or saved."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, parameter in self.model.named_parameters() if self.values is not None else ():
+            last = parameter.clone()
+            parameter.copy_(self.values[name])
+            self.values[name] = last

@@ -7,7 +7,6 @@ The released code clamps symbols to [-128, 127] and gives those two a logistic t
 not clamped, so the two agree wherever no latent reaches those ends.
 """
 
-import hashlib
 import math
 import re
 import zipfile
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import ConfigError, WeightsError
+from entroformer_lib.files import file_digest
 from entroformer_lib.models.config import PRESETS, EntroformerConfig
 from entroformer_lib.weights.checkpoint import Locate, StandIn, StoredTensor, open_checkpoint
 from entroformer_lib.weights.zoo import save_weights
@@ -46,14 +46,12 @@ def load_official(path: str | Path, top_k: int | None = None) -> Entroformer:
         with open(path, "rb") as file:
             parts, locate = open_checkpoint(file)
             model = _build(parts, locate, top_k)
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except KeyError as error:  # a part, a tensor, an entry of the archive
         raise WeightsError(f"The checkpoint {path} has no '{error.args[0]}'.") from None
     except (OSError, EOFError, NotImplementedError, UnicodeError, zipfile.BadZipFile) as error:
         raise WeightsError(f"The checkpoint {path} cannot be read: {getattr(error, 'strerror', error)}.") from None
     model.name, model.path = path.stem, path
-    model.card = {"origin": "the authors' released code", "source_file": path.name, "source_sha256": digest}
+    model.card = {"origin": "the authors' released code", "source_file": path.name, "source_sha256": file_digest(path)}
     model.card |= {"preset": "official", "variant": model.config.variant}
     return model
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,18 +16,17 @@ from safetensors.torch import save_file
 
 from entroformer_lib.entroformer import Entroformer, fingerprint
 from entroformer_lib.errors import RateError, WeightsError
-from entroformer_lib.files import data_folder, replacing
+from entroformer_lib.files import data_folder, file_digest, replacing
 from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.priors import FactorizedPrior
+
+SHARED = ("g_a.", "g_s.", "gain.")  # tensors that another file may hold
 
 
 def weight_folders() -> list[Path]:
     """Where names are looked up: the folders in ENTROFORMER_WEIGHTS first, then the shipped weights."""
     own = [Path(p) for p in os.environ.get("ENTROFORMER_WEIGHTS", "").split(os.pathsep) if p]
     return [*own, data_folder() / "weights"]
-
-
-SHARED = ("g_a.", "g_s.", "gain.")  # tensors that another file may hold
 
 
 def save_weights(model: Entroformer, path: Path, card: dict, half: bool = False, transforms: str | None = None) -> None:
@@ -59,13 +59,19 @@ def save_weights(model: Entroformer, path: Path, card: dict, half: bool = False,
         raise WeightsError(f"The weights could not be written to {path}: {error}") from None
 
 
-def shared_digest(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over names and values (as float32) of g_a, g_s and gains."""
-    digest = hashlib.sha256()
+def tensors_digest(tensors: dict[str, torch.Tensor], before: bytes = b"") -> bytes:
+    """SHA-256 over `before` and the names and values of tensors, by name, floats as float32: 32 bytes."""
+    digest = hashlib.sha256(before)
     for name, tensor in sorted(tensors.items()):
-        if name.startswith(SHARED):
-            digest.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+        values = tensor.detach().cpu().contiguous()
+        values = values.float() if values.is_floating_point() else values
+        digest.update(name.encode() + values.numpy().tobytes())
+    return digest.digest()
+
+
+def shared_digest(tensors: dict[str, torch.Tensor]) -> str:
+    """Digest of g_a, g_s and gains, in hexadecimal digits."""
+    return tensors_digest({name: t for name, t in tensors.items() if name.startswith(SHARED)}).hex()
 
 
 def _prepared_for_saving(model: Entroformer, half: bool) -> Entroformer:
@@ -171,6 +177,9 @@ def _shared_with(path: Path, name: str, sha256: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
+_digests: WeakKeyDictionary[Entroformer, tuple[tuple, bytes]] = WeakKeyDictionary()  # with what they were computed of
+
+
 def weights_digest(model: Entroformer) -> bytes:
     """SHA-256 over config, names and values of everything the decoder needs: 32 bytes.
 
@@ -178,18 +187,12 @@ def weights_digest(model: Entroformer) -> bytes:
     """
     model.refresh_tables()
     state = fingerprint([model])
-    if getattr(model, "_digest_of", None) != state:
-        model._digest, model._digest_of = _digest(model), state
-    return model._digest
-
-
-def _digest(model: Entroformer) -> bytes:
-    digest = hashlib.sha256(model.config.to_json().encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if name != "_extra_state" and not name.startswith(("g_a.", "h_a.")):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.digest()
+    known, digest = _digests.get(model, (None, b""))
+    if known != state:
+        needed = {k: t for k, t in model.state_dict().items() if not k.startswith(("_extra_state", "g_a.", "h_a."))}
+        digest = tensors_digest(needed, before=model.config.to_json().encode())
+        _digests[model] = state, digest
+    return digest
 
 
 def list_models() -> list[dict]:
@@ -217,7 +220,7 @@ def _describe(path: Path) -> list[dict]:
         "variant": config.variant,
         "metric": card.get("metric"),
         "bytes": path.stat().st_size,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "sha256": file_digest(path),
         "path": str(path),
     }
     kodak = card.get("kodak", {})

@@ -1,0 +1,74 @@
+"""The model that a run begins with: new, from other weights, behind frozen transforms, or a trunk's."""
+
+from entroformer_lib.entroformer import Entroformer, build_model
+from entroformer_lib.errors import TrainingError
+from entroformer_lib.models.config import parse_fields
+from entroformer_lib.models.gain import RateGain
+from entroformer_lib.training.config import TrainConfig
+from entroformer_lib.training.growth import grown
+from entroformer_lib.training.latents import freeze, frozen_transforms, with_transforms
+from entroformer_lib.weights.zoo import load_model
+
+# Lambda of 1 - MS-SSIM over that of 255^2 MSE at about the same rate: the ratio of CompressAI's two tables of lambdas,
+# which runs from 1,333 (2.4 and 0.0018) to 1,222 (220 and 0.18).
+MS_SSIM_OVER_MSE = 1290.0
+
+
+def initial_model(config: TrainConfig, trunk: dict | None = None) -> Entroformer:
+    """The model of a run before its first step. trunk: the checkpoint that a branch begins at.
+
+    Raises:
+        TrainingError: the run hides latents in a way that this model's context does not know.
+    """
+    model = _model(config, trunk)
+    context = model.config.context
+    if context == "grouped" and (config.missing or config.pretrain):
+        raise TrainingError("missing and pretrain hide latents of Entroformer's context models; GroupedMixer has none.")
+    if config.one_way and context != "parallel":
+        raise TrainingError("Only a parallel model can see its context one way or both ways (one_way).")
+    return model
+
+
+def _model(config: TrainConfig, trunk: dict | None) -> Entroformer:
+    lmbdas, fields = tuple(config.lmbdas), parse_fields(config.architecture)
+    if trunk is not None:
+        return grown(Entroformer.from_state_dict(trunk["model"]), fields)
+    if config.transforms:
+        source = frozen_transforms(config.transforms)
+        if config.init is None:
+            return with_transforms(source, config.model, config.preset, **fields)
+        return freeze(changed(load_model(config.init, device="cpu"), fields), source)
+    if config.init is None:
+        return build_model(config.model, config.preset, **{"lmbdas": lmbdas, **fields})
+    model = load_model(config.init, device="cpu")
+    if lmbdas:
+        fields["lmbdas"] = lmbdas
+    other_metric = config.metric == "ms-ssim" and model.card.get("metric", "mse") == "mse"
+    return changed(model, fields, MS_SSIM_OVER_MSE if other_metric else 1.0)
+
+
+def changed(model: Entroformer, fields: dict, lmbda_scale: float = 1.0) -> Entroformer:
+    """A model of another architecture that begins with all that fits: every tensor of the same name and shape.
+
+    What does not fit begins afresh. Gains of other lambdas begin from those interpolated at them.
+
+    Args:
+        model: the one to begin from.
+        fields: of its config, to change.
+        lmbda_scale: the new lambdas over the model's at the same rate; not 1 where the distortion is another.
+    """
+    config = model.config.replaced(**fields)
+    if config == model.config:
+        return model
+    new = Entroformer(config)
+    if new.gain is not None and model.gain is None:
+        new.gain = RateGain(config.lmbdas, config.M, reference=model.card.get("lmbda"))
+    state = new.state_dict()
+    for name, tensor in model.state_dict().items():
+        fits = name in state and state[name].shape == tensor.shape
+        if fits and name != "_extra_state" and not name.startswith("gain."):
+            state[name] = tensor
+    new.load_state_dict(state)
+    if new.gain is not None and model.gain is not None and config.M == model.config.M:
+        new.gain.begin_from(model.gain, lmbda_scale)
+    return new
