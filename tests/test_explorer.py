@@ -49,9 +49,7 @@ def test_view_model_knows_no_widget_and_no_network():
     assert names == {"dataclasses", "numpy", "traitlets", "entroformer_lib.errors"}
     heavy = {"torch", "compressai", "anywidget"}
     code = f"import sys, entroformer_lib.inspection.exploration; print({heavy} & set(sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=LIBRARY.parent
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=LIBRARY.parent)
     assert done.stdout.strip() == "set()"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from entroformer_lib.errors import Stopped, StudyError
-from entroformer_lib.studies import engine as sweeps
+from entroformer_lib.studies import engine
 from entroformer_lib.studies.engine import Outcome, Task, perform, sweep
 
 
@@ -198,7 +198,7 @@ def test_two_sweeps_on_one_scheduler_share_the_runs(cluster, tmp_path):
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense", "http://"])
 def test_a_scheduler_that_does_not_answer(address, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeps, "PATIENCE", 1.0)
+    monkeypatch.setattr(engine, "PATIENCE", 1.0)
     with pytest.raises(StudyError, match="does not answer"):
         sweep(tasks(), tmp_path, scheduler=address)
     assert list(tmp_path.iterdir()) == []
@@ -217,5 +217,5 @@ def test_answers_are_whole_or_not_there(tmp_path):
     """What cannot be written as JSON leaves nothing that looks like an answer."""
     outcome = perform(Task("odd", lambda folder, answer: {1, 2}), tmp_path)
     assert "TypeError" in outcome.error
-    assert sorted(path.name for path in (tmp_path / "odd").iterdir()) == ["lock", "task.json"]
+    assert sorted(path.name for path in (tmp_path / "odd").iterdir()) == ["lock", "task.json", "worker"]
     assert json.loads((tmp_path / "odd" / "task.json").read_text()) == {}
