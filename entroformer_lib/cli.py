@@ -196,18 +196,18 @@ def evaluate(
         device: cpu, cuda, or auto.
         jobs: Pictures at a time, each on one core; default: as many as there are cores.
     """
-    from entroformer_lib.studies.measuring import Task, measure
+    from entroformer_lib.studies.measuring import Coding, forget, measure
     from entroformer_lib.studies.rate_distortion import pictures_to_test
 
     loaded = _load(model, device)
     place = next(loaded.g_s.parameters()).device.type
-    tasks = [Task(model, None, str(path), place) for path in pictures_to_test(data, limit)]
+    codings = [Coding(model, None, str(path), place) for path in pictures_to_test(data, limit)]
     quiet = str(json_file) == "-"
     columns = ("bpp", "bpp_estimated", "psnr_db", "ms_ssim", "encode_s", "decode_s")
     if not quiet:
         print(f"{'image':20}" + "".join(f"{name:>15}" for name in columns))
     done = None if json_file is None or quiet else json_file.with_name(json_file.name + ".rows")
-    rows = measure(tasks, done, jobs, lambda row: quiet or _print_row(row["image"], row, columns))
+    rows = measure(codings, done, jobs, lambda row: quiet or _print_row(row["image"], row, columns))
     rows = [{name: value for name, value in row.items() if name not in ("codec", "setting")} for row in rows]
     mean = {name: _mean([row[name] for row in rows]) for name in columns}
     if not quiet:
@@ -219,7 +219,7 @@ def evaluate(
         text = json.dumps({"images": rows, "mean": mean, "provenance": provenance(loaded)}, indent=1)
         print(text) if quiet else write_bytes(json_file, text.encode())
         if done is not None:
-            done.unlink(missing_ok=True)
+            forget(done)
 
 
 @studies.command(name="ablation")

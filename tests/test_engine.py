@@ -163,7 +163,7 @@ def cluster():
     from distributed import Scheduler, SpecCluster, Worker
 
     worker = {"cls": Worker, "options": {"nthreads": 2, "resources": {"GPU": 1}, "dashboard": False}}
-    scheduler = {"cls": Scheduler, "options": {"dashboard": False, "dashboard_address": None}}
+    scheduler = {"cls": Scheduler, "options": {"dashboard": False, "dashboard_address": "127.0.0.1:0"}}
     with SpecCluster({0: worker}, scheduler) as cluster:
         yield cluster
 
@@ -207,7 +207,7 @@ def test_a_scheduler_that_does_not_answer(address, tmp_path, monkeypatch):
 def test_a_scheduler_without_workers(tmp_path):
     from distributed import Scheduler, SpecCluster
 
-    scheduler = {"cls": Scheduler, "options": {"dashboard": False, "dashboard_address": None}}
+    scheduler = {"cls": Scheduler, "options": {"dashboard": False, "dashboard_address": "127.0.0.1:0"}}
     with SpecCluster({}, scheduler) as cluster, pytest.raises(StudyError, match="no workers"):
         sweep(tasks(), tmp_path, scheduler=cluster.scheduler_address)
     assert list(tmp_path.iterdir()) == []

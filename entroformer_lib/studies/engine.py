@@ -133,7 +133,7 @@ def sweep(
         Stopped: a signal stopped a training in this process.
     """
     check(tasks, root)
-    left = [task for task in tasks if task.missing(root)]
+    left = list({task.name: task for task in tasks if task.missing(root)}.values())
     workers = min(workers, len(left))
     with contextlib.ExitStack() as stack:
         if scheduler is not None:
@@ -261,13 +261,14 @@ def local_cluster(workers: int, own_gpu: bool = True) -> Iterator:
     import torch
     from distributed import Client, Nanny, Scheduler, SpecCluster
 
-    options = {"nthreads": 1, "memory_limit": 0, "dashboard": False, "silence_logs": logging.ERROR}
+    host = "127.0.0.1"  # nobody on the network may give it work
+    options = {"nthreads": 1, "memory_limit": 0, "host": host, "dashboard": False, "silence_logs": logging.ERROR}
     each = [options] * workers
     if own_gpu and torch.cuda.is_available():
         gpus = range(min(workers, torch.cuda.device_count()))
         each = [{**options, "resources": {"GPU": 1}, "env": {"CUDA_VISIBLE_DEVICES": str(gpu)}} for gpu in gpus]
     specification = {i: {"cls": Nanny, "options": options} for i, options in enumerate(each)}
-    scheduler = {"cls": Scheduler, "options": {"dashboard": False, "dashboard_address": None}}
+    scheduler = {"cls": Scheduler, "options": {"host": host, "dashboard": False, "dashboard_address": f"{host}:0"}}
     with _quiet(), SpecCluster(specification, scheduler) as cluster, Client(cluster) as client:
         client.wait_for_workers(len(each))
         yield client

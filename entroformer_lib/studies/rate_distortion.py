@@ -1,7 +1,7 @@
 """Rate and distortion on a set of pictures, always through real bytes."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,17 @@ def pictures_to_test(folder, limit: int | None = None) -> list[Path]:
     return paths
 
 
+def pictures_of(folder, limit: int | None = None) -> list[tuple[str, Image.Image]]:
+    """Name and picture (RGB) of all files of a folder."""
+    return [(path.stem, codec.to_rgb(codec.open_picture(path))[0]) for path in pictures_to_test(folder, limit)]
+
+
+def middle(picture: Image.Image, side: int) -> Image.Image:
+    """The square in the middle, or as much of it as there is.  side: pixels"""
+    left, top = (max(0, (length - side) // 2) for length in picture.size)
+    return picture.crop((left, top, min(picture.width, left + side), min(picture.height, top + side)))
+
+
 def evaluate(model: Entroformer, paths: Iterable[Path]) -> pd.DataFrame:
     """Codes each picture to bytes and back. One row per picture, see `evaluate_picture`."""
     return pd.DataFrame([evaluate_picture(model, path) for path in paths])
@@ -37,23 +48,33 @@ def evaluate_picture(model: Entroformer, path: Path) -> dict:
     """One picture through the codec.
 
     Returns:
-        image, width, height (pixels), bytes (the whole .ef file), bpp (of the whole file), bpp_estimated (from the
-        likelihoods alone), psnr_db and ms_ssim (8-bit RGB; MS-SSIM is None below 161 pixels), encode_s, decode_s.
+        The columns of `measured`, and bpp_estimated: from the likelihoods alone.
     """
     picture, _ = codec.to_rgb(codec.open_picture(path))
+    row = measured(path, picture, lambda: codec.encode(model, path), lambda data: codec.decode(data, model))
+    return {**row, "bpp_estimated": estimated_bits(model, picture) / (picture.width * picture.height)}
+
+
+def measured(
+    path: Path, picture: Image.Image, encode: Callable[[], bytes], decode: Callable[[bytes], Image.Image]
+) -> dict:
+    """What a codec makes of a picture.
+
+    Returns:
+        image, width, height (pixels), bytes (the whole file), bpp (of the whole file), psnr_db and ms_ssim (8-bit RGB;
+        MS-SSIM is None below 161 pixels), encode_s, decode_s.
+    """
     start = time.perf_counter()
-    data = codec.encode(model, path)
+    data = encode()
     middle = time.perf_counter()
-    decoded = codec.decode(data, model).convert("RGB")
+    decoded = decode(data).convert("RGB")
     end = time.perf_counter()
-    pixels = picture.width * picture.height
     return {
         "image": path.stem,
         "width": picture.width,
         "height": picture.height,
         "bytes": len(data),
-        "bpp": 8 * len(data) / pixels,
-        "bpp_estimated": estimated_bits(model, picture) / pixels,
+        "bpp": 8 * len(data) / (picture.width * picture.height),
         "psnr_db": psnr_db(picture, decoded),
         "ms_ssim": ms_ssim(picture, decoded),
         "encode_s": middle - start,
