@@ -16,6 +16,8 @@ on other machines need this library and the same folder under the same path.
 """
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -32,6 +34,7 @@ from filelock import FileLock, Timeout
 
 from entroformer_lib.errors import Stopped, StudyError, UserError
 from entroformer_lib.files import write_bytes
+from entroformer_lib.training.config import RUNTIME_FIELDS, TrainConfig
 
 PATIENCE = 10.0  # seconds that a scheduler has to answer
 Work = Callable[[Path, str], Any]
@@ -208,12 +211,31 @@ def _one_by_one(tasks: list[Task], root: Path) -> Iterator[Outcome]:
             yield outcome
 
 
-def trained(config, watch: Callable | None = None) -> dict:
-    """The work of a run that is a training: begins it, or goes on where a killed one stopped.
+# ---- runs that are trainings ----
+
+
+def training_task(config: TrainConfig, progress: bool = False) -> Task:
+    """A training as a run of one answer, `weights`; its folder is config.out.  progress: show a bar"""
+    folder = Path(config.out)
+    return Task(folder.name, functools.partial(_train, config, progress), ("weights",), identity_of(config))
+
+
+def _train(config: TrainConfig, progress: bool, folder: Path, answer: str) -> dict:
+    return trained(config, progress)
+
+
+def identity_of(config: TrainConfig) -> dict:
+    """What a training depends on: all fields but those that may differ when a run is continued."""
+    fields = dataclasses.asdict(config)
+    return json.loads(json.dumps({k: v for k, v in fields.items() if k not in {*RUNTIME_FIELDS, "init"}}))
+
+
+def trained(config: TrainConfig, progress: bool = False, watch: Callable | None = None) -> dict:
+    """Trains, or goes on where a killed run stopped.
 
     Args:
-        config: the TrainConfig of the run.
-        watch: see `training.loop.train`.
+        config: the run.
+        progress, watch: see `training.loop.train`.
 
     Returns:
         train_seconds, steps, device, weights_sha256; the weights lie in the run's folder.
@@ -221,9 +243,13 @@ def trained(config, watch: Callable | None = None) -> dict:
     from entroformer_lib.training.loop import train
     from entroformer_lib.weights.zoo import load_model, weights_digest
 
-    model = load_model(train(config, progress=False, watch=watch))
-    took = {name: model.card[name] for name in ("train_seconds", "device")}
-    return {**took, "steps": config.steps, "weights_sha256": weights_digest(model).hex()}
+    model = load_model(train(config, progress=progress, watch=watch))
+    return {
+        "train_seconds": model.card["train_seconds"],
+        "steps": config.steps,
+        "device": model.card["device"],
+        "weights_sha256": weights_digest(model).hex(),
+    }
 
 
 # ---- dask.distributed ----
