@@ -7,15 +7,19 @@ import pandas as pd
 import pytest
 import torch
 from compressai.layers import MaskedConv2d
-from conftest import aware_model, micro_model
+from conftest import MICRO, aware_model, micro_model
 
 from entroformer_lib.codec import codec
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.errors import StudyError
 from entroformer_lib.inspection import missing_context as mc
+from entroformer_lib.models import config as model_config
 from entroformer_lib.models.context import Gaps, first_slice
 from entroformer_lib.studies import position_masking as pm
-from entroformer_lib.weights.zoo import save_weights
+from entroformer_lib.training.latents import write_latents
+from entroformer_lib.weights.zoo import load_model, save_weights
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's advice
 
 CONTEXTS = ("serial", "parallel", "context", "cnn")
 
@@ -212,28 +216,44 @@ def test_one_position_alone(variant, picture):
 
 
 def test_measured_models_are_kept(picture, tmp_path, monkeypatch):
-    """More models join the saved result; those measured with the same weights are not measured again."""
+    """More models join the saved result, wherever they were trained; none is measured twice."""
     (tmp_path / "results").mkdir()
     (tmp_path / "kodak").mkdir()
     picture.save(tmp_path / "kodak" / "a.png")
     monkeypatch.setattr(pm, "data_folder", lambda: tmp_path)
-    monkeypatch.setattr(pm, "RADII", (0, 1))
-    monkeypatch.setattr(pm.run_beyond, "__defaults__", ((0, 1),))
-    calls = []
-    run = pm.run
-    monkeypatch.setattr(
-        pm, "run", lambda models, *rest, **words: calls.append(models[0].name) or run(models, *rest, **words)
-    )
-    for name, seed in (("none", 0), ("cnn", 1)):
-        save_weights(micro_model("serial", seed=seed), tmp_path / "runs" / name / "weights.safetensors", {})
-        pm.measure(tmp_path / "runs", tmp_path / "kodak", side=3, crop=128)
-    assert calls == ["none", "none", "cnn", "cnn"]  # each with its check by a wider lattice
-    saved = json.loads((tmp_path / "results" / "position_masking.json").read_text())
+
+    def measured(runs: str, name: str, seed: int) -> dict:
+        save_weights(micro_model("serial", seed=seed), tmp_path / runs / name / "weights.safetensors", {})
+        pm.measure(tmp_path / runs, tmp_path / "kodak", side=3, crop=128)
+        return json.loads((tmp_path / "results" / "position_masking.json").read_text())
+
+    first = measured("runs", "none", seed=0)
+    saved = measured("runs", "cnn", seed=1)
     assert list(saved["models"]) == ["cnn", "none"]  # in the order of VARIANTS
-    assert len(saved["rows"]) == len(saved["alone"]) == 8 and len(saved["beyond"]) == 4
+    assert saved["models"]["none"] == first["models"]["none"]  # with the date of its measurement
+    assert len(saved["rows"]) == len(saved["alone"]) == 8 and len(saved["beyond"]) == 2 * len(mc.RADII)
     assert len(saved["fits"]) == len(saved["alone_fits"]) == 6
     assert saved["models"]["cnn"]["weights_sha256"] and saved["provenance"]["revision"]
     assert saved["models"]["cnn"]["position"] == "diamond"
+    more = measured("elsewhere", "mine", seed=2)
+    assert list(more["models"]) == ["cnn", "none", "mine"]
+    assert more["rows"][:8] == saved["rows"]
+    again = measured("elsewhere", "none", seed=3)  # other weights take the place of the first
+    assert again["models"]["none"] != first["models"]["none"] and len(again["rows"]) == 12
+
+
+def test_models_of_the_study_are_trained_once(source, photo_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(model_config.SIZES, "tiny", MICRO)
+    write_latents(source, str(photo_folder), tmp_path / "latents", crop=256, per_picture=1)
+    for only in (("none",), ("none", "hyper-parallel-none")):
+        pm.train_models(source, str(tmp_path / "latents"), tmp_path / "runs", steps=1, only=only)
+    runs = {path.parent.name: load_model(path, "cpu") for path in (tmp_path / "runs").glob("*/weights.safetensors")}
+    assert {name: (m.config.context, m.config.position) for name, m in runs.items()} == {
+        "none": ("serial", "none"), "hyper-parallel-none": ("parallel", "none"),
+    }  # fmt: skip
+    assert all(model.card["training"]["missing"] == pm.MISSING for model in runs.values())
+    with pytest.raises(StudyError, match="another steps"):
+        pm.train_models(source, str(tmp_path / "latents"), tmp_path / "runs", steps=2, only=("none",))
 
 
 def test_interactive_map_has_every_model_and_picture(picture):
