@@ -98,32 +98,34 @@ def test_a_missing_latent_has_no_influence(variant, picture):
         assert torch.equal(context(scene.y_hat), context(scene.y_hat, Gaps(missing=nothing)))
 
 
+def diamond(radius: int) -> torch.Tensor:
+    """Sites of a patch up to an L1 distance from its middle."""
+    line = torch.arange(-radius, radius + 1).abs()
+    return line[:, None] + line <= radius
+
+
 @pytest.mark.parametrize("variant", CONTEXTS)
 @pytest.mark.parametrize("position", ["none", "diamond"])
 def test_beyond_distance(variant, position, picture):
     """A patch as large as the picture sees what the picture sees; and what lies beyond has no influence."""
     scene = mc.scene_of(micro_model(variant, position=position, top_k=None), picture)
     centre = torch.tensor([[4, 4]])
-    with torch.inference_mode():
-        near = mc._bits_in_patches(scene, centre, mc._distances(2) <= 2)
-        far = scene.y_hat.clone()
-        rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
-        far[..., (rows - 4).abs() + (columns - 4).abs() > 2] += 5
-        other = mc.Scene(scene.model, far, scene.hyper, scene.bits)
-        assert torch.equal(mc._bits_in_patches(other, centre, mc._distances(2) <= 2), near)
-        if variant == "cnn":
-            wide = mc.Scene(scene.model.double(), scene.y_hat.double(), scene.hyper.double(), scene.bits)
-            whole = mc.site_bits(wide, torch.zeros(1, 1, 8, 8, dtype=torch.bool))[0]
-            torch.testing.assert_close(mc._bits_in_patches(wide, centre, mc._distances(4) <= 4), whole[4:5, 4])
-        elif variant != "parallel":  # all of the picture but what the square patch of radius 4 cuts off
-            missing = torch.ones(1, 1, 8, 8, dtype=torch.bool)
-            missing[..., (rows - 4).abs() + (columns - 4).abs() <= 4] = False
-            torch.testing.assert_close(
-                mc._bits_in_patches(scene, centre, mc._distances(4) <= 4),
-                mc.site_bits(scene, missing)[:, 4, 4],
-                rtol=1e-3,
-                atol=1e-3,
-            )
+    far = scene.y_hat.clone()
+    rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    distance = (rows - 4).abs() + (columns - 4).abs()
+    far[..., distance > 2] += 5
+    other = mc.Scene(scene.model, far, scene.hyper, scene.bits)
+    near = mc.bits_in_patches(scene, centre, diamond(2))
+    assert torch.equal(mc.bits_in_patches(other, centre, diamond(2)), near)
+    if variant == "cnn":
+        wide = mc.Scene(scene.model.double(), scene.y_hat.double(), scene.hyper.double(), scene.bits)
+        whole = mc.site_bits(wide, torch.zeros(1, 1, 8, 8, dtype=torch.bool))[0]
+        torch.testing.assert_close(mc.bits_in_patches(wide, centre, diamond(4)), whole[4:5, 4])
+    elif variant != "parallel":  # all of the picture but what the square patch of radius 4 cuts off
+        missing = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+        missing[..., distance <= 4] = False
+        whole = mc.site_bits(scene, missing)[:, 4, 4]
+        torch.testing.assert_close(mc.bits_in_patches(scene, centre, diamond(4)), whole, rtol=1e-3, atol=1e-3)
 
 
 def test_cnn_is_compressais_masked_convolution(picture):
