@@ -125,7 +125,7 @@ def config_of(name: str, data: str, runs: Path, steps: int) -> TrainConfig:
 
 
 def times(data: str, runs: Path, rows: tuple[str, ...] = tuple(ROWS), steps: int = 10) -> None:
-    """Measures quiet steps of each row on one thread and keeps milliseconds in RUNS/times.json. Nothing else may run.
+    """Measures the CPU time of steps of each row on one thread and keeps milliseconds in RUNS/times.json.
 
     A machine drifts, so the base is timed before each row, and the row counts in proportion to it.
 
@@ -172,7 +172,7 @@ def step_ms(c: TrainConfig, pictures: PreloadedCrops, crop: int, steps: int) -> 
     shapes = {"y": (model.config.M, crop // 16, crop // 16), "z": (model.config.Z, crop // 64, crop // 64)}
     taken = []
     for i in range(steps + 3):  # the first ones allocate and choose kernels
-        start = time.perf_counter()
+        start = time.process_time()
         samples = range(i * c.batch, (i + 1) * c.batch)
         x = next(pictures.batches([samples], crop)).contiguous(memory_format=torch.channels_last)
         level = torch.tensor(random_levels(samples, len(LMBDAS), 0))
@@ -180,7 +180,7 @@ def step_ms(c: TrainConfig, pictures: PreloadedCrops, crop: int, steps: int) -> 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        taken.append(1e3 * (time.perf_counter() - start))
+        taken.append(1e3 * (time.process_time() - start))
     return statistics.median(taken[3:])
 
 

@@ -140,7 +140,7 @@ def conv2d(exact: Exact, x, weight, bias=None, stride=(1, 1), padding=(0, 0), di
 
 def dot_products(exact: Exact, q: Tensor, k: Tensor) -> Tensor:
     """Both sides rounded row by row, so that a product does not depend on which others are computed with it."""
-    if loops.serve(q) and (q.size(-2) * k.size(-2) < 2**10 or k.size(-2) >= 2**7 and int8_works("cpu")):
+    if loops.serve(q) and (q.size(-2) * k.size(-2) < loops.FEW_PAIRS or int8_works("cpu")):
         return loops.dot_products(q, k)
     (a, a_scale), (b, b_scale) = rounded(q), rounded(k)
     return products(a, b) * (a_scale * b_scale.transpose(-1, -2))

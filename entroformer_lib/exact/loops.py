@@ -42,6 +42,7 @@ f32, f64, i32, i64 = np.float32, np.float64, np.int32, np.int64
 LOG2_E, LEAST_EXPONENT, EXPONENT = f32(math.log2(math.e)), i32(64 << 23), i32(0x7F800000)
 POWERS = np.array([2.0**i for i in range(LOWEST_POWER, 1)], dtype=f32)
 COEFFICIENTS = np.array(POLYNOMIAL, dtype=f32)
+FEW_PAIRS = 2**12  # of queries and keys: so few are quicker without the int8 unit
 # In the place of what is not there:
 NONE, NO_DIGITS, NO_LOOKUP = np.zeros(0, dtype=f32), np.zeros((0, 0), dtype=np.int8), np.zeros((1, 1), dtype=i64)
 
@@ -72,8 +73,8 @@ def step_of(row):
 
 
 @loop
-def _digits(x, high, first, second, scale):
-    """Rows of numbers [q, K]  ->  high: int8 [q, K], and once more with low beside it; scale: [q]"""
+def _digits(x, high, low, scale):
+    """Rows of numbers [q, K]  ->  high and low digits: int8 [q, K] each; scale: [q]"""
     for i in range(len(x)):
         s = step_of(x[i])
         per_step = f32(1) / s  # a power of two
@@ -81,8 +82,7 @@ def _digits(x, high, first, second, scale):
             v = i32(np.rint(x[i, c] * per_step))
             h = (v + i32(128)) >> i32(8)
             high[i, c] = h
-            first[i, c] = h
-            second[i, c] = v - i32(256) * h
+            low[i, c] = v - i32(256) * h
         scale[i] = s
 
 
@@ -91,7 +91,12 @@ def digits(x: np.ndarray, swapped: bool = False) -> tuple[Tensor, Tensor, np.nda
     q, K = x.shape
     high, both, scale = np.empty((q, K), np.int8), np.empty((q, 2 * K), np.int8), np.empty(q, f32)
     first, second = (both[:, K:], both[:, :K]) if swapped else (both[:, :K], both[:, K:])
-    in_threads(lambda i, j: _digits(x[i:j], high[i:j], first[i:j], second[i:j], scale[i:j]), q)
+
+    def work(i, j):
+        _digits(x[i:j], high[i:j], second[i:j], scale[i:j])
+        first[i:j] = high[i:j]
+
+    in_threads(work, q)
     return torch.from_numpy(high), torch.from_numpy(both), scale
 
 
@@ -138,7 +143,7 @@ def linear_row(x: Tensor, both: Tensor, scale: Tensor, bias: Tensor | None, int8
     rows, w_scale, added = array(x), scale.numpy(), NONE if bias is None else array(bias)
     (_, K), N = rows.shape, len(w_scale)
     two, step, out = np.empty((2, K), dtype=np.int8), np.empty(1, dtype=f32), np.empty((1, N), dtype=f32)
-    _digits(rows, two[:1], two[:1], two[1:], step)
+    _digits(rows, two[:1], two[1:], step)
     if int8:
         products = torch._int_mm(torch.from_numpy(two), both.view(2 * N, K).T).numpy()
     else:
@@ -188,8 +193,8 @@ def _pairs_of_few(q, k, out):
     q_high, q_low, q_scale = np.empty((q_len, d), np.int8), np.empty((q_len, d), np.int8), np.empty(q_len, f32)
     k_high, k_low, k_scale = np.empty((n, d), np.int8), np.empty((n, d), np.int8), np.empty(n, f32)
     for b in range(len(q)):
-        _digits(q[b], q_high, q_high, q_low, q_scale)
-        _digits(k[b], k_high, k_high, k_low, k_scale)
+        _digits(q[b], q_high, q_low, q_scale)
+        _digits(k[b], k_high, k_low, k_scale)
         for i in range(q_len):
             _pairs(q_high[i], q_low[i], q_scale[i], k_high, k_low, k_scale, out[b, i])
 
@@ -199,13 +204,13 @@ def dot_products(q: Tensor, k: Tensor) -> Tensor:
     k = k.expand(*q.shape[:-2], *k.shape[-2:])
     queries, keys = (array(t.reshape(-1, *t.shape[-2:])) for t in (q, k))
     out = np.empty((len(queries), q.size(-2), k.size(-2)), dtype=f32)
-    if out[0].size < 2**12:
+    if out[0].size < FEW_PAIRS:
         in_threads(lambda i, j: _pairs_of_few(queries[i:j], keys[i:j], out[i:j]), len(out))
         return torch.from_numpy(out).view(*q.shape[:-1], k.size(-2))
-    for one, other, result in zip(queries, keys, out, strict=True):
-        *mine, q_scale = digits(one)
-        *theirs, k_scale = digits(other, swapped=True)
-        a, b = sums(*mine, *theirs)
+    mine, theirs = digits(queries.reshape(-1, q.size(-1))), digits(keys.reshape(-1, k.size(-1)), swapped=True)
+    mine, theirs = ([part.reshape(len(out), -1, *part.shape[1:]) for part in parts] for parts in (mine, theirs))
+    for q_high, q_both, q_scale, k_high, k_both, k_scale, result in zip(*mine, *theirs, out, strict=True):
+        a, b = sums(q_high, q_both, k_high, k_both)
         in_threads(
             lambda i, j, a=a, b=b, s=q_scale, t=k_scale, r=result: _scaled(a[i:j], b[i:j], s[i:j], t, NONE, r[i:j]),
             len(a),
@@ -385,8 +390,7 @@ class Kept:
         """k, v: [1, heads, q, d], tokens from number `first` on"""
         keys, values, here = array(k[0]), array(v[0]), slice(first, first + k.size(2))
         for h in range(len(keys)):
-            high = self.high[h, here]
-            _digits(keys[h], high, high, self.low[h, here], self.scale[h, here])
+            _digits(keys[h], self.high[h, here], self.low[h, here], self.scale[h, here])
             _fixed(values[h], limit, self.fixed[h, here])
 
 
@@ -398,7 +402,7 @@ def _attend_one(q, high, low, scale, fixed, n, p_high, p_low, p_scale, lookup, s
     """
     heads, d = q.shape
     q_high, q_low, q_scale = np.empty((heads, d), np.int8), np.empty((heads, d), np.int8), np.empty(heads, f32)
-    _digits(q, q_high, q_high, q_low, q_scale)
+    _digits(q, q_high, q_low, q_scale)
     scores, kept, probs = np.empty((1, n), dtype=f32), np.empty((1, n), dtype=f32), np.empty((1, n), dtype=f32)
     bucket, products, ring = np.empty(n, dtype=i64), np.empty(len(p_high), dtype=f32), len(lookup) // 2
     if len(p_high):
