@@ -17,7 +17,6 @@ on other machines need this library and the same folder under the same path.
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
@@ -45,8 +44,8 @@ class Task:
     """One run of a sweep.
 
     name: of its folder. work: called with the folder and the name of an answer that is missing, returns it (anything
-    JSON); it can be pickled, and goes on where a killed one stopped. answers: what the run gives, in this order.
-    identity: what the answers depend on (JSON); a folder in which something else began is refused.
+    JSON), and goes on where a killed one stopped; dask sends it to other processes. answers: what the run gives, in
+    this order. identity: what the answers depend on (JSON); a folder in which something else began is refused.
     """
 
     name: str
@@ -216,12 +215,11 @@ def _one_by_one(tasks: list[Task], root: Path) -> Iterator[Outcome]:
 
 def training_task(config: TrainConfig, progress: bool = False) -> Task:
     """A training as a run of one answer, `weights`; its folder is config.out.  progress: show a bar"""
-    folder = Path(config.out)
-    return Task(folder.name, functools.partial(_train, config, progress), ("weights",), identity_of(config))
 
+    def work(folder: Path, answer: str) -> dict:
+        return trained(config, progress)
 
-def _train(config: TrainConfig, progress: bool, folder: Path, answer: str) -> dict:
-    return trained(config, progress)
+    return Task(Path(config.out).name, work, ("weights",), identity_of(config))
 
 
 def identity_of(config: TrainConfig) -> dict:

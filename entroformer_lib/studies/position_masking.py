@@ -236,38 +236,35 @@ def measure(
     if not weights:
         raise StudyError(f"There is no finished run in {runs}.")
     settings = {"side": side, "crop": crop, "pictures": len(pictures_to_test(kodak, limit))}
-    tasks = {}
-    for name, path in weights.items():
-        work = functools.partial(_measured, name, path, kodak, side, crop, limit, workers == 1 and scheduler is None)
-        identity = {"model": name, "weights_sha256": weights_digest(load_model(path, "cpu")).hex(), **settings}
-        tasks[name] = Task.by_identity(name, work, identity)
+    pictures = functools.partial(_middles, kodak, limit, crop)
+    bar = workers == 1 and scheduler is None
+    tasks = {name: _measuring(name, path, pictures, settings, bar) for name, path in weights.items()}
     root = root / "measured"
     complete(list(tasks.values()), root, print, workers=workers, scheduler=scheduler)
     save(settings, {name: task.answer(root) for name, task in tasks.items()})
 
 
-def _measured(
-    name: str,
-    weights: str,
-    kodak: Path,
-    side: int,
-    crop: int,
-    limit: int | None,
-    progress: bool,
-    folder: Path,
-    answer: str,
-) -> dict:
-    """The work of a task of `measure`: all tables of one model, and what it is."""
-    model = load_model(weights)
-    pictures = [(image, middle(picture, crop)) for image, picture in pictures_of(kodak, limit)]
-    tables = {
-        "rows": run([model], pictures, side, progress=progress),
-        "alone": run_alone([model], pictures, side),
-        "beyond": run_beyond([model], pictures),
-        "wider_lattice": run([model], pictures[:1], side, spacing=2 * side, progress=progress),
-    }
-    about = {**_description(model), **provenance(model, model.card.get("training", {}).get("seed")), "model": name}
-    return {"about": about, **{key: _rounded(table.assign(model=name)) for key, table in tables.items()}}
+def _middles(kodak: Path, limit: int | None, crop: int) -> Pictures:
+    return [(name, middle(picture, crop)) for name, picture in pictures_of(kodak, limit)]
+
+
+def _measuring(name: str, weights: str, pictures: Callable[[], Pictures], settings: dict, progress: bool) -> Task:
+    """The run that gives all tables of one model, and what it is."""
+    side = settings["side"]
+
+    def work(folder: Path, answer: str) -> dict:
+        model, squares = load_model(weights), pictures()
+        tables = {
+            "rows": run([model], squares, side, progress=progress),
+            "alone": run_alone([model], squares, side),
+            "beyond": run_beyond([model], squares),
+            "wider_lattice": run([model], squares[:1], side, spacing=2 * side, progress=progress),
+        }
+        about = {**_description(model), **provenance(model, model.card.get("training", {}).get("seed")), "model": name}
+        return {"about": about, **{key: _rounded(table.assign(model=name)) for key, table in tables.items()}}
+
+    digest = weights_digest(load_model(weights, "cpu")).hex()
+    return Task.by_identity(name, work, {"model": name, "weights_sha256": digest, **settings})
 
 
 def _description(model: Entroformer) -> dict:

@@ -1,11 +1,10 @@
 """Rate and distortion on a set of pictures, always through real bytes."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from PIL import Image
 
@@ -37,11 +36,6 @@ def middle(picture: Image.Image, side: int) -> Image.Image:
     """The square in the middle, or as much of it as there is.  side: pixels"""
     left, top = (max(0, (length - side) // 2) for length in picture.size)
     return picture.crop((left, top, min(picture.width, left + side), min(picture.height, top + side)))
-
-
-def evaluate(model: Entroformer, paths: Iterable[Path]) -> pd.DataFrame:
-    """Codes each picture to bytes and back. One row per picture, see `evaluate_picture`."""
-    return pd.DataFrame([evaluate_picture(model, path) for path in paths])
 
 
 def evaluate_picture(model: Entroformer, path: Path) -> dict:
