@@ -58,7 +58,7 @@ class Task:
         """A run of one answer whose folder is named after its identity: what depends on something else has another
         folder beside it."""
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        return cls(f"{label}-{digest[:16]}", work, identity=identity)
+        return cls(f"{label[:60]}-{digest[:16]}", work, identity=identity)
 
     def missing(self, root: Path) -> list[str]:
         """Answers that are not there yet."""

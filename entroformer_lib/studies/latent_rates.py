@@ -15,7 +15,7 @@ from torch import Tensor
 from entroformer_lib.codec import codec
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.models.context import Gaps, first_slice
-from entroformer_lib.studies.rate_distortion import bit_maps, middle
+from entroformer_lib.studies.rate_distortion import bit_maps, latents_of, middle
 
 MOSAIC = 1200  # pixels
 ROWS, COLUMNS = 3, 2  # of pictures in a mosaic
@@ -47,12 +47,6 @@ def squares_of(picture: Image.Image, side: int) -> list[Image.Image]:
         for top in range(0, picture.height - side + 1, side)
         for left in range(0, picture.width - side + 1, side)
     ]
-
-
-@torch.inference_mode()
-def latents_of(model: Entroformer, picture: Image.Image) -> Tensor:
-    """y of a picture, not yet rounded, as scaled for coding: [1, M, h, w]"""
-    return model.eval().scaled(model.g_a(codec.to_tensor(picture, model)))
 
 
 def batches_of(model: Entroformer, pictures: Pictures, size: int = 8) -> list[Tensor]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from entroformer_lib.codec import codec
 from entroformer_lib.codec.quality import ms_ssim, psnr_db
@@ -77,10 +78,15 @@ def measured(
 
 
 @torch.inference_mode()
+def latents_of(model: Entroformer, picture: Image.Image) -> Tensor:
+    """y of a picture (RGB), not yet rounded, as scaled for coding: [1, M, h, w]"""
+    return model.eval().scaled(model.g_a(codec.to_tensor(picture, model)))
+
+
 def bit_maps(model: Entroformer, picture: Image.Image) -> dict[str, np.ndarray]:
     """Where the bits go: {"y": [H/16, W/16], "z": [H/64, W/64]} in bits, summed over channels; padding included."""
-    y = model.eval().scaled(model.g_a(codec.to_tensor(picture, model)))
-    return {name: bits[0].cpu().numpy() for name, bits in model.estimated_bits(y).items()}
+    bits_of = model.estimated_bits(latents_of(model, picture))
+    return {name: bits[0].cpu().numpy() for name, bits in bits_of.items()}
 
 
 def estimated_bits(model: Entroformer, picture: Image.Image) -> float:
