@@ -246,13 +246,13 @@ class Study:
     @property
     def tasks(self) -> list[Task]:
         """The runs as the engine takes them."""
-        about = {"transforms_sha256": self.transforms_sha256, "test_pictures": self.terms.limit}
-        tasks = []
-        for run in self.runs:
-            identity = identity_of(self.terms.config(run.entry, run.seed, self.root / run.name)) | about
-            work = functools.partial(answer_of, self.terms, run.entry, run.seed)
-            tasks.append(Task(run.name, work, run.answers, identity))
-        return tasks
+        return [self.task(run) for run in self.runs]
+
+    def task(self, run: Run) -> Task:
+        """A run as the engine takes it."""
+        identity = identity_of(self.terms.config(run.entry, run.seed, self.root / run.name))
+        identity |= {"transforms_sha256": self.transforms_sha256, "test_pictures": self.terms.limit}
+        return Task(run.name, functools.partial(answer_of, self.terms, run.entry, run.seed), run.answers, identity)
 
     def go(
         self, scheduler: str | None = None, workers: int = 1, report: Report = lambda outcome: None
@@ -272,16 +272,10 @@ class Study:
         tasks, rows = self.tasks, []
         for run, task in zip(self.runs, tasks, strict=True):
             missing = task.missing(self.root)
-            begun = (self.root / run.name / "task.json").exists()
-            rows.append(
-                {
-                    "run": run.name,
-                    "grids": sorted({grid for grid, _ in run.rows}),
-                    "state": "finished" if not missing else "begun" if begun else "not begun",
-                    "missing": missing,
-                    "seconds": _estimate(task, missing, tasks, self.root),
-                }
-            )
+            state = "begun" if (self.root / run.name / "task.json").exists() else "not begun"
+            row = {"run": run.name, "grids": sorted({grid for grid, _ in run.rows}), "missing": missing}
+            seconds = _estimate(task, missing, tasks, self.root)
+            rows.append({**row, "state": state if missing else "finished", "seconds": seconds})
         return rows
 
 
@@ -361,14 +355,14 @@ def _left(task: Task, root: Path) -> float:
 def rows_of(study: Study) -> dict[str, list[dict]]:
     """The rows of each grid, from the runs that are finished."""
     rows: dict[str, list[dict]] = {grid.name: [] for grid in study.grids}
-    for run, task in zip(study.runs, study.tasks, strict=True):
+    for run in study.runs:
+        task = study.task(run)
         if not task.missing(study.root):
             answers = {name: task.answer(study.root, name) for name in run.answers}
             for grid, columns in run.rows:
-                rows[grid] += [
-                    _rounded({"grid": grid, "run": run.name, "seed": run.seed, **columns, **row})
-                    for row in ROWS_OF.get(grid, _whole_rows)(columns, answers)
-                ]
+                about = {"grid": grid, "run": run.name, "seed": run.seed, **columns}
+                found = ROWS_OF.get(grid, _whole_rows)(columns, answers)
+                rows[grid] += [_rounded({**about, **row}) for row in found]
     return rows
 
 
@@ -427,12 +421,11 @@ def save(study: Study, folder: Path | None = None) -> list[Path]:
     """
     folder, paths, record = folder or data_folder() / "results", [], provenance()
     folder.mkdir(parents=True, exist_ok=True)
-    tasks = {task.name: task for task in study.tasks}
     for grid, rows in rows_of(study).items():
         if not rows:
             continue
         names = {row["run"] for row in rows}
-        runs = {run.name: (run, tasks[run.name]) for run in study.runs if run.name in names}
+        runs = {run.name: (run, study.task(run)) for run in study.runs if run.name in names}
         result = {
             "settings": _settings(study),
             "rows": rows,
