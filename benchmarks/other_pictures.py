@@ -23,7 +23,7 @@ from entroformer_lib.datasets import fetch
 from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.studies import bd
 from entroformer_lib.studies.classical import available, jpeg_psnr_db
-from entroformer_lib.studies.measuring import means, measure, tasks_of
+from entroformer_lib.studies.measuring import forget, means, measure, tasks_of
 from entroformer_lib.studies.results import provenance
 from entroformer_lib.training.data import pictures_in, read_names
 from entroformer_lib.weights.zoo import load_model
@@ -100,7 +100,7 @@ def main(model: Positional[str], data: Path, out: Path) -> None:
     result = {"rates": rates, "points": points, "graphics": graphics, "provenance": record}
     write_bytes(out, json.dumps(result, indent=1).encode())
     for path in out.parent.glob(f"{out.name}.*.rows"):
-        path.unlink()
+        forget(path)
 
 
 def _numbers(found: bd.Bjontegaard) -> dict:

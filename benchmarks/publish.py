@@ -15,7 +15,7 @@ from tyro.conf import Positional
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.studies.classical import jpeg_psnr_db
-from entroformer_lib.studies.measuring import measure, tasks_of
+from entroformer_lib.studies.measuring import forget, measure, tasks_of
 from entroformer_lib.studies.rate_distortion import pictures_to_test
 from entroformer_lib.studies.results import result_path, save
 from entroformer_lib.training.config import TrainConfig
@@ -98,7 +98,7 @@ def _measure_and_write(trained: Entroformer, card: dict, name: str, kodak: Path)
     card["kodak"] = {**mean, "images": len(rows), "date": record["date"]}
     save_weights(trained, weights, card, half=True)
     write_bytes(weights.with_suffix(".md"), card_text(name, card, rows).encode())
-    done.unlink(missing_ok=True)
+    forget(done)
 
 
 def _with_jpeg(row: dict, paths: dict[str, Path]) -> dict:

@@ -6,7 +6,8 @@
 
 Every row changes one thing about `base`. All have equal time: so many minutes of one core, divided by the time of a
 quiet step of the row, which `times` measures once. What else runs on the machine while they train changes nothing. They
-are compared on the held-out pictures, by rounded latents and their likelihoods. A finished run is not repeated.
+are compared on the held-out pictures, by rounded latents and their likelihoods. The runs may be spread over days: the
+result keeps the rows and the times of earlier ones.
 """
 
 import dataclasses
@@ -28,15 +29,16 @@ from entroformer_lib.memory import keep_freed_memory
 from entroformer_lib.models.config import parse_fields
 from entroformer_lib.models.context import NO_GAPS
 from entroformer_lib.models.transforms import DCT_SCALE
+from entroformer_lib.studies.engine import complete, training_task
 from entroformer_lib.studies.results import provenance
 from entroformer_lib.training.chance import random_levels, uniform_noise
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.data import PreloadedCrops, read_names
-from entroformer_lib.training.loop import train
 from entroformer_lib.training.loss import TrainingStep
 from entroformer_lib.training.optimizer import build_optimizer
 from entroformer_lib.weights.zoo import save_weights
 
+OUT = data_folder() / "results" / "recipe.json"
 LMBDAS = (0.00035, 0.0008, 0.0017, 0.0035, 0.007, 0.014, 0.029, 0.06, 0.12)
 BLOCKS = {"transforms": "blocks", "stages": [[8, 192, 4]], "linear_path": "dct", "M": 320, "rate_aware": True}
 GDN = {**BLOCKS, "transforms": "gdn", "stages": [], "N": 64}
@@ -89,13 +91,18 @@ ROWS: dict[str, Row] = {
 }
 
 
+def folder_of(name: str, runs: Path) -> Path:
+    """The folder of a row's run."""
+    return runs / name.replace(" ", "-").replace(",", "").replace("/", "_")
+
+
 def config_of(name: str, data: str, runs: Path, steps: int) -> TrainConfig:
     """What a row trains."""
     row = ROWS[name]
     fields = {**BLOCKS, **row.architecture}
     values = dict(
         data=data,
-        out=str(runs / name.replace(" ", "-").replace(",", "").replace("/", "_")),
+        out=str(folder_of(name, runs)),
         model="tiny-parallel",
         architecture=tuple(f"{field}={json.dumps(value)}" for field, value in fields.items()),
         lmbdas=LMBDAS,
@@ -224,56 +231,81 @@ def haar() -> Tensor:
 # ---- runs and result -----------------------------------------------------------------------------------------------
 
 
-def train_rows(data: str, runs: Path, rows: tuple[str, ...]) -> None:
-    """Trains rows one after the other; needs their times.
+def train_rows(data: str, runs: Path, rows: tuple[str, ...], out: Path = OUT) -> None:
+    """Trains rows one after the other; needs their times. A finished run is not repeated, a stopped one goes on.
 
     Args:
         data: Pictures to train on.
         runs: Folder of the runs.
         rows: Which rows, in this order.
+        out: An earlier result; new rows get as many steps per minute as its base got.
     """
-    known = json.loads((runs / "times.json").read_text())
+    times = step_times(runs, saved_result(out))
     for name in rows:
         row = ROWS[name]
         if row.basis != "dct" and not (runs / f"{row.basis}.safetensors").exists():
             write_basis(row.basis, data, runs / f"{row.basis}.safetensors")
-        config = config_of(name, data, runs, round(6e4 * row.minutes / known.get(name, known["base"])))
-        if not (Path(config.out) / "weights.safetensors").exists():
-            train(config, progress=False)
-        print(name, last_measured(Path(config.out))["score"], flush=True)
+        begun = folder_of(name, runs) / "config.json"
+        steps = round(6e4 * row.minutes / times.get(name, times["base"]))
+        steps = json.loads(begun.read_text())["steps"] if begun.exists() else steps
+        complete([training_task(config_of(name, data, runs, steps))], runs)
+        print(name, score(last_measured(folder_of(name, runs))), flush=True)
 
 
-def last_measured(out: Path) -> dict:
-    """The held-out pictures at the end of a run. `score`: mean over the lambdas of ln(R + lambda D)."""
-    measured = [row for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "held_out" in row]
-    points = measured[-1]["held_out"]
-    return {"points": points, "score": float(np.mean([math.log(p["rd_loss"]) for p in points]))}
+def saved_result(out: Path) -> dict:
+    """An earlier result of this comparison; an empty one where there is none."""
+    saved = json.loads(out.read_text()) if out.is_file() else {}
+    return saved if "step_ms" in saved else {"rows": [], "step_ms": {}, "earlier": []}
 
 
-def result(runs: Path, out: Path) -> None:
+def step_times(runs: Path, saved: dict) -> dict[str, float]:
+    """Milliseconds of a step of each row that was timed here or is in an earlier result.
+
+    The machine drifts from day to day, so times of today count in proportion to the base of the earlier result.
+    """
+    path = runs / "times.json"
+    times = json.loads(path.read_text()) if path.exists() else {}
+    if "base" in saved["step_ms"] and "base" in times:
+        times = {name: ms * saved["step_ms"]["base"] / times["base"] for name, ms in times.items()}
+    return times | saved["step_ms"]
+
+
+def last_measured(out: Path) -> list[dict]:
+    """The held-out pictures at every lambda at the end of a run."""
+    rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [row["held_out"] for row in rows if "held_out" in row][-1]
+
+
+def score(points: list[dict]) -> float:
+    """Mean over the lambdas of ln(R + lambda D)."""
+    return float(np.mean([math.log(point["rd_loss"]) for point in points]))
+
+
+def result(runs: Path, out: Path = OUT) -> None:
     """Writes what the finished rows reach. `percent`: R + lambda D, mean over the lambdas, against the base of as many
-    minutes.
+    minutes. Rows of an earlier result stay where there is no finished run of them here.
 
     Args:
         runs: Folder of the runs.
         out: The result's file.
     """
-    known = json.loads((runs / "times.json").read_text())
-    rows = []
+    saved = saved_result(out)
+    times, rows = step_times(runs, saved), {row["row"]: row for row in saved["rows"]}
     for name, row in ROWS.items():
-        folder = Path(config_of(name, "", runs, 1).out)
-        if not (folder / "weights.safetensors").exists():
-            continue
-        config = json.loads((folder / "config.json").read_text())
-        base = last_measured(runs / ("base" if row.minutes > SHORT else "short-base"))["score"]
-        reached = last_measured(folder)
-        values = dict(row=name, minutes=row.minutes, step_ms=known.get(name, known["base"]), steps=config["steps"])
-        rows.append(values | {"percent": 100 * (math.exp(reached["score"] - base) - 1), "points": reached["points"]})
-        print(f"{rows[-1]['percent']:+6.2f}%  {row.minutes:.0f} min  {rows[-1]['step_ms']:5.0f} ms  {name}")
+        folder = folder_of(name, runs)
+        if (folder / "weights.safetensors").exists():
+            steps, points = json.loads((folder / "config.json").read_text())["steps"], last_measured(folder)
+            step_ms = times.get(name, times["base"])
+            rows[name] = dict(row=name, minutes=row.minutes, step_ms=step_ms, steps=steps, points=points)
+    rows = [rows[name] for name in ROWS if name in rows]
+    bases = {row["minutes"]: score(row["points"]) for row in rows if row["row"] in ("base", "short base")}
+    for row in rows:
+        row["percent"] = 100 * (math.exp(score(row["points"]) - bases[row["minutes"]]) - 1)
+        print(f"{row['percent']:+6.2f}%  {row['minutes']:.0f} min  {row['step_ms']:5.0f} ms  {row['row']}")
     settings = {name: dataclasses.asdict(row) for name, row in ROWS.items()}
-    write_bytes(
-        out, json.dumps({"rows": rows, "settings": settings, "provenance": provenance(seed=0)}, indent=1).encode()
-    )
+    earlier = saved["earlier"] + ([saved["provenance"]] if "provenance" in saved else [])
+    record = {"step_ms": times, "settings": settings, "earlier": earlier, "provenance": provenance(seed=0)}
+    write_bytes(out, json.dumps({"rows": rows, **record}, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import StudyError
 from entroformer_lib.memory import keep_freed_memory
 from entroformer_lib.studies.latency import measure
-from entroformer_lib.studies.rate_distortion import pictures_to_test
+from entroformer_lib.studies.rate_distortion import pictures_of
 from entroformer_lib.studies.results import result_path
 from entroformer_lib.studies.results import save as save_result
 from entroformer_lib.studies.same_transforms import SAME_QUALITY, saved_rates
@@ -169,7 +169,7 @@ def save(
     families = {family: [model_at(name, lmbda) for name in those] for family, those in names.items() if those}
     if not families:
         raise StudyError("There are no shipped models with common transforms to measure, and no runs were named.")
-    pictures = [(p.stem, codec.to_rgb(codec.open_picture(p))[0]) for p in pictures_to_test(kodak, limit)]
+    pictures = pictures_of(kodak, limit)
     rows = run(families, pictures, repeats)
     result = {
         "settings": {"lmbda": lmbda, "pictures": len(pictures), "repeats": repeats},

@@ -20,7 +20,7 @@ from entroformer_lib.codec import codec
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import WeightsError
 from entroformer_lib.models.context import first_slice
-from entroformer_lib.studies.latent_rates import pictures_of
+from entroformer_lib.studies.rate_distortion import pictures_of
 from entroformer_lib.studies.results import save
 from entroformer_lib.training.latents import transforms_digest
 from entroformer_lib.weights.zoo import load_model

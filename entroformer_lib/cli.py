@@ -197,17 +197,17 @@ def evaluate(
     import pandas as pd
     from tqdm import tqdm
 
-    from entroformer_lib.studies.measuring import Task, measure
+    from entroformer_lib.studies.measuring import Coding, forget, measure
     from entroformer_lib.studies.rate_distortion import pictures_to_test
 
     loaded = _load(model, device)
     place = next(loaded.g_s.parameters()).device.type
-    tasks = [Task(model, None, str(path), place) for path in pictures_to_test(data, limit)]
+    codings = [Coding(model, None, str(path), place) for path in pictures_to_test(data, limit)]
     quiet = str(json_file) == "-"
     columns = ["bpp", "bpp_estimated", "psnr_db", "ms_ssim", "encode_s", "decode_s"]
     done = None if json_file is None or quiet else json_file.with_name(json_file.name + ".rows")
-    with tqdm(total=len(tasks), unit="picture", disable=None) as bar:
-        rows = measure(tasks, done, jobs, lambda row: bar.update())
+    with tqdm(total=len(codings), unit="picture", disable=None) as bar:
+        rows = measure(codings, done, jobs, lambda row: bar.update())
     rows = [{name: value for name, value in row.items() if name not in ("codec", "setting")} for row in rows]
     table = pd.DataFrame(rows).set_index("image")[columns].astype(float)
     means = table.mean()
@@ -222,7 +222,7 @@ def evaluate(
         text = json.dumps({"images": rows, "mean": mean, "provenance": provenance(loaded)}, indent=1)
         print(text) if quiet else write_bytes(json_file, text.encode())
         if done is not None:
-            done.unlink(missing_ok=True)
+            forget(done)
 
 
 @studies.command(name="ablation")

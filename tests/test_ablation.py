@@ -13,13 +13,16 @@ import pytest
 import torch
 from compressai.models import MeanScaleHyperprior
 from conftest import MICRO, micro_model
+from PIL import Image
 
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import ConfigError, DataError, StudyError, UserError, WeightsError
 from entroformer_lib.models import config as model_config
+from entroformer_lib.models.context import first_slice
 from entroformer_lib.studies import ablation, latent_rates, results
+from entroformer_lib.studies.ablation import Terms, runs_of
 from entroformer_lib.studies.ablation_grids import GRIDS, Entry, Grid, grids_of, own_entry
-from entroformer_lib.studies.ablation_runs import Terms, runs_of
+from entroformer_lib.studies.rate_distortion import bit_maps
 from entroformer_lib.training.latents import frozen_transforms, transforms_digest, write_latents
 from entroformer_lib.views import ablation_figures
 from entroformer_lib.weights.pretrained import pretrained_lmbda, with_transforms_of
@@ -74,7 +77,7 @@ def test_in_another_size_other_rows_coincide():
 
 def test_only_what_a_row_names_differs():
     terms = Terms("tiny-rates@0.02", "latents", "photos", "kodak")
-    configs = [terms.config(run.entry, run.seed, Path("runs")) for run in runs_of(grids_of(GRIDS), (0,))]
+    configs = [terms.config(run.entry, run.seed, Path("runs") / run.name) for run in runs_of(grids_of(GRIDS), (0,))]
     frozen = [dataclasses.asdict(config) for config in configs if config.transforms]
     joint = [dataclasses.asdict(config) for config in configs if not config.transforms]
     named = {"model", "architecture", "out", "one_way"}
@@ -161,7 +164,7 @@ def test_killed_in_the_middle_of_training(source, cache, photo_folder, tmp_path)
         log = first / "log.jsonl"
         while not (log.exists() and log.read_text().count("\n") >= 1):
             time.sleep(0.01)
-        os.kill(int((first / "lock").read_text().split()[1]), signal.SIGKILL)
+        os.kill(int((first / "worker").read_text().split()[1]), signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -252,46 +255,45 @@ def test_runs_of_other_length_are_refused(terms, tmp_path):
 
 
 @pytest.fixture
-def picture_latents(photo) -> list[latent_rates.Latents]:
-    return [latent_rates.latents_of(micro_model("parallel"), photo, "photo", 64)]
+def pictures(photo) -> list[tuple[str, Image.Image]]:
+    return [("photo", photo)]
 
 
-def test_second_slice_and_the_first_are_the_whole(picture_latents):
+def test_second_slice_and_the_first_are_the_whole(pictures, photo):
     model = micro_model("parallel")
-    rows = {row["context"]: row["bpp"] for row in latent_rates.second_slice_rates(model, picture_latents)}
-    bits, first = model.estimated_bits(picture_latents[0].y)["y"][0], latent_rates.first_slice(8, 12)
-    assert rows["hyperprior + bidirectional"] == pytest.approx(float(bits[~first].sum()) / picture_latents[0].pixels)
+    rows = {row["context"]: row["bpp"] for row in latent_rates.second_slice_rates(model, pictures)}
+    bits, first = bit_maps(model, photo)["y"], first_slice(8, 12).numpy()
+    assert rows["hyperprior + bidirectional"] == pytest.approx(bits[~first].sum() / (192 * 128))
     assert len(set(rows.values())) == 3
-    serial = latent_rates.second_slice_rates(micro_model("serial"), picture_latents)
+    serial = latent_rates.second_slice_rates(micro_model("serial"), pictures)
     assert [row["context"] for row in serial] == ["hyperprior + serial"]
 
 
-def test_hyperprior_only_asks_no_context(picture_latents):
+def test_hyperprior_only_asks_no_context(pictures):
     """Other weights of the context model change the other two rates, and not that of the hyperprior."""
     model = micro_model("parallel")
-    before = [row["bpp"] for row in latent_rates.second_slice_rates(model, picture_latents)]
+    before = [row["bpp"] for row in latent_rates.second_slice_rates(model, pictures)]
     with torch.no_grad():
         model.context_model.embed.weight.mul_(-1)
-    after = [row["bpp"] for row in latent_rates.second_slice_rates(model, picture_latents)]
+    after = [row["bpp"] for row in latent_rates.second_slice_rates(model, pictures)]
     assert before[0] == after[0] and before[1] != after[1] and before[2] != after[2]
 
 
-def test_k_at_test_time_is_that_of_a_model_with_it(picture_latents):
+def test_k_at_test_time_is_that_of_a_model_with_it(pictures):
     model, dense = micro_model("context"), micro_model("context", top_k=None)
     dense.load_state_dict({**model.state_dict(), "_extra_state": dense.get_extra_state()})
-    few = latent_rates.mean_rate(model, [one.y for one in picture_latents])
+    batches = latent_rates.batches_of(model, pictures)
+    few = latent_rates.mean_rate(model, batches)
     latent_rates.use_top_k(model, None)
-    rates = [latent_rates.mean_rate(m, [one.y for one in picture_latents]) for m in (model, dense)]
+    rates = [latent_rates.mean_rate(m, batches) for m in (model, dense)]
     assert rates[0] == rates[1] != few
 
 
 def test_mosaics_show_the_same_pixels_at_each_size():
     rng = np.random.default_rng(0)
-    from PIL import Image
-
     shapes = [(512, 768, 3), (768, 512, 3)] * 3
     pictures = [("", Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8))) for shape in shapes]
-    ((_, mosaic),) = latent_rates.mosaics(pictures)
+    (mosaic,) = latent_rates.mosaics(pictures)
     assert mosaic.size == (1200, 1200)
     squares = {size: latent_rates.squares_of(mosaic, size) for size in (300, 600, 900, 1200)}
     assert {size: len(found) for size, found in squares.items()} == {300: 16, 600: 4, 900: 1, 1200: 1}
@@ -302,10 +304,10 @@ def test_mosaics_show_the_same_pixels_at_each_size():
 def test_rates_are_of_the_pixels_without_padding(photo):
     """192 x 128 pixels, and one row less: as many latents, fewer pixels."""
     model = micro_model("context")
-    whole, cut = (latent_rates.latents_of(model, photo.crop((0, 0, 192, height)), "", 16) for height in (128, 127))
-    assert whole.y.shape == cut.y.shape and cut.pixels == 192 * 127
-    (row,) = latent_rates.rates(model, [cut])
-    assert row["bpp"] == pytest.approx(float(model.estimated_bits(cut.y)["y"].sum()) / (192 * 127))
+    whole, cut = photo, photo.crop((0, 0, 192, 127))
+    assert latent_rates.latents_of(model, whole).shape == latent_rates.latents_of(model, cut).shape
+    (row,) = latent_rates.rates(model, [("cut", cut)])
+    assert row["bpp"] == row["bpp_y"] == pytest.approx(bit_maps(model, cut)["y"].sum() / (192 * 127))
 
 
 # ---- transforms of CompressAI ----

@@ -18,7 +18,6 @@ from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.latents import LatentCrops, frozen_transforms, transforms_digest, write_latents
 from entroformer_lib.training.loop import train
 from entroformer_lib.training.loss import RateStep
-from entroformer_lib.training.variants import Variant, train_all
 from entroformer_lib.weights.zoo import load_model, save_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's advice
@@ -113,18 +112,6 @@ def test_training_lowers_the_rate(config):
     train(config, progress=False)
     rates = losses(config, "rd_loss")
     assert np.mean(rates[-5:]) < 0.9 * np.mean(rates[:5])
-
-
-def test_variants_share_everything_but_what_they_name(config, tmp_path):
-    base = replace(config, out=str(tmp_path / "runs"), steps=2)
-    variants = [Variant("square", {"position": "relative_2d"}), Variant("cnn", {}, {"model": "tiny-cnn"})]
-    square, cnn = train_all(variants, base, progress=False)
-    assert (square.name, square.config.position) == ("square", "relative_2d")
-    assert (cnn.name, cnn.config.context) == ("cnn", "cnn")
-    assert transforms_digest(square) == transforms_digest(cnn)
-    stamp = (tmp_path / "runs" / "cnn" / "weights.safetensors").stat().st_mtime_ns
-    train_all(variants, base, progress=False)
-    assert (tmp_path / "runs" / "cnn" / "weights.safetensors").stat().st_mtime_ns == stamp
 
 
 def test_variable_rate_transforms(tmp_path, photo_folder, config, monkeypatch):

@@ -1,6 +1,7 @@
 """Measuring on several cores and after a kill gives what one uninterrupted process gives."""
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -12,8 +13,8 @@ from conftest import micro_model
 from PIL import Image
 
 from entroformer_lib.errors import StudyError
-from entroformer_lib.studies import classical, measuring
-from entroformer_lib.studies.measuring import Task, measure, tasks_of
+from entroformer_lib.studies import classical
+from entroformer_lib.studies.measuring import Coding, forget, measure, tasks_of
 from entroformer_lib.weights.zoo import save_weights
 
 TIMES = ("encode_s", "decode_s")
@@ -31,64 +32,69 @@ def weights(tmp_path_factory):
 
 
 @pytest.fixture
-def tasks(weights, photo_folder):
+def codings(weights, photo_folder):
     return [
         *tasks_of(str(weights), sorted(photo_folder.iterdir())[:2]),
-        Task("jpeg", 30, str(photo_folder / "astronaut.png")),
+        Coding("jpeg", 30, str(photo_folder / "astronaut.png")),
     ]
 
 
-def test_tasks_are_all_settings_on_all_pictures(weights):
-    assert [(t.setting, t.picture) for t in tasks_of(str(weights), ["a", "b"])] == [
+def test_codings_are_all_settings_on_all_pictures(weights):
+    assert [(c.setting, c.picture) for c in tasks_of(str(weights), ["a", "b"])] == [
         (0.01, "a"), (0.01, "b"), (0.1, "a"), (0.1, "b"),
     ]  # fmt: skip
-    assert [t.setting for t in tasks_of(f"{weights}@0.03", ["a"])] == [None]
+    assert [c.setting for c in tasks_of(f"{weights}@0.03", ["a"])] == [None]
     assert len(tasks_of("jpeg", ["a"])) == len(classical.CODECS["jpeg"][1])
 
 
-def test_processes_do_not_change_the_result(tasks):
+def test_processes_do_not_change_the_result(codings):
     seen = []
-    alone = measure(tasks, jobs=1)
-    together = measure(tasks, jobs=2, report=seen.append)
+    alone = measure(codings, jobs=1)
+    together = measure(codings, jobs=2, report=seen.append)
     assert without_times(together) == without_times(alone)
-    assert seen == together  # in the order of the tasks
+    assert seen == together  # in the order of the codings
     assert {(row["codec"].split("/")[-1], row["setting"]) for row in alone} == {
         ("micro.safetensors", 0.01), ("micro.safetensors", 0.1), ("jpeg", 30),
     }  # fmt: skip
 
 
-def test_goes_on_after_a_line_was_cut_short(tasks, tmp_path, monkeypatch):
-    done = tmp_path / "rows"
-    whole = measure(tasks, done, jobs=1)
-    lines = done.read_text().splitlines(keepends=True)
-    assert len(lines) == len(tasks)
-    done.write_text("".join(lines[:2]) + lines[2][:40])
-    row, measured = Task.row, []
-    monkeypatch.setattr(Task, "row", lambda task: measured.append(task) or row(task))
-    assert without_times(measure(tasks, done, jobs=1)) == without_times(whole)
-    assert measured == tasks[2:]
-    assert measure(tasks, done, jobs=1)[:2] == whole[:2]  # times too: nothing is measured twice
-    assert measured == tasks[2:]
+def test_goes_on_where_it_was(codings, tmp_path):
+    """Rows that are there stay as they are, with their times; the others are measured."""
+    done, seen = tmp_path / "rows", []
+    first = measure(codings[:2], done, jobs=1)
+    rows = measure(codings, done, jobs=1, report=seen.append)
+    assert rows[:2] == first and len(rows) == len(codings) and seen == rows
+    assert measure(codings, done, jobs=1) == rows
+    forget(done)
+    assert not done.exists()
 
 
-def test_other_weights_and_other_pictures_are_other_tasks(tasks, tmp_path, weights, photo_folder):
-    renamed = tmp_path / "astronaut.png"
-    renamed.write_bytes((photo_folder / "chelsea.png").read_bytes())
-    moved = tmp_path / "moved.png"
+def test_one_that_cannot_be_coded_ends_it_and_the_finished_stay(codings, tmp_path):
+    done, broken = tmp_path / "rows", tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    with pytest.raises(StudyError, match="broken.png"):
+        measure([codings[0], Coding("jpeg", 30, str(broken)), codings[1]], done, jobs=1)
+    assert codings[0].task().missing(done) == [] and codings[1].task().missing(done)
+
+
+def test_other_weights_and_other_pictures_are_other_runs(tmp_path, weights, photo_folder):
+    changed, moved = tmp_path / "astronaut.png", tmp_path / "moved" / "astronaut.png"
+    changed.write_bytes((photo_folder / "chelsea.png").read_bytes())
+    moved.parent.mkdir()
     moved.write_bytes((photo_folder / "astronaut.png").read_bytes())
-    key = Task("jpeg", 30, str(photo_folder / "astronaut.png")).key()
-    assert Task("jpeg", 30, str(renamed)).key() != key == Task("jpeg", 30, str(moved)).key()
+    picture = str(photo_folder / "astronaut.png")
+    task = Coding("jpeg", 30, picture).task()
+    assert Coding("jpeg", 30, str(changed)).task().name != task.name == Coding("jpeg", 30, str(moved)).task().name
     other = tmp_path / "micro.safetensors"
     save_weights(micro_model(seed=1, lmbdas=(0.01, 0.1)), other, {})
-    picture = str(photo_folder / "astronaut.png")
-    assert Task(str(other), 0.01, picture).key() != Task(str(weights), 0.01, picture).key()
+    assert Coding(str(other), 0.01, picture).task().name != Coding(str(weights), 0.01, picture).task().name
 
 
-def test_a_file_that_holds_something_else_is_refused(tasks, tmp_path):
+def test_a_file_in_the_place_of_the_rows_is_refused(codings, tmp_path):
     done = tmp_path / "rows"
-    done.write_text("something\nelse\n")
+    done.write_text("something else\n")
     with pytest.raises(StudyError, match="remove it"):
-        measure(tasks, done, jobs=1)
+        measure(codings, done, jobs=1)
 
 
 def test_eval_killed_and_started_again(weights, photo_folder, tmp_path):
@@ -97,15 +103,16 @@ def test_eval_killed_and_started_again(weights, photo_folder, tmp_path):
     words = [sys.executable, "-m", "entroformer_lib", "eval", f"{weights}@0.1", "--data", photo_folder, "--json", out]
     rows = out.with_name("result.json.rows")
     first = subprocess.Popen(list(map(str, words + ["--jobs", "1"])), stdout=subprocess.DEVNULL)
-    while first.poll() is None and not (rows.exists() and rows.read_text().count("\n")):
+    while first.poll() is None and not list(rows.glob("*/answer.json")):
         time.sleep(0.01)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    assert not out.exists() and rows.read_text()
-    kept = rows.read_text().splitlines()[0]
+    assert not out.exists()
+    (kept, *_) = [json.loads(path.read_text())["answer"] for path in rows.glob("*/answer.json")]
     again = subprocess.run(list(map(str, words + ["--jobs", "2"])), capture_output=True, text=True, check=True)
     assert again.stdout.count("\n") == 2 + len(os.listdir(photo_folder)) and not rows.exists()
-    assert str(measuring.json.loads(kept)["row"]["encode_s"]) in out.read_text()
+    times = {row["image"]: row["encode_s"] for row in json.loads(out.read_text())["images"]}
+    assert times[kept["image"]] == kept["encode_s"]
 
 
 @pytest.mark.parametrize("name", [name for name in classical.CODECS if classical.available(name)])
@@ -114,6 +121,15 @@ def test_classical_codecs_give_more_for_more(name, photo):
     sizes = [len(classical.coded(photo, name, setting)) for setting in (low, high)]
     assert sizes[0] < sizes[1]
     assert Image.open(io.BytesIO(classical.coded(photo, name, high))).size == photo.size
+
+
+def test_the_jpeg_of_a_size_is_the_smallest_that_has_it(photo):
+    def size_at(quality: int) -> int:
+        return len(classical.coded(photo, "jpeg", quality))
+
+    data, quality = classical.jpeg_of_size(photo, 4000)
+    assert size_at(quality - 1) < 4000 <= len(data) == size_at(quality)
+    assert classical.jpeg_of_size(photo, 10**9)[1] == 95 and classical.jpeg_of_size(photo, 1)[1] == 1
 
 
 def test_a_codec_that_is_not_there(photo):

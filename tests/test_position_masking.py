@@ -7,15 +7,19 @@ import pandas as pd
 import pytest
 import torch
 from compressai.layers import MaskedConv2d
-from conftest import aware_model, micro_model
+from conftest import MICRO, aware_model, micro_model
 
 from entroformer_lib.codec import codec
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.errors import StudyError
 from entroformer_lib.inspection import missing_context as mc
+from entroformer_lib.models import config as model_config
 from entroformer_lib.models.context import Gaps, first_slice
 from entroformer_lib.studies import position_masking as pm
-from entroformer_lib.weights.zoo import save_weights
+from entroformer_lib.training.latents import write_latents
+from entroformer_lib.weights.zoo import load_model, save_weights
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's advice
 
 CONTEXTS = ("serial", "parallel", "context", "cnn")
 
@@ -94,32 +98,34 @@ def test_a_missing_latent_has_no_influence(variant, picture):
         assert torch.equal(context(scene.y_hat), context(scene.y_hat, Gaps(missing=nothing)))
 
 
+def diamond(radius: int) -> torch.Tensor:
+    """Sites of a patch up to an L1 distance from its middle."""
+    line = torch.arange(-radius, radius + 1).abs()
+    return line[:, None] + line <= radius
+
+
 @pytest.mark.parametrize("variant", CONTEXTS)
 @pytest.mark.parametrize("position", ["none", "diamond"])
 def test_beyond_distance(variant, position, picture):
     """A patch as large as the picture sees what the picture sees; and what lies beyond has no influence."""
     scene = mc.scene_of(micro_model(variant, position=position, top_k=None), picture)
     centre = torch.tensor([[4, 4]])
-    with torch.inference_mode():
-        near = mc._bits_in_patches(scene, centre, mc._distances(2) <= 2)
-        far = scene.y_hat.clone()
-        rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
-        far[..., (rows - 4).abs() + (columns - 4).abs() > 2] += 5
-        other = mc.Scene(scene.model, far, scene.hyper, scene.bits)
-        assert torch.equal(mc._bits_in_patches(other, centre, mc._distances(2) <= 2), near)
-        if variant == "cnn":
-            wide = mc.Scene(scene.model.double(), scene.y_hat.double(), scene.hyper.double(), scene.bits)
-            whole = mc.site_bits(wide, torch.zeros(1, 1, 8, 8, dtype=torch.bool))[0]
-            torch.testing.assert_close(mc._bits_in_patches(wide, centre, mc._distances(4) <= 4), whole[4:5, 4])
-        elif variant != "parallel":  # all of the picture but what the square patch of radius 4 cuts off
-            missing = torch.ones(1, 1, 8, 8, dtype=torch.bool)
-            missing[..., (rows - 4).abs() + (columns - 4).abs() <= 4] = False
-            torch.testing.assert_close(
-                mc._bits_in_patches(scene, centre, mc._distances(4) <= 4),
-                mc.site_bits(scene, missing)[:, 4, 4],
-                rtol=1e-3,
-                atol=1e-3,
-            )
+    far = scene.y_hat.clone()
+    rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    distance = (rows - 4).abs() + (columns - 4).abs()
+    far[..., distance > 2] += 5
+    other = mc.Scene(scene.model, far, scene.hyper, scene.bits)
+    near = mc.bits_in_patches(scene, centre, diamond(2))
+    assert torch.equal(mc.bits_in_patches(other, centre, diamond(2)), near)
+    if variant == "cnn":
+        wide = mc.Scene(scene.model.double(), scene.y_hat.double(), scene.hyper.double(), scene.bits)
+        whole = mc.site_bits(wide, torch.zeros(1, 1, 8, 8, dtype=torch.bool))[0]
+        torch.testing.assert_close(mc.bits_in_patches(wide, centre, diamond(4)), whole[4:5, 4])
+    elif variant != "parallel":  # all of the picture but what the square patch of radius 4 cuts off
+        missing = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+        missing[..., distance <= 4] = False
+        whole = mc.site_bits(scene, missing)[:, 4, 4]
+        torch.testing.assert_close(mc.bits_in_patches(scene, centre, diamond(4)), whole, rtol=1e-3, atol=1e-3)
 
 
 def test_cnn_is_compressais_masked_convolution(picture):
@@ -212,28 +218,44 @@ def test_one_position_alone(variant, picture):
 
 
 def test_measured_models_are_kept(picture, tmp_path, monkeypatch):
-    """More models join the saved result; those measured with the same weights are not measured again."""
+    """More models join the saved result, wherever they were trained; none is measured twice."""
     (tmp_path / "results").mkdir()
     (tmp_path / "kodak").mkdir()
     picture.save(tmp_path / "kodak" / "a.png")
     monkeypatch.setattr(pm, "data_folder", lambda: tmp_path)
-    monkeypatch.setattr(pm, "RADII", (0, 1))
-    monkeypatch.setattr(pm.run_beyond, "__defaults__", ((0, 1),))
-    calls = []
-    run = pm.run
-    monkeypatch.setattr(
-        pm, "run", lambda models, *rest, **words: calls.append(models[0].name) or run(models, *rest, **words)
-    )
-    for name, seed in (("none", 0), ("cnn", 1)):
-        save_weights(micro_model("serial", seed=seed), tmp_path / "runs" / name / "weights.safetensors", {})
-        pm.measure(tmp_path / "runs", tmp_path / "kodak", side=3, crop=128)
-    assert calls == ["none", "none", "cnn", "cnn"]  # each with its check by a wider lattice
-    saved = json.loads((tmp_path / "results" / "position_masking.json").read_text())
+
+    def measured(runs: str, name: str, seed: int) -> dict:
+        save_weights(micro_model("serial", seed=seed), tmp_path / runs / name / "weights.safetensors", {})
+        pm.measure(tmp_path / runs, tmp_path / "kodak", side=3, crop=128)
+        return json.loads((tmp_path / "results" / "position_masking.json").read_text())
+
+    first = measured("runs", "none", seed=0)
+    saved = measured("runs", "cnn", seed=1)
     assert list(saved["models"]) == ["cnn", "none"]  # in the order of VARIANTS
-    assert len(saved["rows"]) == len(saved["alone"]) == 8 and len(saved["beyond"]) == 4
+    assert saved["models"]["none"] == first["models"]["none"]  # with the date of its measurement
+    assert len(saved["rows"]) == len(saved["alone"]) == 8 and len(saved["beyond"]) == 2 * len(mc.RADII)
     assert len(saved["fits"]) == len(saved["alone_fits"]) == 6
     assert saved["models"]["cnn"]["weights_sha256"] and saved["provenance"]["revision"]
     assert saved["models"]["cnn"]["position"] == "diamond"
+    more = measured("elsewhere", "mine", seed=2)
+    assert list(more["models"]) == ["cnn", "none", "mine"]
+    assert more["rows"][:8] == saved["rows"]
+    again = measured("elsewhere", "none", seed=3)  # other weights take the place of the first
+    assert again["models"]["none"] != first["models"]["none"] and len(again["rows"]) == 12
+
+
+def test_models_of_the_study_are_trained_once(source, photo_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(model_config.SIZES, "tiny", MICRO)
+    write_latents(source, str(photo_folder), tmp_path / "latents", crop=256, per_picture=1)
+    for only in (("none",), ("none", "hyper-parallel-none")):
+        pm.train_models(source, str(tmp_path / "latents"), tmp_path / "runs", steps=1, only=only)
+    runs = {path.parent.name: load_model(path, "cpu") for path in (tmp_path / "runs").glob("*/weights.safetensors")}
+    assert {name: (m.config.context, m.config.position) for name, m in runs.items()} == {
+        "none": ("serial", "none"), "hyper-parallel-none": ("parallel", "none"),
+    }  # fmt: skip
+    assert all(model.card["training"]["missing"] == pm.MISSING for model in runs.values())
+    with pytest.raises(StudyError, match="another steps"):
+        pm.train_models(source, str(tmp_path / "latents"), tmp_path / "runs", steps=2, only=("none",))
 
 
 def test_interactive_map_has_every_model_and_picture(picture):

@@ -99,10 +99,9 @@ def scene_of(model: Entroformer, picture: Image.Image) -> Scene:
 @torch.inference_mode()
 def site_bits(scene: Scene, missing: Tensor) -> Tensor:
     """Bits of every site of y when some latents are missing.  missing: bool [B, 1, h, w]  ->  [B, h, w], float64"""
-    B = len(missing)
-    y_hat = scene.y_hat.expand(B, -1, -1, -1)
-    hyper = None if scene.hyper is None else scene.hyper.expand(B, -1, -1, -1)
-    return _bits(scene.model, y_hat, hyper, missing)
+    every = (len(missing), -1, -1, -1)
+    hyper = None if scene.hyper is None else scene.hyper.expand(every)
+    return _bits(scene.model, scene.y_hat.expand(every), hyper, missing)
 
 
 def _bits(model: Entroformer, y_hat: Tensor, hyper: Tensor | None, missing: Tensor) -> Tensor:
@@ -165,8 +164,8 @@ def mask_positions(
         if bar is not None:
             bar.update(len(gaps))
     return [
-        {"dy": dy, "dx": dx, "sites": int(n), "bpp_all": a / n / 256, "bpp_masked": m / n / 256, "ratio": m / a}
-        for (dy, dx), (n, a, m) in zip(offsets, totals, strict=True)
+        {"dy": dy, "dx": dx, **_rates(int(n), bpp_all=a, bpp_masked=m)}
+        for (dy, dx), (n, a, m) in zip(offsets, totals.tolist(), strict=True)
     ]
 
 
@@ -226,19 +225,15 @@ def mask_beyond(scene: Scene, radii: Sequence[int] = RADII, stride: int = 3) -> 
         raise StudyError(f"A radius is 0 or more, not {min(radii)}.")
     if max(radii) >= min(h, w):
         raise StudyError(f"A radius of {max(radii)} is larger than latents of {h} x {w}.")
-    lattice = torch.zeros(h, w, dtype=torch.bool)
-    lattice[::stride, ::stride] = True
-    sites = (lattice & scene.predicted()).nonzero()  # [n, 2]
-    at = scene.bits.cpu()[sites[:, 0], sites[:, 1]].sum()
+    sites = _every(scene, stride)
+    before = float(scene.bits.cpu()[sites[:, 0], sites[:, 1]].sum())
     rows = []
     for radius in radii:
         step = max(1, BATCH_SITES // (2 * radius + 1) ** 2)
-        inside = _distances(radius) <= radius
-        bits = sum(float(_bits_in_patches(scene, part, inside).sum()) for part in sites.split(step))
-        bpp_all, bpp = float(at) / len(sites) / 256, bits / len(sites) / 256
-        rows.append(
-            {"radius": radius, "sites": len(sites), "bpp_all": bpp_all, "bpp_masked": bpp, "ratio": bpp / bpp_all}
-        )
+        line = torch.arange(-radius, radius + 1).abs()
+        inside = line[:, None] + line <= radius
+        after = sum(float(bits_in_patches(scene, part, inside).sum()) for part in sites.split(step))
+        rows.append({"radius": radius, **_rates(len(sites), bpp_all=before, bpp_masked=after)})
     return rows
 
 
@@ -257,32 +252,35 @@ def only_positions(scene: Scene, offsets: Sequence[Offset], stride: int = 3) -> 
     Raises:
         StudyError: an offset that is no context, or outside of the picture.
     """
-    (h, w), reach = scene.size, _reach(scene, offsets)
-    lattice = torch.zeros(h, w, dtype=torch.bool)
-    lattice[::stride, ::stride] = True
-    sites = (lattice & scene.predicted()).nonzero()  # [n, 2]
+    reach, sites = _reach(scene, offsets), _every(scene, stride)
     nothing = torch.zeros(2 * reach + 1, 2 * reach + 1, dtype=torch.bool)
-    none = _bits_in_patches(scene, sites, nothing)
+    none = bits_in_patches(scene, sites, nothing)
     rows = []
     for dy, dx in offsets:
         position = sites + torch.tensor((dy, dx))
-        there = ((position >= 0) & (position < torch.tensor((h, w)))).all(1)
+        there = ((position >= 0) & (position < torch.tensor(scene.size))).all(1)
         known = nothing.clone()
         known[reach + dy, reach + dx] = True
-        n, before = int(there.sum()), float(none[there].sum())
-        after = float(_bits_in_patches(scene, sites[there], known).sum())
-        row = {"dy": dy, "dx": dx, "sites": n, "bpp_none": before / n / 256, "bpp_only": after / n / 256}
-        rows.append({**row, "ratio": after / before})
+        before, after = float(none[there].sum()), float(bits_in_patches(scene, sites[there], known).sum())
+        rows.append({"dy": dy, "dx": dx, **_rates(int(there.sum()), bpp_none=before, bpp_only=after)})
     return rows
 
 
-def _distances(radius: int) -> Tensor:
-    """L1 distances from the centre: [2 radius + 1, 2 radius + 1]"""
-    line = torch.arange(-radius, radius + 1).abs()
-    return line[:, None] + line
+def _every(scene: Scene, stride: int) -> Tensor:
+    """Every stride-th site in both directions that has context: [n, 2]"""
+    lattice = torch.zeros(scene.size, dtype=torch.bool)
+    lattice[::stride, ::stride] = True
+    return (lattice & scene.predicted()).nonzero()
 
 
-def _bits_in_patches(scene: Scene, sites: Tensor, known: Tensor) -> Tensor:
+def _rates(sites: int, **bits: float) -> dict:
+    """sites, both bits in bpp by their names, and the ratio of the second to the first."""
+    first, second = bits.values()
+    return {"sites": sites, **{name: b / sites / 256 for name, b in bits.items()}, "ratio": second / first}
+
+
+@torch.inference_mode()
+def bits_in_patches(scene: Scene, sites: Tensor, known: Tensor) -> Tensor:
     """Bits of sites [n, 2], each predicted from a patch of its own, of which only what is known: bool [side, side],
     its middle the site  ->  [n]"""
     model, (h, w), side = scene.model, scene.size, len(known)

@@ -9,28 +9,228 @@ paper trains transforms and entropy model jointly, so that each adapts to the ot
 row; here quality is the same in all rows by construction, and a difference in bits is one of the entropy models. What
 that leaves out, the grid `joint` checks: it trains one pair of variants from the same transforms with nothing frozen.
 
-`ablation_grids.py` holds the rows as data, `ablation_runs.py` trains and measures one, `sweep.py` does many,
-`latent_rates.py` says what is measured: estimated rates of the Kodak pictures' latents. Here is the study as a whole:
-what is checked before it starts, what it would take, and the saved result.
+**A run is known by what it is**, not by its name: the diamond with h = 3 is a row of table 1, of figure 6 and, as
+k = 16, of figure 7, and is trained once.
+
+`ablation_grids.py` holds the rows as data, `engine.py` does many runs, `latent_rates.py` says what is measured. Here is
+the study: how one run is performed, what is checked before it starts, what it would take, and the saved result.
 """
 
 import dataclasses
+import functools
 import json
 import statistics
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from entroformer_lib.errors import StudyError
+import torch
+
+from entroformer_lib.entroformer import Entroformer
+from entroformer_lib.errors import ConfigError, StudyError
 from entroformer_lib.files import data_folder, write_bytes
-from entroformer_lib.models.config import SIZES
-from entroformer_lib.studies.ablation_grids import BOTH, Grid
-from entroformer_lib.studies.ablation_runs import RECIPE, Run, Terms, runs_of, tasks_of
-from entroformer_lib.studies.engine import Outcome, Task, check, connected, sweep
-from entroformer_lib.studies.latent_rates import COLUMNS, ROWS
-from entroformer_lib.studies.rate_distortion import pictures_to_test
+from entroformer_lib.models.config import SIZES, named_config
+from entroformer_lib.studies import latent_rates
+from entroformer_lib.studies.ablation_grids import BOTH, GRIDS, Entry, Grid
+from entroformer_lib.studies.engine import Outcome, Report, Task, check, connected, identity_of, sweep, trained
+from entroformer_lib.studies.rate_distortion import middle, pictures_of, pictures_to_test
 from entroformer_lib.studies.results import as_json, provenance
-from entroformer_lib.training.latents import check_note, frozen_transforms, transforms_digest, write_latents
+from entroformer_lib.training.config import TrainConfig
+from entroformer_lib.training.latents import (
+    check_note,
+    frozen_transforms,
+    trained_lmbda,
+    transforms_digest,
+    with_transforms,
+    write_latents,
+)
+from entroformer_lib.weights.zoo import load_model, save_weights
+
+RECIPE = dict(batch=8, optimizer="muon", lr=2e-3, schedule="linear", precision="bfloat16", log_every=25)
+JOINT_CROP, JOINT_BATCH = 128, 8
+MIDDLE = 256  # pixels: as large as the crops of training
+TEST_K = (4, 8, 16, 32, 64, 128, None)  # k asked of models trained with another one
+TABLE4_SIZES = (300, 600, 900, 1200)  # pixels
+
+
+# ---- what the runs are ----
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What all runs of a study share.
+
+    transforms: name of the model that gives g_a and g_s. latents: folder of their cache. train_on: the photographs, for
+    runs whose transforms learn along. kodak: folder of the test pictures, `limit` of them.
+    """
+
+    transforms: str
+    latents: str
+    train_on: str
+    kodak: str
+    size: str = "tiny"
+    steps: int = 500
+    crop: int = 256
+    limit: int | None = None
+    accelerator: str = "auto"
+    checkpoint_seconds: float = 30.0
+
+    def config(self, entry: Entry, seed: int, out: Path) -> TrainConfig:
+        """The run of a row, in the folder `out`."""
+        ours = ("transforms", "latents", "steps", "crop", "accelerator", "checkpoint_seconds")
+        values = {name: getattr(self, name) for name in ours}
+        config = entry.config(TrainConfig("DATA", str(out), devices=1, **RECIPE, **values), self.size, seed)
+        if config.transforms is None:
+            joint = {"data": self.train_on, "init": str(out / "start.safetensors"), "architecture": ()}
+            joint |= {"crop": min(JOINT_CROP, self.crop), "batch": JOINT_BATCH, "lmbda": trained_lmbda(self.transforms)}
+            config = dataclasses.replace(config, **joint)
+        return config
+
+    def pictures(self, side: int | None = None) -> latent_rates.Pictures:
+        """The test pictures, or the squares of so many pixels in their middle."""
+        pictures = pictures_of(self.kodak, self.limit)
+        return pictures if side is None else [(name, middle(picture, side)) for name, picture in pictures]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, and the rows that it gives.  rows: (grid, columns)"""
+
+    name: str
+    entry: Entry
+    seed: int
+    answers: tuple[str, ...]
+    rows: tuple[tuple[str, dict], ...]
+
+
+def runs_of(grids: list[Grid], seeds: Iterable[int], size: str = "tiny") -> list[Run]:
+    """Each different run once, with the rows of all grids that it belongs to: seed by seed, in the order of the grids.
+
+    A run is its first row among all GRIDS, whichever of them are asked for: its name, and how its fields are written.
+
+    Raises:
+        ConfigError: a row that this size cannot have.
+    """
+    first: dict[str, Entry] = {}
+    for grid in (*GRIDS.values(), *grids):
+        for entry in grid.entries:
+            with nullcontext() if grid in grids else suppress(ConfigError):  # others may not exist in this size
+                first.setdefault(_kind(entry, size), entry)
+    found: dict[str, Run] = {}
+    for seed in seeds:
+        for grid in grids:
+            for entry in grid.entries:
+                known = first[_kind(entry, size)]
+                name = f"{known.name}-seed{seed}"
+                run = found.get(name) or Run(name, known, seed, ("weights",), ())
+                answers = tuple(dict.fromkeys((*run.answers, *grid.answers)))
+                rows = (*run.rows, (grid.name, entry.columns))
+                found[name] = dataclasses.replace(run, answers=answers, rows=rows)
+    return list(found.values())
+
+
+def _kind(entry: Entry, size: str) -> str:
+    """Equal for rows that are the same run."""
+    config = named_config(f"{size}-{entry.model}", **entry.architecture)
+    if config.position != "diamond" and not config.position.startswith("relative"):
+        config = config.replaced(radius=3)  # means nothing there
+    return config.to_json() + json.dumps(entry.training, sort_keys=True)
+
+
+# ---- how one is performed: trained, then measured ----
+
+
+def answer_of(terms: Terms, entry: Entry, seed: int, folder: Path, answer: str) -> object:
+    """One answer of a run: "weights" trains, others are named in MEASURES."""
+    if answer == "weights":
+        return _trained(terms, entry, seed, folder)
+    return MEASURES[answer](terms, folder, load_model(folder / "weights.safetensors"))
+
+
+def _trained(terms: Terms, entry: Entry, seed: int, folder: Path) -> dict:
+    """Trains, or goes on; with frozen transforms it keeps the falling rate of the middles in curve.jsonl."""
+    config = terms.config(entry, seed, folder)
+    if config.transforms is not None:
+        return trained(config, watch=_watch(terms, folder / "curve.jsonl"))
+    if not Path(config.init).exists():  # the frozen transforms with an untrained entropy model
+        torch.manual_seed(seed)
+        model = with_transforms(frozen_transforms(terms.transforms), config.model, **entry.architecture)
+        save_weights(model, Path(config.init), {"lmbda": config.lmbda, "metric": "mse"})
+    return trained(config)
+
+
+def _watch(terms: Terms, path: Path) -> Callable[[dict, Entroformer], None]:
+    batches = []  # computed once, by the first model that comes
+
+    def keep(row: dict, model: Entroformer) -> None:
+        if not batches:
+            batches.extend(latent_rates.batches_of(model, terms.pictures(MIDDLE)))
+        with open(path, "a") as file:
+            file.write(json.dumps({"step": row["step"], "bpp": latent_rates.mean_rate(model, batches)}) + "\n")
+
+    return keep
+
+
+def _kodak(terms: Terms, folder: Path, model: Entroformer) -> dict:
+    """Rates of the whole pictures, and the mean over their middles."""
+    middles = latent_rates.batches_of(model, terms.pictures(MIDDLE))
+    return {
+        "pictures": latent_rates.rates(model, terms.pictures()),
+        "bpp_middle": latent_rates.mean_rate(model, middles),
+    }
+
+
+def _curve(terms: Terms, folder: Path, model: Entroformer) -> list[dict]:
+    """The learning curve. A run that was killed wrote some steps twice, with the same rate."""
+    rows = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+    steps = {row["step"]: row for row in rows}
+    return [steps[step] for step in sorted(steps)]
+
+
+def _k_at_test(terms: Terms, folder: Path, model: Entroformer) -> list[dict]:
+    """The rate of the middles with every k of TEST_K."""
+    batches, rows = latent_rates.batches_of(model, terms.pictures(MIDDLE)), []
+    for k in TEST_K:
+        latent_rates.use_top_k(model, k)
+        rows.append({"k_at_test": k, "bpp": latent_rates.mean_rate(model, batches)})
+    return rows
+
+
+def _second_slice(terms: Terms, folder: Path, model: Entroformer) -> list[dict]:
+    return latent_rates.second_slice_rates(model, terms.pictures())
+
+
+def _sizes(terms: Terms, folder: Path, model: Entroformer) -> list[dict]:
+    """Mosaics of Kodak pictures, cut into squares of each size. The same pixels at 300, 600 and 1200."""
+    mosaics, rows = latent_rates.mosaics(terms.pictures()), []
+    for size in TABLE4_SIZES:
+        squares = [("", square) for mosaic in mosaics for square in latent_rates.squares_of(mosaic, size)]
+        measured = [row["bpp"] for row in latent_rates.rates(model, squares)]
+        if measured:
+            rows.append({"size": size, "squares": len(squares), "bpp": statistics.mean(measured)})
+    return rows
+
+
+def _rate_distortion(terms: Terms, folder: Path, model: Entroformer) -> dict:
+    """Estimated rate, error and R + lambda D of the whole pictures, where transforms learned along."""
+    lmbda = trained_lmbda(terms.transforms)
+    rows = [latent_rates.rate_and_error(model, picture, name) for name, picture in terms.pictures()]
+    mean = {key: statistics.mean(row[key] for row in rows) for key in ("bpp", "mse")}
+    return {"pictures": rows, "lmbda": lmbda, **mean, "rd_loss": mean["bpp"] + lmbda * 255**2 * mean["mse"]}
+
+
+MEASURES: dict[str, Callable[[Terms, Path, Entroformer], object]] = {
+    "kodak": _kodak,
+    "curve": _curve,
+    "k_at_test": _k_at_test,
+    "second_slice": _second_slice,
+    "sizes": _sizes,
+    "rate_distortion": _rate_distortion,
+}
+
+
+# ---- the study ----
 
 
 @dataclass(frozen=True)
@@ -45,13 +245,17 @@ class Study:
 
     @property
     def tasks(self) -> list[Task]:
-        return tasks_of(self.runs, self.terms, self.root, self.transforms_sha256)
+        """The runs as the engine takes them."""
+        return [self.task(run) for run in self.runs]
+
+    def task(self, run: Run) -> Task:
+        """A run as the engine takes it."""
+        identity = identity_of(self.terms.config(run.entry, run.seed, self.root / run.name))
+        identity |= {"transforms_sha256": self.transforms_sha256, "test_pictures": self.terms.limit}
+        return Task(run.name, functools.partial(answer_of, self.terms, run.entry, run.seed), run.answers, identity)
 
     def go(
-        self,
-        scheduler: str | None = None,
-        workers: int = 1,
-        report: Callable[[Outcome], None] = lambda outcome: None,
+        self, scheduler: str | None = None, workers: int = 1, report: Report = lambda outcome: None
     ) -> list[Outcome]:
         """Computes the latents where they are missing, then does every run that is not finished; see `sweep`."""
         if scheduler is not None:
@@ -68,36 +272,11 @@ class Study:
         tasks, rows = self.tasks, []
         for run, task in zip(self.runs, tasks, strict=True):
             missing = task.missing(self.root)
-            begun = (self.root / run.name / "task.json").exists()
-            rows.append(
-                {
-                    "run": run.name,
-                    "grids": sorted({grid for grid, _ in run.rows}),
-                    "state": "finished" if not missing else "begun" if begun else "not begun",
-                    "missing": missing,
-                    "seconds": _estimate(task, missing, tasks, self.root),
-                }
-            )
+            state = "begun" if (self.root / run.name / "task.json").exists() else "not begun"
+            row = {"run": run.name, "grids": sorted({grid for grid, _ in run.rows}), "missing": missing}
+            seconds = _estimate(task, missing, tasks, self.root)
+            rows.append({**row, "state": state if missing else "finished", "seconds": seconds})
         return rows
-
-
-def plan_in_words(study: Study) -> str:
-    """What would run and how long it would take, a line for each run."""
-    rows = study.plan()
-    lines = [f"{'run':28} {'state':10} {'estimated':>10}  grids"]
-    for row in rows:
-        lines.append(f"{row['run']:28} {row['state']:10} {_in_minutes(row['seconds']):>10}  {', '.join(row['grids'])}")
-    left = [row["seconds"] for row in rows if row["missing"]]
-    known = [seconds for seconds in left if seconds is not None]
-    total = f", {_in_minutes(sum(known))} one after the other" if known or not left else ""
-    lines.append(f"{len(left)} of {len(rows)} runs to do{total}")
-    if len(known) < len(left):
-        lines.append(f"{len(left) - len(known)} of them cannot be estimated before a run like them is finished")
-    return "\n".join(lines)
-
-
-def _in_minutes(seconds: float | None) -> str:
-    return "unknown" if seconds is None else f"{seconds / 60:.1f} min"
 
 
 def prepare(grids: list[Grid], terms: Terms, root: Path, seeds: Iterable[int] = (0, 1)) -> Study:
@@ -120,12 +299,31 @@ def prepare(grids: list[Grid], terms: Terms, root: Path, seeds: Iterable[int] = 
     digest = transforms_digest(source)
     if (Path(terms.latents) / "latents.json").exists():
         check_note(Path(terms.latents) / "latents.json", {"transforms_sha256": digest, "crop": terms.crop})
-    pictures = len(pictures_to_test(Path(terms.kodak), terms.limit))
-    if pictures < ROWS * COLUMNS and any(grid.name == "table4" for grid in grids):
-        raise StudyError(f"Table 4 is measured on mosaics of {ROWS * COLUMNS} pictures, and there are {pictures}.")
+    pictures, mosaic = len(pictures_to_test(terms.kodak, terms.limit)), latent_rates.ROWS * latent_rates.COLUMNS
+    if pictures < mosaic and any(grid.name == "table4" for grid in grids):
+        raise StudyError(f"Table 4 is measured on mosaics of {mosaic} pictures, and there are {pictures}.")
     study = Study(grids, runs_of(grids, seeds, terms.size), terms, root, digest)
     check(study.tasks, root)
     return study
+
+
+def plan_in_words(study: Study) -> str:
+    """What would run and how long it would take, a line for each run."""
+    rows = study.plan()
+    lines = [f"{'run':28} {'state':10} {'estimated':>10}  grids"]
+    for row in rows:
+        lines.append(f"{row['run']:28} {row['state']:10} {_in_minutes(row['seconds']):>10}  {', '.join(row['grids'])}")
+    left = [row["seconds"] for row in rows if row["missing"]]
+    known = [seconds for seconds in left if seconds is not None]
+    total = f", {_in_minutes(sum(known))} one after the other" if known or not left else ""
+    lines.append(f"{len(left)} of {len(rows)} runs to do{total}")
+    if len(known) < len(left):
+        lines.append(f"{len(left) - len(known)} of them cannot be estimated before a run like them is finished")
+    return "\n".join(lines)
+
+
+def _in_minutes(seconds: float | None) -> str:
+    return "unknown" if seconds is None else f"{seconds / 60:.1f} min"
 
 
 def _estimate(task: Task, missing: list[str], tasks: list[Task], root: Path) -> float | None:
@@ -133,9 +331,8 @@ def _estimate(task: Task, missing: list[str], tasks: list[Task], root: Path) -> 
     otherwise of any."""
     total = 0.0
     for name in missing:
-        model = task.identity["model"]
         done = [t for t in tasks if name in t.answers and name not in t.missing(root)]
-        alike = [t for t in done if t.identity["model"] == model] or done
+        alike = [t for t in done if t.identity["model"] == task.identity["model"]] or done
         if not alike:
             return None
         if name == "weights":
@@ -148,63 +345,58 @@ def _estimate(task: Task, missing: list[str], tasks: list[Task], root: Path) -> 
 def _left(task: Task, root: Path) -> float:
     """Share of the steps that a training has before it."""
     curve = root / task.name / "log.jsonl"
-    if not curve.exists():
-        return 1.0
-    rows = curve.read_text().splitlines()
+    rows = curve.read_text().splitlines() if curve.exists() else []
     return 1 - json.loads(rows[-1])["step"] / task.identity["steps"] if rows else 1.0
 
 
-# ---- the saved result ----
+# ---- which table comes out ----
 
 
 def rows_of(study: Study) -> dict[str, list[dict]]:
     """The rows of each grid, from the runs that are finished."""
     rows: dict[str, list[dict]] = {grid.name: [] for grid in study.grids}
-    for run, task in zip(study.runs, study.tasks, strict=True):
+    for run in study.runs:
+        task = study.task(run)
         if not task.missing(study.root):
             answers = {name: task.answer(study.root, name) for name in run.answers}
             for grid, columns in run.rows:
-                rows[grid] += [
-                    {"grid": grid, "run": run.name, "seed": run.seed, **columns, **row}
-                    for row in ROWS_OF.get(grid, _whole_rows)(columns, answers)
-                ]
+                about = {"grid": grid, "run": run.name, "seed": run.seed, **columns}
+                found = ROWS_OF.get(grid, _whole_rows)(columns, answers)
+                rows[grid] += [_rounded({**about, **row}) for row in found]
     return rows
 
 
 def _whole_rows(columns: dict, answers: dict) -> list[dict]:
     """bpp: mean over the whole pictures; bpp_middle: over their middles, as large as the crops of training."""
-    pictures = answers["kodak"]["pictures"]
-    return [{"bpp": _mean(row["bpp"] for row in pictures), "bpp_middle": _rounded(answers["kodak"]["bpp_middle"])}]
+    bpp = statistics.mean(row["bpp"] for row in answers["kodak"]["pictures"])
+    return [{"bpp": bpp, "bpp_middle": answers["kodak"]["bpp_middle"]}]
 
 
 def _figure7_rows(columns: dict, answers: dict) -> list[dict]:
     """The learning curve over the middles; at its end the whole pictures, and the middles with other k."""
-    curve = [{"step": row["step"], "bpp": _rounded(row["bpp"])} for row in answers["curve"]]
     end = [{"grid": "figure7_end", **row} for row in _whole_rows(columns, answers)]
-    others = [{"grid": "figure7_k_at_test", **row, "bpp": _rounded(row["bpp"])} for row in answers["k_at_test"]]
-    return curve + end + others
+    others = [{"grid": "figure7_k_at_test", **row} for row in answers["k_at_test"]]
+    return answers["curve"] + end + others
 
 
 def _table3_rows(columns: dict, answers: dict) -> list[dict]:
     """Means of the second slice with each context; apart from the others those of the model that knows all of them."""
-    rows = []
-    for context in dict.fromkeys(row["context"] for row in answers["second_slice"]):
-        bpp = _mean(row["bpp"] for row in answers["second_slice"] if row["context"] == context)
-        grid = "table3" if columns["trained"] == BOTH else "table3_separate"
-        rows.append({"grid": grid, "context": context, "bpp": bpp})
-    if columns["trained"] == BOTH:
-        pictures = answers["second_slice"]
-        rows += [{"grid": "table3_pictures", **row, "bpp": _rounded(row["bpp"])} for row in pictures]
+    pictures, rows = answers["second_slice"], []
+    both = columns["trained"] == BOTH
+    for context in dict.fromkeys(row["context"] for row in pictures):
+        bpp = statistics.mean(row["bpp"] for row in pictures if row["context"] == context)
+        rows.append({"grid": "table3" if both else "table3_separate", "context": context, "bpp": bpp})
+    if both:
+        rows += [{"grid": "table3_pictures", **row} for row in pictures]
     return rows + [{"grid": "table3_whole", **row} for row in _whole_rows(columns, answers)]
 
 
 def _table4_rows(columns: dict, answers: dict) -> list[dict]:
-    return [{**row, "bpp": _rounded(row["bpp"])} for row in answers["sizes"]]
+    return answers["sizes"]
 
 
 def _joint_rows(columns: dict, answers: dict) -> list[dict]:
-    found = answers["rate_distortion"]
-    return [{**{key: _rounded(found[key]) for key in ("bpp", "rd_loss")}, "mse": found["mse"], "lmbda": found["lmbda"]}]
+    return [{key: answers["rate_distortion"][key] for key in ("bpp", "rd_loss", "mse", "lmbda")}]
 
 
 ROWS_OF: dict[str, Callable[[dict, dict], list[dict]]] = {
@@ -213,14 +405,11 @@ ROWS_OF: dict[str, Callable[[dict, dict], list[dict]]] = {
     "table4": _table4_rows,
     "joint": _joint_rows,
 }
+ROUNDED = ("bpp", "bpp_middle", "rd_loss")
 
 
-def _mean(values: Iterable[float]) -> float:
-    return _rounded(statistics.mean(values))
-
-
-def _rounded(value: float) -> float:
-    return round(value, 6)
+def _rounded(row: dict) -> dict:
+    return {key: round(value, 6) if key in ROUNDED else value for key, value in row.items()}
 
 
 def save(study: Study, folder: Path | None = None) -> list[Path]:
@@ -236,7 +425,7 @@ def save(study: Study, folder: Path | None = None) -> list[Path]:
         if not rows:
             continue
         names = {row["run"] for row in rows}
-        runs = {run.name: (run, task) for run, task in zip(study.runs, study.tasks, strict=True) if run.name in names}
+        runs = {run.name: (run, study.task(run)) for run in study.runs if run.name in names}
         result = {
             "settings": _settings(study),
             "rows": rows,
@@ -258,14 +447,14 @@ def _settings(study: Study) -> dict:
         **{key: getattr(terms, key) for key in ("size", "steps", "crop")},
         **RECIPE,
         "latents": {key: latents[key] for key in ("pictures", "per_picture", "seed")},
-        "test_pictures": len(pictures_to_test(Path(terms.kodak), terms.limit)),
+        "test_pictures": len(pictures_to_test(terms.kodak, terms.limit)),
     }
 
 
 def _pictures(task: Task, root: Path) -> dict[str, float]:
     """Bits per pixel of each whole picture."""
     answer = "rate_distortion" if "rate_distortion" in task.answers else "kodak"
-    return {row["image"]: _rounded(row["bpp"]) for row in task.answer(root, answer)["pictures"]}
+    return {row["image"]: round(row["bpp"], 6) for row in task.answer(root, answer)["pictures"]}
 
 
 def _record(run: Run, task: Task, root: Path) -> dict:

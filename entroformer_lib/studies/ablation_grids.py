@@ -1,15 +1,16 @@
 """What is compared: the paper's ablations, and what the released code does otherwise, as data.
 
-A row of a grid says which model and what its saved rows say of it. How rows become runs stands in `ablation_runs.py`.
+A row of a grid says which model, and what its saved rows say of it. How rows become runs stands in `ablation.py`.
 """
 
 import dataclasses
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from entroformer_lib.errors import StudyError
 from entroformer_lib.models.config import named_config, parse_fields
-from entroformer_lib.training.variants import Variant
+from entroformer_lib.training.config import TrainConfig
 
 BOTH = "both directions"
 
@@ -28,10 +29,11 @@ class Entry:
     training: dict = field(default_factory=dict)
     columns: dict = field(default_factory=dict)
 
-    def variant(self, size: str, seed: int) -> Variant:
-        """The run of this row."""
-        training = {"model": f"{size}-{self.model}", "seed": seed, **self.training}
-        return Variant(f"{self.name}-seed{seed}", self.architecture, training)
+    def config(self, base: TrainConfig, size: str = "tiny", seed: int = 0) -> TrainConfig:
+        """The run of this row. base: what all rows of a comparison share, so that only what a row names differs"""
+        architecture = tuple(f"{name}={json.dumps(value)}" for name, value in self.architecture.items())
+        values = {"model": f"{size}-{self.model}", "architecture": architecture, "seed": seed, **self.training}
+        return dataclasses.replace(base, **values)
 
 
 @dataclass(frozen=True)

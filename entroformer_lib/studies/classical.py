@@ -1,14 +1,15 @@
 """Classical codecs beside the models, as Pillow has them: coded live, so the files are as real as ours."""
 
+import bisect
 import io
-import time
 from pathlib import Path
 
 from PIL import Image, features
 
 from entroformer_lib.codec import codec
-from entroformer_lib.codec.quality import ms_ssim, psnr_db
+from entroformer_lib.codec.quality import psnr_db
 from entroformer_lib.errors import StudyError
+from entroformer_lib.studies.rate_distortion import measured
 
 # Settings from coarse to fine, and what each is called. All in 4:2:0 but JPEG 2000, which has no subsampling.
 CODECS = {
@@ -46,24 +47,14 @@ def coded(picture: Image.Image, name: str, setting: float) -> bytes:
 
 
 def evaluate_classical(path: Path, name: str, setting: float) -> dict:
-    """One picture through a classical codec: the columns of `rate_distortion.evaluate_picture` without an estimate."""
+    """One picture through a classical codec: the columns of `rate_distortion.measured`."""
     picture, _ = codec.to_rgb(codec.open_picture(path))
-    start = time.perf_counter()
-    data = coded(picture, name, setting)
-    middle = time.perf_counter()
-    decoded = Image.open(io.BytesIO(data)).convert("RGB")
-    end = time.perf_counter()
-    return {
-        "image": path.stem,
-        "width": picture.width,
-        "height": picture.height,
-        "bytes": len(data),
-        "bpp": 8 * len(data) / (picture.width * picture.height),
-        "psnr_db": psnr_db(picture, decoded),
-        "ms_ssim": ms_ssim(picture, decoded),
-        "encode_s": middle - start,
-        "decode_s": end - middle,
-    }
+    return measured(path, picture, lambda: coded(picture, name, setting), decoded)
+
+
+def decoded(data: bytes) -> Image.Image:
+    """The picture in a file of a classical codec, RGB."""
+    return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 def jpeg_of_size(picture: Image.Image, size: int, optimize: bool = True) -> tuple[bytes, int]:
@@ -73,21 +64,19 @@ def jpeg_of_size(picture: Image.Image, size: int, optimize: bool = True) -> tupl
     a fifth at low rates; the published JPEG curves use the standard tables.
     """
 
-    def coded(quality: int) -> bytes:
+    def jpeg(quality: int) -> bytes:
         buffer = io.BytesIO()
         picture.save(buffer, "jpeg", quality=quality, optimize=optimize)
         return buffer.getvalue()
 
-    low, high = 1, 95  # size grows with quality
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(coded(middle)) >= size else (middle + 1, high)
-    return coded(low), low
+    qualities = range(1, 96)  # size grows with quality
+    first = bisect.bisect_left(qualities, size, key=lambda quality: len(jpeg(quality)))
+    quality = qualities[min(first, len(qualities) - 1)]
+    return jpeg(quality), quality
 
 
 def jpeg_psnr_db(path: Path, size: int, optimize: bool = True) -> float:
     """PSNR of the JPEG of a picture that has at least `size` bytes, in dB; see `jpeg_of_size`."""
     picture, _ = codec.to_rgb(codec.open_picture(path))
     data, _ = jpeg_of_size(picture, size, optimize)
-    with Image.open(io.BytesIO(data)) as jpeg:
-        return psnr_db(picture, jpeg.convert("RGB"))
+    return psnr_db(picture, decoded(data))

@@ -1,20 +1,19 @@
 """Measuring many pictures, models and settings: on all cores, and going on after a kill.
 
-A task is one picture through one codec at one setting. Whatever is finished stands as a line in a file beside the
-result, with a key of everything it depends on; starting the same again only does the rest. Every task runs on a single
+A coding is one picture through one codec at one setting. Each is a run of the experiment engine, in a folder beside the
+result, and known by all that it depends on; starting the same again only does the rest. Every coding runs on a single
 thread, however many run side by side, so that the numbers do not depend on how many cores there are.
 
     python -m entroformer_lib.studies.measuring jpeg webp jpeg2000 avif --pictures pictures/kodak --out result.json
 """
 
-import concurrent.futures
 import contextlib
 import functools
 import hashlib
-import io
 import json
-import multiprocessing
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +28,15 @@ from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import StudyError
 from entroformer_lib.files import write_bytes
 from entroformer_lib.memory import keep_freed_memory
-from entroformer_lib.studies.classical import CODECS, coded, evaluate_classical
+from entroformer_lib.studies.classical import CODECS, coded, decoded, evaluate_classical
+from entroformer_lib.studies.engine import Outcome, Task, complete
 from entroformer_lib.studies.rate_distortion import evaluate_picture, pictures_to_test
 from entroformer_lib.studies.results import provenance
 from entroformer_lib.weights.zoo import load_model, weights_digest
 
 
 @dataclass(frozen=True)
-class Task:
+class Coding:
     """One picture through one codec at one setting.
 
     codec: a model (name or file), or a classical codec. setting: the lambda of a variable-rate model, the quality of a
@@ -48,23 +48,40 @@ class Task:
     picture: str
     device: str = "cpu"
 
-    def row(self) -> dict:
+    def __call__(self, folder: Path | None = None, answer: str = "answer") -> dict:
         """Does it.  ->  codec, setting, and the columns of `evaluate_picture`"""
-        if self.codec in CODECS:
-            measured = evaluate_classical(Path(self.picture), self.codec, self.setting)
-        else:
-            measured = evaluate_picture(_model(self.codec, self.setting, self.device), Path(self.picture))
-        return {"codec": self.codec, "setting": self.setting, **measured}
+        with _one_thread():
+            if self.codec in CODECS:
+                row = evaluate_classical(Path(self.picture), self.codec, self.setting)
+            else:
+                row = evaluate_picture(_model(self.codec, self.setting, self.device), Path(self.picture))
+        return {"codec": self.codec, "setting": self.setting, **row}
 
-    def key(self) -> str:
-        """Changes with the picture's bytes and the model's weights, not with their places."""
-        picture = hashlib.sha256(Path(self.picture).read_bytes()).hexdigest()[:16]
-        weights = "" if self.codec in CODECS else weights_digest(_loaded(self.codec, self.device)).hex()[:16]
-        return f"{Path(self.codec).name} {self.setting} {weights} {picture} {self.device}"
+    def task(self) -> Task:
+        """As a run of the engine: another one for other bytes of the picture or other weights, wherever they lie."""
+        identity = {
+            "codec": Path(self.codec).name,
+            "setting": self.setting,
+            "weights": None if self.codec in CODECS else weights_digest(_loaded(self.codec, self.device)).hex(),
+            "picture": hashlib.sha256(Path(self.picture).read_bytes()).hexdigest(),
+            "device": self.device,
+        }
+        return Task.by_identity(Path(self.picture).stem, self, identity)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @functools.lru_cache(maxsize=2)
 def _loaded(name: str, device: str) -> Entroformer:
+    keep_freed_memory()
     return load_model(name, device)
 
 
@@ -76,16 +93,16 @@ def _model(name: str, setting: float | None, device: str) -> Entroformer:
 
 
 def picture_at(name: str, setting: float | None, picture: Image.Image) -> tuple[Image.Image, int]:
-    """A picture through one codec at one setting, see Task  ->  the decoded picture and the bytes it took."""
+    """A picture through one codec at one setting, see Coding  ->  the decoded picture and the bytes it took."""
     if name in CODECS:
         data = coded(picture, name, setting)
-        return Image.open(io.BytesIO(data)).convert("RGB"), len(data)
+        return decoded(data), len(data)
     model = _model(name, setting, "auto")
     data = codec.encode(model, picture)
     return codec.decode(data, model).convert("RGB"), len(data)
 
 
-def tasks_of(codec: str, pictures: Iterable[Path], device: str = "cpu") -> list[Task]:
+def tasks_of(codec: str, pictures: Iterable[Path], device: str = "cpu") -> list[Coding]:
     """All settings of a codec on all pictures, setting by setting.
 
     Raises:
@@ -96,96 +113,52 @@ def tasks_of(codec: str, pictures: Iterable[Path], device: str = "cpu") -> list[
     else:
         model = _loaded(codec, device)
         settings = (None,) if "@" in codec or not model.config.lmbdas else model.config.lmbdas
-    return [Task(codec, setting, str(path), device) for setting in settings for path in pictures]
+    return [Coding(codec, setting, str(path), device) for setting in settings for path in pictures]
 
 
 def measure(
-    tasks: list[Task],
+    codings: list[Coding],
     done: Path | None = None,
     jobs: int | None = None,
     report: Callable[[dict], None] = lambda row: None,
 ) -> list[dict]:
-    """The rows of all tasks, in their order.
+    """The rows of all codings, in their order.
 
     Args:
-        done: file for finished rows, one line each; rows it already holds are not measured again. The caller removes it
+        done: folder for finished rows; rows it already holds are not measured again. The caller removes it (`forget`)
             once the result is written.
         jobs: processes; default: as many as there are cores, or one on a GPU.
-        report: called with each row in the order of the tasks, as soon as it and all before it are there.
+        report: called with each row in the order of the codings, as soon as it and all before it are there.
 
     Raises:
-        UserError: from any of the tasks. What is finished stays in `done`.
+        StudyError: the error of the first coding that fails. What is finished stays in `done`.
     """
-    keys = [task.key() for task in tasks]
-    rows = _read(done)
-    missing = [i for i, key in enumerate(keys) if key not in rows]
     if jobs is None:
-        jobs = 1 if any(task.device != "cpu" for task in tasks) else cores()
-    shown = 0
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open(done, "a")) if done is not None and missing else None
-        run = _one_by_one if min(jobs, len(missing)) <= 1 else _side_by_side
-        for i, row in run([tasks[i] for i in missing], jobs) if missing else ():
-            rows[keys[missing[i]]] = row
-            if file is not None:
-                file.write(json.dumps({"key": keys[missing[i]], "row": row}) + "\n")
-                file.flush()
-            while shown < len(tasks) and keys[shown] in rows:
-                report(rows[keys[shown]])
-                shown += 1
-    for key in keys[shown:]:
-        report(rows[key])
-    return [rows[key] for key in keys]
+        jobs = cores() if all(coding.device == "cpu" for coding in codings) else 1
+    if done is not None and done.is_file():
+        raise StudyError(f"{done} does not hold measured rows; remove it to measure again.")
+    tasks, rows = [coding.task() for coding in codings], []
+    with contextlib.nullcontext(done) if done is not None else tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+
+        def tell(outcome: Outcome | None = None) -> None:
+            while len(rows) < len(tasks) and not tasks[len(rows)].missing(folder):
+                rows.append(tasks[len(rows)].answer(folder))
+                report(rows[-1])
+
+        tell()
+        complete(tasks, folder, tell, workers=jobs, own_gpu=False)
+    return rows
+
+
+def forget(done: Path) -> None:
+    """Removes the folder of finished rows."""
+    shutil.rmtree(done, ignore_errors=True)
 
 
 def cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _read(done: Path | None) -> dict[str, dict]:
-    """Finished rows by key. A last line that a kill cut short is measured again."""
-    rows = {}
-    if done is None or not done.exists():
-        return rows
-    text = done.read_text()
-    for line in text.splitlines():
-        try:
-            entry = json.loads(line)
-            rows[entry["key"]] = entry["row"]
-        except (ValueError, KeyError, TypeError):
-            if not text.endswith(line):
-                raise StudyError(f"{done} does not hold measured rows; remove it to measure again.") from None
-            done.write_text(text[: -len(line)])
-    return rows
-
-
-def _one_by_one(tasks: list[Task], jobs: int) -> Iterator[tuple[int, dict]]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for i, task in enumerate(tasks):
-            yield i, task.row()
-    finally:
-        torch.set_num_threads(before)
-
-
-def _side_by_side(tasks: list[Task], jobs: int) -> Iterator[tuple[int, dict]]:
-    """In processes of their own (spawned: forking a process in which torch has threads can hang)."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(jobs, len(tasks)), context, _prepare) as pool:
-        futures = {pool.submit(Task.row, task): i for i, task in enumerate(tasks)}
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _prepare() -> None:
-    torch.set_num_threads(1)
-    keep_freed_memory()
 
 
 def save(codecs: Positional[tuple[str, ...]], pictures: Path, out: Path, jobs: int | None = None) -> None:
@@ -198,13 +171,11 @@ def save(codecs: Positional[tuple[str, ...]], pictures: Path, out: Path, jobs: i
         jobs: Pictures at a time; default: as many as there are cores.
     """
     paths = pictures_to_test(pictures)
-    tasks = [task for name in codecs for task in tasks_of(name, paths)]
+    codings = [coding for name in codecs for coding in tasks_of(name, paths)]
     done = out.with_name(out.name + ".rows")
-    rows = measure(
-        tasks, done, jobs, lambda row: print(row["codec"], row["setting"], row["image"], row["bpp"], flush=True)
-    )
+    rows = measure(codings, done, jobs, _tell)
     write_bytes(out, json.dumps({"rows": rows, "mean": means(rows), "provenance": provenance()}, indent=1).encode())
-    done.unlink(missing_ok=True)
+    forget(done)
 
 
 def _tell(row: dict) -> None:

@@ -15,9 +15,10 @@ saved result is of the middle 256 x 256 pixels of each Kodak picture: as large a
 on, and so without what a longer sequence than in training does to a transformer.
 """
 
+import functools
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,6 @@ from scipy.optimize import curve_fit
 from scipy.stats import spearmanr
 from tqdm.auto import tqdm
 
-from entroformer_lib.codec import codec
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import StudyError, UserError
 from entroformer_lib.files import data_folder, write_bytes
@@ -43,10 +43,12 @@ from entroformer_lib.inspection.missing_context import (
     scene_of,
 )
 from entroformer_lib.memory import keep_freed_memory
-from entroformer_lib.studies.rate_distortion import pictures_to_test
+from entroformer_lib.studies.ablation import RECIPE
+from entroformer_lib.studies.ablation_grids import Entry
+from entroformer_lib.studies.engine import Task, complete, training_task
+from entroformer_lib.studies.rate_distortion import middle, pictures_of, pictures_to_test
 from entroformer_lib.studies.results import as_json, provenance
 from entroformer_lib.training.config import TrainConfig
-from entroformer_lib.training.variants import Variant, trained
 from entroformer_lib.weights.zoo import load_model, save_weights, weights_digest
 
 NORMS = {
@@ -54,19 +56,14 @@ NORMS = {
     "L2": lambda dy, dx: (dy**2 + dx**2) ** 0.5,
     "L-infinity": lambda dy, dx: max(abs(dy), abs(dx)),
 }
-
-CONTEXT_ONLY = {"model": "tiny-context"}  # as the paper's section 4.1
-VARIANTS = (
-    Variant("cnn", {"hyperprior": False}, {"model": "tiny-cnn"}),
-    Variant("none", {"position": "none"}, CONTEXT_ONLY),  # Figure 3
-    Variant("absolute", {"position": "absolute"}, CONTEXT_ONLY),
-    Variant("relative_1d", {"position": "relative_1d"}, CONTEXT_ONLY),
-    Variant("relative_2d", {"position": "relative_2d"}, CONTEXT_ONLY),
-    Variant("diamond", {"position": "diamond"}, CONTEXT_ONLY),
-    Variant("hyper-parallel-none", {"position": "none"}, {"model": "tiny-parallel"}),
-    Variant("hyper-parallel-diamond", {"position": "diamond"}, {"model": "tiny-parallel"}),
+POSITIONS = ("none", "absolute", "relative_1d", "relative_2d", "diamond")  # Figure 3 has none
+VARIANTS = (  # without hyperprior, as in the paper's section 4.1; and two with it
+    Entry("cnn", "cnn", {"hyperprior": False}),
+    *(Entry(position, "context", {"position": position}) for position in POSITIONS),
+    *(Entry(f"hyper-parallel-{p}", "parallel", {"position": p}) for p in ("none", "diamond")),
 )
 MISSING = 0.5  # largest share of gaps in a crop; uniform from none to this
+Pictures = Iterable[tuple[str, Image.Image]]  # name and picture
 
 
 # ---- tables ----
@@ -74,7 +71,7 @@ MISSING = 0.5  # largest share of gaps in a crop; uniform from none to this
 
 def run(
     models: Iterable[Entroformer],
-    pictures: Iterable[tuple[str, Image.Image]],
+    pictures: Pictures,
     side: int = 7,
     spacing: int | None = None,
     progress: bool = False,
@@ -94,51 +91,40 @@ def run(
     Raises:
         StudyError: a model without context, or a neighbourhood larger than the latents.
     """
-    models, pictures, rows = list(models), list(pictures), []
-    for model in models:
-        neighbourhood(model, side)  # refuses before anything runs
+    models, pictures = list(models), list(pictures)
     total = len(models) * len(pictures) * (spacing or side) ** 2
     with tqdm(total=total, disable=not progress, unit="mask") as bar:
-        for name, picture in pictures:
-            for model in models:
-                bar.set_postfix_str(f"{name}, {model_name(model)}")
-                scene = _scene(model, name, picture, side)
-                for row in mask_positions(scene, neighbourhood(model, side), spacing, bar):
-                    rows.append({"model": model_name(model), "image": name, **row})
-    return pd.DataFrame(rows)
+
+        def masked(scene: Scene) -> list[dict]:
+            return mask_positions(scene, neighbourhood(scene.model, side), spacing, bar)
+
+        return _table(models, pictures, side, masked)
 
 
-def run_beyond(
-    models: Iterable[Entroformer], pictures: Iterable[tuple[str, Image.Image]], radii: Sequence[int] = RADII
-) -> pd.DataFrame:
+def run_beyond(models: Iterable[Entroformer], pictures: Pictures, radii: Sequence[int] = RADII) -> pd.DataFrame:
     """`mask_beyond` for each model and picture: model, image, radius, sites, bpp_all, bpp_masked, ratio."""
-    return _table(models, pictures, 1, lambda scene: mask_beyond(scene, radii))
+    return _table(models, pictures, 3, lambda scene: mask_beyond(scene, radii))
 
 
-def run_alone(
-    models: Iterable[Entroformer], pictures: Iterable[tuple[str, Image.Image]], side: int = 7
-) -> pd.DataFrame:
+def run_alone(models: Iterable[Entroformer], pictures: Pictures, side: int = 7) -> pd.DataFrame:
     """`only_positions` for each model and picture: model, image, dy, dx, sites, bpp_none, bpp_only, ratio."""
     return _table(models, pictures, side, lambda scene: only_positions(scene, neighbourhood(scene.model, side)))
 
 
-def _table(models, pictures, side: int, rows_of) -> pd.DataFrame:
-    pictures = list(pictures)
-    return pd.DataFrame(
-        {"model": model_name(model), "image": name, **row}
-        for model in models
-        for name, picture in pictures
-        for row in rows_of(_scene(model, name, picture, side))
-    )
-
-
-def _scene(model: Entroformer, name: str, picture: Image.Image, side: int) -> Scene:
-    """`scene_of`, where a neighbourhood of this side fits into the latents."""
-    scene = scene_of(model, picture)
-    if side > min(scene.size):
-        h, w = scene.size
-        raise StudyError(f"A neighbourhood of {side} x {side} is larger than the latents of {name}, {h} x {w}.")
-    return scene
+def _table(
+    models: Iterable[Entroformer], pictures: Pictures, side: int, rows_of: Callable[[Scene], list[dict]]
+) -> pd.DataFrame:
+    models, rows = list(models), []
+    for model in models:
+        neighbourhood(model, side)  # refuses before anything runs
+    for name, picture in pictures:
+        for model in models:
+            scene = scene_of(model, picture)
+            if side > min(scene.size):
+                h, w = scene.size
+                raise StudyError(f"A neighbourhood of {side} x {side} is larger than the latents of {name}, {h} x {w}.")
+            rows += [{"model": model_name(model), "image": name, **row} for row in rows_of(scene)]
+    return pd.DataFrame(rows)
 
 
 def over_pictures(table: pd.DataFrame) -> pd.DataFrame:
@@ -146,11 +132,8 @@ def over_pictures(table: pd.DataFrame) -> pd.DataFrame:
     distances L1, L2, L-infinity. Percent is the increase when the position is missing, for a table of `run`, and what
     the position saves alone, for one of `run_alone`."""
     sign = -1 if "bpp_only" in table else 1
-    percent = table.assign(percent=sign * 100 * (table["ratio"] - 1)).groupby(["model", "dy", "dx"], sort=False)[
-        "percent"
-    ]
-    mean = percent.agg(["mean", "std", "count"]).reset_index()
-    mean.columns = ["model", "dy", "dx", "percent", "spread", "pictures"]
+    groups = table.assign(percent=sign * 100 * (table["ratio"] - 1)).groupby(["model", "dy", "dx"], sort=False)
+    mean = groups["percent"].agg(percent="mean", spread="std", pictures="count").reset_index()
     for norm, distance in NORMS.items():
         mean[norm] = [distance(dy, dx) for dy, dx in zip(mean["dy"], mean["dx"], strict=True)]
     return mean
@@ -159,9 +142,12 @@ def over_pictures(table: pd.DataFrame) -> pd.DataFrame:
 def distance_fits(table: pd.DataFrame) -> pd.DataFrame:
     """Which distance explains the increase best. For each model and norm: percent = a exp(-distance / b).
 
+    Args:
+        table: of `run` or `run_alone`.
+
     Returns:
         model, norm, a (percent), b (latents), r2 (share of the variance over positions explained by the fit), spearman
-        (rank correlation of percent and distance). None where nothing can be fitted.  table: of `run` or `run_alone`
+        (rank correlation of percent and distance). None where nothing can be fitted.
     """
     rows = []
     for model, part in over_pictures(table).groupby("model", sort=False):
@@ -185,11 +171,18 @@ def _relation(distance: pd.Series, percent: pd.Series) -> dict:
     return {**nothing, "a": float(a), "b": float(b), "r2": float(1 - rest.var() / percent.var())}
 
 
-# ---- the saved result ----
+# ---- the runs ----
 
 
 def train_models(
-    transforms: str, latents: str, runs: str, steps: int = 700, missing: float = MISSING, only: tuple[str, ...] = ()
+    transforms: str,
+    latents: str,
+    runs: Path,
+    steps: int = 700,
+    missing: float = MISSING,
+    only: tuple[str, ...] = (),
+    workers: int = 1,
+    scheduler: str | None = None,
 ) -> None:
     """Trains the models of the study on equal terms; a finished run is not repeated.
 
@@ -200,35 +193,32 @@ def train_models(
         steps: Steps of each run, of eight crops.
         missing: Largest share of gaps in a crop.
         only: Names of variants; by default all.
+        workers: Runs at a time on this machine.
+        scheduler: Address of a dask scheduler to run on.
     """
-    base = TrainConfig(
-        data="DATA",
-        out=runs,
-        transforms=transforms,
-        latents=latents,
-        steps=steps,
-        missing=missing,
-        crop=256,
-        optimizer="muon",
-        lr=2e-3,
-        schedule="linear",
-        precision="bfloat16",
-    )
+    root, latents = runs.resolve(), str(Path(latents).resolve())
+    terms = dict(transforms=transforms, latents=latents, steps=steps, missing=missing, crop=256, **RECIPE)
+    tasks = []
     for variant in VARIANTS:
         if not only or variant.name in only:
-            trained(variant, base)
-
-
-def middle(picture: Image.Image, side: int) -> Image.Image:
-    """The square in the middle, or the whole picture where it is smaller.  side: pixels"""
-    left, top = (max(0, (length - side) // 2) for length in picture.size)
-    return picture.crop((left, top, min(picture.width, left + side), min(picture.height, top + side)))
+            config = variant.config(TrainConfig("DATA", str(root / variant.name), **terms))
+            tasks.append(training_task(config, progress=workers == 1 and scheduler is None))
+    complete(tasks, root, print, workers=workers, scheduler=scheduler)
 
 
 def measure(
-    runs: Path, kodak: Path, side: int = 7, crop: int = 256, limit: int | None = None, models: tuple[str, ...] = ()
+    runs: Path,
+    kodak: Path,
+    side: int = 7,
+    crop: int = 256,
+    limit: int | None = None,
+    models: tuple[str, ...] = (),
+    workers: int = 1,
+    scheduler: str | None = None,
 ) -> None:
     """Measures all trained models on Kodak and saves data/results/position_masking.json.
+
+    Models that the saved result has besides, measured in the same way, stay there.
 
     Args:
         runs: Folder of the runs, one folder for each model.
@@ -237,32 +227,56 @@ def measure(
         crop: Side in pixels of what is taken from the middle of each picture.
         limit: Only the first pictures.
         models: More models by name or path, such as shipped ones.
+        workers: Models at a time on this machine.
+        scheduler: Address of a dask scheduler to run on.
     """
-    order = [variant.name for variant in VARIANTS]
-    paths = sorted(runs.glob("*/weights.safetensors"), key=lambda p: (order + [p.parent.name]).index(p.parent.name))
-    loaded = [load_model(path) for path in paths]
-    for model in loaded:
-        model.name = model.path.parent.name
-    loaded += [load_model(name) for name in models]
-    if not loaded:
+    root, kodak = runs.resolve(), kodak.resolve()
+    weights = {path.parent.name: str(path) for path in sorted(root.glob("*/weights.safetensors"))}
+    weights |= {model_name(load_model(name, "cpu")): name for name in models}
+    if not weights:
         raise StudyError(f"There is no finished run in {runs}.")
-    paths = pictures_to_test(kodak, limit)
-    pictures = [(path.stem, middle(codec.to_rgb(codec.open_picture(path))[0], crop)) for path in paths]
-    settings = {"side": side, "crop": crop, "pictures": len(pictures)}
-    measured = already_measured(settings)
-    for model in loaded:
-        if measured["models"].get(model_name(model), {}).get("weights_sha256") == weights_digest(model).hex():
-            continue
+    settings = {"side": side, "crop": crop, "pictures": len(pictures_to_test(kodak, limit))}
+    pictures = functools.partial(_middles, kodak, limit, crop)
+    bar = workers == 1 and scheduler is None
+    tasks = {name: _measuring(name, path, pictures, settings, bar) for name, path in weights.items()}
+    root = root / "measured"
+    complete(list(tasks.values()), root, print, workers=workers, scheduler=scheduler)
+    save(settings, {name: task.answer(root) for name, task in tasks.items()})
+
+
+def _middles(kodak: Path, limit: int | None, crop: int) -> Pictures:
+    return [(name, middle(picture, crop)) for name, picture in pictures_of(kodak, limit)]
+
+
+def _measuring(name: str, weights: str, pictures: Callable[[], Pictures], settings: dict, progress: bool) -> Task:
+    """The run that gives all tables of one model, and what it is."""
+    side = settings["side"]
+
+    def work(folder: Path, answer: str) -> dict:
+        model, squares = load_model(weights), pictures()
         tables = {
-            "rows": run([model], pictures, side, progress=True),
-            "alone": run_alone([model], pictures, side),
-            "beyond": run_beyond([model], pictures),
-            "wider_lattice": run([model], pictures[:1], side, spacing=2 * side, progress=True),
+            "rows": run([model], squares, side, progress=progress),
+            "alone": run_alone([model], squares, side),
+            "beyond": run_beyond([model], squares),
+            "wider_lattice": run([model], squares[:1], side, spacing=2 * side, progress=progress),
         }
-        measured["models"][model_name(model)] = {**_description(model), **provenance(model, seed=_seed(model))}
-        for key, table in tables.items():
-            measured[key] = [row for row in measured[key] if row["model"] != model_name(model)] + _rounded(table)
-        save(measured, [model_name(m) for m in loaded])
+        about = {**_description(model), **provenance(model, model.card.get("training", {}).get("seed")), "model": name}
+        return {"about": about, **{key: _rounded(table.assign(model=name)) for key, table in tables.items()}}
+
+    digest = weights_digest(load_model(weights, "cpu")).hex()
+    return Task.by_identity(name, work, {"model": name, "weights_sha256": digest, **settings})
+
+
+def _description(model: Entroformer) -> dict:
+    """What the figures say of a model."""
+    training = model.card.get("training", {})
+    keys = ("model", "transforms", "steps", "batch", "crop", "missing")
+    return {
+        "context": model.config.context,
+        "hyperprior": model.config.hyperprior,
+        "position": model.config.position,
+        "training": {key: training[key] for key in keys if key in training},
+    }
 
 
 def ship(runs: Path, only: tuple[str, ...] = ("none", "diamond")) -> None:
@@ -280,31 +294,33 @@ def ship(runs: Path, only: tuple[str, ...] = ("none", "diamond")) -> None:
         save_weights(model, data_folder() / "weights" / "position_masking" / f"{name}.safetensors", card, half=True)
 
 
+# ---- the saved result ----
+
 TABLES = ("beyond", "wider_lattice", "rows", "alone")
 
 
-def already_measured(settings: dict) -> dict:
-    """The saved result, to which more models are added; an empty one where there is none with these settings."""
-    path = data_folder() / "results" / "position_masking.json"
-    saved = json.loads(path.read_text()) if path.is_file() else {}
-    if saved.get("settings") == settings:
-        return saved
-    return {"settings": settings, "models": {}, **{key: [] for key in TABLES}}
-
-
-def save(measured: dict, order: Sequence[str]) -> Path:
+def save(settings: dict, answers: dict[str, dict]) -> Path:
     """Writes data/results/position_masking.json: the tables, and what follows from them.
 
     Args:
-        measured: settings, models (with the provenance of each) and the rows of TABLES.
-        order: names of the models, as they shall be drawn.
+        settings: side, crop, pictures. Of a saved result with the same ones the other models are kept.
+        answers: of each model that was measured: about (with its provenance) and the rows of TABLES.
     """
-    order = [name for name in order if name in measured["models"]]
-    tables = {key: sorted(measured[key], key=lambda row: order.index(row["model"])) for key in TABLES}
+    path = data_folder() / "results" / "position_masking.json"
+    saved = json.loads(path.read_text()) if path.is_file() else {}
+    kept = saved if saved.get("settings") == settings else {}
+    models = {**kept.get("models", {}), **{name: answer["about"] for name, answer in answers.items()}}
+    order = [variant.name for variant in VARIANTS if variant.name in models]  # as they are drawn
+    order += [name for name in models if name not in order]
+    tables = {}
+    for key in TABLES:
+        rows = [row for row in kept.get(key, []) if row["model"] not in answers]
+        rows += [row for answer in answers.values() for row in answer[key]]
+        tables[key] = sorted(rows, key=lambda row: order.index(row["model"]))
     missing, alone = pd.DataFrame(tables["rows"]), pd.DataFrame(tables["alone"])
     result = {
-        "settings": measured["settings"],
-        "models": {name: measured["models"][name] for name in order},
+        "settings": settings,
+        "models": {name: models[name] for name in order},
         "over_pictures": _rounded(over_pictures(missing)),
         "alone_over_pictures": _rounded(over_pictures(alone)),
         "fits": _rounded(distance_fits(missing)),
@@ -312,25 +328,8 @@ def save(measured: dict, order: Sequence[str]) -> Path:
         **tables,
         "provenance": provenance(),
     }
-    path = data_folder() / "results" / "position_masking.json"
     write_bytes(path, as_json(result).encode())
     return path
-
-
-def _description(model: Entroformer) -> dict:
-    """What the figures say of a model."""
-    training = getattr(model, "card", {}).get("training", {})
-    keys = ("model", "transforms", "steps", "batch", "crop", "missing")
-    return {
-        "context": model.config.context,
-        "hyperprior": model.config.hyperprior,
-        "position": model.config.position,
-        "training": {key: training[key] for key in keys if key in training},
-    }
-
-
-def _seed(model: Entroformer) -> int | None:
-    return getattr(model, "card", {}).get("training", {}).get("seed")
 
 
 def _rounded(table: pd.DataFrame) -> list[dict]:

@@ -1,13 +1,13 @@
 """Rate and distortion on a set of pictures, always through real bytes."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from PIL import Image
+from torch import Tensor
 
 from entroformer_lib.codec import codec
 from entroformer_lib.codec.quality import ms_ssim, psnr_db
@@ -28,32 +28,48 @@ def pictures_to_test(folder, limit: int | None = None) -> list[Path]:
     return paths
 
 
-def evaluate(model: Entroformer, paths: Iterable[Path]) -> pd.DataFrame:
-    """Codes each picture to bytes and back. One row per picture, see `evaluate_picture`."""
-    return pd.DataFrame([evaluate_picture(model, path) for path in paths])
+def pictures_of(folder, limit: int | None = None) -> list[tuple[str, Image.Image]]:
+    """Name and picture (RGB) of all files of a folder."""
+    return [(path.stem, codec.to_rgb(codec.open_picture(path))[0]) for path in pictures_to_test(folder, limit)]
+
+
+def middle(picture: Image.Image, side: int) -> Image.Image:
+    """The square in the middle, or as much of it as there is.  side: pixels"""
+    left, top = (max(0, (length - side) // 2) for length in picture.size)
+    return picture.crop((left, top, min(picture.width, left + side), min(picture.height, top + side)))
 
 
 def evaluate_picture(model: Entroformer, path: Path) -> dict:
     """One picture through the codec.
 
     Returns:
-        image, width, height (pixels), bytes (the whole .ef file), bpp (of the whole file), bpp_estimated (from the
-        likelihoods alone), psnr_db and ms_ssim (8-bit RGB; MS-SSIM is None below 161 pixels), encode_s, decode_s.
+        The columns of `measured`, and bpp_estimated: from the likelihoods alone.
     """
     picture, _ = codec.to_rgb(codec.open_picture(path))
+    row = measured(path, picture, lambda: codec.encode(model, path), lambda data: codec.decode(data, model))
+    return {**row, "bpp_estimated": estimated_bits(model, picture) / (picture.width * picture.height)}
+
+
+def measured(
+    path: Path, picture: Image.Image, encode: Callable[[], bytes], decode: Callable[[bytes], Image.Image]
+) -> dict:
+    """What a codec makes of a picture.
+
+    Returns:
+        image, width, height (pixels), bytes (the whole file), bpp (of the whole file), psnr_db and ms_ssim (8-bit RGB;
+        MS-SSIM is None below 161 pixels), encode_s, decode_s.
+    """
     start = time.perf_counter()
-    data = codec.encode(model, path)
+    data = encode()
     middle = time.perf_counter()
-    decoded = codec.decode(data, model).convert("RGB")
+    decoded = decode(data).convert("RGB")
     end = time.perf_counter()
-    pixels = picture.width * picture.height
     return {
         "image": path.stem,
         "width": picture.width,
         "height": picture.height,
         "bytes": len(data),
-        "bpp": 8 * len(data) / pixels,
-        "bpp_estimated": estimated_bits(model, picture) / pixels,
+        "bpp": 8 * len(data) / (picture.width * picture.height),
         "psnr_db": psnr_db(picture, decoded),
         "ms_ssim": ms_ssim(picture, decoded),
         "encode_s": middle - start,
@@ -62,10 +78,15 @@ def evaluate_picture(model: Entroformer, path: Path) -> dict:
 
 
 @torch.inference_mode()
+def latents_of(model: Entroformer, picture: Image.Image) -> Tensor:
+    """y of a picture (RGB), not yet rounded, as scaled for coding: [1, M, h, w]"""
+    return model.eval().scaled(model.g_a(codec.to_tensor(picture, model)))
+
+
 def bit_maps(model: Entroformer, picture: Image.Image) -> dict[str, np.ndarray]:
     """Where the bits go: {"y": [H/16, W/16], "z": [H/64, W/64]} in bits, summed over channels; padding included."""
-    y = model.eval().scaled(model.g_a(codec.to_tensor(picture, model)))
-    return {name: bits[0].cpu().numpy() for name, bits in model.estimated_bits(y).items()}
+    bits_of = model.estimated_bits(latents_of(model, picture))
+    return {name: bits[0].cpu().numpy() for name, bits in bits_of.items()}
 
 
 def estimated_bits(model: Entroformer, picture: Image.Image) -> float:

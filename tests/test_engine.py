@@ -1,5 +1,6 @@
 """Sweeps survive: finished runs stay, killed ones go on, failed ones stop nobody, and no run has two answers."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -9,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from conftest import MICRO
 
 from entroformer_lib.errors import Stopped, StudyError
-from entroformer_lib.studies import engine as sweeps
-from entroformer_lib.studies.engine import Outcome, Task, perform, sweep
+from entroformer_lib.models import config as model_config
+from entroformer_lib.studies import engine
+from entroformer_lib.studies.engine import Outcome, Task, complete, perform, sweep, training_task
+from entroformer_lib.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,7 @@ def cluster():
     from distributed import Scheduler, SpecCluster, Worker
 
     worker = {"cls": Worker, "options": {"nthreads": 2, "resources": {"GPU": 1}, "dashboard": False}}
-    scheduler = {"cls": Scheduler, "options": {"dashboard": False, "dashboard_address": None}}
+    scheduler = {"cls": Scheduler, "options": {"dashboard": False, "dashboard_address": "127.0.0.1:0"}}
     with SpecCluster({0: worker}, scheduler) as cluster:
         yield cluster
 
@@ -198,7 +202,7 @@ def test_two_sweeps_on_one_scheduler_share_the_runs(cluster, tmp_path):
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense", "http://"])
 def test_a_scheduler_that_does_not_answer(address, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeps, "PATIENCE", 1.0)
+    monkeypatch.setattr(engine, "PATIENCE", 1.0)
     with pytest.raises(StudyError, match="does not answer"):
         sweep(tasks(), tmp_path, scheduler=address)
     assert list(tmp_path.iterdir()) == []
@@ -207,7 +211,7 @@ def test_a_scheduler_that_does_not_answer(address, tmp_path, monkeypatch):
 def test_a_scheduler_without_workers(tmp_path):
     from distributed import Scheduler, SpecCluster
 
-    scheduler = {"cls": Scheduler, "options": {"dashboard": False, "dashboard_address": None}}
+    scheduler = {"cls": Scheduler, "options": {"dashboard": False, "dashboard_address": "127.0.0.1:0"}}
     with SpecCluster({}, scheduler) as cluster, pytest.raises(StudyError, match="no workers"):
         sweep(tasks(), tmp_path, scheduler=cluster.scheduler_address)
     assert list(tmp_path.iterdir()) == []
@@ -217,5 +221,37 @@ def test_answers_are_whole_or_not_there(tmp_path):
     """What cannot be written as JSON leaves nothing that looks like an answer."""
     outcome = perform(Task("odd", lambda folder, answer: {1, 2}), tmp_path)
     assert "TypeError" in outcome.error
-    assert sorted(path.name for path in (tmp_path / "odd").iterdir()) == ["lock", "task.json"]
+    assert sorted(path.name for path in (tmp_path / "odd").iterdir()) == ["lock", "task.json", "worker"]
     assert json.loads((tmp_path / "odd" / "task.json").read_text()) == {}
+
+
+# ---- trainings ----
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's advice
+def test_a_training_is_a_run(source, photo_folder, tmp_path, monkeypatch):
+    """Its answer tells what it took. Other steps are another run, another place of the data is not."""
+    monkeypatch.setitem(model_config.SIZES, "tiny", MICRO)
+    out = str(tmp_path / "runs" / "one")
+    config = TrainConfig(str(photo_folder), out, steps=1, batch=1, crop=64, accelerator="cpu", devices=1)
+    task, root = training_task(config), tmp_path / "runs"
+    complete([task], root)
+    assert task.answer(root, "weights")["steps"] == 1 and (root / "one" / "weights.safetensors").exists()
+    stamp = (root / "one" / "weights.safetensors").stat().st_mtime_ns
+    complete([training_task(dataclasses.replace(config, data="elsewhere"))], root)
+    assert (root / "one" / "weights.safetensors").stat().st_mtime_ns == stamp
+    with pytest.raises(StudyError, match="another steps"):
+        complete([training_task(dataclasses.replace(config, steps=2))], root)
+
+
+def test_the_first_failure_ends_what_must_be_complete(tmp_path):
+    with pytest.raises(StudyError, match="cannot be done"):
+        complete([Task("bad", fail), *tasks()], tmp_path)
+    assert not (tmp_path / "run-0").exists()
+
+
+def test_another_identity_is_another_folder(tmp_path):
+    one, other = (Task.by_identity("run", Count(), {"weights": weights}) for weights in ("a", "b"))
+    complete([one, other, one], tmp_path)
+    assert one.name != other.name and one.answer(tmp_path) == other.answer(tmp_path)
+    assert len(notes(tmp_path / one.name / "begun")) == 1
