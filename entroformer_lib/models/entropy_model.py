@@ -41,19 +41,20 @@ class EntropyParameters(Bounds):
 
     The hidden width is 4 D where Table 5 prints 768, which is 2 D: only 4 D gives the sizes of Table 6.
 
-    hyper, context: [B, D, h, w], or None where the model has none  ->  means, logarithms of scales: [B, M, h, w]
+    hyper, context: [B, D, h, w] or None  ->  means, logarithms of scales: [B, M, h, w]
     """
 
     def __init__(self, c: EntroformerConfig):
         super().__init__(c)
-        self.hyperprior, sources = c.hyperprior, c.hyperprior + (c.context != "none")
-        self.layers = nn.Sequential(
-            nn.Linear(sources * c.dim, 4 * c.dim), nn.LeakyReLU(0.2), nn.Linear(4 * c.dim, 2 * c.M)
-        )
+        self.hyperprior, self.context = c.hyperprior, c.context != "none"
+        width = (self.hyperprior + self.context) * c.dim
+        self.layers = nn.Sequential(nn.Linear(width, 4 * c.dim), nn.LeakyReLU(0.2), nn.Linear(4 * c.dim, 2 * c.M))
 
     def forward(self, hyper: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if not self.hyperprior and hyper is not None:  # only what the model is told of the rate (gain.py)
             hyper, context = None, context + hyper
+        if self.context and context is None:  # as before there is any: what the hyperprior alone predicts
+            context = torch.zeros_like(hyper)
         joined = torch.cat([feature for feature in (hyper, context) if feature is not None], dim=1)
         log_scales, means = float_or_wider(per_site(self.layers, joined)).chunk(2, dim=1)  # the weights' order
         return means, log_scales
