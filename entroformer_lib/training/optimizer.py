@@ -89,8 +89,8 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update.view_as(p), alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
 
 
-# Odd polynomials a x + b x^3 + c x^5 that bring singular values of [0.01, 1] as near to 1 as three of them can, each the
-# best for the range that the one before it leaves (after Amsel et al. 2025, "Polar Express", arXiv 2505.16932).
+# Odd polynomials a x + b x^3 + c x^5 that bring singular values of [0.01, 1] as near to 1 as three of them can, each
+# the best for the range that the one before it leaves (after Amsel et al. 2025, "Polar Express", arXiv 2505.16932).
 NEAR_ONE = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 
 
