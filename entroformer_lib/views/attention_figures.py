@@ -1,7 +1,9 @@
 """Static figures of attention: figures 8 to 10 of the paper, the head profile, and attention against cost.
 
-Pure functions from panels (`exploration.Panel`) and tables (`studies.attention`) to figures.
+`attention_data` reads a saved result. The others are functions from panels (`exploration.Panel`) and tables to figures.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -15,7 +17,9 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
+from entroformer_lib.datasets import sample_picture
 from entroformer_lib.inspection.exploration import Panel
+from entroformer_lib.studies.results import load
 from entroformer_lib.views.style import COLOURS, SEQUENTIAL, TWO_COLUMNS, new_figure, styled
 
 QUERY, ORIGIN = COLOURS[1], COLOURS[4]
@@ -64,7 +68,8 @@ def _legend(figure: Figure, panels: list[Panel]) -> None:
         entries.append((Patch(edgecolor=ORIGIN, **frame), "the one before, whose attention it is"))
     if any(panel.selected.any() for panel in panels):
         entries.append((Patch(facecolor="#31446b", edgecolor="0.75", linewidth=1.4), "white frame: among the top k"))
-    entries.append((Patch(facecolor="0.35", linewidth=0), "darker: not decoded yet"))
+    if not all(panel.decoded.all() for panel in panels):
+        entries.append((Patch(facecolor="0.35", linewidth=0), "darker: not decoded yet"))
     handles, words = zip(*entries, strict=True)
     figure.legend(handles, words, loc="outside lower center", ncols=len(words), handlelength=1, handleheight=1)
 
@@ -116,6 +121,53 @@ def _colours(panel: Panel) -> np.ndarray:
 def _frames(where: np.ndarray, colour: str, width: float) -> PatchCollection:
     squares = [Rectangle((c - 0.5, r - 0.5), 1, 1) for r, c in zip(*where.nonzero(), strict=True)]
     return PatchCollection(squares, facecolors="none", edgecolors=colour, linewidths=width)
+
+
+# ---- figures 8, 9 and 10 ----
+
+
+def attention_data(number: int) -> Callable[[], pd.DataFrame | None]:
+    """The saved maps of figure 8, 9 or 10: title, query_row, query_column, row, column, prob.  ->  a reader of them"""
+    columns = ["title", "query_row", "query_column", "row", "column", "prob"]
+
+    def read() -> pd.DataFrame | None:
+        rows = [
+            (one["title"], *one["query"], y, x, prob)
+            for one in (load("attention_maps") or {"maps": []})["maps"]
+            if one["figure"] == number
+            for y, line in enumerate(one["probs"])
+            for x, prob in enumerate(line)
+        ]
+        return pd.DataFrame(rows, columns=columns) if rows else None
+
+    return read
+
+
+def saved_maps(data: pd.DataFrame) -> Figure:
+    """`attention_maps` of the saved result, over the picture that it names. What was decoded is not saved.
+
+    data: of `attention_data`
+    """
+    panels = []
+    for title, part in data.groupby("title", sort=False):
+        values = part.pivot(index="row", columns="column", values="prob").to_numpy()
+        decoded, selected = np.ones(values.shape, dtype=bool), (values > 0) & (title != "dense")
+        query = tuple(part[["query_row", "query_column"]].iloc[0])
+        panels.append(Panel(title, "attention", values, decoded, selected, query, query, radius=0))
+    height, width = values.shape
+    name = load("attention_maps").get("picture")
+    picture = Image.new("L", (16 * width, 16 * height), "white") if name is None else sample_picture(name)
+    return attention_maps(_on_grid(picture, height, width), panels)
+
+
+def _on_grid(picture: Image.Image, height: int, width: int) -> Image.Image:
+    """A picture padded as the codec does, to a grid of latents."""
+    down, right = 16 * height - picture.height, 16 * width - picture.width  # the smaller half comes on top and left
+    sides = ((down // 2, down - down // 2), (right // 2, right - right // 2))
+    return Image.fromarray(np.pad(np.asarray(picture.convert("L")), sides, mode="edge"))
+
+
+# ---- attention and cost ----
 
 
 @styled
