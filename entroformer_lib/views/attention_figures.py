@@ -1,4 +1,4 @@
-"""Static figures of attention: figures 8 to 10 of the paper, the head profile, and attention against cost.
+"""Static figures of attention: figures 8 to 10 of the paper, and attention against cost.
 
 `attention_data` reads a saved result. The others are functions from panels (`exploration.Panel`) and tables to figures.
 """
@@ -29,7 +29,7 @@ SIGNED_ROOT = (lambda v: np.sign(v) * np.sqrt(np.abs(v)), lambda v: np.sign(v) *
 ROOT = (lambda v: np.sqrt(np.maximum(v, 0)), np.square)  # the scale of colours, and back
 
 
-@styled
+@styled()
 def attention_maps(
     picture: Image.Image, panels: list[Panel], columns: int = 3, titles: list[str] | None = None
 ) -> Figure:
@@ -170,7 +170,7 @@ def _on_grid(picture: Image.Image, height: int, width: int) -> Image.Image:
 # ---- attention and cost ----
 
 
-@styled
+@styled()
 def attention_and_cost(picture: Image.Image, panels: list[Panel], scatter: dict) -> Figure:
     """One latent: its attention, what hiding each position costs, and the two against each other.
 
@@ -199,33 +199,7 @@ def attention_and_cost(picture: Image.Image, panels: list[Panel], scatter: dict)
     return figure
 
 
-@styled
-def head_profile(table: pd.DataFrame) -> Figure:
-    """Every head of every layer: how far it looks, how much of it stays in the diamond, and what masking it costs.
-
-    Args:
-        table: of `studies.attention.head_profile`; the numbers are means over its images.
-    """
-    means = table.groupby(["layer", "head"]).mean(numeric_only=True)
-    columns = (
-        ("distance_sites", "mean distance, sites", "{:.1f}"),
-        ("share_diamond", "inside the diamond", "{:.0%}"),
-        ("share_far", "more than 8 sites away", "{:.0%}"),
-        ("masked_percent", "bits when masked", "{:+.1f}%"),
-    )
-    layers = table["layer"].nunique()
-    figure, axes = new_figure(TWO_COLUMNS, 0.3 * layers + 0.7, 1, len(columns), sharey=True)
-    for axis, (column, title, form) in zip(axes, columns, strict=True):
-        values = means[column].unstack("head")
-        words = dict(annot=values.map(form.format), fmt="", annot_kws={"fontsize": 6.5})
-        sns.heatmap(values, vmin=min(values.min().min(), 0), cmap=SEQUENTIAL, cbar=False, ax=axis, **words)
-        axis.set(title=title, xlabel="head", ylabel="")
-        axis.tick_params(length=0, labelrotation=0)
-    axes[0].set_ylabel("layer")
-    return figure
-
-
-@styled
+@styled()
 def attention_against_cost(table: pd.DataFrame, own_k: int | None = None) -> Figure:
     """Does attention explain the bits? Rank correlations over k, and per layer and head at one k.
 

@@ -67,7 +67,7 @@ def beyond_data() -> pd.DataFrame | None:
     return grouped.agg(percent="mean", spread="std").reset_index()
 
 
-@styled
+@styled()
 def masking_maps(data: pd.DataFrame, label: str = "rate increase, %") -> Figure:
     """A map for each model; positions that are no context stay empty.
 
@@ -126,7 +126,7 @@ def alone_maps(data: pd.DataFrame) -> Figure:
     return masking_maps(data, "rate saved alone, %")
 
 
-@styled
+@styled()
 def masking_by_distance(data: pd.DataFrame) -> Figure:
     """Percent against the three distances, a colour for each model, with the mean at each distance as a line.
 
@@ -146,7 +146,7 @@ def masking_by_distance(data: pd.DataFrame) -> Figure:
     return figure
 
 
-@styled
+@styled()
 def beyond_curve(data: pd.DataFrame) -> Figure:
     """Rate when everything beyond a distance is masked, against that distance.
 
