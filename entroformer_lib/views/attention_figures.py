@@ -20,10 +20,9 @@ from PIL import Image
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.inspection.exploration import Panel
 from entroformer_lib.studies.results import load
-from entroformer_lib.views.style import COLOURS, SEQUENTIAL, TWO_COLUMNS, new_figure, styled
+from entroformer_lib.views.style import COLOURS, MARKERS, SEQUENTIAL, TWO_COLUMNS, new_figure, styled
 
 QUERY, ORIGIN = COLOURS[1], COLOURS[4]
-MARKERS = list("osD^vP*X")
 DEARER, CHEAPER = COLOURS[1], COLOURS[0]  # when a position is hidden
 SIGNED_ROOT = (lambda v: np.sign(v) * np.sqrt(np.abs(v)), lambda v: np.sign(v) * np.square(v))
 ROOT = (lambda v: np.sqrt(np.maximum(v, 0)), np.square)  # the scale of colours, and back
