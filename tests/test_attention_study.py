@@ -216,7 +216,7 @@ def test_a_context_model_that_is_told_the_rate_sees_latents_of_the_same_size(kin
     model.level = 0.0
     server = RowServer(model, photo)
     y_hat, _ = model.latents(codec.to_tensor(photo, model), 0.0)
-    with capture_input(server.wide.context_model.embed) as seen:
+    with capture_input(server.model.context_model.embed) as seen:
         server.rows(50, 6)
     carriers = server.when == 0 if kind == "parallel" else np.arange(96) < 96
     expected = 2 * y_hat[0].flatten(1).T[torch.from_numpy(carriers)]  # the middle of LMBDAS has a gain of 1

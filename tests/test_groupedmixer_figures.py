@@ -14,7 +14,6 @@ from entroformer_lib.inspection.capture import capture
 from entroformer_lib.inspection.group_server import GroupServer
 from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.groupedmixer import WindowAttention, group_order, split
-from entroformer_lib.studies.results import load
 from entroformer_lib.views import grouped_animation
 from entroformer_lib.views import grouped_figures as figures
 from entroformer_lib.views.style import TWO_COLUMNS
@@ -156,12 +155,6 @@ def test_bits_of_groups_are_all_bits(photo):
     assert found == pytest.approx(expected, rel=1e-4)  # float64 beside float32
     assert found.sum() == pytest.approx(float(model.estimated_bits(y)["y"].sum()), rel=1e-4)
     assert maps.latents_of_a_group * len(found) == y.numel()
-    figure = figures.bits_of_groups(found, maps.order, maps.latents_of_a_group)
-    heights = [bar.get_height() * maps.latents_of_a_group for bar in figure.axes[0].patches]
-    assert np.allclose(heights, found)
-    phases = figures.bits_of_phases(found, maps.order)
-    assert list(phases.columns) == ["(0, 0)", "(0, 1)", "(1, 0)", "(1, 1)"]
-    assert phases.loc[2, "(1, 0)"] == pytest.approx(100 * found[6] / found[4])
 
 
 def test_shares_add_up_and_know_a_phase():
@@ -185,15 +178,3 @@ def test_what_has_no_mixers_is_refused(photo):
     with pytest.raises(AttentionError, match="no slot 8; there are 0 to 7"):
         GroupServer(mixer(), photo).inner(0, 8, (0, 0))
     assert GroupServer(mixer(cross=False), photo).cross is None
-
-
-# ---- the context cache ----
-
-
-def test_the_saving_is_drawn_as_saved():
-    saved = load("context_cache")
-    rows = figures.cache_rows(saved)
-    assert (rows["law"] * 2 == rows["groups"] + 1).all() and len(rows) == len(saved["rows"])
-    law, points = figures.cache_saving(rows).axes[0].lines
-    assert np.array_equal(points.get_xdata(), rows["groups"]) and np.array_equal(points.get_ydata(), rows["ratio"])
-    assert np.allclose(law.get_ydata(), (law.get_xdata() + 1) / 2)

@@ -10,7 +10,7 @@ from conftest import MICRO, micro_model
 
 from benchmarks import readme, tradeoff
 from entroformer_lib.codec import codec
-from entroformer_lib.errors import DataError, StudyError
+from entroformer_lib.errors import StudyError
 from entroformer_lib.models import config as model_config
 from entroformer_lib.studies import ablation, same_transforms
 from entroformer_lib.studies import results as saved_results
@@ -19,7 +19,6 @@ from entroformer_lib.studies.ablation_grids import GRIDS
 from entroformer_lib.studies.latency import STAGES
 from entroformer_lib.training.latents import write_latents
 from entroformer_lib.views import rate_figures as views
-from entroformer_lib.views.ablation_figures import dots
 from entroformer_lib.weights.zoo import save_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's advice
@@ -209,19 +208,6 @@ def test_lines_of_other_terms_are_left_out(grid_results, results_folder):
         found["settings"]["steps"] += name == "table3"
         (results_folder / f"ablation-{name}.json").write_text(json.dumps(found))
     assert views.lines_beside() == {}
-
-
-def test_mixers_are_compared_with_the_whole(grid_results, monkeypatch):
-    monkeypatch.setattr(saved_results, "data_folder", lambda: grid_results)
-    rows = saved_results.ablation("groupedmixer")
-    found = views.mixer_dots(rows)
-    bpp = rows.set_index("difference")["bpp"]
-    whole, without = bpp.index
-    assert found.set_index("row")["value"][whole] == pytest.approx(0)
-    assert found.set_index("row")["value"][without] == pytest.approx(100 * (bpp[without] / bpp[whole] - 1))
-    dots(found, "rate, %")
-    with pytest.raises(DataError, match="whole GroupedMixer"):
-        views.mixer_dots(rows[rows["difference"] == without])
 
 
 # ---- both systems side by side ----

@@ -59,7 +59,7 @@ class GroupServer(PictureServer):
     @torch.inference_mode()
     def __init__(self, model, picture):
         super().__init__(model, picture)
-        c, mixer = self.config, self.wide.context_model
+        c, mixer = self.config, self.model.context_model
         self.counts, self.order = mixer.counts, mixer.order
         self.slices, k_h, k_w = self.counts
         self.channel_groups = np.array_split(np.arange(c.M), self.slices)
@@ -69,9 +69,9 @@ class GroupServer(PictureServer):
         known = {tuple(phase): step for step, (_, *phase) in reversed([*enumerate(self.order)])}
         self.when = np.array([known[row % k_h, column % k_w] for row, column in np.ndindex(self.height, self.width)])
         patterns = [f"{kind}.*.probs" for kind, there in (("inner", c.inner != "none"), ("cross", c.cross)) if there]
-        with capture(self.wide, *patterns) as maps:
-            means, scales = self.wide.distributions(self.y_hat, self.hyper, rate=self.rate)
-        bits = -self.wide.gaussian(self.y_hat, means, scales).log2()
+        with capture(self.model, *patterns) as maps:
+            means, scales = self.model.distributions(self.y_hat, self.hyper, rate=self.rate)
+        bits = -self.model.gaussian(self.y_hat, means, scales).log2()
         values, means, scales, bits = (v[0].flatten(1).T for v in (self.y_hat, means, scales, bits))  # [n, M]
         self._facts = self._lines(values, means, scales, bits, torch.full_like(bits, torch.nan))
         found = {name: probs.float().cpu().numpy() for name, probs in maps.items()}
@@ -140,7 +140,7 @@ class GroupServer(PictureServer):
         if self.config.inner == "top_k":
             return probs[slot, :, token].reshape(-1, *self.grid)
         side = self.config.window
-        index, places = windows(*self.grid, side, self.wide.context_model.pairs[layer].inner.shift)
+        index, places = windows(*self.grid, side, self.model.context_model.pairs[layer].inner.shift)
         window, query = divmod(int(places[token]), side**2)
         keys, found = index[window].numpy(), np.zeros((self.heads, self.grid[0] * self.grid[1]), np.float32)
         found[:, keys[keys >= 0]] = probs[slot * len(index) + window, :, query][:, keys >= 0]

@@ -26,7 +26,6 @@ then count from the patch's corner.)
 Rates are those of y, estimated from the likelihoods, over the sites that have the position inside the picture.
 """
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -35,9 +34,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from entroformer_lib.codec import codec
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import StudyError
+from entroformer_lib.inspection.scene import Scene
 from entroformer_lib.models.context import Gaps, first_slice
 from entroformer_lib.tiles import Tiles
 
@@ -52,62 +51,52 @@ def model_name(model: Entroformer) -> str:
     return getattr(model, "name", None) or model.config.variant
 
 
-@dataclasses.dataclass
-class Scene:
-    """A picture as a model sees it: latents, hyperprior feature and rate, computed once for all masks.
-
-    y_hat: [1, M, h, w], hyper: [1, D, h, w] or None, bits: [h, w] of y with all context, in float64.
-    """
-
-    model: Entroformer
-    y_hat: Tensor
-    hyper: Tensor | None
-    bits: Tensor
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return tuple(self.y_hat.shape[-2:])
-
-    def predicted(self) -> Tensor:
-        """Sites that have context: bool [h, w]. In the parallel model, the second slice."""
-        if self.model.config.context == "parallel":
-            return ~first_slice(*self.size)
-        return torch.ones(self.size, dtype=torch.bool)
-
-
-@torch.inference_mode()
 def scene_of(model: Entroformer, picture: Image.Image) -> Scene:
-    """Runs transforms and hyperprior.
+    """The picture as all masks of a model see it, in float32.
 
     Raises:
-        StudyError: a model without context.
+        StudyError: a model whose context has no positions.
+    """
+    check_context(model)
+    return Scene(model, picture, torch.float32)
+
+
+def check_context(model: Entroformer) -> None:
+    """A sentence for a model whose context has no positions.
+
+    Raises:
+        StudyError: there is no context model, or it is GroupedMixer.
     """
     if model.config.context == "none":
         raise StudyError(f"The model {model_name(model)} has no context model, so no position can be missing.")
     if model.config.context == "grouped":
         raise StudyError("A GroupedMixer has no positions to leave out; the study takes Entroformer's context models.")
-    model.eval()
-    y = model.scaled(model.g_a(codec.to_tensor(picture, model)))
-    hyper, rate = None, model.rate()
-    if model.h_a is not None:
-        hyper = model.hyper_synthesis(model.z_prior.quantize_z(model.hyper_analysis(y, rate)), rate)
-    scene = Scene(model, torch.floor(y + 0.5), hyper, y.new_zeros(y.shape[-2:]))
-    scene.bits = site_bits(scene, torch.zeros(1, 1, *scene.size, dtype=torch.bool, device=y.device))[0]
-    return scene
 
 
 @torch.inference_mode()
-def site_bits(scene: Scene, missing: Tensor) -> Tensor:
-    """Bits of every site of y when some latents are missing.  missing: bool [B, 1, h, w]  ->  [B, h, w], float64"""
+def site_bits(scene: Scene, missing: Tensor | None = None) -> Tensor:
+    """Bits of every site of y when some latents are missing.
+
+    missing: bool [B, 1, h, w], by default one mask without gaps  ->  [B, h, w], in float64
+    """
+    if missing is None:
+        missing = torch.zeros(1, 1, scene.height, scene.width, dtype=torch.bool, device=scene.y_hat.device)
     every = (len(missing), -1, -1, -1)
     hyper = None if scene.hyper is None else scene.hyper.expand(every)
-    return _bits(scene.model, scene.y_hat.expand(every), hyper, missing)
+    return _bits(scene, scene.y_hat.expand(every), hyper, missing)
 
 
-def _bits(model: Entroformer, y_hat: Tensor, hyper: Tensor | None, missing: Tensor) -> Tensor:
+def _bits(scene: Scene, y_hat: Tensor, hyper: Tensor | None, missing: Tensor) -> Tensor:
     with Tiles():
-        means, scales = model.distributions(y_hat, hyper, Gaps(missing=missing), model.rate())
-    return -model.gaussian(y_hat, means, scales).double().log2().sum(1)
+        means, scales = scene.model.distributions(y_hat, hyper, Gaps(missing=missing), scene.rate)
+    return -scene.model.gaussian(y_hat, means, scales).double().log2().sum(1)
+
+
+def has_context(scene: Scene) -> Tensor:
+    """Sites that are predicted from context: bool [h, w]. In the parallel model, the second slice."""
+    if scene.model.config.context == "parallel":
+        return ~first_slice(scene.height, scene.width)
+    return torch.ones(scene.height, scene.width, dtype=torch.bool)
 
 
 # ---- one position missing ----
@@ -119,8 +108,9 @@ def neighbourhood(model: Entroformer, side: int = 7) -> list[Offset]:
     Serial and cnn: those before it in raster order. Parallel: those of the first slice, odd in L1 distance.
 
     Raises:
-        StudyError: an even side, or no context model.
+        StudyError: an even side, or a model whose context has no positions.
     """
+    check_context(model)
     if side < 3 or side % 2 == 0:
         raise StudyError(f"A neighbourhood has an odd side of at least 3, not {side}.")
     reach = side // 2
@@ -129,8 +119,6 @@ def neighbourhood(model: Entroformer, side: int = 7) -> list[Offset]:
 
 
 def _is_context(model: Entroformer, offset: Offset) -> bool:
-    if model.config.context == "none":
-        raise StudyError(f"The model {model_name(model)} has no context model, so no position can be missing.")
     return sum(offset) % 2 == 1 if model.config.context == "parallel" else offset < (0, 0)
 
 
@@ -155,12 +143,12 @@ def mask_positions(
     if spacing <= reach:
         raise StudyError(f"Gaps {spacing} apart come too close to each other for positions up to {reach} away.")
     totals = np.zeros((len(offsets), 3))  # sites, bits with all context, bits without the position
-    predicted = scene.predicted()
+    predicted, known = has_context(scene), site_bits(scene).cpu()
     for gaps in _lattices(scene, spacing):
         bits = site_bits(scene, gaps[:, None].to(scene.y_hat.device)).cpu()
         for row, offset in zip(totals, offsets, strict=True):
             here = _seen_from(gaps, offset) & predicted  # sites whose position is a gap: [B, h, w]
-            row += (int(here.sum()), float(scene.bits.cpu().expand_as(bits)[here].sum()), float(bits[here].sum()))
+            row += (int(here.sum()), float(known.expand_as(bits)[here].sum()), float(bits[here].sum()))
         if bar is not None:
             bar.update(len(gaps))
     return [
@@ -171,7 +159,7 @@ def mask_positions(
 
 def _reach(scene: Scene, offsets: Sequence[Offset]) -> int:
     """The largest row or column distance among positions, which must be context inside the picture."""
-    h, w = scene.size
+    h, w = scene.height, scene.width
     for dy, dx in offsets:
         if abs(dy) >= h or abs(dx) >= w:
             raise StudyError(f"The position ({dy}, {dx}) is outside of latents of {h} x {w}.")
@@ -184,7 +172,7 @@ def _reach(scene: Scene, offsets: Sequence[Offset]) -> int:
 
 def _lattices(scene: Scene, spacing: int) -> Iterable[Tensor]:
     """Every spacing-th site in both directions, in all phases: bool [B, h, w] at a time."""
-    h, w = scene.size
+    h, w = scene.height, scene.width
     phases = [(a, b) for a in range(min(spacing, h)) for b in range(min(spacing, w))]
     rows, columns = torch.arange(h)[:, None] % spacing, torch.arange(w)[None] % spacing
     size = max(1, BATCH_SITES // (h * w))
@@ -220,13 +208,13 @@ def mask_beyond(scene: Scene, radii: Sequence[int] = RADII, stride: int = 3) -> 
     Raises:
         StudyError: a radius below 0 or larger than the latents.
     """
-    h, w = scene.size
+    h, w = scene.height, scene.width
     if min(radii) < 0:
         raise StudyError(f"A radius is 0 or more, not {min(radii)}.")
     if max(radii) >= min(h, w):
         raise StudyError(f"A radius of {max(radii)} is larger than latents of {h} x {w}.")
     sites = _every(scene, stride)
-    before = float(scene.bits.cpu()[sites[:, 0], sites[:, 1]].sum())
+    before = float(site_bits(scene)[0].cpu()[sites[:, 0], sites[:, 1]].sum())
     rows = []
     for radius in radii:
         step = max(1, BATCH_SITES // (2 * radius + 1) ** 2)
@@ -258,7 +246,7 @@ def only_positions(scene: Scene, offsets: Sequence[Offset], stride: int = 3) -> 
     rows = []
     for dy, dx in offsets:
         position = sites + torch.tensor((dy, dx))
-        there = ((position >= 0) & (position < torch.tensor(scene.size))).all(1)
+        there = ((position >= 0) & (position < torch.tensor((scene.height, scene.width)))).all(1)
         known = nothing.clone()
         known[reach + dy, reach + dx] = True
         before, after = float(none[there].sum()), float(bits_in_patches(scene, sites[there], known).sum())
@@ -268,9 +256,9 @@ def only_positions(scene: Scene, offsets: Sequence[Offset], stride: int = 3) -> 
 
 def _every(scene: Scene, stride: int) -> Tensor:
     """Every stride-th site in both directions that has context: [n, 2]"""
-    lattice = torch.zeros(scene.size, dtype=torch.bool)
+    lattice = torch.zeros(scene.height, scene.width, dtype=torch.bool)
     lattice[::stride, ::stride] = True
-    return (lattice & scene.predicted()).nonzero()
+    return (lattice & has_context(scene)).nonzero()
 
 
 def _rates(sites: int, **bits: float) -> dict:
@@ -283,9 +271,9 @@ def _rates(sites: int, **bits: float) -> dict:
 def bits_in_patches(scene: Scene, sites: Tensor, known: Tensor) -> Tensor:
     """Bits of sites [n, 2], each predicted from a patch of its own, of which only what is known: bool [side, side],
     its middle the site  ->  [n]"""
-    model, (h, w), side = scene.model, scene.size, len(known)
+    h, w, side = scene.height, scene.width, len(known)
     radius = side // 2
-    height = side if model.config.context == "parallel" else radius + 1  # nothing below is seen by causal models
+    height = side if scene.model.config.context == "parallel" else radius + 1  # nothing below is seen by causal models
     down, right = torch.meshgrid(torch.arange(height) - radius, torch.arange(side) - radius, indexing="ij")
     rows, columns = sites[:, 0, None, None] + down, sites[:, 1, None, None] + right  # [n, height, side]
     known = (rows >= 0) & (rows < h) & (columns >= 0) & (columns < w) & known[:height]
@@ -294,4 +282,4 @@ def bits_in_patches(scene: Scene, sites: Tensor, known: Tensor) -> Tensor:
     hyper = None
     if scene.hyper is not None:  # of the site itself; what is predicted around it does not count
         hyper = scene.hyper[0][:, sites[:, 0], sites[:, 1]].T[..., None, None].expand(-1, -1, height, side)
-    return _bits(model, patches, hyper, missing)[:, radius, radius]
+    return _bits(scene, patches, hyper, missing)[:, radius, radius]

@@ -5,7 +5,6 @@
 """
 
 import abc
-import copy
 import math
 from collections.abc import Iterator, Sequence
 
@@ -13,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entroformer_lib.codec import codec
 from entroformer_lib.errors import AttentionError
 from entroformer_lib.inspection.capture import attention_points
+from entroformer_lib.inspection.scene import Scene
 
 QUERIES_AT_ONCE = 128
 FACTS = ("value", "mean", "scale", "bits", "hyper_bits")  # what is said of each group of channels
@@ -28,22 +27,20 @@ KINDS = {
 }
 
 
-class PictureServer(abc.ABC):
-    """The latents of one picture, a float64 copy of the entropy model, and answers about one latent at a time.
+class PictureServer(Scene, abc.ABC):
+    """A scene in float64, and answers about one latent at a time.
 
     Where scores nearly tie, float32 may choose another key than the coder's integers; float64 agrees with them to about
-    15 bits. A model of variable rate is looked at as it is when the server is made: at the level that `codec.encode`
-    would take, and later changes of the model do not reach the server.
+    15 bits.
 
     Sites are numbers in raster order on the latent grid of the *padded* picture: site = row * width + column. A *query*
     is a site and one of its channel slices: query = site * slices + slice. Most models predict all channels of a site
     at once (slices = 1), so that a query is a site.
 
     Attributes:
-        name: the model's, in variable rate with the lambda; picture: padded, as the latents see it; size: (width,
-            height) in pixels before padding; kind: the config's `context`; when: [n], the step of the coder at which
-            the first latents of a site are known; radius: of the diamond of relative positions, in sites; row_entries:
-            so many of a row can be more than zero; counts, order, cross: see `group_server`, else None.
+        those of `Scene`; kind: the config's `context`; when: [n], the step of the coder at which the first latents of a
+            site are known; radius: of the diamond of relative positions, in sites; row_entries: so many of a row can be
+            more than zero; counts, order, cross: see `group_server`, else None.
 
     Args:
         model: an Entroformer of one of the `contexts`.
@@ -64,23 +61,13 @@ class PictureServer(abc.ABC):
     row_entries: int | None
     counts = order = cross = None
 
-    @torch.inference_mode()
     def __init__(self, model, picture):
         attention_points(model)  # a sentence for what is no Entroformer
         c = self.config = model.config
         if c.context not in self.contexts:
             raise AttentionError(f"This model {KINDS[c.context]}; {self.offer}.")
-        rgb, _ = codec.to_rgb(codec.open_picture(picture))
-        x, level = codec.to_tensor(rgb, model.eval()), codec.level_of_file(model)
-        y_hat, z = model.latents(x, level)
-        self.wide = copy.deepcopy(model, {id(part): None for part in (model.g_a, model.g_s)}).double()  # without these
-        self.rate, self.y_hat = self.wide.rate(level), y_hat.double()  # [1, M, h, w]
-        z_hat = None if z is None else model.z_prior.quantize_z(z).double()
-        self.hyper = None if z is None else self.wide.hyper_synthesis(z_hat, self.rate)  # [1, D, h, w]
-        self.wide.h_a = self.wide.h_s = None  # not needed any more, and `capture` is quicker without
-        self.name, self.picture, self.size = name_at(model, level), codec.to_picture(x), rgb.size
+        super().__init__(model, picture, torch.float64)
         self.kind, self.layers, self.heads = c.context, c.context_layers, c.heads
-        self.height, self.width = y_hat.shape[-2:]
 
     # -- the grid --
 
@@ -173,12 +160,6 @@ class PictureServer(abc.ABC):
             raise AttentionError(f"There is no layer {layer}; this model's context has layers 0 to {self.layers - 1}.")
         if not 0 <= head < self.heads:
             raise AttentionError(f"There is no head {head}; this model has heads 0 to {self.heads - 1}.")
-
-
-def name_at(model, level: float | None) -> str:
-    """A model's name, and in variable rate the lambda of the level, as `load_model` takes it: `tiny-rates@0.013`."""
-    name = getattr(model, "name", None) or f"untrained {model.config.variant}"
-    return name if level is None else f"{name}@{model.gain.lmbda_of(level):.3g}"
 
 
 def batches(items: Sequence[int]) -> Iterator[list[int]]:

@@ -173,7 +173,7 @@ class RowServer(PictureServer):
             return (joined,)
 
         self.keys_and_values.cache_clear()
-        hook = self.wide.context_model.stack.blocks[layer].attention.out.register_forward_pre_hook(silence)
+        hook = self.model.context_model.stack.blocks[layer].attention.out.register_forward_pre_hook(silence)
         try:
             return self.total_bits(k)
         finally:
@@ -184,7 +184,7 @@ class RowServer(PictureServer):
 
     def _stack(self, k: int | None):
         """The blocks, with this k. They are our own copy: nobody else sees the change."""
-        stack = self.wide.context_model.stack
+        stack = self.model.context_model.stack
         stack.top_k = k or DENSE
         return stack
 
@@ -192,7 +192,7 @@ class RowServer(PictureServer):
     def _keys_and_values(self, k: int | None):
         """Keys and values of all context tokens in every layer, with this k. `keys_and_values` keeps some of them."""
         stack, carriers = self._stack(k), self._carriers
-        tokens, sites = self.wide.context_model.embed(self._seen[carriers])[None], self._sites[carriers]
+        tokens, sites = self.model.context_model.embed(self._seen[carriers])[None], self._sites[carriers]
         memory = stack.memory(len(carriers))
         if self.causal:  # in stretches, because a token sees only earlier ones: half the scores
             for part in carriers.split(TOKENS_AT_ONCE):
@@ -228,12 +228,12 @@ class RowServer(PictureServer):
             mask[:, -1] = ~self._carrier[own]
         if hide is not None:
             mask[:, :-1] &= carriers != torch.as_tensor(hide, device=device)[:, None]
-        with capture(self.wide, *(() if point is None else (f"context.*.{point}",))) as maps:
+        with capture(self.model, *(() if point is None else (f"context.*.{point}",))) as maps:
             places = torch.cat((self._sites[carriers], self._sites[own]))
-            tokens = self.wide.context_model.embed(self._seen[own])[None]
+            tokens = self.model.context_model.embed(self._seen[own])[None]
             feature = stack(tokens, places, lambda i: mask[i - len(carriers)], memory)[0]
         without = torch.tensor([not self.has_context(site) for site in sites], device=device)[:, None]
-        alone = self.wide.context_model.start[0] if self.causal else torch.zeros_like(feature)
+        alone = self.model.context_model.start[0] if self.causal else torch.zeros_like(feature)
         feature = torch.where(without, alone, feature)
         if point is None:
             return feature, None
@@ -259,13 +259,13 @@ class RowServer(PictureServer):
     def _gaussians(self, sites: Sequence[int], feature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Means, scales and bits of some latents: three times [q, M].  feature: what the context says, [q, D]"""
         sites = torch.as_tensor(sites)
-        model = PerSite(_Said(feature.T[None, :, :, None]), self.wide.entropy_parameters)
-        model = model if self.rate is None else ToldTheRate(model, self.rate)
+        predictor = PerSite(_Said(feature.T[None, :, :, None]), self.model.entropy_parameters)
+        predictor = predictor if self.rate is None else ToldTheRate(predictor, self.rate)
         hyper = None if self.hyper is None else self.hyper.flatten(2)[:, :, sites, None]  # [1, D, q, 1]
         values = self.y_hat.flatten(2)[:, :, sites, None]  # [1, M, q, 1]
-        means, log_scales = model.predict(values, hyper)
-        scales = self.wide.entropy_parameters.bounded(log_scales).exp()
-        bits = -self.wide.gaussian(values, means, scales).log2()
+        means, log_scales = predictor.predict(values, hyper)
+        scales = self.model.entropy_parameters.bounded(log_scales).exp()
+        bits = -self.model.gaussian(values, means, scales).log2()
         return tuple(v[0, :, :, 0].T for v in (means, scales, bits))
 
 

@@ -34,7 +34,6 @@ from entroformer_lib.errors import StudyError, UserError
 from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.inspection.missing_context import (
     RADII,
-    Scene,
     mask_beyond,
     mask_positions,
     model_name,
@@ -42,6 +41,7 @@ from entroformer_lib.inspection.missing_context import (
     only_positions,
     scene_of,
 )
+from entroformer_lib.inspection.scene import Scene
 from entroformer_lib.memory import keep_freed_memory
 from entroformer_lib.studies.ablation import RECIPE
 from entroformer_lib.studies.ablation_grids import Entry
@@ -120,8 +120,8 @@ def _table(
     for name, picture in pictures:
         for model in models:
             scene = scene_of(model, picture)
-            if side > min(scene.size):
-                h, w = scene.size
+            h, w = scene.height, scene.width
+            if side > min(h, w):
                 raise StudyError(f"A neighbourhood of {side} x {side} is larger than the latents of {name}, {h} x {w}.")
             rows += [{"model": model_name(model), "image": name, **row} for row in rows_of(scene)]
     return pd.DataFrame(rows)

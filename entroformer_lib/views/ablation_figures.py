@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from entroformer_lib.studies.results import ablation, reference
 from entroformer_lib.views.paper_tables import Comparison
-from entroformer_lib.views.style import COLOURS, MARKERS, ONE_COLUMN, TWO_COLUMNS, new_figure, points_and_means, styled
+from entroformer_lib.views.style import COLOURS, MARKERS, ONE_COLUMN, TWO_COLUMNS, new_figure, styled
 
 PUBLISHED = "published"
 POSITIONS = ("none", "absolute", "relative_1d", "relative_2d", "diamond")  # as in EntroformerConfig, in table 1's order
@@ -52,7 +52,7 @@ def figure6_comparison(data: pd.DataFrame) -> list[Comparison]:
     return [Comparison("best clipping distance h", 3, float(best))]
 
 
-@styled
+@styled()
 def figure6(data: pd.DataFrame) -> Figure:
     """Saving against the clipping distance h; a point for each seed, a line through the means."""
     figure, ax = new_figure(ONE_COLUMN, 2.4)
@@ -76,7 +76,7 @@ def figure7_data() -> pd.DataFrame | None:
     return rows.sort_values(["top_k", "seed", "step"], ignore_index=True)
 
 
-@styled
+@styled()
 def figure7(data: pd.DataFrame) -> Figure:
     """Learning curves, one for each k: the mean over the seeds with their range; on the right their second half."""
     import seaborn
@@ -90,26 +90,6 @@ def figure7(data: pd.DataFrame) -> Figure:
         seaborn.lineplot(part, **look, **ranges, legend=ax is axes[0], ax=ax)
         ax.set(xlabel="step", ylabel="bits per pixel")
     axes[0].legend()
-    return figure
-
-
-@styled
-def k_at_test(rows: pd.DataFrame) -> Figure:
-    """Rate against the k used at test time, a line for each k of training; a ring where both are the same.
-
-    rows: top_k (of training; nan: dense), k_at_test, bpp, seed
-    """
-    rows = rows.assign(top_k=rows["top_k"].fillna(np.inf), k_at_test=rows["k_at_test"].fillna(np.inf))
-    means = rows.pivot_table("bpp", "k_at_test", "top_k")
-    figure, ax = new_figure(ONE_COLUMN * 1.5, 2.8)
-    for i, (k, mean) in enumerate(means.items()):
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        ax.plot(range(len(mean)), mean, color=colour, marker=marker, markersize=3, label=_k_name(k))
-        if k in mean.index:
-            ax.plot(mean.index.get_loc(k), mean[k], "o", color=colour, markersize=8, markerfacecolor="none")
-    ax.set_xticks(range(len(means)), [_k_name(k).removeprefix("k = ") for k in means.index])
-    ax.set(xlabel="k at test time", ylabel="bits per pixel")
-    ax.legend(title="trained with", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -173,18 +153,6 @@ def table3_comparison(data: pd.DataFrame) -> list[Comparison]:
     return [] if saved.isna().any() else [Comparison(what, *map(float, saved), "%")]
 
 
-def table3_dots(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """`dots` of table 3: what a context saves of the second slice's bits against the hyperprior alone, in percent.
-
-    table: of `table3_data`; rows: of the grid, one model with both directions
-    """
-    alone, *others = table["context"]
-    sources = [(PUBLISHED, table.set_index("context")["published_bpp"])]
-    sources += [("here", part.set_index("context")["bpp"]) for _, part in rows.groupby("seed")]
-    found = [(c, source, 100 * (1 - bpp[c] / bpp[alone])) for source, bpp in sources for c in others]
-    return pd.DataFrame(found, columns=["row", "source", "value"])
-
-
 def table4_data() -> pd.DataFrame | None:
     """size, published_absolute_bpp, published_relative_bpp, published_saving_percent, absolute_bpp, relative_bpp,
     saving_percent."""
@@ -210,24 +178,10 @@ def table4_comparison(data: pd.DataFrame) -> list[Comparison]:
     ]
 
 
-@styled
-def sizes(rows: pd.DataFrame) -> Figure:
-    """Rate against the side of the picture, a line for each position encoding, a point for each seed.
-
-    rows: size (pixels), position, bpp, seed
-    """
-    figure, ax = new_figure(ONE_COLUMN * 1.3, 2.6)
-    points_and_means(ax, rows, "size", "bpp", "position")
-    ax.set_xticks(sorted(rows["size"].unique()))
-    ax.set(xlabel="side of the picture, pixels", ylabel="bits per pixel")
-    ax.legend(title="position encoding", loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
-
-
 # ---- any grid ----
 
 
-@styled
+@styled()
 def dots(data: pd.DataFrame, label: str) -> Figure:
     """A line for each row, a point for each seed, a tick for their mean; what is published is grey and hollow.
 

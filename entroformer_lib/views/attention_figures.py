@@ -1,7 +1,9 @@
-"""Static figures of attention: figures 8 to 10 of the paper, the head profile, and attention against cost.
+"""Static figures of attention: figures 8 to 10 of the paper, and attention against cost.
 
-Pure functions from panels (`exploration.Panel`) and tables (`studies.attention`) to figures.
+`attention_data` reads a saved result. The others are functions from panels (`exploration.Panel`) and tables to figures.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -15,17 +17,18 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
+from entroformer_lib.datasets import sample_picture
 from entroformer_lib.inspection.exploration import Panel
-from entroformer_lib.views.style import COLOURS, SEQUENTIAL, TWO_COLUMNS, new_figure, styled
+from entroformer_lib.studies.results import load
+from entroformer_lib.views.style import COLOURS, MARKERS, SEQUENTIAL, TWO_COLUMNS, new_figure, styled
 
 QUERY, ORIGIN = COLOURS[1], COLOURS[4]
-MARKERS = list("osD^vP*X")
 DEARER, CHEAPER = COLOURS[1], COLOURS[0]  # when a position is hidden
 SIGNED_ROOT = (lambda v: np.sign(v) * np.sqrt(np.abs(v)), lambda v: np.sign(v) * np.square(v))
 ROOT = (lambda v: np.sqrt(np.maximum(v, 0)), np.square)  # the scale of colours, and back
 
 
-@styled
+@styled()
 def attention_maps(
     picture: Image.Image, panels: list[Panel], columns: int = 3, titles: list[str] | None = None
 ) -> Figure:
@@ -64,7 +67,8 @@ def _legend(figure: Figure, panels: list[Panel]) -> None:
         entries.append((Patch(edgecolor=ORIGIN, **frame), "the one before, whose attention it is"))
     if any(panel.selected.any() for panel in panels):
         entries.append((Patch(facecolor="#31446b", edgecolor="0.75", linewidth=1.4), "white frame: among the top k"))
-    entries.append((Patch(facecolor="0.35", linewidth=0), "darker: not decoded yet"))
+    if not all(panel.decoded.all() for panel in panels):
+        entries.append((Patch(facecolor="0.35", linewidth=0), "darker: not decoded yet"))
     handles, words = zip(*entries, strict=True)
     figure.legend(handles, words, loc="outside lower center", ncols=len(words), handlelength=1, handleheight=1)
 
@@ -118,7 +122,54 @@ def _frames(where: np.ndarray, colour: str, width: float) -> PatchCollection:
     return PatchCollection(squares, facecolors="none", edgecolors=colour, linewidths=width)
 
 
-@styled
+# ---- figures 8, 9 and 10 ----
+
+
+def attention_data(number: int) -> Callable[[], pd.DataFrame | None]:
+    """The saved maps of figure 8, 9 or 10: title, query_row, query_column, row, column, prob.  ->  a reader of them"""
+    columns = ["title", "query_row", "query_column", "row", "column", "prob"]
+
+    def read() -> pd.DataFrame | None:
+        rows = [
+            (one["title"], *one["query"], y, x, prob)
+            for one in (load("attention_maps") or {"maps": []})["maps"]
+            if one["figure"] == number
+            for y, line in enumerate(one["probs"])
+            for x, prob in enumerate(line)
+        ]
+        return pd.DataFrame(rows, columns=columns) if rows else None
+
+    return read
+
+
+def saved_maps(data: pd.DataFrame) -> Figure:
+    """`attention_maps` of the saved result, over the picture that it names. What was decoded is not saved.
+
+    data: of `attention_data`
+    """
+    panels = []
+    for title, part in data.groupby("title", sort=False):
+        values = part.pivot(index="row", columns="column", values="prob").to_numpy()
+        decoded, selected = np.ones(values.shape, dtype=bool), (values > 0) & (title != "dense")
+        query = tuple(part[["query_row", "query_column"]].iloc[0])
+        panels.append(Panel(title, "attention", values, decoded, selected, query, query, radius=0))
+    height, width = values.shape
+    name = load("attention_maps").get("picture")
+    picture = Image.new("L", (16 * width, 16 * height), "white") if name is None else sample_picture(name)
+    return attention_maps(_on_grid(picture, height, width), panels)
+
+
+def _on_grid(picture: Image.Image, height: int, width: int) -> Image.Image:
+    """A picture padded as the codec does, to a grid of latents."""
+    down, right = 16 * height - picture.height, 16 * width - picture.width  # the smaller half comes on top and left
+    sides = ((down // 2, down - down // 2), (right // 2, right - right // 2))
+    return Image.fromarray(np.pad(np.asarray(picture.convert("L")), sides, mode="edge"))
+
+
+# ---- attention and cost ----
+
+
+@styled()
 def attention_and_cost(picture: Image.Image, panels: list[Panel], scatter: dict) -> Figure:
     """One latent: its attention, what hiding each position costs, and the two against each other.
 
@@ -147,33 +198,7 @@ def attention_and_cost(picture: Image.Image, panels: list[Panel], scatter: dict)
     return figure
 
 
-@styled
-def head_profile(table: pd.DataFrame) -> Figure:
-    """Every head of every layer: how far it looks, how much of it stays in the diamond, and what masking it costs.
-
-    Args:
-        table: of `studies.attention.head_profile`; the numbers are means over its images.
-    """
-    means = table.groupby(["layer", "head"]).mean(numeric_only=True)
-    columns = (
-        ("distance_sites", "mean distance, sites", "{:.1f}"),
-        ("share_diamond", "inside the diamond", "{:.0%}"),
-        ("share_far", "more than 8 sites away", "{:.0%}"),
-        ("masked_percent", "bits when masked", "{:+.1f}%"),
-    )
-    layers = table["layer"].nunique()
-    figure, axes = new_figure(TWO_COLUMNS, 0.3 * layers + 0.7, 1, len(columns), sharey=True)
-    for axis, (column, title, form) in zip(axes, columns, strict=True):
-        values = means[column].unstack("head")
-        words = dict(annot=values.map(form.format), fmt="", annot_kws={"fontsize": 6.5})
-        sns.heatmap(values, vmin=min(values.min().min(), 0), cmap=SEQUENTIAL, cbar=False, ax=axis, **words)
-        axis.set(title=title, xlabel="head", ylabel="")
-        axis.tick_params(length=0, labelrotation=0)
-    axes[0].set_ylabel("layer")
-    return figure
-
-
-@styled
+@styled()
 def attention_against_cost(table: pd.DataFrame, own_k: int | None = None) -> Figure:
     """Does attention explain the bits? Rank correlations over k, and per layer and head at one k.
 

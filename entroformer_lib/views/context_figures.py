@@ -1,16 +1,11 @@
-"""What the context is worth and where attention looks: figures 3, 8, 9 and 10 of the paper.
-
-They are drawn from position_masking.json and attention_maps.json.
+"""What the context is worth: figure 3 of the paper, drawn from position_masking.json.
 
 Functions that end in `_data` read the saved result, and give None where there is none. The others are pure functions
 from a table to a figure or to a comparison.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import pandas as pd
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from entroformer_lib.studies.results import load
@@ -72,7 +67,7 @@ def beyond_data() -> pd.DataFrame | None:
     return grouped.agg(percent="mean", spread="std").reset_index()
 
 
-@styled
+@styled()
 def masking_maps(data: pd.DataFrame, label: str = "rate increase, %") -> Figure:
     """A map for each model; positions that are no context stay empty.
 
@@ -131,7 +126,7 @@ def alone_maps(data: pd.DataFrame) -> Figure:
     return masking_maps(data, "rate saved alone, %")
 
 
-@styled
+@styled()
 def masking_by_distance(data: pd.DataFrame) -> Figure:
     """Percent against the three distances, a colour for each model, with the mean at each distance as a line.
 
@@ -151,7 +146,7 @@ def masking_by_distance(data: pd.DataFrame) -> Figure:
     return figure
 
 
-@styled
+@styled()
 def beyond_curve(data: pd.DataFrame) -> Figure:
     """Rate when everything beyond a distance is masked, against that distance.
 
@@ -162,47 +157,4 @@ def beyond_curve(data: pd.DataFrame) -> Figure:
     ax.axhline(0, color="0.6", linewidth=0.8)
     ax.set(xlabel="L1 distance up to which the context is known, latents", ylabel="rate against all context, %")
     ax.legend()
-    return figure
-
-
-# ---- figures 8, 9 and 10 ----
-
-
-def attention_data(number: int) -> Callable[[], pd.DataFrame | None]:
-    """The saved maps of figure 8, 9 or 10: title, query_row, query_column, row, column, prob.  ->  a reader of them"""
-    columns = ["title", "query_row", "query_column", "row", "column", "prob"]
-
-    def read() -> pd.DataFrame | None:
-        rows = [
-            (one["title"], *one["query"], y, x, prob)
-            for one in (load("attention_maps") or {"maps": []})["maps"]
-            if one["figure"] == number
-            for y, line in enumerate(one["probs"])
-            for x, prob in enumerate(line)
-        ]
-        return pd.DataFrame(rows, columns=columns) if rows else None
-
-    return read
-
-
-@styled
-def attention_maps(data: pd.DataFrame) -> Figure:
-    """A map for each title, the query marked. The scale is a logarithm from 0.01%: most weight lies on few latents."""
-    titles = list(dict.fromkeys(data["title"]))
-    columns = min(5, len(titles))
-    rows = -(-len(titles) // columns)
-    height, width = data["row"].max() + 1, data["column"].max() + 1
-    panel = (TWO_COLUMNS - 0.8) / columns  # inches wide
-    figure, axes = new_figure(TWO_COLUMNS, (panel * height / width + 0.3) * rows, rows, columns, squeeze=False)
-    for ax in axes.flat:
-        ax.set_axis_off()
-    for ax, (title, part) in zip(axes.flat, data.groupby("title", sort=False), strict=False):
-        probs = part.pivot(index="row", columns="column", values="prob")
-        image = ax.imshow(probs.clip(lower=1e-4), cmap=SEQUENTIAL, norm=LogNorm(1e-4, 1))
-        ax.plot(part["query_column"].iloc[0], part["query_row"].iloc[0], "x", color=COLOURS[1], markersize=4)
-        ax.set_title(title)
-    bar = figure.colorbar(image, ax=axes, pad=0.01)
-    bar.set_ticks([1e-4, 1e-2, 1], labels=["0.01%", "1%", "100%"])
-    bar.set_label("attention")
-    bar.outline.set_visible(False)
     return figure

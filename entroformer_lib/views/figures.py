@@ -17,7 +17,7 @@ from entroformer_lib.views.style import (
 )
 
 
-@styled
+@styled()
 def side_by_side(panels: list[tuple[str, Image.Image]], zoom: tuple[int, int, int] | None = None) -> Figure:
     """Pictures beside each other with a title each; below them the same detail of each, if asked for.
 
@@ -41,7 +41,7 @@ def side_by_side(panels: list[tuple[str, Image.Image]], zoom: tuple[int, int, in
     return figure
 
 
-@styled
+@styled()
 def bits_map(picture: Image.Image, bits: np.ndarray) -> Figure:
     """Where the bits went: the picture, the map over its 16x16 blocks, and the picture seen through the map.
 
@@ -64,7 +64,7 @@ def bits_map(picture: Image.Image, bits: np.ndarray) -> Figure:
     return figure
 
 
-@styled
+@styled()
 def training(rows: list[dict], pictures: list[tuple[int, Image.Image]] = (), xlabel: str = "step") -> Figure:
     """A run so far: loss, rate and PSNR over the steps, and below it reconstructions with the step they are from.
 
@@ -88,7 +88,7 @@ def training(rows: list[dict], pictures: list[tuple[int, Image.Image]] = (), xla
     return figure
 
 
-@styled
+@styled()
 def by_picture(table: pd.DataFrame, value: str, label: str, columns: dict[str, str], title: str = "") -> Figure:
     """What each picture gains, against its properties; the numbers are those of the Kodak pictures.
 
@@ -111,22 +111,6 @@ def by_picture(table: pd.DataFrame, value: str, label: str, columns: dict[str, s
     return figure
 
 
-@styled
-def differences(names: list[str], percent: list[float], spread: float | None = None, label: str = "") -> Figure:
-    """Horizontal bars of differences from a baseline in percent; the grey band is what another seed changes."""
-    figure, axes = new_figure(TWO_COLUMNS * 0.75, 0.25 * len(names) + 0.7)
-    values = pd.Series(percent, names).sort_values(ascending=False)
-    bars = axes.barh(values.index, values, color=np.where(values > 0, COLOURS[1], COLOURS[0]), height=0.65)
-    axes.bar_label(bars, [f"{value:+.1f}%" for value in values], padding=3, fontsize=7)
-    if spread is not None:
-        axes.axvspan(-abs(spread), abs(spread), color="0.85", zorder=0, label="another seed")
-        axes.legend(loc="upper right")
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.margins(x=0.15)
-    axes.set_xlabel(label)
-    return figure
-
-
 STAGES = {  # column of the latency table: what it says in a figure
     "transforms_s": "g_a or g_s",
     "hyper_s": "hyperprior",
@@ -137,7 +121,7 @@ STAGES = {  # column of the latency table: what it says in a figure
 }
 
 
-@styled
+@styled()
 def latency(rows: pd.DataFrame) -> Figure:
     """Seconds to encode and decode, medians over repeats: ours split into stages, CompressAI's whole and in grey.
 
@@ -160,22 +144,6 @@ def latency(rows: pd.DataFrame) -> Figure:
         axes.set(title=direction, xlabel="seconds", ylabel="", xlim=(0, 1.18 * seconds.max()))
     panels[0].invert_yaxis()
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    return figure
-
-
-@styled
-def growth(rows: pd.DataFrame, exponents: dict[str, float]) -> Figure:
-    """How seconds and memory of decoding grow with the picture, both axes logarithmic, with the fitted exponents.
-
-    rows: direction, width, height (pixels), seconds, peak_mb
-    """
-    rows = rows[rows["direction"] == "decode"]
-    figure, panels = new_figure(TWO_COLUMNS, 2.4, 1, 2)
-    shown = (("seconds", "seconds to decode", "seconds"), ("peak_mb", "peak memory, MB", "memory"))
-    for axes, (column, label, what), colour in zip(panels, shown, COLOURS, strict=False):
-        axes.loglog(rows["width"] * rows["height"] / 1e6, rows[column], "o-", color=colour)
-        axes.set(xlabel="megapixels", title=f"{label} (exponent {exponents[what]:.2f})")
-        axes.grid(alpha=0.25, linewidth=0.5)
     return figure
 
 

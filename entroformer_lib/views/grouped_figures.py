@@ -1,4 +1,4 @@
-"""How GroupedMixer works, in figures: its groups, what each mixer sees, what the cache saves. No model runs in here."""
+"""How GroupedMixer works, in figures: its groups, what each mixer sees. No model runs in here."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import PercentFormatter
 
 from entroformer_lib.models.groupedmixer import Counts, group_order, windows
-from entroformer_lib.views.style import COLOURS, ONE_COLUMN, SEQUENTIAL, TWO_COLUMNS, new_figure, styled
+from entroformer_lib.views.style import COLOURS, SEQUENTIAL, TWO_COLUMNS, new_figure, styled
 
 ORDERS = {
     "channels": "channels: slice by slice,\ndiagonal phases first",
@@ -34,7 +34,7 @@ def group_numbers(counts: Counts, order: str, size: tuple[int, int]) -> np.ndarr
     return numbers
 
 
-@styled
+@styled()
 def tiling(counts: Counts, orders: Iterable[str] = tuple(ORDERS)) -> Figure:
     """A corner of the latents, slice below slice: in each cell the number of its group, counted from 1 as it is coded.
     A column for each order; a white frame around each k_h x k_w latents.
@@ -88,7 +88,7 @@ def seen_in_windows(grid: tuple[int, int], side: int, place: tuple[int, int], la
     return seen.reshape(grid)
 
 
-@styled
+@styled()
 def inner_windows(grid: tuple[int, int], side: int, place: tuple[int, int]) -> Figure:
     """Windows of the inner mixer in even and odd layers, and what a token sees through both.
 
@@ -123,7 +123,7 @@ def inner_windows(grid: tuple[int, int], side: int, place: tuple[int, int]) -> F
 # ---- attention of a model ----
 
 
-@styled
+@styled()
 def cross_maps(cross: np.ndarray, every: int = 4) -> Figure:
     """How much each slot looks at earlier ones, for each layer and head, the mean over places. Groups are counted from
     1; S is the learned start.
@@ -180,63 +180,3 @@ def even_attention(cross: np.ndarray) -> np.ndarray:
     """What `cross` would be if each slot looked at all that it may see alike."""
     G = cross.shape[-1]
     return np.broadcast_to(np.tril(np.ones((G, G))) / np.arange(1, G + 1)[:, None], cross.shape)
-
-
-@styled
-def bits_of_groups(bits: np.ndarray, order: list[tuple[int, int, int]], latents: float) -> Figure:
-    """What each group costs, in the order of coding, a colour for each slice.
-
-    bits: [G]; latents: of one group
-    """
-    figure, ax = new_figure(TWO_COLUMNS * 0.75, 2.3)
-    named = set()
-    for g, ((s, *_), value) in enumerate(zip(order, bits, strict=True)):
-        label = None if s in named else f"slice {s + 1}"
-        named.add(s)
-        colour, hatch = COLOURS[s % len(COLOURS)], ("", "///", "...", "xxx")[s % 4]
-        ax.bar(g, value / latents, color=colour, hatch=hatch, edgecolor="w", linewidth=0, label=label)
-    ax.set_xticks(range(len(order)), [f"{g + 1}\n({i}, {j})" for g, (_, i, j) in enumerate(order)])
-    ax.tick_params(axis="x", labelsize=6 if len(order) <= 20 else 4)
-    ax.set(xlabel="group, and its phase (row, column)", ylabel="bits per latent")
-    ax.legend(ncols=min(4, len(named)), loc="lower center", bbox_to_anchor=(0.5, 1))
-    return figure
-
-
-def bits_of_phases(bits: np.ndarray, order: list[tuple[int, int, int]]) -> pd.DataFrame:
-    """Bits of each group in percent of those of the first phase of its slice: a row for each slice, a column for each
-    phase in the order of coding.  bits: [G]"""
-    rows = pd.DataFrame({"slice": [s + 1 for s, _, _ in order], "phase": [p for _, *p in order], "bits": bits})
-    rows["phase"] = rows["phase"].map(lambda phase: f"({phase[0]}, {phase[1]})")
-    table = rows.pivot(index="slice", columns="phase", values="bits")[list(dict.fromkeys(rows["phase"]))]
-    return 100 * table.div(table.iloc[:, 0], axis=0)
-
-
-# ---- the context cache ----
-
-
-def cache_rows(saved: dict) -> pd.DataFrame:
-    """The saved measurement beside the law: model, groups, cached_s, uncached_s, ratio, law.  saved: context_cache"""
-    rows = pd.DataFrame(saved["rows"])
-    return rows.assign(law=(rows["groups"] + 1) / 2).sort_values("groups", ignore_index=True)
-
-
-@styled
-def cache_saving(rows: pd.DataFrame) -> Figure:
-    """How many times as long coding takes without the context cache, against the number of groups; the names are sizes
-    of GroupedMixer.
-
-    rows: of `cache_rows`
-    """
-    figure, ax = new_figure(ONE_COLUMN * 1.4, 2.6)
-    most = 1.15 * rows["groups"].max()
-    line = np.array([1, most])
-    ax.plot(line, (line + 1) / 2, "--", color="0.5", linewidth=1, label="passes saved, (G + 1) / 2")
-    ax.plot(rows["groups"], rows["ratio"], "o", color=COLOURS[0], markersize=5, label="measured")
-    for row in rows.itertuples():
-        name, place = row.model.replace("-groupedmixer", ""), (row.groups, row.ratio)
-        ax.annotate(name, place, xytext=(0, -6), textcoords="offset points", ha="center", va="top", fontsize=6)
-    ax.set(xlim=(0, most), ylim=(0, (most + 1) / 2), xlabel="number of groups G")
-    ax.set_ylabel("time without cache / with cache")
-    ax.legend(loc="upper left")
-    ax.grid(alpha=0.25, linewidth=0.5)
-    return figure

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.studies.results import AUTHORS
 from entroformer_lib.views import ablation_figures as ablations
+from entroformer_lib.views import attention_figures as attention
 from entroformer_lib.views import context_figures as context
 from entroformer_lib.views import paper_tables as tables
 from entroformer_lib.views import rate_figures as rates
@@ -73,11 +74,11 @@ ITEMS = (
     Item("figure07_top_k", "Learning curves for several k", GRIDS, ablations.figure7_data, ablations.figure7,
          claim="better up to k = 64, then no difference from dense attention"),
     Item("figure08_attention_points", "Attention of three points of the picture coffee",
-         MAPS, context.attention_data(8), context.attention_maps),
+         MAPS, attention.attention_data(8), attention.saved_maps),
     Item("figure09_attention_heads", "Attention of one point, head by head",
-         MAPS, context.attention_data(9), context.attention_maps),
+         MAPS, attention.attention_data(9), attention.saved_maps),
     Item("figure10_attention_k", "Attention of one point with different k, in a model trained with one k",
-         MAPS, context.attention_data(10), context.attention_maps),
+         MAPS, attention.attention_data(10), attention.saved_maps),
     Item("figure11_psnr_kodak", "Rate and PSNR on Kodak, more codecs", "*-kodak.json",
          rates.rate_distortion_data("psnr_db", MORE_CURVES), rates.rate_distortion, rates.rate_distortion_comparison),
     Item("figure12_ms_ssim_kodak", "Rate and MS-SSIM on Kodak; published models and tiny-rates-msssim trained for it",

@@ -100,7 +100,7 @@ def markdown(data: pd.DataFrame) -> str:
     return data.to_markdown(index=False, disable_numparse=True)
 
 
-@styled
+@styled()
 def figure(data: pd.DataFrame) -> Figure:
     """A table as a picture, lines above and below as in print."""
     words = in_words(data)

@@ -11,7 +11,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from entroformer_lib.errors import DataError
 from entroformer_lib.studies.results import (
     AUTHORS,
     LABELS,
@@ -77,7 +76,7 @@ def rate_distortion_data(quality: str, names: tuple[str, ...]) -> Callable[[], p
     return read
 
 
-@styled
+@styled()
 def rate_distortion(curves: pd.DataFrame, quality: str = "psnr_db") -> Figure:
     """Rate against quality: measured here with points and full lines, published curves thin and dashed.
 
@@ -150,7 +149,7 @@ def same_transforms_comparison(data: pd.DataFrame) -> list[Comparison]:
     return found
 
 
-@styled
+@styled()
 def same_transforms(data: pd.DataFrame) -> Figure:
     """Rate against the CNN's at equal pictures: whole entropy models on the left, their halves on the right."""
     figure, axes = new_figure(TWO_COLUMNS, 3.6, 1, 2)
@@ -165,37 +164,6 @@ def same_transforms(data: pd.DataFrame) -> Figure:
         ax.grid(alpha=0.25, linewidth=0.5)
     figure.legend(loc="outside lower center", ncols=3)
     axes[0].set_ylabel("rate against CNNs throughout, %")
-    return figure
-
-
-@styled
-def two_passes(prices: pd.DataFrame) -> Figure:
-    """What a parallel model pays and saves beside a serial one, and how that depends on the size of the picture.
-
-    Args:
-        prices: index side (of squares in pixels, or "whole") and lmbda; columns first, z, second and all, each in
-            percent of the serial model's rate.
-    """
-    figure, (left, right) = new_figure(TWO_COLUMNS, 2.9, 1, 2)
-    parts = {"first": "first half: no context", "z": "hyperprior z", "second": "second half: context all around"}
-    whole = prices.loc["whole"]
-    bars = whole[list(parts)].rename(columns=parts)
-    bars.plot.bar(stacked=True, ax=left, color=COLOURS[:3], width=0.8, edgecolor="w", rot=0)
-    for patch in left.containers[1]:
-        patch.set_hatch("////")  # to be told apart in print
-    left.plot(range(len(whole)), whole["all"], "kD", label="in all", markersize=4)
-    left.axhline(0, color="0.4", linewidth=0.6)
-    left.set(xlabel="lambda", ylabel="against serial, % of its rate", title="whole pictures")
-    left.set_ylim(top=1.45 * bars.clip(lower=0).sum(axis=1).max())
-    left.legend(loc="upper right")
-    sides = list(prices.index.unique("side"))
-    names = [side if side == "whole" else f"{side:.0f} x {side:.0f}" for side in sides]
-    for i, (lmbda, part) in enumerate(prices["all"].groupby("lmbda")):
-        values = part.droplevel("lmbda")[sides]
-        right.plot(names, values, MARKERS[i] + "-", color=COLOURS[i], label=f"lambda {lmbda:g}")
-    right.set(xlabel="pixels coded together", ylabel="two passes cost, %", title="the same, cut into squares")
-    right.set_ylim(0, 1.4 * prices["all"].max())
-    right.legend(ncols=2, loc="upper left")
     return figure
 
 
@@ -219,7 +187,7 @@ def lines_beside(grid: str = "groups") -> dict[str, float]:
     return {LABELS[variant]: float(means[trained]) for trained, variant in names.items() if trained in means}
 
 
-@styled
+@styled()
 def groups_curve(rows: pd.DataFrame, lines: dict[str, float] | None = None) -> Figure:
     """Rate against the number of groups, a point for each seed, a line through the means; other models are level lines.
 
@@ -246,26 +214,13 @@ def groups_curve(rows: pd.DataFrame, lines: dict[str, float] | None = None) -> F
     return figure
 
 
-def mixer_dots(rows: pd.DataFrame) -> pd.DataFrame:
-    """`ablation_figures.dots` of the grid `groupedmixer`: rate against the whole model, in percent.
-
-    Raises:
-        DataError: the whole model is not among the rows.
-    """
-    whole = rows["run"].str.startswith("grouped-whole-") if len(rows) else pd.Series(dtype=bool)
-    if not whole.any():
-        raise DataError("The whole GroupedMixer is not among the saved rows, so nothing can be compared with it.")
-    base = rows[whole]["bpp"].mean()
-    return pd.DataFrame({"row": rows["difference"], "source": "here", "value": 100 * (rows["bpp"] / base - 1)})
-
-
 # ---- rate against decoding time ----
 
 FAMILIES = {"shipped": "shipped models", "runs": "runs of the ablations"}
 TIMES = {"decode_s": "seconds to decode a picture", "entropy_model_s": "of these in context and parameters, s"}
 
 
-@styled
+@styled()
 def tradeoff(points: pd.DataFrame) -> Figure:
     """Rate against decoding time, a row of panels for each family: of the whole decoding, and of the entropy model's
     own stages. Left and down is better; the dashed line joins what no other model beats in both.

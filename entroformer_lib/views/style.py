@@ -1,6 +1,5 @@
 """One look for all figures: widths of one and two columns, colours that print and that everybody can tell apart."""
 
-import functools
 import io
 import os
 from pathlib import Path
@@ -33,15 +32,9 @@ RC = {
 }
 
 
-def styled(draw):
-    """Decorator: everything that `draw` draws is in this style."""
-
-    @functools.wraps(draw)
-    def in_style(*arguments, **keywords):
-        with matplotlib.rc_context(RC):
-            return draw(*arguments, **keywords)
-
-    return in_style
+def styled():
+    """This style for what is drawn inside: `with styled():` in a notebook, `@styled()` before a function."""
+    return matplotlib.rc_context(RC)
 
 
 class NotebookFigure(Figure):
@@ -49,7 +42,7 @@ class NotebookFigure(Figure):
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
-        with matplotlib.rc_context(RC):
+        with styled():
             self.savefig(buffer, format="png", dpi=RC["figure.dpi"])
         return buffer.getvalue()
 
@@ -113,7 +106,7 @@ def save(figure: Figure, name: str, formats: tuple[str, ...] = ("png",)) -> list
 def write(figure: Figure, folder: Path, name: str, formats: tuple[str, ...]) -> list[Path]:
     """Writes a figure into a folder; the same figure gives the same files."""
     paths = [folder / f"{name}.{ending}" for ending in formats]
-    with matplotlib.rc_context(RC):
+    with styled():
         for path in paths:
             metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
             figure.savefig(path, metadata=metadata)

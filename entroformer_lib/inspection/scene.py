@@ -1,0 +1,45 @@
+"""One picture as a model's entropy model sees it: what attention servers and the masking study begin with."""
+
+import copy
+
+import torch
+
+from entroformer_lib.codec import codec
+
+
+class Scene:
+    """Latents, hyperprior feature and rate of one picture, computed once, and a copy of the entropy model.
+
+    A model of variable rate is looked at as it is when the scene is made: at the level that `codec.encode` would take.
+    Later changes of the model do not reach the scene.
+
+    Attributes:
+        model: the copy, without g_a, g_s, h_a and h_s; name: the model's, in variable rate with the lambda; rate: what
+            the copy is told of the level, or None; y_hat: [1, M, h, w]; hyper: [1, D, h, w], or None without
+            hyperprior; height, width: of the latent grid; picture: padded, as the latents see it; size: (width, height)
+            in pixels before padding.
+
+    Args:
+        model: an Entroformer.
+        picture: a PIL image, a path or an array, see `codec.open_picture`.
+        dtype: of the copy and of what it computes. The latents themselves are those that the coder has.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model, picture, dtype: torch.dtype = torch.float64):
+        rgb, _ = codec.to_rgb(codec.open_picture(picture))
+        x, level = codec.to_tensor(rgb, model.eval()), codec.level_of_file(model)
+        y_hat, z = model.latents(x, level)
+        self.model = copy.deepcopy(model, {id(part): None for part in (model.g_a, model.g_s)}).to(dtype)
+        self.rate, self.y_hat = self.model.rate(level), y_hat.to(dtype)
+        z_hat = None if z is None else model.z_prior.quantize_z(z).to(dtype)
+        self.hyper = None if z is None else self.model.hyper_synthesis(z_hat, self.rate)
+        self.model.h_a = self.model.h_s = None  # not needed any more, and `capture` is quicker without
+        self.name, self.picture, self.size = name_at(model, level), codec.to_picture(x), rgb.size
+        self.height, self.width = y_hat.shape[-2:]
+
+
+def name_at(model, level: float | None) -> str:
+    """A model's name, and in variable rate the lambda of the level, as `load_model` takes it: `tiny-rates@0.013`."""
+    name = getattr(model, "name", None) or f"untrained {model.config.variant}"
+    return name if level is None else f"{name}@{model.gain.lmbda_of(level):.3g}"
