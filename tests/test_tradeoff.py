@@ -12,11 +12,11 @@ from benchmarks import readme, tradeoff
 from entroformer_lib.codec import codec
 from entroformer_lib.errors import DataError, StudyError
 from entroformer_lib.models import config as model_config
+from entroformer_lib.stages import STAGES
 from entroformer_lib.studies import ablation, same_transforms
 from entroformer_lib.studies import results as saved_results
 from entroformer_lib.studies.ablation import Terms
 from entroformer_lib.studies.ablation_grids import GRIDS
-from entroformer_lib.studies.latency import STAGES
 from entroformer_lib.training.latents import write_latents
 from entroformer_lib.views import rate_figures as views
 from entroformer_lib.views.ablation_figures import dots
