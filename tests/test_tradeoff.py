@@ -15,8 +15,7 @@ from entroformer_lib.models import config as model_config
 from entroformer_lib.stages import STAGES
 from entroformer_lib.studies import ablation, same_transforms
 from entroformer_lib.studies import results as saved_results
-from entroformer_lib.studies.ablation import Terms
-from entroformer_lib.studies.ablation_grids import GRIDS
+from entroformer_lib.studies.ablation_grids import GRIDS, Terms
 from entroformer_lib.training.latents import write_latents
 from entroformer_lib.views import rate_figures as views
 from entroformer_lib.views.ablation_figures import dots

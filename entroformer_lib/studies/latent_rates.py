@@ -116,14 +116,11 @@ def _predictions(model: Entroformer, y: Tensor) -> Iterable[tuple[str, Tensor]]:
     if model.config.context != "parallel":
         yield OWN[model.config.context], model.likelihoods(y)[0]["y"]
         return
-    if model.h_a is not None:
-        hyper = model.h_s(model.z_prior.quantize_z(model.hyper_analysis(y, None)))
-        means, log_scales = model.entropy_parameters(hyper, None)
-        scales = model.entropy_parameters.bounded(log_scales).exp()
-        yield CONTEXTS[0], model.gaussian(torch.floor(y + 0.5), means, scales)
-    for context, one_way in zip(CONTEXTS[1:], (True, False), strict=True):
-        seen = torch.tensor([one_way], device=y.device)
-        yield context, model.likelihoods(y, gaps=Gaps(one_way=seen))[0]["y"]
+    all_first = torch.ones(1, 1, *y.shape[-2:], dtype=torch.bool, device=y.device)  # the first slice has no context
+    one_way, both_ways = (Gaps(one_way=torch.tensor([flag], device=y.device)) for flag in (True, False))
+    for context, gaps in zip(CONTEXTS, (Gaps(kept=all_first), one_way, both_ways), strict=True):
+        if context != CONTEXTS[0] or model.h_a is not None:
+            yield context, model.likelihoods(y, gaps=gaps)[0]["y"]
 
 
 def use_top_k(model: Entroformer, top_k: int | None) -> None:

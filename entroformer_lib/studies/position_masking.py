@@ -43,8 +43,7 @@ from entroformer_lib.inspection.missing_context import (
     scene_of,
 )
 from entroformer_lib.memory import keep_freed_memory
-from entroformer_lib.studies.ablation import RECIPE
-from entroformer_lib.studies.ablation_grids import Entry
+from entroformer_lib.studies.ablation_grids import RECIPE, Entry
 from entroformer_lib.studies.engine import Task, complete, training_task
 from entroformer_lib.studies.rate_distortion import middle, pictures_of, pictures_to_test
 from entroformer_lib.studies.results import as_json, provenance

@@ -100,6 +100,7 @@ def save(path: Path, result: dict, model=None, **more) -> dict:
         more: what else belongs to the provenance, such as the number of threads.
     """
     record = {**provenance(model), **more}
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, as_json({**result, "provenance": record}).encode())
     return record
 
