@@ -116,10 +116,10 @@ def model_at(name_or_folder: str | Path, lmbda: float) -> Entroformer:
         StudyError: a model that does not know this lambda.
     """
     folder = Path(name_or_folder)
-    is_run = folder.is_dir()
-    model = load_model(folder / "weights.safetensors" if is_run else str(name_or_folder), "cpu")
-    if is_run:
-        model.name = folder.resolve().name
+    if folder.is_dir():
+        model = load_model(folder / "weights.safetensors", "cpu", name=folder.resolve().name)
+    else:
+        model = load_model(name_or_folder, "cpu")
     trained = model.card.get("lmbda")
     if model.gain is not None:
         try:
