@@ -193,36 +193,32 @@ def evaluate(
         json_file: Write rows, mean and provenance there; - prints them.
         jobs: Pictures at a time, each on one core; default: as many as there are cores.
     """
-    import numpy as np
     import pandas as pd
     from tqdm import tqdm
 
-    from entroformer_lib.studies.measuring import Coding, forget, measure
+    from entroformer_lib.studies import results
+    from entroformer_lib.studies.measuring import Coding, finished_rows, measure
     from entroformer_lib.studies.rate_distortion import pictures_to_test
 
     loaded = _load(model, device)
     place = next(loaded.g_s.parameters()).device.type
     codings = [Coding(model, None, str(path), place) for path in pictures_to_test(data, limit)]
-    quiet = str(json_file) == "-"
+    out = None if str(json_file) == "-" else json_file
     columns = ["bpp", "bpp_estimated", "psnr_db", "ms_ssim", "encode_s", "decode_s"]
-    done = None if json_file is None or quiet else json_file.with_name(json_file.name + ".rows")
-    with tqdm(total=len(codings), unit="picture", disable=None) as bar:
-        rows = measure(codings, done, jobs, lambda row: bar.update())
-    rows = [{name: value for name, value in row.items() if name not in ("codec", "setting")} for row in rows]
-    table = pd.DataFrame(rows).set_index("image")[columns].astype(float)
-    means = table.mean()
-    if not quiet:
+    with finished_rows(out) as done:
+        with tqdm(total=len(codings), unit="picture", disable=None) as bar:
+            rows = measure(codings, done, jobs, lambda row: bar.update())
+        rows = [{name: value for name, value in row.items() if name not in ("codec", "setting")} for row in rows]
+        table = pd.DataFrame(rows).set_index("image")[columns].astype(float)
+        means = table.mean()
+        result = {"images": rows, "mean": means.astype(object).where(means.notna(), None).to_dict()}
+        if out is not None:
+            results.save(out, result, loaded)
+    if json_file is not None and out is None:
+        print(results.as_json({**result, "provenance": results.provenance(loaded)}))
+    else:
         table.loc["mean"] = means
         print(table.to_string(float_format="{:.4f}".format, na_rep="-", index_names=False))
-    mean = {name: None if np.isnan(value) else float(value) for name, value in means.items()}
-    if json_file is not None:
-        from entroformer_lib.files import write_bytes
-        from entroformer_lib.studies.results import provenance
-
-        text = json.dumps({"images": rows, "mean": mean, "provenance": provenance(loaded)}, indent=1)
-        print(text) if quiet else write_bytes(json_file, text.encode())
-        if done is not None:
-            forget(done)
 
 
 @studies.command(name="ablation")
