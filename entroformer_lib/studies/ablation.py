@@ -34,7 +34,7 @@ from entroformer_lib.models.config import SIZES, named_config
 from entroformer_lib.studies import latent_rates, results
 from entroformer_lib.studies.ablation_grids import BOTH, GRIDS, RECIPE, Entry, Grid, Terms
 from entroformer_lib.studies.engine import Outcome, Report, Task, check, connected, identity_of, sweep, trained
-from entroformer_lib.studies.rate_distortion import middle, pictures_of, pictures_to_test
+from entroformer_lib.studies.rate_distortion import Pictures, pictures_of, pictures_to_test
 from entroformer_lib.studies.results import result_path
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.latents import (
@@ -116,14 +116,13 @@ def _kind(entry: Entry, size: str) -> str:
 # ---- how one is performed: trained, then measured ----
 
 
-def _whole(terms: Terms) -> latent_rates.Pictures:
-    """The test pictures."""
+def _whole(terms: Terms) -> Pictures:
     return pictures_of(terms.kodak, terms.limit)
 
 
 def _middles(terms: Terms, model: Entroformer) -> list[torch.Tensor]:
     """Latents of the squares in the middle of the test pictures, in batches."""
-    return latent_rates.batches_of(model, [(name, middle(picture, MIDDLE)) for name, picture in _whole(terms)])
+    return latent_rates.batches_of(model, pictures_of(terms.kodak, terms.limit, MIDDLE))
 
 
 def answer_of(terms: Terms, entry: Entry, seed: int, folder: Path, answer: str) -> object:
@@ -224,13 +223,20 @@ class Study:
     @property
     def tasks(self) -> list[Task]:
         """The runs as the engine takes them."""
-        return [self.task(run) for run in self.runs]
+        tasks, more = [], {"transforms_sha256": self.transforms_sha256, "test_pictures": self.terms.limit}
+        for run in self.runs:
+            identity = identity_of(config_of(self.terms, run.entry, run.seed, self.root / run.name))
+            work = functools.partial(answer_of, self.terms, run.entry, run.seed)
+            tasks.append(Task(run.name, work, run.answers, identity | more))
+        return tasks
 
-    def task(self, run: Run) -> Task:
-        """A run as the engine takes it."""
-        identity = identity_of(config_of(self.terms, run.entry, run.seed, self.root / run.name))
-        identity |= {"transforms_sha256": self.transforms_sha256, "test_pictures": self.terms.limit}
-        return Task(run.name, functools.partial(answer_of, self.terms, run.entry, run.seed), run.answers, identity)
+    def finished(self) -> list[tuple[Run, dict]]:
+        """The runs that are finished, and their answers."""
+        return [
+            (run, {name: task.answer(self.root, name) for name in run.answers})
+            for run, task in zip(self.runs, self.tasks, strict=True)
+            if not task.missing(self.root)
+        ]
 
     def go(
         self, scheduler: str | None = None, workers: int = 1, report: Report = lambda outcome: None
@@ -328,14 +334,11 @@ def _left(task: Task, root: Path) -> float:
 def rows_of(study: Study) -> dict[str, list[dict]]:
     """The rows of each grid, from the runs that are finished."""
     rows: dict[str, list[dict]] = {grid.name: [] for grid in study.grids}
-    for run in study.runs:
-        task = study.task(run)
-        if not task.missing(study.root):
-            answers = {name: task.answer(study.root, name) for name in run.answers}
-            for grid, columns in run.rows:
-                about = {"grid": grid, "run": run.name, "seed": run.seed, **columns}
-                found = ROWS_OF.get(grid, _whole_rows)(columns, answers)
-                rows[grid] += [_rounded({**about, **row}) for row in found]
+    for run, answers in study.finished():
+        for grid, columns in run.rows:
+            about = {"grid": grid, "run": run.name, "seed": run.seed, **columns}
+            found = ROWS_OF.get(grid, _whole_rows)(columns, answers)
+            rows[grid] += [_rounded({**about, **row}) for row in found]
     return rows
 
 
@@ -372,9 +375,7 @@ ROWS_OF: dict[str, Callable[[dict, dict], list[dict]]] = {
     "figure7": _figure7_rows,
     "table3": _table3_rows,
     "table4": lambda columns, answers: answers["sizes"],
-    "joint": lambda columns, answers: [
-        {key: answers["rate_distortion"][key] for key in ("bpp", "rd_loss", "mse", "lmbda")}
-    ],
+    "joint": _joint_rows,
 }
 ROUNDED = ("bpp", "bpp_middle", "rd_loss")
 
@@ -390,27 +391,25 @@ def save(study: Study, folder: Path | None = None) -> list[Path]:
     Args:
         folder: by default data/results.
     """
-    paths = []
+    paths, finished = [], study.finished()
     for grid, rows in rows_of(study).items():
-        if not rows:
-            continue
-        names = {row["run"] for row in rows}
-        runs = {run.name: (run, study.task(run)) for run in study.runs if run.name in names}
-        result = {
-            "settings": _settings(study),
-            "rows": rows,
-            "pictures": {name: _pictures(task, study.root) for name, (_, task) in runs.items()},
-            "runs": {name: _record(run, task, study.root) for name, (run, task) in runs.items()},
-        }
-        path = result_path(f"ablation-{grid}")
-        paths.append(path if folder is None else folder / path.name)
-        results.save(paths[-1], result)
+        if rows:
+            runs = [(run, answers) for run, answers in finished if grid in dict(run.rows)]
+            result = {
+                "settings": _settings(study),
+                "rows": rows,
+                "pictures": {run.name: _pictures(answers) for run, answers in runs},
+                "runs": {run.name: _record(run, answers) for run, answers in runs},
+            }
+            path = result_path(f"ablation-{grid}")
+            paths.append(path if folder is None else folder / path.name)
+            results.save(paths[-1], result)
     return paths
 
 
 def _settings(study: Study) -> dict:
     terms = study.terms
-    latents = json.loads((Path(terms.latents) / "latents.json").read_text())
+    latents = check_note(Path(terms.latents) / "latents.json", {})
     return {
         "transforms": terms.transforms,
         "transforms_sha256": study.transforms_sha256,
@@ -421,13 +420,13 @@ def _settings(study: Study) -> dict:
     }
 
 
-def _pictures(task: Task, root: Path) -> dict[str, float]:
+def _pictures(answers: dict) -> dict[str, float]:
     """Bits per pixel of each whole picture."""
-    answer = "rate_distortion" if "rate_distortion" in task.answers else "kodak"
-    return {row["image"]: round(row["bpp"], 6) for row in task.answer(root, answer)["pictures"]}
+    answer = answers.get("rate_distortion") or answers["kodak"]
+    return {row["image"]: round(row["bpp"], 6) for row in answer["pictures"]}
 
 
-def _record(run: Run, task: Task, root: Path) -> dict:
+def _record(run: Run, answers: dict) -> dict:
     """What a run was and what it took."""
     what = {"model": run.entry.model, "architecture": run.entry.architecture, "training": run.entry.training}
-    return {**what, "seed": run.seed, **task.answer(root, "weights")}
+    return {**what, "seed": run.seed, **answers["weights"]}

@@ -6,7 +6,7 @@ picture are the same for all models, and a difference in rate is one of the entr
 the pixels of the picture, without padding.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from PIL import Image
@@ -15,19 +15,18 @@ from torch import Tensor
 from entroformer_lib.codec import codec
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.models.context import Gaps, first_slice
-from entroformer_lib.studies.rate_distortion import bit_maps, latents_of, middle
+from entroformer_lib.studies.rate_distortion import Pictures, bit_maps, latents_of, middle
 
 MOSAIC = 1200  # pixels
 ROWS, COLUMNS = 3, 2  # of pictures in a mosaic
 CONTEXTS = ("hyperprior only", "hyperprior + unidirectional", "hyperprior + bidirectional")
 OWN = {"none": CONTEXTS[0], "serial": "hyperprior + serial", "cnn": "hyperprior + convolution"}
-Pictures = Iterable[tuple[str, Image.Image]]  # name and picture (RGB)
 
 
 # ---- pictures ----
 
 
-def mosaics(pictures: Sequence[tuple[str, Image.Image]], side: int = MOSAIC) -> list[Image.Image]:
+def mosaics(pictures: Pictures, side: int = MOSAIC) -> list[Image.Image]:
     """Large pictures out of small ones: six side by side (portraits turned), cut to the square in the middle."""
     lying = [p if p.width >= p.height else p.transpose(Image.ROTATE_90) for _, p in pictures]
     found = []

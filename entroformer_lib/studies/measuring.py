@@ -10,7 +10,6 @@ thread, however many run side by side, so that the numbers do not depend on how 
 import contextlib
 import functools
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +19,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import tyro
+from dask.system import CPU_COUNT
 from PIL import Image
 from tyro.conf import Positional
 
@@ -125,14 +125,14 @@ def measure(
 
     Args:
         done: folder for finished rows, of `finished_rows`; rows it already holds are not measured again.
-        jobs: processes; default: as many as there are cores, or one on a GPU.
+        jobs: processes; default: as many as the cores that this process may use, or one on a GPU.
         report: called with each row in the order of the codings, as soon as it and all before it are there.
 
     Raises:
         StudyError: the error of the first coding that fails. What is finished stays in `done`.
     """
     if jobs is None:
-        jobs = cores() if all(coding.device == "cpu" for coding in codings) else 1
+        jobs = CPU_COUNT if all(coding.device == "cpu" for coding in codings) else 1
     tasks, rows = [coding.task() for coding in codings], []
 
     def tell(outcome: Outcome | None = None) -> None:
@@ -164,11 +164,6 @@ def finished_rows(out: Path | None) -> Iterator[Path]:
         raise StudyError(f"{done} does not hold measured rows; remove it to measure again.")
     yield done
     shutil.rmtree(done, ignore_errors=True)
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def save(codecs: Positional[tuple[str, ...]], pictures: Path, out: Path, jobs: int | None = None) -> None:

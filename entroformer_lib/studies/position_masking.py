@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import tyro
-from PIL import Image
 from scipy.optimize import curve_fit
 from scipy.stats import spearmanr
 from tqdm.auto import tqdm
@@ -45,7 +44,7 @@ from entroformer_lib.memory import keep_freed_memory
 from entroformer_lib.studies import results
 from entroformer_lib.studies.ablation_grids import RECIPE, Entry
 from entroformer_lib.studies.engine import Task, complete, training_task
-from entroformer_lib.studies.rate_distortion import middle, pictures_of, pictures_to_test
+from entroformer_lib.studies.rate_distortion import Pictures, pictures_of, pictures_to_test
 from entroformer_lib.studies.results import provenance, records
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.weights.zoo import load_model, save_weights, weights_digest
@@ -63,7 +62,6 @@ VARIANTS = (  # without hyperprior, as in the paper's section 4.1; and two with 
 )
 MISSING = 0.5  # largest share of gaps in a crop; uniform from none to this
 DIGITS = 6  # of what is saved, behind the point
-Pictures = Iterable[tuple[str, Image.Image]]  # name and picture
 
 
 # ---- tables ----
@@ -91,7 +89,7 @@ def run(
     Raises:
         StudyError: a model without context, or a neighbourhood larger than the latents.
     """
-    models, pictures = list(models), list(pictures)
+    models = list(models)
     total = len(models) * len(pictures) * (spacing or side) ** 2
     with tqdm(total=total, disable=not progress, unit="mask") as bar:
 
@@ -236,16 +234,12 @@ def measure(
     if not weights:
         raise StudyError(f"There is no finished run in {runs}.")
     settings = {"side": side, "crop": crop, "pictures": len(pictures_to_test(kodak, limit))}
-    pictures = functools.partial(_middles, kodak, limit, crop)
+    pictures = functools.partial(pictures_of, kodak, limit, crop)
     bar = workers == 1 and scheduler is None
     tasks = {name: _measuring(name, path, pictures, settings, bar) for name, path in weights.items()}
     root = root / "measured"
     complete(list(tasks.values()), root, print, workers=workers, scheduler=scheduler)
     save(settings, {name: task.answer(root) for name, task in tasks.items()})
-
-
-def _middles(kodak: Path, limit: int | None, crop: int) -> Pictures:
-    return [(name, middle(picture, crop)) for name, picture in pictures_of(kodak, limit)]
 
 
 def _measuring(name: str, weights: str, pictures: Callable[[], Pictures], settings: dict, progress: bool) -> Task:
