@@ -41,8 +41,8 @@ lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_OPTIONS)
 
 bench: $(READY)
-	$(BIN)/python -m entroformer_lib.studies.latency table --out data/results/latency.json
-	$(BIN)/python -m entroformer_lib.studies.latency growth --out data/results/latency_growth.json
+	$(BIN)/python benchmarks/latency.py table --out data/results/latency.json
+	$(BIN)/python benchmarks/latency.py growth --out data/results/latency_growth.json
 	$(BIN)/python benchmarks/position_tensors.py --out data/results/position_tensors.json
 	test ! -d "$(ENTROFORMER_DATA)/train" || $(BIN)/python benchmarks/training_step.py --data "$(ENTROFORMER_DATA)/train" \
 		--out data/results/training_step.json

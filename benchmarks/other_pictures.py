@@ -7,7 +7,6 @@ knows Kodak better than the rest of the world gives itself away. For graphics: P
 least as many bytes. `DATA` holds train/ and kodak/.
 """
 
-import json
 import tempfile
 from pathlib import Path
 
@@ -20,11 +19,11 @@ from PIL import Image, ImageDraw, ImageFont
 from tyro.conf import Positional
 
 from entroformer_lib.datasets import fetch
-from entroformer_lib.files import data_folder, write_bytes
+from entroformer_lib.files import data_folder
 from entroformer_lib.studies import bd
 from entroformer_lib.studies.classical import available, jpeg_psnr_db
-from entroformer_lib.studies.measuring import forget, means, measure, tasks_of
-from entroformer_lib.studies.results import provenance
+from entroformer_lib.studies.measuring import finished_rows, means, measure, tasks_of
+from entroformer_lib.studies.results import save
 from entroformer_lib.training.data import pictures_in, read_names
 from entroformer_lib.weights.zoo import load_model
 
@@ -78,10 +77,9 @@ def main(model: Positional[str], data: Path, out: Path) -> None:
         data: Folder with train/ and kodak/.
         out: The result's file.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, finished_rows(out) as done:
         folder, rates, points = Path(scratch), [], {}
         for name, paths in sets_of(data, folder).items():
-            done = out.with_name(f"{out.name}.{name.replace(' ', '-')}.rows")
             tasks = [task for codec in (model, *ANCHORS) for task in tasks_of(codec, paths)]
             points[name] = means(measure(tasks, done))
             ours, *theirs = (bd.curve_of(pd.DataFrame(points[name]), codec) for codec in (model, *ANCHORS))
@@ -93,14 +91,11 @@ def main(model: Positional[str], data: Path, out: Path) -> None:
         for draw in (chart, page):
             path = folder / f"{draw.__name__}.png"
             draw(path)
-            for row in measure(tasks_of(model, [path])):
+            for row in measure(tasks_of(model, [path]), done):
                 graphics.append({**row, "jpeg_psnr_db": jpeg_psnr_db(path, row["bytes"], optimize=False)})
                 print(draw.__name__, row["setting"], f"{row['bpp']:.2f} bpp {row['psnr_db']:.1f} dB", flush=True)
-    record = provenance(load_model(model.partition("@")[0], "cpu"))
-    result = {"rates": rates, "points": points, "graphics": graphics, "provenance": record}
-    write_bytes(out, json.dumps(result, indent=1).encode())
-    for path in out.parent.glob(f"{out.name}.*.rows"):
-        forget(path)
+        result = {"rates": rates, "points": points, "graphics": graphics}
+        save(out, result, load_model(model.partition("@")[0], "cpu"))
 
 
 def _numbers(found: bd.Bjontegaard) -> dict:

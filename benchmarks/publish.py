@@ -15,7 +15,7 @@ from tyro.conf import Positional
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.studies.classical import jpeg_psnr_db
-from entroformer_lib.studies.measuring import forget, measure, tasks_of
+from entroformer_lib.studies.measuring import finished_rows, measure, tasks_of
 from entroformer_lib.studies.rate_distortion import pictures_to_test
 from entroformer_lib.studies.results import result_path, save
 from entroformer_lib.training.config import TrainConfig
@@ -83,22 +83,21 @@ def _measure_and_write(trained: Entroformer, card: dict, name: str, kodak: Path)
     model = load_model(weights)
     paths = {path.stem: path for path in pictures_to_test(kodak)}
     result = result_path(f"{name}-kodak")
-    done = result.with_name(f"{result.name}.rows")
     tasks = tasks_of(str(weights), paths.values())
     if card.get("measured_at"):
         tasks = [task for task in tasks if task.setting in card["measured_at"]]
-    rows = [_with_jpeg(row, paths) for row in measure(tasks, done, report=_tell)]
-    points = means(rows).drop(columns="lmbda").to_dict("records")
-    lmbdas = sorted({row["lmbda"] for row in rows} - {None})
-    mean = dict(zip((f"{lmbda:g}" for lmbda in lmbdas), points, strict=True)) if lmbdas else points[0]
-    about = {"optimised_for": card["metric"], "variant": model.config.variant}
-    about["transforms"] = card["training"].get("transforms")  # whose they are, where they were kept
-    record = save(result, {"images": rows, "mean": mean, **about}, model, seed=card["training"]["seed"])
+    with finished_rows(result) as done:
+        rows = [_with_jpeg(row, paths) for row in measure(tasks, done, report=_tell)]
+        points = means(rows).drop(columns="lmbda").to_dict("records")
+        lmbdas = sorted({row["lmbda"] for row in rows} - {None})
+        mean = dict(zip((f"{lmbda:g}" for lmbda in lmbdas), points, strict=True)) if lmbdas else points[0]
+        about = {"optimised_for": card["metric"], "variant": model.config.variant}
+        about["transforms"] = card["training"].get("transforms")  # whose they are, where they were kept
+        record = save(result, {"images": rows, "mean": mean, **about}, model, seed=card["training"]["seed"])
 
-    card["kodak"] = {**mean, "images": len(rows), "date": record["date"]}
-    save_weights(trained, weights, card, half=True)
-    write_bytes(weights.with_suffix(".md"), card_text(name, card, rows).encode())
-    forget(done)
+        card["kodak"] = {**mean, "images": len(rows), "date": record["date"]}
+        save_weights(trained, weights, card, half=True)
+        write_bytes(weights.with_suffix(".md"), card_text(name, card, rows).encode())
 
 
 def _with_jpeg(row: dict, paths: dict[str, Path]) -> dict:

@@ -25,7 +25,7 @@ from entroformer_lib.codec.quality import psnr_db
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import StudyError
 from entroformer_lib.memory import keep_freed_memory
-from entroformer_lib.studies.latency import measure
+from entroformer_lib.stages import timed
 from entroformer_lib.studies.rate_distortion import pictures_of
 from entroformer_lib.studies.results import result_path
 from entroformer_lib.studies.results import save as save_result
@@ -84,7 +84,7 @@ def _row(family: str, model: Entroformer, data: bytes, name: str, picture: Image
 
 def _decoding(model: Entroformer, data: bytes) -> dict:
     """Seconds of one decoding and of its stages."""
-    found, _ = measure(model, None, data)
+    found, _ = timed(lambda: codec.decode(data, model))
     return {"decode_s": found.pop("seconds"), **found}
 
 
@@ -116,10 +116,10 @@ def model_at(name_or_folder: str | Path, lmbda: float) -> Entroformer:
         StudyError: a model that does not know this lambda.
     """
     folder = Path(name_or_folder)
-    is_run = folder.is_dir()
-    model = load_model(folder / "weights.safetensors" if is_run else str(name_or_folder), "cpu")
-    if is_run:
-        model.name = folder.resolve().name
+    if folder.is_dir():
+        model = load_model(folder / "weights.safetensors", "cpu", name=folder.resolve().name)
+    else:
+        model = load_model(name_or_folder, "cpu")
     trained = model.card.get("lmbda")
     if model.gain is not None:
         try:

@@ -1,17 +1,17 @@
 """The command line, `entroformer …`. Nothing heavy is imported before a command runs, so `--help` answers at once."""
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 from tyro.conf import Positional, arg
 
 from entroformer_lib.errors import UserError
+from entroformer_lib.studies.ablation_grids import GRIDS, Terms, grids_of
 from entroformer_lib.training.config import TrainConfig
 
 ABOUT = "Learned image compression you can look inside."
@@ -193,53 +193,42 @@ def evaluate(
         json_file: Write rows, mean and provenance there; - prints them.
         jobs: Pictures at a time, each on one core; default: as many as there are cores.
     """
-    import numpy as np
     import pandas as pd
     from tqdm import tqdm
 
-    from entroformer_lib.studies.measuring import Coding, forget, measure
+    from entroformer_lib.studies import results
+    from entroformer_lib.studies.measuring import Coding, finished_rows, measure
     from entroformer_lib.studies.rate_distortion import pictures_to_test
 
     loaded = _load(model, device)
     place = next(loaded.g_s.parameters()).device.type
     codings = [Coding(model, None, str(path), place) for path in pictures_to_test(data, limit)]
-    quiet = str(json_file) == "-"
+    out = None if str(json_file) == "-" else json_file
     columns = ["bpp", "bpp_estimated", "psnr_db", "ms_ssim", "encode_s", "decode_s"]
-    done = None if json_file is None or quiet else json_file.with_name(json_file.name + ".rows")
-    with tqdm(total=len(codings), unit="picture", disable=None) as bar:
-        rows = measure(codings, done, jobs, lambda row: bar.update())
-    rows = [{name: value for name, value in row.items() if name not in ("codec", "setting")} for row in rows]
-    table = pd.DataFrame(rows).set_index("image")[columns].astype(float)
-    means = table.mean()
-    if not quiet:
+    with finished_rows(out) as done:
+        with tqdm(total=len(codings), unit="picture", disable=None) as bar:
+            rows = measure(codings, done, jobs, lambda row: bar.update())
+        rows = [{name: value for name, value in row.items() if name not in ("codec", "setting")} for row in rows]
+        table = pd.DataFrame(rows).set_index("image")[columns].astype(float)
+        means = table.mean()
+        result = {"images": rows, "mean": means.astype(object).where(means.notna(), None).to_dict()}
+        if out is not None:
+            results.save(out, result, loaded)
+    if json_file is not None and out is None:
+        print(results.as_json({**result, "provenance": results.provenance(loaded)}))
+    else:
         table.loc["mean"] = means
         print(table.to_string(float_format="{:.4f}".format, na_rep="-", index_names=False))
-    mean = {name: None if np.isnan(value) else float(value) for name, value in means.items()}
-    if json_file is not None:
-        from entroformer_lib.files import write_bytes
-        from entroformer_lib.studies.results import provenance
-
-        text = json.dumps({"images": rows, "mean": mean, "provenance": provenance(loaded)}, indent=1)
-        print(text) if quiet else write_bytes(json_file, text.encode())
-        if done is not None:
-            forget(done)
 
 
 @studies.command(name="ablation")
 def study_ablation(
-    grid: tuple[str, ...] = (),
+    terms: Annotated[Terms, arg(name="")],
+    grid: Annotated[tuple[str, ...], arg(help=f"Which grids: {', '.join(GRIDS)}.")] = (),
     fields: tuple[str, ...] = (),
     model: str = "context",
-    transforms: str = "tiny-rates@0.02",
-    train_on: str | None = None,
-    kodak: Path | None = None,
     out: Path = Path("runs/ablation"),
-    latents: Path | None = None,
-    size: Literal["tiny", "study", "base"] = "tiny",
-    steps: int = 400,
-    crop: int = 256,
     seeds: tuple[int, ...] = (0, 1),
-    limit: int | None = None,
     scheduler: str | None = None,
     workers: int = 1,
     dry_run: bool = False,
@@ -251,8 +240,6 @@ def study_ablation(
     The transforms are frozen, and their latents computed once. A finished run is never repeated; after a kill the same
     command goes on.
 
-    Grids: table1, figure6, figure7, table3, table4, released, joint, groupedmixer, groups.
-
     Example: entroformer study ablation --grid table1 figure6 --dry-run
 
     A row of your own: entroformer study ablation --grid table1 --fields radius=2 top_k=8
@@ -260,33 +247,19 @@ def study_ablation(
     On many machines: entroformer study ablation --grid table1 --scheduler tcp://host:8786
 
     Args:
-        grid: Which grids.
+        terms: What all runs share.
         fields: One more row, of your own: fields of the architecture to change.
         model: Variant of that row: context, serial, parallel, cnn, minnen, hyperprior, groupedmixer.
-        transforms: The model whose transforms all have, at a lambda; or zoo:NAME:QUALITY for CompressAI's own.
-        train_on: Pictures to train on; by default train/ in the folder that ENTROFORMER_DATA names.
-        kodak: Folder of the test pictures; by default kodak/ there.
         out: Folder of the runs.
-        latents: Folder of the latents' cache; by default latents/ in the folder of the runs.
-        size: Of the entropy models.
-        steps: Steps of each run.
-        crop: Side of a crop in pixels.
         seeds: A run of each row for each of them.
-        limit: Only the first test pictures.
         scheduler: Address of a dask scheduler to run on.
         workers: Runs at a time on this machine, each on one core, or one GPU each.
         dry_run: Print what would run and the time it is estimated to take, and start nothing.
         save_only: Write the results of the runs that are finished, and start nothing.
         results: Folder for the results; by default data/results.
     """
-    data = Path(os.environ.get("ENTROFORMER_DATA") or "pictures")
     from entroformer_lib.studies import ablation
-    from entroformer_lib.studies.ablation_grids import grids_of
 
-    terms = ablation.Terms(
-        transforms, str(latents or out / "latents"), str(train_on or data / "train"), str(kodak or data / "kodak"),
-        size, steps, crop, limit,
-    )  # fmt: skip
     study = ablation.prepare(grids_of(grid, fields, model), terms, out, seeds)
     if dry_run:
         print(ablation.plan_in_words(study))

@@ -22,15 +22,25 @@ class Entroformer(Network):
 
     Args:
         config: an EntroformerConfig, or a name for `named_config` such as "tiny-parallel".
-        overrides: config fields by name, only with a name.
+        name: what results and .ef files call the model; empty where it has no name.
+        card: how it was trained and what it reaches, see `weights.zoo`.
+        overrides: config fields by name, only with a name for `named_config`.
     """
 
-    def __init__(self, config: EntroformerConfig | str = "base-serial", **overrides):
+    def __init__(
+        self,
+        config: EntroformerConfig | str = "base-serial",
+        *,
+        name: str = "",
+        card: dict | None = None,
+        **overrides,
+    ):
         if isinstance(config, str):
             config = named_config(config, **overrides)
         elif overrides:
             raise TypeError("overrides go with a name, not with a whole config")
         super().__init__(config)
+        self.name, self.card = name, card or {}
         self._tables_stale = True
         self._coder, self._coder_of = None, None
 
@@ -173,15 +183,16 @@ class Entroformer(Network):
         return result
 
     @classmethod
-    def from_state_dict(cls, state_dict) -> "Entroformer":
-        """A model in eval mode of the architecture and weights of a state dict.
+    def from_state_dict(cls, state_dict, name: str = "", card: dict | None = None) -> "Entroformer":
+        """A model in eval mode of the architecture and weights of a state dict; see the class for name and card.
 
         Raises:
             WeightsError: no config inside, or tensors that do not fit it.
         """
         if "_extra_state" not in state_dict:
             raise WeightsError("These weights do not say which architecture they belong to.")
-        model = cls(EntroformerConfig.from_json(bytes(state_dict["_extra_state"].tolist()).decode())).eval()
+        config = EntroformerConfig.from_json(bytes(state_dict["_extra_state"].tolist()).decode())
+        model = cls(config, name=name, card=card).eval()
         try:
             model.load_state_dict(state_dict)
         except RuntimeError as error:

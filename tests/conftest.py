@@ -24,15 +24,23 @@ VARIANTS = ("serial", "parallel", "hyperprior", "context", "cnn", "minnen", "gro
 LMBDAS = (0.01, 0.04, 0.16)
 
 
-def micro_model(variant: str = "parallel", preset: str = "paper", seed: int = 0, **overrides) -> Entroformer:
+def micro_model(
+    variant: str = "parallel",
+    preset: str = "paper",
+    seed: int = 0,
+    name: str = "",
+    card: dict | None = None,
+    **overrides,
+) -> Entroformer:
     """An untrained model of a few thousand weights whose latents, means and scales vary as in a trained one."""
     torch.manual_seed(seed)
-    model = Entroformer(named_config(f"tiny-{variant}", preset, **{**MICRO, **overrides})).eval()
+    config = named_config(f"tiny-{variant}", preset, **{**MICRO, **overrides})
+    model = Entroformer(config, name=name, card=card).eval()
     with torch.no_grad():
         if model.config.linear_path == "none":
             model.g_a[-1].weight.mul_(40)
-        for name, parameter in model.named_parameters():
-            if name.startswith(("h_s", "context_model", "entropy_parameters")) and parameter.dim() > 1:
+        for key, parameter in model.named_parameters():
+            if key.startswith(("h_s", "context_model", "entropy_parameters")) and parameter.dim() > 1:
                 parameter.mul_(2)
     return model
 

@@ -20,8 +20,8 @@ from entroformer_lib.errors import ConfigError, DataError, StudyError, UserError
 from entroformer_lib.models import config as model_config
 from entroformer_lib.models.context import first_slice
 from entroformer_lib.studies import ablation, latent_rates, results
-from entroformer_lib.studies.ablation import Terms, runs_of
-from entroformer_lib.studies.ablation_grids import GRIDS, Entry, Grid, grids_of, own_entry
+from entroformer_lib.studies.ablation import runs_of
+from entroformer_lib.studies.ablation_grids import GRIDS, Entry, Grid, Terms, grids_of, own_entry
 from entroformer_lib.studies.rate_distortion import bit_maps
 from entroformer_lib.training.latents import frozen_transforms, transforms_digest, write_latents
 from entroformer_lib.views import ablation_figures
@@ -77,7 +77,10 @@ def test_in_another_size_other_rows_coincide():
 
 def test_only_what_a_row_names_differs():
     terms = Terms("tiny-rates@0.02", "latents", "photos", "kodak")
-    configs = [terms.config(run.entry, run.seed, Path("runs") / run.name) for run in runs_of(grids_of(GRIDS), (0,))]
+    configs = [
+        ablation.config_of(terms, run.entry, run.seed, Path("runs") / run.name)
+        for run in runs_of(grids_of(GRIDS), (0,))
+    ]
     frozen = [dataclasses.asdict(config) for config in configs if config.transforms]
     joint = [dataclasses.asdict(config) for config in configs if not config.transforms]
     named = {"model", "architecture", "out", "one_way"}

@@ -179,8 +179,7 @@ def test_other_weights_are_refused(photo):
 
 
 def test_a_model_that_is_not_here_is_named(photo):
-    model = micro_model("parallel")
-    model.name = "my-own-model"
+    model = micro_model("parallel", name="my-own-model")
     with pytest.raises(BitstreamError, match="my-own-model"):
         codec.decode(codec.encode(model, photo))
 

@@ -3,10 +3,10 @@ import json
 import pandas as pd
 import pytest
 
+from benchmarks.latency import exponents, growth, measure_one, table
 from entroformer_lib.codec import codec
 from entroformer_lib.datasets import sample_picture
-from entroformer_lib.stages import listening, stage_times
-from entroformer_lib.studies.latency import STAGES, exponents, growth, measure_one, table
+from entroformer_lib.stages import STAGES, listening, stage_times
 
 
 def test_stages_add_up_and_progress_is_told(any_variant):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from entroformer_lib.errors import StudyError
 from entroformer_lib.studies import classical
-from entroformer_lib.studies.measuring import Coding, forget, measure, tasks_of
+from entroformer_lib.studies.measuring import Coding, finished_rows, means, measure, tasks_of
 from entroformer_lib.weights.zoo import save_weights
 
 TIMES = ("encode_s", "decode_s")
@@ -47,10 +47,10 @@ def test_codings_are_all_settings_on_all_pictures(weights):
     assert len(tasks_of("jpeg", ["a"])) == len(classical.CODECS["jpeg"][1])
 
 
-def test_processes_do_not_change_the_result(codings):
+def test_processes_do_not_change_the_result(codings, tmp_path):
     seen = []
-    alone = measure(codings, jobs=1)
-    together = measure(codings, jobs=2, report=seen.append)
+    alone = measure(codings, tmp_path / "alone", jobs=1)
+    together = measure(codings, tmp_path / "together", jobs=2, report=seen.append)
     assert without_times(together) == without_times(alone)
     assert seen == together  # in the order of the codings
     assert {(row["codec"].split("/")[-1], row["setting"]) for row in alone} == {
@@ -60,13 +60,23 @@ def test_processes_do_not_change_the_result(codings):
 
 def test_goes_on_where_it_was(codings, tmp_path):
     """Rows that are there stay as they are, with their times; the others are measured."""
-    done, seen = tmp_path / "rows", []
-    first = measure(codings[:2], done, jobs=1)
-    rows = measure(codings, done, jobs=1, report=seen.append)
-    assert rows[:2] == first and len(rows) == len(codings) and seen == rows
-    assert measure(codings, done, jobs=1) == rows
-    forget(done)
+    seen, broken = [], RuntimeError("the result cannot be written")
+    with pytest.raises(RuntimeError), finished_rows(tmp_path / "result.json") as done:
+        first = measure(codings[:2], done, jobs=1)
+        raise broken
+    with finished_rows(tmp_path / "result.json") as done:
+        rows = measure(codings, done, jobs=1, report=seen.append)
+        assert rows[:2] == first and len(rows) == len(codings) and seen == rows
+        assert measure(codings, done, jobs=1) == rows
     assert not done.exists()
+
+
+def test_means_are_of_each_codec_and_setting(codings, tmp_path):
+    rows = measure(codings, tmp_path, jobs=1)
+    low, high, jpeg = means(rows)
+    assert low["setting"] == 0.01 and low["images"] == 2 and low["bpp"] < high["bpp"]
+    assert low["bpp"] == pytest.approx((rows[0]["bpp"] + rows[1]["bpp"]) / 2)
+    assert jpeg["codec"] == "jpeg" and jpeg["bpp"] == pytest.approx(rows[-1]["bpp"]) and jpeg["bpp_estimated"] is None
 
 
 def test_one_that_cannot_be_coded_ends_it_and_the_finished_stay(codings, tmp_path):
@@ -90,11 +100,10 @@ def test_other_weights_and_other_pictures_are_other_runs(tmp_path, weights, phot
     assert Coding(str(other), 0.01, picture).task().name != Coding(str(weights), 0.01, picture).task().name
 
 
-def test_a_file_in_the_place_of_the_rows_is_refused(codings, tmp_path):
-    done = tmp_path / "rows"
-    done.write_text("something else\n")
-    with pytest.raises(StudyError, match="remove it"):
-        measure(codings, done, jobs=1)
+def test_a_file_in_the_place_of_the_rows_is_refused(tmp_path):
+    (tmp_path / "result.json.rows").write_text("something else\n")
+    with pytest.raises(StudyError, match="remove it"), finished_rows(tmp_path / "result.json"):
+        pass
 
 
 def test_eval_killed_and_started_again(weights, photo_folder, tmp_path):

@@ -143,8 +143,7 @@ def test_cnn_is_compressais_masked_convolution(picture):
 
 
 def test_rows_of_the_table(picture):
-    models = [micro_model("serial"), micro_model("parallel")]
-    models[0].name, models[1].name = "one", "two"
+    models = [micro_model("serial", name="one"), micro_model("parallel", name="two")]
     table = pm.run(models, [("a", picture), ("b", picture.rotate(90))], side=5)
     assert list(table.columns) == ["model", "image", "dy", "dx", "sites", "bpp_all", "bpp_masked", "ratio"]
     assert len(table) == 2 * (12 + 12)
@@ -221,17 +220,15 @@ def test_one_position_alone(variant, picture):
             assert row[key] == pytest.approx(value / row["sites"] / 256, rel=1e-4)
 
 
-def test_measured_models_are_kept(picture, tmp_path, monkeypatch):
+def test_measured_models_are_kept(picture, tmp_path, results_folder):
     """More models join the saved result, wherever they were trained; none is measured twice."""
-    (tmp_path / "results").mkdir()
     (tmp_path / "kodak").mkdir()
     picture.save(tmp_path / "kodak" / "a.png")
-    monkeypatch.setattr(pm, "data_folder", lambda: tmp_path)
 
     def measured(runs: str, name: str, seed: int) -> dict:
         save_weights(micro_model("serial", seed=seed), tmp_path / runs / name / "weights.safetensors", {})
         pm.measure(tmp_path / runs, tmp_path / "kodak", side=3, crop=128)
-        return json.loads((tmp_path / "results" / "position_masking.json").read_text())
+        return json.loads((results_folder / "position_masking.json").read_text())
 
     first = measured("runs", "none", seed=0)
     saved = measured("runs", "cnn", seed=1)
@@ -265,8 +262,7 @@ def test_models_of_the_study_are_trained_once(source, photo_folder, tmp_path, mo
 def test_interactive_map_has_every_model_and_picture(picture):
     from entroformer_lib.views.explore_positions import ALL, interactive
 
-    models = [micro_model("serial"), micro_model("cnn")]
-    models[0].name, models[1].name = "one", "two"
+    models = [micro_model("serial", name="one"), micro_model("cnn", name="two")]
     table = pm.run(models, [("a", picture), ("b", picture.rotate(90))], side=3)
     figure = interactive(table)
     by_model, by_image = figure.layout.updatemenus

@@ -12,11 +12,10 @@ from benchmarks import readme, tradeoff
 from entroformer_lib.codec import codec
 from entroformer_lib.errors import StudyError
 from entroformer_lib.models import config as model_config
+from entroformer_lib.stages import STAGES
 from entroformer_lib.studies import ablation, same_transforms
 from entroformer_lib.studies import results as saved_results
-from entroformer_lib.studies.ablation import Terms
-from entroformer_lib.studies.ablation_grids import GRIDS
-from entroformer_lib.studies.latency import STAGES
+from entroformer_lib.studies.ablation_grids import GRIDS, Terms
 from entroformer_lib.training.latents import write_latents
 from entroformer_lib.views import rate_figures as views
 from entroformer_lib.weights.zoo import save_weights
@@ -30,10 +29,9 @@ def family(lmbdas: tuple[float, ...] = ()) -> dict:
     base, found = micro_model("parallel", lmbdas=lmbdas), {}
     for name, fields in VARIANTS.items():
         variant = name if name in ("parallel", "hyperprior") else "groupedmixer"
-        model = micro_model(variant, seed=1, lmbdas=lmbdas, **fields)
+        model = micro_model(variant, seed=1, name=name, lmbdas=lmbdas, **fields)
         for part in ("g_a", "g_s", *(("gain",) if lmbdas else ())):
             getattr(model, part).load_state_dict(getattr(base, part).state_dict())
-        model.name = name
         found[name] = model
     return found
 
@@ -92,18 +90,17 @@ def test_what_cannot_be_compared_is_refused(run_folders, photo):
         tradeoff.model_at(run_folders["few"], 0.01)
     with pytest.raises(StudyError, match="need one parallel model"):
         tradeoff.run({"runs": [models["few"]]}, [("photo", photo)])
-    other = micro_model("groupedmixer", seed=3)
-    other.name = "other"
+    other = micro_model("groupedmixer", seed=3, name="other")
     with pytest.raises(StudyError, match="other transforms"):
         tradeoff.run({"runs": [models["parallel"], other]}, [("photo", photo)])
 
 
 def test_what_trainings_differ_in():
-    one, two = micro_model("parallel"), micro_model("hyperprior")
-    one.card, two.card = (
-        {"training": {"steps": steps, "model": name, "lr": 1}} for steps, name in ((3, "a"), (4, "b"))
-    )
-    assert tradeoff.differences([one, two]) == ["steps"]
+    models = [
+        micro_model(variant, card={"training": {"steps": steps, "model": variant, "lr": 1}})
+        for variant, steps in (("parallel", 3), ("hyperprior", 4))
+    ]
+    assert tradeoff.differences(models) == ["steps"]
 
 
 # ---- what is drawn ----

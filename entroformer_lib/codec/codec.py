@@ -87,7 +87,7 @@ def _encode_at(model: Entroformer, x: Tensor, size: tuple[int, int], grey: bool,
         z_string = coded["strings"][1][0]
         z_hat = model.z_prior.decompress([z_string], coded["shape"])
     checksums = weights_digest(model), latents_checksum(y_hat, z_hat)
-    return Container(*size, grey, getattr(model, "name", ""), *checksums, z_string, y_string, level).pack()
+    return Container(*size, grey, model.name, *checksums, z_string, y_string, level).pack()
 
 
 def decode(data: bytes, model: Entroformer | None = None) -> Image.Image:

@@ -48,7 +48,7 @@ RADII = (0, 1, 2, 3, 4, 6)
 
 def model_name(model: Entroformer) -> str:
     """The name a model was loaded by, or its variant."""
-    return getattr(model, "name", None) or model.config.variant
+    return model.name or model.config.variant
 
 
 def scene_of(model: Entroformer, picture: Image.Image) -> Scene:

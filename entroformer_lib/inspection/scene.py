@@ -41,5 +41,5 @@ class Scene:
 
 def name_at(model, level: float | None) -> str:
     """A model's name, and in variable rate the lambda of the level, as `load_model` takes it: `tiny-rates@0.013`."""
-    name = getattr(model, "name", None) or f"untrained {model.config.variant}"
+    name = model.name or f"untrained {model.config.variant}"
     return name if level is None else f"{name}@{model.gain.lmbda_of(level):.3g}"

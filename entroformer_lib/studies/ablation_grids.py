@@ -1,18 +1,55 @@
-"""What is compared: the paper's ablations, and what the released code does otherwise, as data.
+"""What is compared, and on which terms: the paper's ablations, and what the released code does otherwise, as data.
 
 A row of a grid says which model, and what its saved rows say of it. How rows become runs stands in `ablation.py`.
+Nothing heavy is imported here: the command line reads its options from `Terms`.
 """
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from entroformer_lib.errors import StudyError
 from entroformer_lib.models.config import named_config, parse_fields
 from entroformer_lib.training.config import TrainConfig
 
 BOTH = "both directions"
+RECIPE = dict(batch=8, optimizer="muon", lr=2e-3, schedule="linear", precision="bfloat16", log_every=25)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What all runs of a study share. The line under a field is its help text on the command line."""
+
+    transforms: str = "tiny-rates@0.02"
+    """The model whose transforms all have, at a lambda; or zoo:NAME:QUALITY for CompressAI's own."""
+    latents: str | None = None
+    """Folder of the latents' cache; by default latents/ in the folder of the runs."""
+    train_on: str | None = None
+    """Pictures to train on; by default train/ in the folder that ENTROFORMER_DATA names."""
+    kodak: str | None = None
+    """Folder of the test pictures; by default kodak/ there."""
+    size: str = "tiny"
+    """Of the entropy models: tiny, study or base."""
+    steps: int = 400
+    """Steps of each run."""
+    crop: int = 256
+    """Side of a crop in pixels."""
+    limit: int | None = None
+    """Only the first test pictures."""
+    accelerator: str = "auto"
+    """What trains: cpu, cuda, or auto."""
+    checkpoint_seconds: float = 30.0
+    """Seconds between checkpoints, from which a killed run goes on."""
+
+    def placed(self, root: Path) -> "Terms":
+        """The same with whole paths for all folders, as workers may stand elsewhere.  root: the folder of the runs"""
+        data = Path(os.environ.get("ENTROFORMER_DATA") or "pictures")
+        usual = {"latents": root / "latents", "train_on": data / "train", "kodak": data / "kodak"}
+        places = {name: str(Path(getattr(self, name) or default).absolute()) for name, default in usual.items()}
+        return dataclasses.replace(self, **places)
 
 
 @dataclass(frozen=True)

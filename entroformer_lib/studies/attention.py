@@ -9,7 +9,6 @@ Attended is not the same as useful. The second study therefore hides every atten
 absence costs in bits, and asks whether attention has the same order.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,10 +17,9 @@ import pandas as pd
 import tyro
 from tyro.conf import Positional
 
-from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.inspection.row_server import RowServer
 from entroformer_lib.studies.rate_distortion import pictures_to_test
-from entroformer_lib.studies.results import provenance
+from entroformer_lib.studies.results import load, provenance, records, result_path, save
 from entroformer_lib.weights.zoo import load_model
 
 FAR = 8  # sites; what is farther away counts as long-range: 128 pixels
@@ -160,7 +158,7 @@ def main(
     seed: int = 0,
     out: Path | None = None,
 ) -> None:
-    """Writes both studies of a model as JSON: {"models": {NAME: {"heads", "explained", "images", "provenance"}}}.
+    """Saves both studies of a model: {"models": {NAME: {"heads", "explained", "images", "queries", "provenance"}}}.
 
     A file that is there keeps what it holds of other models.
 
@@ -172,7 +170,7 @@ def main(
         seed: Of the choice of latents.
         out: The file; by default data/results/attention.json.
     """
-    out = out or data_folder() / "results" / "attention.json"
+    out = out or result_path("attention")
     loaded = load_model(model)
     paths = pictures_to_test(images, limit)
     record = provenance(loaded, seed=seed)
@@ -186,26 +184,21 @@ def main(
         .round(3)
         .to_string()
     )
-    result = json.loads(out.read_text()) if out.exists() else {"models": {}}
+    result = load(out) or {"models": {}}
     result["models"][loaded.name] = {
-        "heads": _records(heads),
-        "explained": _records(explained),
+        "heads": records(heads),
+        "explained": records(explained),
         "images": [path.stem for path in paths],
         "queries": queries,
         "provenance": record,
     }
-    write_bytes(out, (json.dumps(result, indent=1) + "\n").encode())
+    save(out, result)
 
 
-def _records(table: pd.DataFrame) -> list[dict]:
-    """Rows for JSON; null where there is no number (dense attention has no k)."""
-    return json.loads(table.to_json(orient="records", double_precision=8))
-
-
-def read_results(path: Path | None = None) -> dict[str, dict]:
-    """What `main` has written, with tables: {model: {"heads": table, "explained": table, "provenance": ...}}."""
-    path = path or data_folder() / "results" / "attention.json"
-    models = json.loads(path.read_text())["models"]
+def read_results(result: str | Path = "attention") -> dict[str, dict]:
+    """What `main` has written, by name or file, with tables: {model: {"heads": table, "explained": table,
+    "provenance": ...}}; empty where there is nothing."""
+    models = (load(result) or {"models": {}})["models"]
     return {
         name: {**m, "heads": pd.DataFrame(m["heads"]), "explained": pd.DataFrame(m["explained"])}
         for name, m in models.items()

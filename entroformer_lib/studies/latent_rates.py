@@ -6,7 +6,7 @@ picture are the same for all models, and a difference in rate is one of the entr
 the pixels of the picture, without padding.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from PIL import Image
@@ -15,19 +15,18 @@ from torch import Tensor
 from entroformer_lib.codec import codec
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.models.context import Gaps, first_slice
-from entroformer_lib.studies.rate_distortion import bit_maps, latents_of, middle
+from entroformer_lib.studies.rate_distortion import Pictures, bit_maps, latents_of, middle
 
 MOSAIC = 1200  # pixels
 ROWS, COLUMNS = 3, 2  # of pictures in a mosaic
 CONTEXTS = ("hyperprior only", "hyperprior + unidirectional", "hyperprior + bidirectional")
 OWN = {"none": CONTEXTS[0], "serial": "hyperprior + serial", "cnn": "hyperprior + convolution"}
-Pictures = Iterable[tuple[str, Image.Image]]  # name and picture (RGB)
 
 
 # ---- pictures ----
 
 
-def mosaics(pictures: Sequence[tuple[str, Image.Image]], side: int = MOSAIC) -> list[Image.Image]:
+def mosaics(pictures: Pictures, side: int = MOSAIC) -> list[Image.Image]:
     """Large pictures out of small ones: six side by side (portraits turned), cut to the square in the middle."""
     lying = [p if p.width >= p.height else p.transpose(Image.ROTATE_90) for _, p in pictures]
     found = []
@@ -116,14 +115,11 @@ def _predictions(model: Entroformer, y: Tensor) -> Iterable[tuple[str, Tensor]]:
     if model.config.context != "parallel":
         yield OWN[model.config.context], model.likelihoods(y)[0]["y"]
         return
-    if model.h_a is not None:
-        hyper = model.h_s(model.z_prior.quantize_z(model.hyper_analysis(y, None)))
-        means, log_scales = model.entropy_parameters(hyper, None)
-        scales = model.entropy_parameters.bounded(log_scales).exp()
-        yield CONTEXTS[0], model.gaussian(torch.floor(y + 0.5), means, scales)
-    for context, one_way in zip(CONTEXTS[1:], (True, False), strict=True):
-        seen = torch.tensor([one_way], device=y.device)
-        yield context, model.likelihoods(y, gaps=Gaps(one_way=seen))[0]["y"]
+    all_first = torch.ones(1, 1, *y.shape[-2:], dtype=torch.bool, device=y.device)  # the first slice has no context
+    one_way, both_ways = (Gaps(one_way=torch.tensor([flag], device=y.device)) for flag in (True, False))
+    for context, gaps in zip(CONTEXTS, (Gaps(kept=all_first), one_way, both_ways), strict=True):
+        if context != CONTEXTS[0] or model.h_a is not None:
+            yield context, model.likelihoods(y, gaps=gaps)[0]["y"]
 
 
 def use_top_k(model: Entroformer, top_k: int | None) -> None:

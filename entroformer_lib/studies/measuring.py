@@ -10,28 +10,27 @@ thread, however many run side by side, so that the numbers do not depend on how 
 import contextlib
 import functools
 import hashlib
-import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 import tyro
+from dask.system import CPU_COUNT
 from PIL import Image
 from tyro.conf import Positional
 
 from entroformer_lib.codec import codec
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import StudyError
-from entroformer_lib.files import write_bytes
 from entroformer_lib.memory import keep_freed_memory
+from entroformer_lib.studies import results
 from entroformer_lib.studies.classical import CODECS, coded, decoded, evaluate_classical
 from entroformer_lib.studies.engine import Outcome, Task, complete
 from entroformer_lib.studies.rate_distortion import evaluate_picture, pictures_to_test
-from entroformer_lib.studies.results import provenance
 from entroformer_lib.weights.zoo import load_model, weights_digest
 
 
@@ -118,47 +117,53 @@ def tasks_of(codec: str, pictures: Iterable[Path], device: str = "cpu") -> list[
 
 def measure(
     codings: list[Coding],
-    done: Path | None = None,
+    done: Path,
     jobs: int | None = None,
     report: Callable[[dict], None] = lambda row: None,
 ) -> list[dict]:
     """The rows of all codings, in their order.
 
     Args:
-        done: folder for finished rows; rows it already holds are not measured again. The caller removes it (`forget`)
-            once the result is written.
-        jobs: processes; default: as many as there are cores, or one on a GPU.
+        done: folder for finished rows, of `finished_rows`; rows it already holds are not measured again.
+        jobs: processes; default: as many as the cores that this process may use, or one on a GPU.
         report: called with each row in the order of the codings, as soon as it and all before it are there.
 
     Raises:
         StudyError: the error of the first coding that fails. What is finished stays in `done`.
     """
     if jobs is None:
-        jobs = cores() if all(coding.device == "cpu" for coding in codings) else 1
-    if done is not None and done.is_file():
-        raise StudyError(f"{done} does not hold measured rows; remove it to measure again.")
+        jobs = CPU_COUNT if all(coding.device == "cpu" for coding in codings) else 1
     tasks, rows = [coding.task() for coding in codings], []
-    with contextlib.nullcontext(done) if done is not None else tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
 
-        def tell(outcome: Outcome | None = None) -> None:
-            while len(rows) < len(tasks) and not tasks[len(rows)].missing(folder):
-                rows.append(tasks[len(rows)].answer(folder))
-                report(rows[-1])
+    def tell(outcome: Outcome | None = None) -> None:
+        while len(rows) < len(tasks) and not tasks[len(rows)].missing(done):
+            rows.append(tasks[len(rows)].answer(done))
+            report(rows[-1])
 
-        tell()
-        complete(tasks, folder, tell, workers=jobs, own_gpu=False)
+    tell()
+    complete(tasks, done, tell, workers=jobs, own_gpu=False)
     return rows
 
 
-def forget(done: Path) -> None:
-    """Removes the folder of finished rows."""
+@contextlib.contextmanager
+def finished_rows(out: Path | None) -> Iterator[Path]:
+    """A folder for finished rows beside a result; gone after the block, which writes the result. After an error or a
+    kill it stays, and the same command goes on from there.
+
+    out: the result; None where nothing is written, and the rows are not kept
+
+    Raises:
+        StudyError: a file lies in the folder's place.
+    """
+    if out is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    done = out.with_name(out.name + ".rows")
+    if done.is_file():
+        raise StudyError(f"{done} does not hold measured rows; remove it to measure again.")
+    yield done
     shutil.rmtree(done, ignore_errors=True)
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def save(codecs: Positional[tuple[str, ...]], pictures: Path, out: Path, jobs: int | None = None) -> None:
@@ -172,10 +177,9 @@ def save(codecs: Positional[tuple[str, ...]], pictures: Path, out: Path, jobs: i
     """
     paths = pictures_to_test(pictures)
     codings = [coding for name in codecs for coding in tasks_of(name, paths)]
-    done = out.with_name(out.name + ".rows")
-    rows = measure(codings, done, jobs, _tell)
-    write_bytes(out, json.dumps({"rows": rows, "mean": means(rows), "provenance": provenance()}, indent=1).encode())
-    forget(done)
+    with finished_rows(out) as done:
+        rows = measure(codings, done, jobs, _tell)
+        results.save(out, {"rows": rows, "mean": means(rows)})
 
 
 def _tell(row: dict) -> None:
@@ -184,15 +188,10 @@ def _tell(row: dict) -> None:
 
 def means(rows: list[dict]) -> list[dict]:
     """One row per codec and setting: the means of all pictures, in the order in which they come."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault((row["codec"], row["setting"]), []).append(row)
-    columns = [key for key, value in rows[0].items() if isinstance(value, float) and key != "setting"]
-    return [
-        {"codec": name, "setting": setting, "images": len(group)}
-        | {key: sum(row[key] for row in group) / len(group) for key in columns}
-        for (name, setting), group in groups.items()
-    ]
+    table = pd.DataFrame(rows)
+    measured = table.select_dtypes("float").columns.drop("setting", errors="ignore")
+    groups = table.groupby(["codec", "setting"], sort=False, dropna=False)
+    return results.records(groups[list(measured)].mean().assign(images=groups.size()).reset_index())
 
 
 if __name__ == "__main__":

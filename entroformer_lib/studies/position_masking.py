@@ -16,7 +16,6 @@ on, and so without what a longer sequence than in training does to a transformer
 """
 
 import functools
-import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -24,14 +23,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import tyro
-from PIL import Image
 from scipy.optimize import curve_fit
 from scipy.stats import spearmanr
 from tqdm.auto import tqdm
 
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import StudyError, UserError
-from entroformer_lib.files import data_folder, write_bytes
+from entroformer_lib.files import data_folder
 from entroformer_lib.inspection.missing_context import (
     RADII,
     mask_beyond,
@@ -43,11 +41,11 @@ from entroformer_lib.inspection.missing_context import (
 )
 from entroformer_lib.inspection.scene import Scene
 from entroformer_lib.memory import keep_freed_memory
-from entroformer_lib.studies.ablation import RECIPE
-from entroformer_lib.studies.ablation_grids import Entry
+from entroformer_lib.studies import results
+from entroformer_lib.studies.ablation_grids import RECIPE, Entry
 from entroformer_lib.studies.engine import Task, complete, training_task
-from entroformer_lib.studies.rate_distortion import middle, pictures_of, pictures_to_test
-from entroformer_lib.studies.results import as_json, provenance
+from entroformer_lib.studies.rate_distortion import Pictures, pictures_of, pictures_to_test
+from entroformer_lib.studies.results import provenance, records
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.weights.zoo import load_model, save_weights, weights_digest
 
@@ -63,7 +61,7 @@ VARIANTS = (  # without hyperprior, as in the paper's section 4.1; and two with 
     *(Entry(f"hyper-parallel-{p}", "parallel", {"position": p}) for p in ("none", "diamond")),
 )
 MISSING = 0.5  # largest share of gaps in a crop; uniform from none to this
-Pictures = Iterable[tuple[str, Image.Image]]  # name and picture
+DIGITS = 6  # of what is saved, behind the point
 
 
 # ---- tables ----
@@ -91,7 +89,7 @@ def run(
     Raises:
         StudyError: a model without context, or a neighbourhood larger than the latents.
     """
-    models, pictures = list(models), list(pictures)
+    models = list(models)
     total = len(models) * len(pictures) * (spacing or side) ** 2
     with tqdm(total=total, disable=not progress, unit="mask") as bar:
 
@@ -236,7 +234,7 @@ def measure(
     if not weights:
         raise StudyError(f"There is no finished run in {runs}.")
     settings = {"side": side, "crop": crop, "pictures": len(pictures_to_test(kodak, limit))}
-    pictures = functools.partial(_middles, kodak, limit, crop)
+    pictures = functools.partial(pictures_of, kodak, limit, crop)
     bar = workers == 1 and scheduler is None
     tasks = {name: _measuring(name, path, pictures, settings, bar) for name, path in weights.items()}
     root = root / "measured"
@@ -244,24 +242,20 @@ def measure(
     save(settings, {name: task.answer(root) for name, task in tasks.items()})
 
 
-def _middles(kodak: Path, limit: int | None, crop: int) -> Pictures:
-    return [(name, middle(picture, crop)) for name, picture in pictures_of(kodak, limit)]
-
-
 def _measuring(name: str, weights: str, pictures: Callable[[], Pictures], settings: dict, progress: bool) -> Task:
     """The run that gives all tables of one model, and what it is."""
     side = settings["side"]
 
     def work(folder: Path, answer: str) -> dict:
-        model, squares = load_model(weights), pictures()
+        model, squares = load_model(weights, name=name), pictures()
         tables = {
             "rows": run([model], squares, side, progress=progress),
             "alone": run_alone([model], squares, side),
             "beyond": run_beyond([model], squares),
             "wider_lattice": run([model], squares[:1], side, spacing=2 * side, progress=progress),
         }
-        about = {**_description(model), **provenance(model, model.card.get("training", {}).get("seed")), "model": name}
-        return {"about": about, **{key: _rounded(table.assign(model=name)) for key, table in tables.items()}}
+        about = {**_description(model), **provenance(model, model.card.get("training", {}).get("seed"))}
+        return {"about": about, **{key: records(table, DIGITS) for key, table in tables.items()}}
 
     digest = weights_digest(load_model(weights, "cpu")).hex()
     return Task.by_identity(name, work, {"model": name, "weights_sha256": digest, **settings})
@@ -306,8 +300,7 @@ def save(settings: dict, answers: dict[str, dict]) -> Path:
         settings: side, crop, pictures. Of a saved result with the same ones the other models are kept.
         answers: of each model that was measured: about (with its provenance) and the rows of TABLES.
     """
-    path = data_folder() / "results" / "position_masking.json"
-    saved = json.loads(path.read_text()) if path.is_file() else {}
+    saved = results.load("position_masking") or {}
     kept = saved if saved.get("settings") == settings else {}
     models = {**kept.get("models", {}), **{name: answer["about"] for name, answer in answers.items()}}
     order = [variant.name for variant in VARIANTS if variant.name in models]  # as they are drawn
@@ -321,21 +314,15 @@ def save(settings: dict, answers: dict[str, dict]) -> Path:
     result = {
         "settings": settings,
         "models": {name: models[name] for name in order},
-        "over_pictures": _rounded(over_pictures(missing)),
-        "alone_over_pictures": _rounded(over_pictures(alone)),
-        "fits": _rounded(distance_fits(missing)),
-        "alone_fits": _rounded(distance_fits(alone)),
+        "over_pictures": records(over_pictures(missing), DIGITS),
+        "alone_over_pictures": records(over_pictures(alone), DIGITS),
+        "fits": records(distance_fits(missing), DIGITS),
+        "alone_fits": records(distance_fits(alone), DIGITS),
         **tables,
-        "provenance": provenance(),
     }
-    write_bytes(path, as_json(result).encode())
+    path = results.result_path("position_masking")
+    results.save(path, result)
     return path
-
-
-def _rounded(table: pd.DataFrame) -> list[dict]:
-    """Rows as JSON has them: six digits behind the point, None for what is not a number."""
-    rows = table.astype(object).where(table.notna(), None).to_dict("records")
-    return [{k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Rate and distortion on a set of pictures, always through real bytes."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,8 @@ from entroformer_lib.codec.quality import ms_ssim, psnr_db
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import DataError
 from entroformer_lib.training.data import find_sources
+
+Pictures = Sequence[tuple[str, Image.Image]]  # name and picture (RGB)
 
 
 def pictures_to_test(folder, limit: int | None = None) -> list[Path]:
@@ -28,9 +30,10 @@ def pictures_to_test(folder, limit: int | None = None) -> list[Path]:
     return paths
 
 
-def pictures_of(folder, limit: int | None = None) -> list[tuple[str, Image.Image]]:
-    """Name and picture (RGB) of all files of a folder."""
-    return [(path.stem, codec.to_rgb(codec.open_picture(path))[0]) for path in pictures_to_test(folder, limit)]
+def pictures_of(folder, limit: int | None = None, side: int | None = None) -> Pictures:
+    """The pictures in the files of a folder, whole or, with a `side`, their `middle`."""
+    pictures = [(path.stem, codec.to_rgb(codec.open_picture(path))[0]) for path in pictures_to_test(folder, limit)]
+    return pictures if side is None else [(name, middle(picture, side)) for name, picture in pictures]
 
 
 def middle(picture: Image.Image, side: int) -> Image.Image:

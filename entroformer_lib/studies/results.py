@@ -56,7 +56,7 @@ def provenance(model=None, seed: int | None = None) -> dict:
         "seed": seed,
     }
     if model is not None:
-        record["model"] = getattr(model, "name", None)
+        record["model"] = model.name or None
         record["weights_sha256"] = weights_digest(model).hex()
         record["device"] = device_name(next(model.g_s.parameters()).device)
     return record
@@ -100,8 +100,17 @@ def save(path: Path, result: dict, model=None, **more) -> dict:
         more: what else belongs to the provenance, such as the number of threads.
     """
     record = {**provenance(model), **more}
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, as_json({**result, "provenance": record}).encode())
     return record
+
+
+def records(table: pd.DataFrame, digits: int = 8) -> list[dict]:
+    """Rows of a table as a result has them; None where there is no number (dense attention has no k).
+
+    digits: behind the point
+    """
+    return json.loads(table.to_json(orient="records", double_precision=digits))
 
 
 # ---- loading ----
@@ -112,9 +121,9 @@ def result_path(name: str) -> Path:
     return data_folder() / "results" / f"{name}.json"
 
 
-def load(name: str) -> dict | None:
-    """A saved result, or None where there is none."""
-    path = result_path(name)
+def load(name: str | Path) -> dict | None:
+    """A saved result by its name or its file, or None where there is none."""
+    path = name if isinstance(name, Path) else result_path(name)
     return json.loads(path.read_text()) if path.is_file() else None
 
 

@@ -29,7 +29,7 @@ LIKELIHOOD_FLOOR = 1e-12  # of the released code; our own models use 1e-9
 
 
 def load_official(path: str | Path, top_k: int | None = None) -> Entroformer:
-    """A checkpoint of the released code as an ordinary model: in eval mode, float32, with `.name`, `.card` and `.path`.
+    """A checkpoint of the released code as an ordinary model: in eval mode, float32, with its `.name` and `.card`.
 
     Reads whole modules or plain state dicts under the names in `PARTS`, with or without DataParallel, in both file
     formats of torch.save. The model does not clamp symbols to [-128, 127] as the released code does.
@@ -45,15 +45,11 @@ def load_official(path: str | Path, top_k: int | None = None) -> Entroformer:
     try:
         with open(path, "rb") as file:
             parts, locate = open_checkpoint(file)
-            model = _build(parts, locate, top_k)
+            return _build(path, parts, locate, top_k)
     except KeyError as error:  # a part, a tensor, an entry of the archive
         raise WeightsError(f"The checkpoint {path} has no '{error.args[0]}'.") from None
     except (OSError, EOFError, NotImplementedError, UnicodeError, zipfile.BadZipFile) as error:
         raise WeightsError(f"The checkpoint {path} cannot be read: {getattr(error, 'strerror', error)}.") from None
-    model.name, model.path = path.stem, path
-    model.card = {"origin": "the authors' released code", "source_file": path.name, "source_sha256": file_digest(path)}
-    model.card |= {"preset": "official", "variant": model.config.variant}
-    return model
 
 
 def import_official(src: str | Path, dst: str | Path, force: bool = False, top_k: int | None = None) -> None:
@@ -88,12 +84,15 @@ THEIR_NAMES = r"""
 """
 
 
-def _build(parts, locate: Locate, top_k: int | None) -> Entroformer:
+def _build(path: Path, parts, locate: Locate, top_k: int | None) -> Entroformer:
     if not isinstance(parts, dict):
         raise WeightsError(f"The file holds no dict of the parts {', '.join(PARTS)}.")
     tensors = {f"{part}.{name}": tensor for part in PARTS for name, tensor in _tensors(parts[part])}
     said = (value for name, value in _leaves(parts["cit_ar"]) if name.endswith(".attn_topk"))
-    model = Entroformer(_config(tensors, next(said, USUAL_TOP_K) if top_k is None else top_k)).eval()
+    config = _config(tensors, next(said, USUAL_TOP_K) if top_k is None else top_k)
+    card = {"origin": "the authors' released code", "source_file": path.name, "source_sha256": file_digest(path)}
+    card |= {"preset": "official", "variant": config.variant}
+    model = Entroformer(config, name=path.stem, card=card).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # one by one: the weights are in memory only once
             parameter.copy_(_value(name, parameter.shape, tensors, locate))

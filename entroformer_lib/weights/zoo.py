@@ -90,31 +90,30 @@ def _halved(name: str, tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() and name.endswith("weight") and tensor.dim() >= 2
 
 
-def load_model(name_or_path: str | os.PathLike, device: str = "auto") -> Entroformer:
+def load_model(name_or_path: str | os.PathLike, device: str = "auto", name: str | None = None) -> Entroformer:
     """A model in eval mode.
 
     Args:
         name_or_path: a name from `list_models()` or a .safetensors file. Behind one of variable rate may stand @ and
             the lambda to code at, such as `tiny-rates@0.013`.
         device: "auto" takes a GPU where there is one.
+        name: what the model is called; by default as its file.
 
     Returns:
-        The model, with `.name`, `.card` and `.path` set.
+        The model, with its `.name` and `.card`.
 
     Raises:
         WeightsError: nothing of that name, or a file that is damaged or not ours.
     """
-    name, _, lmbda = os.fspath(name_or_path).partition("@")
-    path = find_weights(name)
+    known_as, _, lmbda = os.fspath(name_or_path).partition("@")
+    path = find_weights(known_as)
     tensors, card = read_weights(path)
-    model = Entroformer.from_state_dict(tensors)
+    model = Entroformer.from_state_dict(tensors, name or path.stem, card)
     if lmbda:
-        model.level = _level(model, name, lmbda)
+        model.level = _level(model, known_as, lmbda)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)
-    model.name, model.card, model.path = path.stem, card, path
-    return model
+    return model.to(device)
 
 
 def _level(model: Entroformer, name: str, lmbda: str) -> float:

@@ -1,7 +1,7 @@
 """How long coding takes, where the time goes and how much memory it takes: Table 2, beside CompressAI's models.
 
-    python -m entroformer_lib.studies.latency table --out data/results/latency.json
-    python -m entroformer_lib.studies.latency growth --out data/results/latency_growth.json
+    python benchmarks/latency.py table --out data/results/latency.json
+    python benchmarks/latency.py growth --out data/results/latency_growth.json
 
 Weights are random; our models' latents are spread as those of a trained model, so that the coder has something to do.
 All rows of a table come from one run on one machine; compare ratios, not seconds. Each model runs in a process of its
@@ -27,10 +27,9 @@ from entroformer_lib.datasets import sample_picture
 from entroformer_lib.entroformer import Entroformer, build_model
 from entroformer_lib.errors import StudyError
 from entroformer_lib.memory import keep_freed_memory
-from entroformer_lib.stages import stage_times
+from entroformer_lib.stages import timed
 from entroformer_lib.studies.results import save
 
-STAGES = ("transforms", "hyper", "context", "parameters", "entropy coding")
 OURS = ("base-parallel", "base-serial", "base-groupedmixer", "study-parallel", "study-serial", "study-groupedmixer")
 COMPRESSAI = {"bmshj2018-hyperprior": bmshj2018_hyperprior, "mbt2018": mbt2018}
 QUALITY = 8
@@ -47,17 +46,10 @@ def lively(model: Entroformer) -> Entroformer:
 
 
 def measure(model: Entroformer, picture, data: bytes | None = None) -> tuple[dict, bytes]:
-    """Seconds of one encode, or of one decode where there is `data`, and of each stage.  ->  row, data"""
-    with stage_times() as stages:
-        start = time.perf_counter()
-        if data is None:
-            data = codec.encode(model, picture)
-        else:
-            codec.decode(data, model)
-        seconds = time.perf_counter() - start
-    row = {"seconds": seconds, **{f"{name.replace(' ', '_')}_s": stages.get(name, 0.0) for name in STAGES}}
-    row["other_s"] = seconds - sum(stages.values())
-    return row, data
+    """One encode, or one decode where there is `data`.  ->  the columns of `stages.timed`, data"""
+    if data is None:
+        return timed(lambda: codec.encode(model, picture))
+    return timed(lambda: codec.decode(data, model))[0], data
 
 
 def measure_compressai(model, picture, data: dict | None = None) -> tuple[dict, dict]:
@@ -120,7 +112,7 @@ def peak_mb() -> float:
 
 def in_own_process(name: str, width: int, height: int, repeats: int) -> list[dict]:
     """`measure_one` in a fresh process."""
-    words = [sys.executable, "-m", "entroformer_lib.studies.latency", "one", "--name", name]
+    words = [sys.executable, __file__, "one", "--name", name]
     words += ["--width", str(width), "--height", str(height), "--repeats", str(repeats)]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
