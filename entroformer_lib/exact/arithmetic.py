@@ -78,6 +78,7 @@ class Weight:
         self.scale = scale[:, 0].contiguous()
         self.high, self.low = digits(self.integers)
         self.both = torch.cat((self.low, self.high), dim=1)  # [N, 2 K]
+        self.short = self.integers.to(torch.int16)
 
 
 # ---- numbers to integers --------------------------------------------------------------------------------------------
@@ -118,8 +119,8 @@ def lows(integers: Tensor) -> Tensor:
 def linear(exact: Exact, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """torch.nn.functional.linear"""
     w, rows = exact.weight(weight), x.reshape(-1, x.size(-1))
-    if loops.serve(x) and len(rows) == 1:
-        out = loops.linear_row(rows, w.both, w.scale, bias, int8_works("cpu"))
+    if loops.serve(x) and len(rows) == 1 and rows.size(1) < 2**11:
+        out = loops.linear_row(rows, w.short, w.scale, bias)
     elif loops.serve(x) and int8_works("cpu"):
         out = loops.linear(rows, w.high, w.both, w.scale, bias)
     else:

@@ -138,38 +138,28 @@ def linear(x: Tensor, high: Tensor, both: Tensor, scale: Tensor, bias: Tensor | 
     return torch.from_numpy(out)
 
 
-def linear_row(x: Tensor, both: Tensor, scale: Tensor, bias: Tensor | None, int8: bool) -> Tensor:
-    """`linear` of a single row: reading the weights takes the time, so each digit of them is read once."""
-    rows, w_scale, added = array(x), scale.numpy(), NONE if bias is None else array(bias)
-    (_, K), N = rows.shape, len(w_scale)
-    two, step, out = np.empty((2, K), dtype=np.int8), np.empty(1, dtype=f32), np.empty((1, N), dtype=f32)
-    _digits(rows, two[:1], two[1:], step)
-    if int8:
-        products = torch._int_mm(torch.from_numpy(two), both.view(2 * N, K).T).numpy()
-    else:
-        products = np.empty((2, 2 * N), dtype=i32)
-        _products_of_row(two, both.view(2 * N, K).numpy(), products)
-    _scaled_row(products, step[0], w_scale, added, out[0])
+def linear_row(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` of a single row: reading the weights takes the time, so they come as int16 [N, K] and are read once."""
+    row, out = array(x)[0], np.empty((1, len(weight)), dtype=f32)
+    _linear_row(row, weight.numpy(), scale.numpy(), NONE if bias is None else array(bias), out[0])
     return torch.from_numpy(out)
 
 
 @loop
-def _products_of_row(two, weight, out):
-    """two: digits [2, K], weight: [N, K]  ->  out: [2, N]"""
-    for n in range(len(weight)):
+def _linear_row(x, weight, scale, bias, out):
+    """x: [K], weight: [N, K]  ->  out: [N].  With x = 256 high + low and w = 256 w_high + w_low, all but low by low is
+    256 (high w + low w_high); high is at most 64 and w 2^14, so for K < 2^11 sums fit into 32 bits."""
+    N, K = weight.shape
+    digits, step = np.empty((2, 1, K), dtype=np.int8), np.empty(1, dtype=f32)
+    _digits(x.reshape(1, K), digits[0], digits[1], step)
+    high, low = digits[0, 0].astype(np.int16), digits[1, 0].astype(np.int16)
+    for n in range(N):
         a, b = i32(0), i32(0)
-        for c in range(len(two[0])):  # numba widens every sum and product to 64 bits; i32 takes that back
-            a = i32(a + i32(i32(two[0, c]) * i32(weight[n, c])))
-            b = i32(b + i32(i32(two[1, c]) * i32(weight[n, c])))
-        out[0, n], out[1, n] = a, b
-
-
-@loop
-def _scaled_row(products, step, scale, bias, out):
-    """products: of high and low digits [2] with the weight's low and high ones in turns [2 N]  ->  out: [N]"""
-    for n in range(len(out)):
-        high, cross = products[0, 2 * n + 1], products[0, 2 * n] + products[1, 2 * n + 1]
-        y = _joined(high, cross) * (step * scale[n])
+        for c in range(K):  # numba widens every sum and product to 64 bits; i32 takes that back
+            w = i32(weight[n, c])
+            a = i32(a + i32(i32(high[c]) * w))
+            b = i32(b + i32(i32(low[c]) * i32(i32(w + i32(128)) >> i32(8))))
+        y = f32(f64(i64(a) + i64(b)) * 256.0) * (step[0] * scale[n])
         out[n] = y + bias[n] if len(bias) else y
 
 
