@@ -28,7 +28,7 @@ class Tiles(TorchFunctionMode):
 
 
 def in_tiles(
-    q: Tensor, k: Tensor, v: Tensor, layer, numbers: Tensor, sites, visible, relative, top_k, own=None, trim=False
+    q: Tensor, k: Tensor, v: Tensor, layer, sites: Tensor, visible, relative, top_k, own=None, trim=False
 ) -> Tensor:
     """`attend`, tile by tile. trim: where tokens see only those before them, with the keys that the tile can see."""
     B, heads, q_len, _ = q.shape
@@ -36,12 +36,13 @@ def in_tiles(
     queries = min(q_len, max(64, limit))  # few heads rather than few queries: keys are prepared once a tile
     some = min(heads, max(1, limit // queries))
     out = torch.empty_like(q, dtype=v.dtype)
+    numbers = torch.arange(len(sites) - q_len, len(sites), device=q.device)
     for h in (slice(i, i + some) for i in range(0, heads, some)):
         for i in (slice(j, j + queries) for j in range(0, q_len, queries)):
             n = int(numbers[i][-1]) + 1 if trim and isinstance(visible, UpToItself) else k.size(2)
             mine = own and tuple(t[:, h, i] for t in own)
             out[:, h, i] = attend.__wrapped__(
-                q[:, h, i], k[:, h, :n], v[:, h, :n], layer, numbers[i], sites, visible, relative, top_k, mine
+                q[:, h, i], k[:, h, :n], v[:, h, :n], layer, sites, visible, relative, top_k, mine, numbers[i]
             )
     return out
 

@@ -25,6 +25,7 @@ import functools
 import math
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,20 +43,15 @@ class Exact(TorchFunctionMode):
     def __init__(self):
         super().__init__()
         self._weights: dict[int, tuple[Tensor, Weight]] = {}
+        self._arrays: dict[int, tuple[Tensor, np.ndarray]] = {}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        ours, kwargs = EXACT.get(function), kwargs or {}
+        ours = EXACT.get(function)
         if ours is not None:
-            return ours(self, *args, **kwargs)
-        if function is attention.attend:  # not a sum, but made of some
-            kept = getattr(args[1], "kept", None)
-            if kept is not None and args[0].size(-2) == 1:
-                return attend_one(self, kept, *args)
-            with self:
-                return in_tiles(*args, **kwargs, trim=True)
+            return ours(self, *args, **(kwargs or {}))
         if function in SUMS and any(torch.is_tensor(a) and a.is_floating_point() for a in args):
             raise NotImplementedError("this sum has no exact form: write it by the functions of models/primitives.py")
-        return function(*args, **kwargs)
+        return function(*args, **(kwargs or {}))
 
     def weight(self, weight: Tensor) -> "Weight":
         """A layer's weight in integers, made at its first use."""
@@ -64,6 +60,15 @@ class Exact(TorchFunctionMode):
         known = self._weights.get(id(weight))
         if known is None:  # the weight itself is kept too, so that its id stays its own
             known = self._weights[id(weight)] = weight, Weight(weight)
+        return known[1]
+
+    def array(self, parameter: Tensor | None) -> np.ndarray:
+        """A layer's bias, or a norm's weights, as the loops take them."""
+        if not isinstance(parameter, nn.Parameter):
+            return loops.NONE if parameter is None else loops.array(parameter)
+        known = self._arrays.get(id(parameter))
+        if known is None:
+            known = self._arrays[id(parameter)] = parameter, loops.array(parameter)
         return known[1]
 
 
@@ -78,7 +83,10 @@ class Weight:
         self.scale = scale[:, 0].contiguous()
         self.high, self.low = digits(self.integers)
         self.both = torch.cat((self.low, self.high), dim=1)  # [N, 2 K]
-        self.short = self.integers.to(torch.int16)
+        self.for_row = self.for_keys = ()
+        if loops.serve(weight):
+            self.for_row = self.integers.to(torch.int16).numpy(), self.scale.numpy()
+            self.for_keys = self.high.numpy(), self.low.numpy(), self.scale.numpy()
 
 
 # ---- numbers to integers --------------------------------------------------------------------------------------------
@@ -118,11 +126,12 @@ def lows(integers: Tensor) -> Tensor:
 
 def linear(exact: Exact, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """torch.nn.functional.linear"""
-    w, rows = exact.weight(weight), x.reshape(-1, x.size(-1))
-    if loops.serve(x) and len(rows) == 1 and rows.size(1) < 2**11:
-        out = loops.linear_row(rows, w.short, w.scale, bias)
-    elif loops.serve(x) and int8_works("cpu"):
-        out = loops.linear(rows, w.high, w.both, w.scale, bias)
+    w, K = exact.weight(weight), x.size(-1)
+    if loops.serve(x) and x.numel() == K < 2**11:
+        return loops.linear_row(x, *w.for_row, exact.array(bias))
+    rows = x.reshape(-1, K)
+    if loops.serve(x) and int8_works("cpu"):
+        out = loops.linear(rows, w.high, w.both, w.scale.numpy(), exact.array(bias))
     else:
         integers, scale = rounded(rows)
         out = products(integers, w.integers) * (scale * w.scale)
@@ -160,7 +169,7 @@ def weighted_sum(exact: Exact, probs: Tensor, v: Tensor) -> Tensor:
 def layer_norm(exact: Exact, x: Tensor, shape, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """torch.nn.functional.layer_norm over the last axis"""
     if loops.serve(x):
-        return loops.layer_norm(x, weight, bias, eps)
+        return loops.layer_norm(x, exact.array(weight), exact.array(bias), eps)
     integers, scale = rounded(x)
     wide = integers.double()
     mean = wide.sum(-1, keepdim=True) / x.size(-1)
@@ -181,10 +190,17 @@ def remember(exact: Exact, memory: attention.Memory, k: Tensor, v: Tensor) -> tu
     return keys, values
 
 
-def attend_one(exact: Exact, kept, q, k, v, layer, numbers, sites, visible, relative, top_k, own) -> Tensor:
-    """`attend` of a single query that sees all keys, as a serial decoder has it: the loops one after the other."""
-    vectors, lookup = (None, None) if relative is None else (exact.weight(relative.table()), relative.lookup)
-    return loops.attend_one(q * layer.scale, kept, sites, vectors, lookup, min(top_k or len(sites), len(sites)))
+def attend(exact: Exact, q, k, v, layer, sites, visible, relative, top_k, own) -> Tensor:
+    """Not a sum, but made of some. A single query that sees all keys, as a serial decoder has it, takes the loops one
+    after the other."""
+    kept = getattr(k, "kept", None)
+    if kept is None or q.size(-2) > 1:
+        with exact:
+            return in_tiles(q, k, v, layer, sites, visible, relative, top_k, own, trim=True)
+    position = loops.NO_POSITION
+    if relative is not None:
+        position = *exact.weight(relative.table()).for_keys, loops.array(relative.lookup)
+    return loops.attend_one(q * layer.scale, kept, sites, position, top_k)
 
 
 # ---- softmax over the chosen ----------------------------------------------------------------------------------------
@@ -235,6 +251,7 @@ EXACT = {
     Tensor.softmax: softmax,
     F.gelu: gelu,
     Tensor.exp: exp,
+    attention.attend: attend,
     attention.remember: remember,
     primitives.dot_products: dot_products,
     primitives.keep_top_k: keep_top_k,

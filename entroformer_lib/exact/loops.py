@@ -38,18 +38,19 @@ def loop(function):
         return numba.njit(function, **options)
 
 
-f32, f64, i32, i64 = np.float32, np.float64, np.int32, np.int64
+f32, f64, i16, i32, i64 = np.float32, np.float64, np.int16, np.int32, np.int64
 LOG2_E, LEAST_EXPONENT, EXPONENT = f32(math.log2(math.e)), i32(64 << 23), i32(0x7F800000)
 POWERS = np.array([2.0**i for i in range(LOWEST_POWER, 1)], dtype=f32)
 COEFFICIENTS = np.array(POLYNOMIAL, dtype=f32)
 FEW_PAIRS = 2**12  # of queries and keys: so few are quicker without the int8 unit
 # In the place of what is not there:
-NONE, NO_DIGITS, NO_LOOKUP = np.zeros(0, dtype=f32), np.zeros((0, 0), dtype=np.int8), np.zeros((1, 1), dtype=i64)
+NONE, NO_DIGITS = np.zeros(0, dtype=f32), np.zeros((0, 0), dtype=np.int8)
+NO_POSITION = NO_DIGITS, NO_DIGITS, NONE, np.zeros((1, 1), dtype=i64)
 
 
 def array(t: Tensor) -> np.ndarray:
     """A tensor as a numpy array: a view, where its rows lie behind each other."""
-    return t.detach().contiguous().numpy()
+    return np.ascontiguousarray(t.detach().numpy())
 
 
 def rows_of(t: Tensor) -> np.ndarray:
@@ -128,21 +129,23 @@ def _scaled(high, cross, row_scale, scale, bias, out):
                 out[i, n] = _joined(high[i, n], cross[i, n]) * (s * scale[n])
 
 
-def linear(x: Tensor, high: Tensor, both: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x: [q, K]; the weight's digits, high [N, K] and low beside high [N, 2 K]; scale: [N]  ->  [q, N]"""
-    rows, w_scale, added = array(x), scale.numpy(), NONE if bias is None else array(bias)
-    out = np.empty((len(rows), len(w_scale)), dtype=f32)
+def linear(x: Tensor, high: Tensor, both: Tensor, scale: np.ndarray, bias: np.ndarray) -> Tensor:
+    """x: [q, K]; the weight's digits, high [N, K] and low beside high [N, 2 K]; scale: [N], bias: [N] or empty
+    ->  [q, N]"""
+    rows = array(x)
+    out = np.empty((len(rows), len(scale)), dtype=f32)
     *parts, row_scale = digits(rows)
     a, b = sums(*parts, high, both)
-    in_threads(lambda i, j: _scaled(a[i:j], b[i:j], row_scale[i:j], w_scale, added, out[i:j]), len(rows))
+    in_threads(lambda i, j: _scaled(a[i:j], b[i:j], row_scale[i:j], scale, bias, out[i:j]), len(rows))
     return torch.from_numpy(out)
 
 
-def linear_row(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear` of a single row: reading the weights takes the time, so they come as int16 [N, K] and are read once."""
-    row, out = array(x)[0], np.empty((1, len(weight)), dtype=f32)
-    _linear_row(row, weight.numpy(), scale.numpy(), NONE if bias is None else array(bias), out[0])
-    return torch.from_numpy(out)
+def linear_row(x: Tensor, weight: np.ndarray, scale: np.ndarray, bias: np.ndarray) -> Tensor:
+    """`linear` of a single row, [1, ..., K]  ->  [1, ..., N]. Reading the weights takes the time, so they come as int16
+    [N, K] and are read once."""
+    row, out = array(x), np.empty(len(weight), dtype=f32)
+    _linear_row(row.reshape(-1), weight, scale, bias, out)
+    return torch.from_numpy(out.reshape(*row.shape[:-1], -1))
 
 
 @loop
@@ -155,10 +158,11 @@ def _linear_row(x, weight, scale, bias, out):
     high, low = digits[0, 0].astype(np.int16), digits[1, 0].astype(np.int16)
     for n in range(N):
         a, b = i32(0), i32(0)
-        for c in range(K):  # numba widens every sum and product to 64 bits; i32 takes that back
-            w = i32(weight[n, c])
-            a = i32(a + i32(i32(high[c]) * w))
-            b = i32(b + i32(i32(low[c]) * i32(i32(w + i32(128)) >> i32(8))))
+        for c in range(K):  # numba widens every sum and product to 64 bits; i32 and i16 take that back
+            w = weight[n, c]
+            w_high = i16(i16(w + i16(128)) >> i16(8))
+            a = i32(a + i32(i32(high[c]) * i32(w)))
+            b = i32(b + i32(i32(low[c]) * i32(w_high)))
         y = f32(f64(i64(a) + i64(b)) * 256.0) * (step[0] * scale[n])
         out[n] = y + bias[n] if len(bias) else y
 
@@ -277,12 +281,13 @@ def _layer_norm(x, weight, bias, eps, out):
             out[r, i] = (out[r, i] - shift) * factor * weight[i] + bias[i]
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(x: Tensor, weight: np.ndarray, bias: np.ndarray, eps: float) -> Tensor:
     """x: [..., D]"""
-    rows, w, b = rows_of(x), array(weight), array(bias)
-    out = np.empty(rows.shape, dtype=f32)
-    in_threads(lambda i, j: _layer_norm(rows[i:j], w, b, eps, out[i:j]), len(rows))
-    return torch.from_numpy(out).view(x.shape)
+    whole = array(x)
+    out, rows = np.empty(whole.shape, dtype=f32), whole.reshape(-1, len(weight))
+    result = out.reshape(rows.shape)
+    in_threads(lambda i, j: _layer_norm(rows[i:j], weight, bias, eps, result[i:j]), len(rows))
+    return torch.from_numpy(out)
 
 
 # ---- softmax over the chosen ----------------------------------------------------------------------------------------
@@ -378,10 +383,16 @@ class Kept:
 
     def add(self, k: Tensor, v: Tensor, first: int, limit: float) -> None:
         """k, v: [1, heads, q, d], tokens from number `first` on"""
-        keys, values, here = array(k[0]), array(v[0]), slice(first, first + k.size(2))
-        for h in range(len(keys)):
-            _digits(keys[h], self.high[h, here], self.low[h, here], self.scale[h, here])
-            _fixed(values[h], limit, self.fixed[h, here])
+        _add(array(k)[0], array(v)[0], first, limit, self.high, self.low, self.scale, self.fixed)
+
+
+@loop
+def _add(keys, values, first, limit, high, low, scale, fixed):
+    """keys, values: [heads, q, d]; the others as in Kept"""
+    stop = first + keys.shape[1]
+    for h in range(len(keys)):
+        _digits(keys[h], high[h, first:stop], low[h, first:stop], scale[h, first:stop])
+        _fixed(values[h], limit, fixed[h, first:stop])
 
 
 @loop
@@ -414,16 +425,13 @@ def _attend_one(q, high, low, scale, fixed, n, p_high, p_low, p_scale, lookup, s
         _weighted_sum(probs, fixed[h, :n], out[h : h + 1])
 
 
-def attend_one(q: Tensor, kept: Kept, sites: Tensor, vectors, lookup: Tensor | None, top_k: int) -> Tensor:
-    """q: [1, heads, 1, d]; sites: [n, 2]; vectors: a Weight of position vectors with its lookup, or None
-    ->  [1, heads, 1, d]"""
-    out = np.empty((q.size(1), q.size(3)), dtype=f32)
-    position = NO_DIGITS, NO_DIGITS, NONE, NO_LOOKUP
-    if vectors is not None:
-        position = vectors.high.numpy(), vectors.low.numpy(), vectors.scale.numpy(), lookup.numpy()
-    parts = kept.high, kept.low, kept.scale, kept.fixed, len(sites)
-    _attend_one(array(q[0, :, 0]), *parts, *position, array(sites), top_k, out)
-    return torch.from_numpy(out)[None, :, None]
+def attend_one(q: Tensor, kept: Kept, sites: Tensor, position: tuple, top_k: int | None) -> Tensor:
+    """q: [1, heads, 1, d]; sites: [n, 2]; position: vectors' digits and scale with their lookup  ->  [1, heads, 1, d]"""
+    query, places = array(q), array(sites)
+    out, n = np.empty(query.shape, dtype=f32), len(places)
+    parts = kept.high, kept.low, kept.scale, kept.fixed, n
+    _attend_one(query[0, :, 0], *parts, *position, places, min(top_k or n, n), out[0, :, 0])
+    return torch.from_numpy(out)
 
 
 # ---- threads --------------------------------------------------------------------------------------------------------
@@ -437,6 +445,8 @@ def _pool(threads: int) -> concurrent.futures.ThreadPoolExecutor:
 def in_threads(work, count: int, least: int = 16) -> None:
     """work(start, stop) over parts of range(count), one for each of torch's threads, of at least so many each; the
     loops release Python's lock."""
+    if count < 2 * least:
+        return work(0, count)
     threads = max(1, min(torch.get_num_threads(), count // least))
     edges = [count * i // threads for i in range(threads + 1)]
     others = [_pool(threads - 1).submit(work, *part) for part in itertools.pairwise(edges[1:])] if threads > 1 else []

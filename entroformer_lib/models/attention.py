@@ -79,19 +79,16 @@ class TopKAttention(nn.Module):
         memory: Memory | None = None,
     ) -> Tensor:
         """x: [B, q, D]; sites: [n, 2] of all tokens, those of the memory first and x's last  ->  [B, q, D]"""
-        B, q_len, D = x.shape
         q, k, v = self.project(x)
         own = (k, v) if memory is not None and memory.closed else None
         if memory is not None:
             k, v = remember(memory, k, v)
-        numbers = torch.arange(len(sites) - q_len, len(sites), device=x.device)
-        out = attend(q, k, v, self, numbers, sites, visible, relative, top_k or self.top_k, own)
-        return self.out(out.transpose(1, 2).reshape(B, q_len, D))
+        out = attend(q, k, v, self, sites, visible, relative, top_k or self.top_k, own)  # [B, heads, q, d]
+        return self.out(out.transpose(1, 2).flatten(2))
 
-    def project(self, x: Tensor) -> Tensor:
-        """Queries, keys and values.  x: [B, q, D]  ->  [3, B, heads, q, d]"""
-        B, q_len, D = x.shape
-        return self.qkv(x).view(B, q_len, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values.  x: [B, q, D]  ->  [B, heads, q, d] each"""
+        return self.qkv(x).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
 
 
 @replaceable
@@ -106,20 +103,22 @@ def attend(
     k: Tensor,
     v: Tensor,
     layer: TopKAttention,
-    numbers: Tensor,
     sites: Tensor,
     visible: Visible | None,
     relative: RelativePosition | None,
     top_k: int | None,
     own: tuple[Tensor, Tensor] | None = None,
+    numbers: Tensor | None = None,
 ) -> Tensor:
     """From queries, keys and values to what attention has gathered; each query independent of the others.
 
-    q: [B, heads, q, d]; k, v: [B, heads, n, d]; layer: its scale and points; numbers: of the queries among all tokens,
-    [q]; visible: of k; own: key and value of each query itself, [B, heads, q, d] each, where it is not among k
-    ->  [B, heads, q, d]
+    q: [B, heads, q, d]; k, v: [B, heads, n, d]; layer: its scale and points; visible: of k; own: key and value of each
+    query itself, [B, heads, q, d] each, where it is not among k; numbers: of the queries among all tokens, [q], where
+    they are not the last  ->  [B, heads, q, d]
     """
     n = k.size(2)
+    if numbers is None:
+        numbers = torch.arange(len(sites) - q.size(2), len(sites), device=q.device)
     # The ranking needs more digits than bfloat16 has, so the scores leave autocast.
     with torch.autocast(q.device.type, enabled=False):
         wide = torch.promote_types(q.dtype, torch.float32)
