@@ -282,7 +282,7 @@ def int8_works(device: str) -> bool:
 
 def _seconds(run) -> float:
     best = math.inf
-    for _ in range(5):
+    for _ in range(20):
         start = time.perf_counter()
         run()
         best = min(best, time.perf_counter() - start)
