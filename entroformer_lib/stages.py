@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-STAGES = ("transforms", "hyper", "context", "parameters", "entropy coding")  # of coding a picture
+STAGES = ("transforms", "hyper", "context", "entropy coding")  # of coding a picture
 Result = TypeVar("Result")
 Listener = Callable[[str, int, int], None]
 _seconds: ContextVar[dict[str, float] | None] = ContextVar("seconds", default=None)
@@ -31,7 +31,7 @@ def timed(work: Callable[[], Result]) -> tuple[dict[str, float], Result]:
     """Seconds of some work and of its STAGES, as the columns of a table, and what the work returns.
 
     Returns:
-        seconds; transforms_s, hyper_s, context_s, parameters_s, entropy_coding_s; other_s: the rest of seconds.
+        seconds; transforms_s, hyper_s, context_s, entropy_coding_s; other_s: the rest of seconds.
     """
     with stage_times() as stages:
         start = time.perf_counter()

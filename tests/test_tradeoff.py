@@ -111,8 +111,7 @@ def test_points_are_relative_to_the_parallel_model(saved):
     rows = {row["model"]: row for row in saved["rows"]}
     for name in VARIANTS:
         assert points.loc[name, "percent"] == pytest.approx(100 * (rows[name]["bpp"] / rows["parallel"]["bpp"] - 1))
-        both = rows[name]["context_s"] + rows[name]["parameters_s"]
-        assert points.loc[name, "entropy_model_s"] == pytest.approx(both)
+        assert points.loc[name, "context_s"] == pytest.approx(rows[name]["context_s"])
     without = {"rows": [row for row in saved["rows"] if row["variant"] != "parallel"]}
     with pytest.raises(StudyError, match="0 parallel models"):
         same_transforms.tradeoff_points(without)
@@ -146,7 +145,7 @@ def test_each_model_is_drawn_in_each_panel_and_named(saved):
     points = same_transforms.tradeoff_points(saved)
     figure = views.tradeoff(points)
     assert len(figure.axes) == 2
-    for ax, seconds in zip(figure.axes, ("decode_s", "entropy_model_s"), strict=True):
+    for ax, seconds in zip(figure.axes, ("decode_s", "context_s"), strict=True):
         marks = {tuple(point) for line in ax.lines if line.get_marker() != "None" for point in line.get_xydata()}
         assert marks == set(points[[seconds, "percent"]].itertuples(index=False, name=None))
         assert sorted(text.get_text() for text in ax.texts) == ["G = 2", "G = 8"]
@@ -158,7 +157,7 @@ def test_each_model_is_drawn_in_each_panel_and_named(saved):
 def test_labels_of_points_close_together_keep_apart(saved):
     points = same_transforms.tradeoff_points(saved)
     near = np.array([1, 1, 1.03, 1.03])  # two at one place, two beside them
-    points = points.assign(decode_s=near, entropy_model_s=near, percent=0.0)
+    points = points.assign(decode_s=near, context_s=near, percent=0.0)
     for ax in views.tradeoff(points).axes:
         boxes = [text.get_window_extent() for text in ax.texts]
         marks = ax.transData.transform(points[["decode_s", "percent"]].to_numpy())
@@ -240,7 +239,7 @@ def test_the_table_has_the_saved_numbers(saved, results_folder):
         percent = 100 * (row["bpp"] / base["bpp"] - 1)
         assert table.loc[row["model"], ["percent", "least", "most"]].tolist() == pytest.approx([percent] * 3)
         assert table.loc[row["model"], "decode_s"] == row["decode_s"]
-        assert table.loc[row["model"], "entropy_model_s"] == row["context_s"] + row["parameters_s"]
+        assert table.loc[row["model"], "context_s"] == row["context_s"]
     text = readme.both_systems()
     assert "GroupedMixer" in text and f"{base['decode_s']:.2f}" in text and "–" not in text
 

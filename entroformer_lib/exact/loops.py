@@ -426,7 +426,7 @@ def _attend_one(q, high, low, scale, fixed, n, p_high, p_low, p_scale, lookup, s
 
 
 def attend_one(q: Tensor, kept: Kept, sites: Tensor, position: tuple, top_k: int | None) -> Tensor:
-    """q: [1, heads, 1, d]; sites: [n, 2]; position: vectors' digits and scale with their lookup  ->  [1, heads, 1, d]"""
+    """q: [1, heads, 1, d]; sites: [n, 2]; position: digits and scale of the vectors, lookup  ->  [1, heads, 1, d]"""
     query, places = array(q), array(sites)
     out, n = np.empty(query.shape, dtype=f32), len(places)
     parts = kept.high, kept.low, kept.scale, kept.fixed, n

@@ -65,16 +65,15 @@ def tradeoff_points(saved: dict) -> pd.DataFrame:
     """Rate and decoding time of each model of tradeoff.json, means over its pictures.
 
     Returns:
-        family, model, variant, groups (nan where there are none), parameters, bpp, psnr_db, decode_s, entropy_model_s
-        (its stages context and parameters), percent (rate against the family's parallel model).
+        family, model, variant, groups (nan where there are none), parameters, bpp, psnr_db, decode_s, context_s
+        (the entropy model without h_s), percent (rate against the family's parallel model).
 
     Raises:
         StudyError: a family without a parallel model.
     """
     rows = pd.DataFrame(saved["rows"]).astype({"groups": float})
-    rows["entropy_model_s"] = rows["context_s"] + rows["parameters_s"]
     keys = ["family", "model", "variant", "groups", "parameters"]
-    columns = ["bpp", "psnr_db", "decode_s", "entropy_model_s"]
+    columns = ["bpp", "psnr_db", "decode_s", "context_s"]
     table = rows.groupby(keys, sort=False, dropna=False)[columns].mean().reset_index()
     for family, part in table.groupby("family"):
         reference = part[part["variant"] == "parallel"]["bpp"]
@@ -96,7 +95,7 @@ def side_by_side(reference: str = "parallel") -> pd.DataFrame | None:
 
     Returns:
         variant, model, percent (rate against the reference, the mean over their lambdas), least and most percent,
-        decode_s and entropy_model_s (of tradeoff.json; nan where not measured), parameters (of the entropy model),
+        decode_s and context_s (of tradeoff.json; nan where not measured), parameters (of the entropy model),
         source (file).
 
     Raises:
@@ -106,7 +105,7 @@ def side_by_side(reference: str = "parallel") -> pd.DataFrame | None:
     if reference not in set(rates["variant"]):
         return None
     _check(rates, reference)
-    columns = ["model", "decode_s", "entropy_model_s", "parameters"]
+    columns = ["model", "decode_s", "context_s", "parameters"]
     measured, saved = pd.DataFrame(columns=columns), load("tradeoff")
     if saved is not None:
         points = tradeoff_points(saved)

@@ -115,7 +115,6 @@ STAGES = {  # column of the latency table: what it says in a figure
     "transforms_s": "g_a or g_s",
     "hyper_s": "hyperprior",
     "context_s": "context model",
-    "parameters_s": "entropy parameters",
     "entropy_coding_s": "entropy coder",
     "other_s": "other",
 }
@@ -136,7 +135,7 @@ def latency(rows: pd.DataFrame) -> Figure:
         seconds = medians.pop("seconds")
         bars = medians.rename(columns=STAGES)
         bars["CompressAI, whole"] = seconds.where(medians.isna().all(axis=1))
-        colours = [*COLOURS[:5], "0.75", "0.55"]
+        colours = [*COLOURS[:3], COLOURS[4], "0.75", "0.55"]
         bars.fillna(0).plot.barh(stacked=True, ax=axes, color=colours, width=0.65, legend=False)
         for y, total in enumerate(seconds):
             place = dict(xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
