@@ -1,7 +1,10 @@
 """The command line, `entroformer …`. Nothing heavy is imported before a command runs, so `--help` answers at once."""
 
+import io
 import json
+import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +13,8 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional, arg
 
-from entroformer_lib.errors import UserError
+from entroformer_lib import __version__
+from entroformer_lib.errors import PassedOver, UserError
 from entroformer_lib.studies.ablation_grids import GRIDS, Terms, grids_of
 from entroformer_lib.training.config import TrainConfig
 
@@ -46,14 +50,16 @@ def compress(
         output: The .ef file; by default beside the picture.
         bpp: The most bits per pixel the file may have; takes a model of variable rate.
     """
-    output = _output(output, image.with_suffix(".ef"), force)
-    from entroformer_lib.codec import codec
+    output = _output(output, image, ".ef", force)
+    from entroformer_lib.codec import codec, pictures
     from entroformer_lib.files import write_bytes
 
-    picture = codec.open_picture(image)
-    _say_what_is_lost(picture)
+    codec.check_bpp(bpp)
+    loaded, picture = _load(model, device), pictures.open_picture(image)
+    for sentence in pictures.losses(picture):
+        print(sentence, file=sys.stderr)
     with _progress():
-        data = codec.encode(_load(model, device), picture, bpp)
+        data = codec.encode(loaded, picture, bpp)
     write_bytes(output, data)
     bpp = 8 * len(data) / (picture.width * picture.height)
     print(f"{output}: {len(data):,} bytes, {bpp:.3f} bits per pixel")
@@ -76,23 +82,21 @@ def decompress(
         output: The picture, its format told by the ending; by default a PNG beside the file.
         model: Weights to decode with, where the file names none or they lie elsewhere.
     """
-    output = _output(output, file.with_suffix(".png"), force)
+    output = _output(output, file, ".png", force)
     data = _read(file)
-    import io
-
-    from PIL import Image
-
     from entroformer_lib.codec import codec
+    from entroformer_lib.codec.container import Container
+    from entroformer_lib.codec.pictures import file_of
     from entroformer_lib.files import write_bytes
+    from entroformer_lib.weights.zoo import device_of
 
-    form = Image.registered_extensions().get(output.suffix.lower())
-    if form not in Image.SAVE:
-        raise UserError(f"The ending of {output} is not that of a picture format that can be written.")
+    special = output.exists() and not output.is_file()  # a pipe or a device, whose name has no ending
+    form = ".png" if special else output.suffix
+    file_of("L" if Container.unpack(data).grey else "RGB", form)
+    place = device_of(device)
     with _progress():
-        picture = codec.decode(data, None if model is None else _load(model, device))
-    buffer = io.BytesIO()
-    picture.save(buffer, form)
-    write_bytes(output, buffer.getvalue())
+        picture = codec.decode(data, None if model is None else _load(model, device), place)
+    write_bytes(output, file_of(picture, form))
     print(f"{output}: {picture.width} x {picture.height}")
 
 
@@ -298,7 +302,7 @@ def explore(
         serve: Open the page in the browser at an address of this machine, until Ctrl+C; written only with -o.
     """
     if output is not None or not serve:
-        output = _output(output, image.with_suffix(".html"), force)
+        output = _output(output, image, ".html", force)
     from entroformer_lib.codec import codec
     from entroformer_lib.explorer.page import explorer_page, serve_page
     from entroformer_lib.files import write_bytes
@@ -349,7 +353,7 @@ def import_official(
         dst: The weights (.safetensors).
         top_k: k of the attention, where the checkpoint does not say (state dicts do not); 32 by default.
     """
-    _output(dst, dst, force)
+    _output(dst, dst, "", force)
     from entroformer_lib.weights.official import import_official as write
 
     write(src, dst, force, top_k)
@@ -384,11 +388,14 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
             yield show
 
 
-def _output(output: Path | None, default: Path, force: bool) -> Path:
-    output = output or default
+def _output(output: Path | None, source: Path, ending: str, force: bool) -> Path:
+    """The output as given, or beside the source with another ending."""
+    if output is None and not source.name:
+        raise UserError(f"'{source}' does not name a file.")
+    output = source.with_suffix(ending) if output is None else output
     if output.is_dir():
         raise UserError(f"{output} is a folder; the output must be a file.")
-    if output.exists() and not force:
+    if output.is_file() and not force:
         raise UserError(f"{output} exists; --force replaces it.")
     if not output.parent.is_dir():
         raise UserError(f"There is no folder {output.parent}.")
@@ -404,24 +411,54 @@ def _read(file: Path) -> bytes:
         raise UserError(f"There is no file {file}.") from None
 
 
-def _say_what_is_lost(picture) -> None:
-    if "A" in picture.mode or "a" in picture.mode or "transparency" in picture.info:
-        print("The transparency is not kept: transparent pixels are laid over white.", file=sys.stderr)
-    if picture.mode.startswith("I"):
-        print("16 bits are scaled to 8.", file=sys.stderr)
-
-
 def main() -> int:
     """Runs a command. Exit codes: 0 done, 1 a sentence says what is wrong, 2 the command line was not understood."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name need not be text
     try:
-        app.cli(prog="entroformer", description=ABOUT, config=(tyro.conf.FlagCreatePairsOff,))
+        if sys.argv[1:] == ["--version"]:
+            print(f"entroformer {__version__}")
+            return 0
+        with _warnings_in_sentences():
+            app.cli(prog="entroformer", description=ABOUT, config=(tyro.conf.FlagCreatePairsOff,))
+        sys.stdout.flush()
     except UserError as error:
         return _fail(str(error))
+    except BrokenPipeError:  # who read the output has read enough; Python would complain once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         return _fail(f"{error.filename or 'A file'}: {error.strerror or error}.")
+    except MemoryError:
+        return _fail("The memory of this machine does not suffice.")
     except KeyboardInterrupt:
         return _fail("Stopped.")
+    except Exception as error:
+        if "allocate" in str(error) and isinstance(error, RuntimeError):  # as torch says that memory is full
+            return _fail("The memory of this machine or its GPU does not suffice.")
+        if os.environ.get("ENTROFORMER_TRACEBACK"):
+            raise
+        return _fail(
+            f"An error that nobody expected: {type(error).__name__}: {error}\n"
+            "Please report it with the command, and with what it prints when ENTROFORMER_TRACEBACK=1 is set."
+        )
     return 0
+
+
+@contextmanager
+def _warnings_in_sentences() -> Iterator[None]:
+    """What is passed over inside the block is told in a sentence; other warnings as ever."""
+
+    def show(message, category, *where) -> None:
+        if issubclass(category, PassedOver):
+            print(f"entroformer: {message}", file=sys.stderr)
+        else:
+            otherwise(message, category, *where)
+
+    with warnings.catch_warnings():
+        otherwise, warnings.showwarning = warnings.showwarning, show
+        warnings.simplefilter("always", PassedOver)
+        yield
 
 
 def _fail(sentence: str) -> int:

@@ -1,17 +1,21 @@
 """CompressAI's contract around the network: forward, compress, decompress, update; weights that know their config."""
 
+import copy
 import dataclasses
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
+import xxhash
 from compressai.registry import register_model
 from torch import Tensor, nn
 
-from entroformer_lib.errors import WeightsError
+from entroformer_lib.errors import DataError, WeightsError
 from entroformer_lib.exact.coder import ExactCoder
 from entroformer_lib.models.config import EntroformerConfig, named_config
 from entroformer_lib.models.network import Network
 from entroformer_lib.models.priors import FactorizedPrior
+from entroformer_lib.rangecoder import LARGEST
 from entroformer_lib.stages import stage
 from entroformer_lib.tiles import Tiles
 
@@ -41,7 +45,7 @@ class Entroformer(Network):
             raise TypeError("overrides go with a name, not with a whole config")
         super().__init__(config)
         self.name, self.card = name, card or {}
-        self._tables_stale = True
+        self._tables_of: int | None = None  # fingerprint of p(z) with the tables that belong to it
         self._coder, self._coder_of = None, None
 
     @property
@@ -63,13 +67,13 @@ class Entroformer(Network):
         with nullcontext() if torch.is_grad_enabled() else Tiles():
             return super().likelihoods(*args, **more)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def analysis(self, x: Tensor) -> Tensor:
         """y of g_a, strip by strip.  x: [B, 3, H, W]  ->  [B, M, H/16, W/16], not scaled and not rounded"""
         with Tiles():
             return self.g_a(x)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def estimated_bits(self, y: Tensor, level: float | None = None) -> dict[str, Tensor]:
         """Where the bits go, by the likelihoods: {"y": [B, H/16, W/16], "z": [B, H/64, W/64]}, summed over channels,
         in float64.  y: [B, M, H/16, W/16], scaled by the gain of `level` where there is one."""
@@ -77,27 +81,40 @@ class Entroformer(Network):
 
     # ---- real bytes ----
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def latents(self, x: Tensor, level: float | None = None) -> tuple[Tensor, Tensor | None]:
         """Quantised latents as they are coded.  x: [B, 3, H, W]  ->  y_hat, z (not yet rounded) or None."""
         self.check_size(x)
+        if not x.isfinite().all():
+            raise DataError("The picture has values that are not finite numbers.")
         with stage("transforms"):
             y = self.scaled(self.analysis(x), level)
         with stage("hyper"), Tiles():
             return torch.floor(y + 0.5), None if self.h_a is None else self.hyper_analysis(y, self.rate(level))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def compress(self, x: Tensor) -> dict:
         """x: [B, 3, H, W] in [0, 1]  ->  {"strings": [[y of each picture], [z of each picture]], "shape": z's (h, w)}.
 
         Without hyperprior there is one list of strings, and "shape" is that of y.
         """
-        y_hat, z = self.latents(x)
-        return self.compress_latents(y_hat, z)
+        with evaluating(self) as model:
+            return model.compress_latents(*model.latents(x.float()))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def compress_latents(self, y_hat: Tensor, z: Tensor | None, level: float | None = None) -> dict:
-        """Second half of `compress`. y_hat: [B, M, h, w] integers, z: [B, Z, h/4, w/4] or None."""
+        """Second half of `compress`. y_hat: [B, M, h, w] integers, z: [B, Z, h/4, w/4] or None.
+
+        Raises:
+            WeightsError: latents or predictions that cannot be coded: no finite numbers, or far too large.
+        """
+        for latents in (y_hat,) if z is None else (y_hat, z):  # a coder that meets such a number may never end
+            most = float(latents.abs().amax())
+            if not most <= LARGEST:  # also where it is no number
+                raise WeightsError(
+                    f"The model gives a latent of {most:g}, and the coder takes up to {LARGEST}: "
+                    "its weights are damaged, or do not fit this picture."
+                )
         coder = self._exact()
         rate = coder.rate(self, level)
         if z is None:
@@ -108,19 +125,26 @@ class Entroformer(Network):
         y_strings = [coder.encode(y[None], z1[None], rate) for y, z1 in zip(y_hat, z_hat, strict=True)]
         return {"strings": [y_strings, z_strings], "shape": z.shape[-2:]}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decompress(self, strings: list[list[bytes]], shape) -> dict:
         """Inverse of `compress`: {"x_hat": [B, 3, H, W] clamped to [0, 1]}."""
-        y_hat, _ = self.decompress_latents(strings, shape)
-        return {"x_hat": self.reconstruct(y_hat)}
+        with evaluating(self) as model:
+            return {"x_hat": model.reconstruct(model.decompress_latents(strings, shape)[0])}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def reconstruct(self, y_hat: Tensor, level: float | None = None) -> Tensor:
-        """y_hat: [B, M, h, w]  ->  x_hat: [B, 3, H, W] clamped to [0, 1]"""
-        with stage("transforms"), Tiles():
-            return self.g_s(y_hat * self.gains(level)[1]).clamp(0, 1)
+        """y_hat: [B, M, h, w]  ->  x_hat: [B, 3, H, W] clamped to [0, 1]
 
-    @torch.inference_mode()
+        Raises:
+            WeightsError: pixels that are no finite numbers.
+        """
+        with stage("transforms"), Tiles():
+            x_hat = self.g_s(y_hat * self.gains(level)[1])
+        if not x_hat.isfinite().all():
+            raise WeightsError("The model gives pixels that are not finite numbers: its weights are damaged.")
+        return x_hat.clamp(0, 1)
+
+    @torch.no_grad()
     def decompress_latents(
         self, strings: list[list[bytes]], shape, level: float | None = None
     ) -> tuple[Tensor, Tensor | None]:
@@ -149,18 +173,19 @@ class Entroformer(Network):
     def update(self, scale_table=None, force: bool = False, update_quantiles: bool = False) -> bool:
         """CompressAI's call. Here it is optional: `compress` and `decompress` refresh the tables when they are old."""
         updated = super().update(scale_table, force=force, update_quantiles=update_quantiles)
-        self._tables_stale = False
+        self._tables_of = self._prior_state()
         return updated
 
     def refresh_tables(self) -> None:
         """Builds the tables of p(z) unless those at hand belong to these weights (loaded with them, or just built)."""
-        if isinstance(self.z_prior, FactorizedPrior) and (self._tables_stale or not self.z_prior.offset.numel()):
+        prior = self.z_prior
+        if isinstance(prior, FactorizedPrior) and (self._tables_of != self._prior_state() or not prior.offset.numel()):
+            if not all(p.isfinite().all() for p in prior.parameters()):
+                raise WeightsError("The density of z has weights that are not finite numbers.")
             self.update(force=True)
 
-    def train(self, mode: bool = True):
-        """Training makes the tables old."""
-        self._tables_stale = getattr(self, "_tables_stale", True) or mode
-        return super().train(mode)
+    def _prior_state(self) -> int:
+        return fingerprint([] if self.z_prior is None else [self.z_prior])
 
     # ---- weights ----
 
@@ -179,7 +204,7 @@ class Entroformer(Network):
     def load_state_dict(self, state_dict, strict: bool = True):
         """As CompressAI's; tables of p(z) that come along are kept as they are, so every machine codes z alike."""
         result = super().load_state_dict(dict(state_dict), strict=strict)
-        self._tables_stale = self.training
+        self._tables_of = None if self.training else self._prior_state()
         return result
 
     @classmethod
@@ -200,10 +225,28 @@ class Entroformer(Network):
         return model
 
 
-def fingerprint(modules: list[nn.Module]) -> tuple:
-    """Something that changes when a weight of the modules does, however it is changed; for use inside one process."""
-    weights = (t for module in modules for t in (*module.parameters(), *module.buffers()))
-    return tuple((t.data_ptr(), None if t.is_inference() else t._version, float(t.detach().sum())) for t in weights)
+def fingerprint(modules: list[nn.Module]) -> int:
+    """A checksum that changes when a weight of the modules does, however it is changed."""
+    digest = xxhash.xxh3_64()
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.intdigest()
+
+
+@contextmanager
+def evaluating(model: Entroformer) -> Iterator[Entroformer]:
+    """A model as it codes: in eval mode inside the block, and afterwards as it was, part by part. One of another
+    precision than float32 is replaced by a copy."""
+    if any(p.dtype != torch.float32 for p in model.parameters()):
+        yield copy.deepcopy(model).float().eval()
+        return
+    before = {module: module.training for module in model.modules()}
+    try:
+        yield model.eval()
+    finally:
+        for module, training in before.items():
+            module.training = training
 
 
 def build_model(name: str, preset: str = "paper", **overrides) -> Entroformer:

@@ -37,5 +37,9 @@ class StudyError(UserError):
     """A study asked of a model or picture that cannot answer it."""
 
 
+class PassedOver(UserWarning):
+    """Something that was left out while the rest went on, and why: one sentence."""
+
+
 class AttentionError(UserError):
     """A point, layer, head or latent that a model does not have, or a model without attention."""

@@ -2,6 +2,10 @@
 
 import hashlib
 import os
+import shutil
+import stat
+import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +15,26 @@ from entroformer_lib.errors import UserError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to; takes `path`'s place on success, and is removed on any failure."""
-    part = path.with_name(path.name + ".part")
+    """Gives a new path to write to; what is written takes `path`'s place on success, and is removed on any failure.
+
+    A link is followed, a file that is replaced keeps its mode, and into what is no regular file, such as a pipe or a
+    device, the bytes are copied.
+    """
+    path = Path(os.path.realpath(path))
+    special = path.exists() and not path.is_file()
+    folder = Path(tempfile.gettempdir()) if special else path.parent
+    part = folder / f".entroformer-{uuid.uuid4().hex}.part"
+    part.touch()  # which gives it the mode of a new file, whatever its writer does later
+    mode = (path if path.is_file() else part).stat().st_mode
     try:
         yield part
-        os.replace(part, path)
+        if special:
+            with open(part, "rb") as source, open(path, "wb") as sink:
+                shutil.copyfileobj(source, sink)
+            part.unlink()
+        else:
+            part.chmod(stat.S_IMODE(mode))
+            os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise

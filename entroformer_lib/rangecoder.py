@@ -9,7 +9,7 @@ import struct
 import constriction
 import numpy as np
 
-from entroformer_lib.errors import BitstreamError
+from entroformer_lib.errors import BitstreamError, WeightsError
 
 _RANGE = struct.Struct("<hh")
 LARGEST = 2**15 - 1  # symbols and range are int16
@@ -33,7 +33,7 @@ class SymbolEncoder:
         symbols = np.concatenate(self._symbols)
         low, high = (int(symbols.min()), int(symbols.max())) if symbols.size else (0, 0)
         if max(-low, high) > LARGEST:
-            raise ValueError(f"a latent of {low if -low > high else high} does not fit the 16 bits of the format")
+            raise WeightsError(f"A latent of {low if -low > high else high} does not fit the 16 bits of the format.")
         encoder = constriction.stream.queue.RangeEncoder()
         if low < high:
             model = constriction.stream.model.QuantizedGaussian(low, high)
@@ -81,5 +81,5 @@ def decode_gaussian(string: bytes, means: np.ndarray, scales: np.ndarray) -> np.
 def _finite(values: np.ndarray) -> np.ndarray:
     values = np.ascontiguousarray(values, dtype=np.float64).ravel()
     if not np.isfinite(values).all():
-        raise ValueError("the entropy model predicted a mean or scale that is not a finite number")
+        raise WeightsError("The entropy model predicts a mean or scale that is not a finite number.")
     return values

@@ -10,6 +10,7 @@ from conftest import LMBDAS, MICRO, VARIANTS, aware_model, micro_model
 from torch import nn
 
 from entroformer_lib.codec import codec
+from entroformer_lib.errors import WeightsError
 from entroformer_lib.exact import arithmetic, loops
 from entroformer_lib.exact.arithmetic import Exact, digits, rounded, step_for
 from entroformer_lib.exact.coder import ExactCoder
@@ -260,5 +261,5 @@ def test_a_changed_weight_is_noticed(photo):
 def test_weights_that_are_no_numbers(photo):
     model = micro_model("parallel")
     model.context_model.stack.blocks[0].attention.qkv.weight.data[0] = math.nan
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(WeightsError, match="not finite"):
         codec.encode(model, photo)

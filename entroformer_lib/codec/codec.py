@@ -8,6 +8,7 @@ import bisect
 import math
 import zlib
 
+import psutil
 import torch
 from PIL import Image
 from torch import Tensor
@@ -15,41 +16,62 @@ from torch import Tensor
 from entroformer_lib.codec.container import LARGEST_SIDE, LEVEL_STEPS, Container
 from entroformer_lib.codec.pictures import open_picture, to_picture, to_rgb, to_tensor, unpad
 from entroformer_lib.codec.pictures import pad as pad
-from entroformer_lib.entroformer import Entroformer
+from entroformer_lib.entroformer import Entroformer, evaluating
 from entroformer_lib.errors import BitstreamError, DataError, RateError, WeightsError
 from entroformer_lib.weights.zoo import load_model, weights_digest
 
 CONTAINER_BYTES = 45  # about what surrounds the coded strings
 
 
+@torch.no_grad()
 def encode(model: Entroformer, image, bpp: float | None = None) -> bytes:
     """A picture as the bytes of an `.ef` file.
 
     Args:
         model: from `load_model` (its name goes into the file), or any model (then `decode` must be given it). One of
-            variable rate codes at its `level`.
+            variable rate codes at its `level`. It is left as it was.
         image: what `open_picture` takes. See `to_rgb` for what happens to grey, palettes, 16 bits and transparency.
         bpp: the most bits per pixel that the whole file may have; takes a model of variable rate.
 
     Raises:
-        DataError: the picture cannot be read, or is larger than 65,535 pixels on a side.
+        DataError: the picture cannot be read, or is larger than 65,535 pixels on a side or than the memory allows.
         RateError: the wanted size cannot be had.
+        WeightsError: weights that give no finite numbers.
     """
+    check_bpp(bpp)
     picture, grey = to_rgb(open_picture(image))
     width, height = picture.size
     if max(width, height) > LARGEST_SIDE:
         raise DataError(f"The picture has {width} x {height} pixels; .ef files hold up to {LARGEST_SIDE} on a side.")
-    x = to_tensor(picture, model.eval())
-    if bpp is None:
-        return _encode_at(model, x, picture.size, grey, level_of_file(model))
-    most = math.floor(bpp * width * height / 8)
-    best = level_within(model, x, most)
-    for step in sorted({max(best - less, 0) for less in (0, 2, 8, 32, best)}, reverse=True):
-        data = _encode_at(model, x, picture.size, grey, step / LEVEL_STEPS)  # a little less where it was too large
-        if len(data) <= most:
-            return data
+    _check_memory(width, height)
+    with evaluating(model) as model:
+        x = to_tensor(picture, model)
+        if bpp is None:
+            return _encode_at(model, x, picture.size, grey, level_of_file(model))
+        most = math.floor(bpp * width * height / 8)
+        best = level_within(model, x, most)
+        for step in sorted({max(best - less, 0) for less in (0, 2, 8, 32, best)}, reverse=True):
+            data = _encode_at(model, x, picture.size, grey, step / LEVEL_STEPS)  # a little less where it was too large
+            if len(data) <= most:
+                return data
     least = 8 * len(data) / (width * height)
     raise RateError(f"This picture takes at least {least:.3f} bits per pixel with this model; {bpp:g} were allowed.")
+
+
+def check_bpp(bpp: float | None) -> None:
+    """Raises RateError for bits per pixel that no file can have."""
+    if bpp is not None and not 0 < bpp < math.inf:
+        raise RateError(f"The bits per pixel must be a number above 0, and are {bpp:g}.")
+
+
+def _check_memory(width: int, height: int) -> None:
+    """Raises DataError for a picture whose pixels alone, in float32 and a copy, do not fit into the memory left."""
+    needed, left = 24 * width * height, psutil.virtual_memory().available
+    if needed > left:
+        raise DataError(
+            f"A picture of {width} x {height} pixels takes more than {needed / 1e9:.0f} GB of memory, "
+            f"and {left / 1e9:.0f} GB are free."
+        )
 
 
 def level_of_file(model: Entroformer) -> float | None:
@@ -57,7 +79,7 @@ def level_of_file(model: Entroformer) -> float | None:
     return None if model.gain is None else round(model.level * LEVEL_STEPS) / LEVEL_STEPS
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def level_within(model: Entroformer, x: Tensor, size: int) -> int:
     """Rate search: the highest level, in 1 / LEVEL_STEPS, whose file is estimated to have at most `size` bytes.
 
@@ -90,20 +112,27 @@ def _encode_at(model: Entroformer, x: Tensor, size: tuple[int, int], grey: bool,
     return Container(*size, grey, model.name, *checksums, z_string, y_string, level).pack()
 
 
-def decode(data: bytes, model: Entroformer | None = None) -> Image.Image:
+@torch.no_grad()
+def decode(data: bytes, model: Entroformer | None = None, device: str = "auto") -> Image.Image:
     """The picture of an `.ef` file: mode RGB, or L where a grey picture went in.
 
     Args:
-        model: needed only when the file names no model, or one that is not here.
+        model: needed only when the file names no model, or one that is not here. It is left as it was.
+        device: where to load the model that the file names.
 
     Raises:
+        DataError: a picture that is larger than the memory allows.
+        WeightsError: weights that give no finite numbers.
         BitstreamError: damaged data, another version, another model or other weights than those it was written with,
             or a decoder that computed other latents than the encoder did.
     """
     container = Container.unpack(data)
-    if model is None:
-        model = _model_of(container)
-    model.eval()
+    _check_memory(container.width, container.height)
+    with evaluating(_model_of(container, device) if model is None else model) as model:
+        return _decode_with(model, container)
+
+
+def _decode_with(model: Entroformer, container: Container) -> Image.Image:
     if weights_digest(model)[:4] != container.weights:
         raise BitstreamError(
             f"The file was written with other weights of the model '{container.model}' than those at hand."
@@ -115,8 +144,8 @@ def decode(data: bytes, model: Entroformer | None = None) -> Image.Image:
     strings = [[container.y_string], [container.z_string]]  # the second is empty and not read without hyperprior
     try:
         y_hat, z_hat = model.decompress_latents(strings, z_shape or y_shape, container.level)
-    except (ValueError, IndexError) as error:
-        raise BitstreamError(f"The coded latents cannot be decoded: {error}.") from None
+    except (ValueError, IndexError, WeightsError) as error:
+        raise BitstreamError(f"The coded latents cannot be decoded: {str(error).removesuffix('.')}.") from None
     if latents_checksum(y_hat, z_hat) != container.latents_crc:
         raise BitstreamError(
             "This machine computed other latents than the one that wrote the file, so the picture would be wrong."
@@ -125,20 +154,23 @@ def decode(data: bytes, model: Entroformer | None = None) -> Image.Image:
     return picture.convert("L") if container.grey else picture
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def reconstruction(model: Entroformer, picture: Image.Image) -> Image.Image:
     """What a model makes of an RGB picture, without coding it to bytes."""
-    y_hat, _ = model.eval().latents(to_tensor(picture, model))
-    return to_picture(unpad(model.reconstruct(y_hat), picture.height, picture.width))
+    with evaluating(model) as model:
+        y_hat, _ = model.latents(to_tensor(picture, model))
+        return to_picture(unpad(model.reconstruct(y_hat), picture.height, picture.width))
 
 
-def _model_of(container: Container) -> Entroformer:
+def _model_of(container: Container, device: str) -> Entroformer:
     if not container.model:
-        raise BitstreamError("The file does not name its model, so the model must be given.")
+        raise BitstreamError("The file does not name its model, so the model must be given, with --model.")
     try:
-        return load_model(container.model)
+        return load_model(container.model, device)
     except WeightsError as error:
-        raise BitstreamError(f"The file needs a model that is not here. {error}") from None
+        raise BitstreamError(
+            f"The file needs a model that is not here: give its weights, with --model FILE.safetensors. {error}"
+        ) from None
 
 
 def latents_checksum(y_hat: Tensor, z_hat: Tensor | None) -> int:

@@ -1,13 +1,15 @@
 """The one reader of pictures, for the codec and for training alike; and pictures as tensors and back."""
 
+import contextlib
 import io
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from entroformer_lib.entroformer import Entroformer
@@ -18,7 +20,8 @@ def open_picture(image) -> Image.Image:
     """A PIL image, upright whatever the camera's orientation tag says.
 
     Args:
-        image: a path, the bytes of a file, a PIL image, or an array [H, W], [H, W, 3] or [H, W, 4] of uint8 or uint16.
+        image: a path, an open file or the bytes of one, a PIL image, an array [H, W], [H, W, 3] or [H, W, 4] of uint8
+            or uint16, or a tensor [3, H, W] in [0, 1]. Of an animated picture the first frame is taken.
 
     Raises:
         DataError: missing, not a picture, or cut short.
@@ -27,27 +30,73 @@ def open_picture(image) -> Image.Image:
         image = _from_file(Path(image), f"The picture {image}")
     elif isinstance(image, bytes):
         image = _from_file(io.BytesIO(image), "The picture")
+    elif hasattr(image, "read"):
+        image = _from_file(image, "The picture")
+    elif isinstance(image, Tensor):
+        image = _from_tensor(image)
     elif isinstance(image, np.ndarray):
         image = _from_array(image)
+    elif not isinstance(image, Image.Image):
+        raise DataError(f"A picture cannot be made of a {type(image).__name__}.")
     if 0 in image.size:
         raise DataError("The picture has no pixels.")
-    return ImageOps.exif_transpose(image)
+    return _upright(image)
 
 
-def _from_file(file: Path | io.BytesIO, name: str) -> Image.Image:
+# The orientation tag: from what the camera stored to upright
+UPRIGHT = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
+), start=2))  # fmt: skip
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Not by Pillow's exif_transpose, which also writes the EXIF data anew and fails where they are damaged."""
+    try:
+        how = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # whatever damaged EXIF data make of themselves, the pixels are whole
+        how = None
+    return image if how is None else image.transpose(how)
+
+
+def _from_file(file: Path | BinaryIO, name: str) -> Image.Image:
     """name: what an error calls the picture."""
     if isinstance(file, Path) and file.is_dir():
         raise DataError(f"{file} is a folder, not a picture.")
     try:
         image = Image.open(file)
+        stored = str(image.tile[0][3]) if image.format == "PNG" else ""  # the bits of its values, such as "L;4"
+        with contextlib.suppress(Exception):  # of a damaged second frame
+            image.info["animated"] = getattr(image, "is_animated", False)
         image.load()
+        _scale_transparency(image, stored)
     except FileNotFoundError:
         raise DataError(f"There is no picture {file}.") from None
     except UnidentifiedImageError:
         raise DataError(f"{name} is not a picture in a format that can be read.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{name} cannot be read: {error}.") from None
+    except OSError as error:
+        raise DataError(f"{name} cannot be read: {error.strerror or error}.") from None
+    except Exception as error:  # Pillow's readers raise nearly everything on damaged files
+        raise DataError(f"{name} cannot be read: {error or type(error).__name__}.") from None
     return image
+
+
+def _scale_transparency(image: Image.Image, stored: str) -> None:
+    """A transparent value of a PNG stands in the bits of the file, the pixels have 8; Pillow compares the two."""
+    value = image.info.get("transparency")
+    if isinstance(value, int) and stored in ("L;2", "L;4"):
+        image.info["transparency"] = value * {"L;2": 85, "L;4": 17}[stored]
+    elif isinstance(value, tuple) and stored == "RGB;16B":
+        image.info["transparency"] = tuple(v >> 8 for v in value)
+    image.info["reduced"] = stored.endswith(";16B") and not image.mode.startswith("I")
+
+
+def _from_tensor(x: Tensor) -> Image.Image:
+    if x.dim() != 3 or x.size(0) != 3 or not x.is_floating_point():
+        raise DataError(f"A tensor of {x.dtype} and shape {list(x.shape)} is no picture: [3, H, W] in [0, 1].")
+    if not (x.isfinite().all() and x.amin() >= 0 and x.amax() <= 1):
+        raise DataError("A picture as a tensor has values from 0 to 1, and this one has others.")
+    return to_picture(x[None].detach())
 
 
 def _from_array(pixels: np.ndarray) -> Image.Image:
@@ -68,19 +117,33 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
     profiles are ignored.
 
     Raises:
-        DataError: floating-point pixels.
+        DataError: floating-point pixels, or values beyond 16 bits.
     """
     grey = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.float64).clip(0, 65535)
+        values = np.array(image).astype(np.float64)
+        if values.min() < 0 or values.max() > 65535:
+            raise DataError("The picture has values beyond 16 bits; convert it to 8 or 16 bits first.")
+        values[values == image.info.get("transparency")] = 65535
         image = Image.fromarray(np.round(values / 257).astype(np.uint8))
     elif image.mode == "F":
         raise DataError("The picture has floating-point pixels; convert it to 8 or 16 bits first.")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        layer = image.convert("RGBA")
+        layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")
         image = Image.alpha_composite(white, layer)
     return image.convert("RGB"), grey
+
+
+def losses(image: Image.Image) -> list[str]:
+    """What `to_rgb` does not keep of a picture from `open_picture`, a sentence each."""
+    said = {
+        "The transparency is not kept: transparent pixels are laid over white.": "transparency" in image.info
+        or image.has_transparency_data,
+        "16 bits are scaled to 8.": image.mode.startswith("I") or image.info.get("reduced", False),
+        "Only the first frame is kept.": image.info.get("animated", False),
+    }
+    return [sentence for sentence, true in said.items() if true]
 
 
 def pixels_of(image) -> np.ndarray:
@@ -102,6 +165,26 @@ def to_picture(x: Tensor) -> Image.Image:
     """[1, 3, H, W] in [0, 1] to a PIL image."""
     pixels = (x[0] * 255).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def file_of(picture: Image.Image | str, ending: str) -> bytes:
+    """A picture in the format of a file's ending; or, of just a mode, a single pixel, to see whether that can be done.
+
+    Raises:
+        DataError: no format of pictures, or one that does not hold such a picture.
+    """
+    if isinstance(picture, str):
+        picture = Image.new(picture, (1, 1))
+    file, form = io.BytesIO(), Image.registered_extensions().get(ending.lower())
+    if form not in Image.SAVE:
+        raise DataError(f"The ending '{ending}' is not that of a picture format that can be written.")
+    try:
+        picture.save(file, form)
+    except Exception as error:  # Pillow's writers raise many kinds
+        raise DataError(f"The picture cannot be written as {form}: {error or type(error).__name__}.") from None
+    if form in Image.OPEN and Image.open(file).size != picture.size:  # icons are made smaller
+        raise DataError(f"A picture of {picture.width} x {picture.height} pixels cannot be written as {form}.")
+    return file.getvalue()
 
 
 def pad(x: Tensor, factor: int) -> Tensor:

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from entroformer_lib.errors import WeightsError
 from entroformer_lib.exact import loops
 from entroformer_lib.exact.constants import FIXED_STEPS, LARGEST_VALUE, LOWEST_POWER, PEAK, POLYNOMIAL
 from entroformer_lib.models import attention, primitives
@@ -68,7 +69,7 @@ class Exact(TorchFunctionMode):
             return loops.NONE if parameter is None else loops.array(parameter)
         known = self._arrays.get(id(parameter))
         if known is None:
-            known = self._arrays[id(parameter)] = parameter, loops.array(parameter)
+            known = self._arrays[id(parameter)] = parameter, loops.array(finite(parameter))
         return known[1]
 
 
@@ -76,9 +77,7 @@ class Weight:
     """A matrix [N, K, ...] as integers of 15 bits with a scale for each of the N outputs."""
 
     def __init__(self, weight: Tensor):
-        values = weight.detach().float().flatten(1)
-        if not values.isfinite().all():
-            raise ValueError("the entropy model has weights that are not finite numbers")
+        values = finite(weight).detach().float().flatten(1)
         self.integers, scale = rounded(values)  # [N, K], [N, 1]
         self.scale = scale[:, 0].contiguous()
         self.high, self.low = digits(self.integers)
@@ -87,6 +86,13 @@ class Weight:
         if loops.serve(weight):
             self.for_row = self.integers.to(torch.int16).numpy(), self.scale.numpy()
             self.for_keys = self.high.numpy(), self.low.numpy(), self.scale.numpy()
+
+
+def finite(weight: Tensor) -> Tensor:
+    """The weight, if it is one that can be summed."""
+    if not weight.isfinite().all():
+        raise WeightsError("The entropy model has weights that are not finite numbers.")
+    return weight
 
 
 # ---- numbers to integers --------------------------------------------------------------------------------------------

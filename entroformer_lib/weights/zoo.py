@@ -7,6 +7,7 @@ Entropy models behind the same transforms store those once: a file may name anot
 import hashlib
 import json
 import os
+import warnings
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from entroformer_lib.entroformer import Entroformer, fingerprint
-from entroformer_lib.errors import RateError, WeightsError
+from entroformer_lib.errors import PassedOver, RateError, UserError, WeightsError
 from entroformer_lib.files import data_folder, file_digest, replacing
 from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.priors import FactorizedPrior
@@ -40,10 +41,12 @@ def save_weights(model: Entroformer, path: Path, card: dict, half: bool = False,
     Raises:
         WeightsError: the file cannot be written, or the model has other transforms than those named.
     """
+    _check_finite(model.state_dict(), path)
     model = _prepared_for_saving(model, half)
     tensors = {name: t.contiguous().cpu() for name, t in model.state_dict().items()}
     if half:
         tensors = {name: t.half() if _halved(name, t) else t for name, t in tensors.items()}
+    _check_finite(tensors, path)
     metadata = {"format": "entroformer", "card": json.dumps(card)}
     if transforms is not None:
         digest = shared_digest(tensors)
@@ -105,15 +108,39 @@ def load_model(name_or_path: str | os.PathLike, device: str = "auto", name: str 
     Raises:
         WeightsError: nothing of that name, or a file that is damaged or not ours.
     """
-    known_as, _, lmbda = os.fspath(name_or_path).partition("@")
+    device = device_of(device)
+    known_as, lmbda = split_name(name_or_path)
     path = find_weights(known_as)
     tensors, card = read_weights(path)
     model = Entroformer.from_state_dict(tensors, name or path.stem, card)
     if lmbda:
         model.level = _level(model, known_as, lmbda)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device)
+
+
+def split_name(name_or_path: str | os.PathLike) -> tuple[str, str]:
+    """The name or file of a model, and the lambda behind its last @; none where weights of the whole name exist."""
+    text = os.fspath(name_or_path)
+    if "@" not in text or text.endswith(".safetensors") or _weights_of(text):
+        return text, ""
+    name, _, lmbda = text.rpartition("@")
+    return name, lmbda
+
+
+def device_of(name: str | torch.device) -> torch.device:
+    """A device by its name, such as cpu or cuda:1; "auto" is a GPU where there is one.
+
+    Raises:
+        UserError: it is not here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"There is no device '{name}' here; 'cpu' always works, and 'auto' chooses.") from None
+    return device
 
 
 def _level(model: Entroformer, name: str, lmbda: str) -> float:
@@ -132,12 +159,17 @@ def find_weights(name_or_path: str | os.PathLike) -> Path:
         if not Path(name).is_file():
             raise WeightsError(f"There is no weights file {name}.")
         return Path(name)
-    for folder in weight_folders():
-        path = folder / f"{name}.safetensors"
-        if os.path.basename(name) == name and path.is_file():
-            return path
+    path = _weights_of(name)
+    if path is not None:
+        return path
     known = ", ".join(sorted(p.stem for folder in weight_folders() for p in folder.glob("*.safetensors")))
     raise WeightsError(f"There is no model '{name}' here; there are: {known or 'none'}.")
+
+
+def _weights_of(name: str) -> Path | None:
+    """The first file of that name in the folders."""
+    paths = (folder / f"{name}.safetensors" for folder in weight_folders())
+    return next((path for path in paths if os.path.basename(name) == name and path.is_file()), None)
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -162,7 +194,14 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise WeightsError(f"{path} is not a whole safetensors file: {error}.") from None
     if metadata.get("format") != "entroformer":
         raise WeightsError(f"{path} holds weights, but not of a model of this library.")
+    _check_finite(tensors, path)
     return {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}, metadata
+
+
+def _check_finite(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise WeightsError(f"The weights {name} for {path} are not finite numbers.")
 
 
 def _shared_with(path: Path, name: str, sha256: str) -> dict[str, torch.Tensor]:
@@ -198,12 +237,18 @@ def list_models() -> list[dict]:
     """One row per model that `load_model` finds by name; of a variable-rate model one for each of its lambdas.
 
     Keys: name, size (preset), variant, lmbda, metric, bytes, sha256 (of the file), kodak_bpp, kodak_psnr_db (None where
-    not measured), path.
+    not measured), path. A file that is none of ours is passed over with a warning.
     """
     found = {}
     for folder in reversed(weight_folders()):  # own folders come last and win
         found.update({path.stem: path for path in folder.glob("*.safetensors")})
-    return [row for name in sorted(found) for row in _describe(found[name])]
+    rows = []
+    for name in sorted(found):
+        try:
+            rows += _describe(found[name])
+        except (UserError, ValueError, AttributeError, TypeError) as error:
+            warnings.warn(f"{found[name]} is no weights file of this library: {error}", PassedOver, stacklevel=2)
+    return rows
 
 
 def _describe(path: Path) -> list[dict]:
@@ -212,7 +257,7 @@ def _describe(path: Path) -> list[dict]:
             metadata = file.metadata() or {}
             config = EntroformerConfig.from_json(bytes(file.get_tensor("_extra_state").tolist()).decode())
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} among the models is not a weights file of this library: {error}.") from None
+        raise WeightsError(f"{error}.") from None
     card = json.loads(metadata.get("card", "{}"))
     row = {
         "preset": card.get("training", {}).get("model"),
