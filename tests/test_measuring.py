@@ -2,7 +2,7 @@
 
 import io
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,9 +107,10 @@ def test_a_file_in_the_place_of_the_rows_is_refused(tmp_path):
 
 
 def test_eval_killed_and_started_again(weights, photo_folder, tmp_path):
-    """The command line, killed the hard way after its first row."""
-    out = tmp_path / "result.json"
-    words = [sys.executable, "-m", "entroformer_lib", "eval", f"{weights}@0.1", "--data", photo_folder, "--json", out]
+    """The command line, killed the hard way after its first row. Then pictures are renamed, and one is damaged: names
+    are those of the second start, and what was measured stays."""
+    out, folder = tmp_path / "result.json", shutil.copytree(photo_folder, tmp_path / "photos")
+    words = [sys.executable, "-m", "entroformer_lib", "eval", f"{weights}@0.1", "--data", folder, "--json", out]
     rows = out.with_name("result.json.rows")
     first = subprocess.Popen(list(map(str, words + ["--jobs", "1"])), stdout=subprocess.DEVNULL)
     while first.poll() is None and not list(rows.glob("*/answer.json")):
@@ -118,10 +119,13 @@ def test_eval_killed_and_started_again(weights, photo_folder, tmp_path):
     first.wait()
     assert not out.exists()
     (kept, *_) = [json.loads(path.read_text())["answer"] for path in rows.glob("*/answer.json")]
+    (folder / "astronaut.png").rename(folder / "z.png")
+    (folder / "._a.png").write_bytes(b"no picture")
     again = subprocess.run(list(map(str, words + ["--jobs", "2"])), capture_output=True, text=True, check=True)
-    assert again.stdout.count("\n") == 2 + len(os.listdir(photo_folder)) and not rows.exists()
-    times = {row["image"]: row["encode_s"] for row in json.loads(out.read_text())["images"]}
-    assert times[kept["image"]] == kept["encode_s"]
+    assert "._a.png is left out: " in again.stderr and not rows.exists()
+    images = {row["image"]: row for row in json.loads(out.read_text())["images"]}
+    assert list(images) == ["chelsea", "coffee", "rocket", "z"] and again.stdout.count("\n") == 2 + len(images)
+    assert images["z"] == {"image": "z", **kept}
 
 
 @pytest.mark.parametrize("name", [name for name in classical.CODECS if classical.available(name)])
