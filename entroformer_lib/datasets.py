@@ -58,7 +58,8 @@ def _endings() -> frozenset[str]:
     from PIL import Image
 
     formats = Image.registered_extensions()
-    return frozenset(end for end, form in formats.items() if form in Image.OPEN and form not in ONLY_NAMED)
+    read = {*Image.OPEN, "MPO"} - ONLY_NAMED  # MPO begins as a JPEG and is opened as one
+    return frozenset(ending for ending, form in formats.items() if form in read)
 
 
 def fetch(name: str, folder: Path) -> list[Path]:
