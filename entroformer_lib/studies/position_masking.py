@@ -16,6 +16,7 @@ on, and so without what a longer sequence than in training does to a transformer
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -158,13 +159,14 @@ def _relation(distance: pd.Series, percent: pd.Series) -> dict:
     if distance.nunique() < 2 or percent.nunique() < 2:
         return nothing
     nothing["spearman"] = float(spearmanr(distance, percent).statistic)
-    try:
-        (a, b), _ = curve_fit(
-            lambda d, a, b: a * np.exp(-d / b), distance, percent, p0=(2 * percent.max(), 1.0), maxfev=5000
-        )
-    except RuntimeError:
-        return nothing
-    rest = percent - a * np.exp(-distance / b)
+    with warnings.catch_warnings(action="ignore"):  # of a poor fit r2 tells
+        try:
+            (a, b), _ = curve_fit(
+                lambda d, a, b: a * np.exp(-d / b), distance, percent, p0=(2 * percent.max(), 1.0), maxfev=5000
+            )
+        except RuntimeError:
+            return nothing
+        rest = percent - a * np.exp(-distance / b)
     return {**nothing, "a": float(a), "b": float(b), "r2": float(1 - rest.var() / percent.var())}
 
 
