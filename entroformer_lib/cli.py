@@ -184,7 +184,7 @@ def evaluate(
     device: Device = "auto",
     jobs: int | None = None,
 ) -> None:
-    """Measure a model on a folder of pictures, through real bytes.
+    """Measure a model on a folder of pictures, through real bytes. What cannot be read is named and left out.
 
     Per picture and mean: bits per pixel of the file and as estimated, PSNR, MS-SSIM, seconds to encode and decode.
     With --json, the same command goes on where it was interrupted.
@@ -192,7 +192,7 @@ def evaluate(
     Example: entroformer eval tiny-parallel --data kodak/ --limit 3 --json result.json
 
     Args:
-        data: Folder of pictures.
+        data: Folder of pictures, with its subfolders.
         limit: Take only the first so many.
         json_file: Write rows, mean and provenance there; - prints them.
         jobs: Pictures at a time, each on one core; default: as many as there are cores.
@@ -201,13 +201,19 @@ def evaluate(
     from tqdm import tqdm
 
     from entroformer_lib.studies import results
+    from entroformer_lib.studies.commands import at_least, check_place
     from entroformer_lib.studies.measuring import Coding, finished_rows, measure
-    from entroformer_lib.studies.rate_distortion import pictures_to_test
+    from entroformer_lib.studies.rate_distortion import names_of, pictures_to_test
 
+    at_least(1, limit=limit, jobs=jobs)
+    out = None if str(json_file) == "-" else json_file
+    if out is not None:
+        check_place(out)
+    paths = pictures_to_test(data, limit, lambda sentence: print(sentence, file=sys.stderr))
     loaded = _load(model, device)
     place = next(loaded.g_s.parameters()).device.type
-    codings = [Coding(model, None, str(path), place) for path in pictures_to_test(data, limit)]
-    out = None if str(json_file) == "-" else json_file
+    named = zip(paths, names_of(paths), strict=True)
+    codings = [Coding(model, None, str(path), place, name) for path, name in named]
     columns = ["bpp", "bpp_estimated", "psnr_db", "ms_ssim", "encode_s", "decode_s"]
     with finished_rows(out) as done:
         with tqdm(total=len(codings), unit="picture", disable=None) as bar:

@@ -1,5 +1,6 @@
-"""Pictures to test on: fetched with checksums, or the samples that come with scikit-image."""
+"""Pictures in folders, and pictures to test on: fetched with checksums, or scikit-image's samples."""
 
+import functools
 import os
 import shutil
 import urllib.error
@@ -30,6 +31,35 @@ def _clic2020() -> list[Remote]:
 
 DATASETS = {"kodak": _kodak, "clic2020": _clic2020}
 SAMPLES = ("astronaut", "chelsea", "coffee", "rocket")  # photographs inside scikit-image, no network needed
+# Formats that Pillow knows by their beginning and cannot read by itself; EPS it hands to another program.
+ONLY_NAMED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+
+def files_under(folder: str | os.PathLike) -> list[Path]:
+    """All files of a folder and its subfolders, sorted. Links are followed, and no folder is entered twice."""
+    known, files = {os.path.realpath(parent) for parent in Path(folder).resolve().parents}, []
+    for place, subfolders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in known:
+            subfolders.clear()
+            continue
+        known.add(real)
+        subfolders.sort()
+        files += [path for path in map(Path(place).joinpath, names) if path.is_file() or not path.exists()]
+    return sorted(files)
+
+
+def is_picture(name: str | os.PathLike) -> bool:
+    """Whether a file's ending is that of a format that Pillow reads."""
+    return Path(name).suffix.lower() in _endings()
+
+
+@functools.cache
+def _endings() -> frozenset[str]:
+    from PIL import Image
+
+    formats = Image.registered_extensions()
+    read = {*Image.OPEN, "MPO"} - ONLY_NAMED  # MPO begins as a JPEG and is opened as one
+    return frozenset(ending for ending, form in formats.items() if form in read)
 
 
 def fetch(name: str, folder: Path) -> list[Path]:

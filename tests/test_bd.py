@@ -1,5 +1,7 @@
 """The delta between curves, checked on published ones and on cases with a known answer."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -49,11 +51,32 @@ def test_part_of_a_curve():
     (Curve("folded", (0.1, 0.2, 0.3, 0.4), (30, 31, 30.5, 33)), "quality of folded does not rise from its point 2"),
     (Curve("back", (0.1, 0.3, 0.2, 0.4), (30, 31, 32, 33)), "rate of back does not rise"),
     (Curve("far", (0.1, 0.2, 0.3, 0.4), (50, 51, 52, 53)), "no quality and rate in common"),
+    (Curve("empty", (0.0, 0.2, 0.3, 0.4), (30, 31, 32, 33)), "rate of empty at its point 1 is 0"),
+    (Curve("below", (-0.1, 0.2, 0.3, 0.4), (30, 31, 32, 33)), "rate of below at its point 1 is -0.1"),
+    (Curve("gap", (0.1, np.nan, 0.3, 0.4), (30, 31, 32, 33)), "rate of gap at its point 2 is nan"),
+    (Curve("lossless", (0.1, 0.2, 0.3, 0.4), (30, 31, 32, np.inf)), "quality of lossless at its point 4 is inf"),
+    (Curve("double", (0.1, 0.2, 0.2, 0.4), (30, 31, 32, 33)), "rate of double does not rise from its point 2"),
+    (Curve("level", (0.1, 0.2, 0.3, 0.4), (30, 31, 31, 33)), "quality of level does not rise from its point 2"),
+    (Curve("close", (0.2, np.nextafter(0.2, 1), 0.3, 0.4), (30, 31, 32, 33)), "close and anchor cannot be compared"),
+    (Curve("touching", (0.1, 0.2, 0.3, 0.4), (33.95, 35, 36, 37)), "0.05 dB in common; .* at least 1 dB"),
+    (Curve("dear", (0.75, 0.9, 1.0, 1.1), (28, 30, 32, 34)), "rates from 0.750 to 0.800 in common"),
 ])  # fmt: skip
 def test_curves_without_an_answer(curve, sentence):
+    """Either way round, and in a table the reason stands in the cell."""
     anchor = Curve("anchor", (0.1, 0.2, 0.4, 0.8), (28.0, 30.0, 32.0, 34.0))
     with pytest.raises(DataError, match=sentence):
         compare(curve, anchor)
+    with pytest.raises(DataError):
+        compare(anchor, curve)
+    table = bd.table([curve, anchor], [anchor])
+    assert table["rate_percent"].isna().tolist() == [True, False]
+    assert re.search(sentence, table["reason"][0]) and table["reason"][1] == ""
+
+
+def test_the_smallest_overlap_is_enough():
+    anchor = Curve("anchor", (0.1, 0.2, 0.4, 0.8), (28.0, 30.0, 32.0, 34.0))
+    found = compare(Curve("touching", (0.3, 0.8, 0.9, 1.0), (33.0, 35.0, 36.0, 37.0)), anchor)
+    assert found.high - found.low == bd.LEAST_QUALITY and np.isfinite([found.rate_percent, found.quality_db]).all()
 
 
 def test_every_published_curve_has_a_source_and_rises():

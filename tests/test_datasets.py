@@ -1,15 +1,19 @@
-"""Downloads, from a real server on the loopback address."""
+"""Pictures in folders; and downloads, from a real server on the loopback address."""
 
 import hashlib
 import http.server
 import threading
+from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import pictures_folder
+from PIL import Image
 
 from entroformer_lib import datasets
-from entroformer_lib.datasets import SAMPLES, fetch, fetch_file, sample_picture
-from entroformer_lib.errors import DataError
+from entroformer_lib.datasets import SAMPLES, fetch, fetch_file, files_under, is_picture, sample_picture
+from entroformer_lib.errors import DataError, UserError
+from entroformer_lib.studies.rate_distortion import pictures_of, pictures_to_test
 
 CONTENT = bytes(range(256)) * 400
 CHECKSUM = "sha256:" + hashlib.sha256(CONTENT).hexdigest()
@@ -91,3 +95,74 @@ def test_samples_need_no_network(tmp_path):
     assert sample_picture("rocket").mode == "RGB"
     with pytest.raises(DataError, match="lena"):
         sample_picture("lena")
+
+
+# ---- pictures in folders ----
+
+
+def save_picture(path, seed: int = 0, **options) -> None:
+    """A photograph-like picture of 96 x 64 pixels, in the format that the ending says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 12, 3)).astype(np.uint8)
+    picture = Image.fromarray(pixels).resize((96, 64), Image.Resampling.BICUBIC)
+    picture.convert("L" if path.suffix == ".pgm" else "RGB").save(path, **options)
+
+
+def test_every_format_that_pillow_reads_is_a_picture(tmp_path):
+    endings = [".jp2", ".avif", ".pgm", ".jfif", ".PNG", ".qoi", ".tga", ".j2k", ".pcx", ".mpo", ".webp"]
+    for i, ending in enumerate(endings):
+        save_picture(tmp_path / f"p{i:02}{ending}")
+    (tmp_path / "notes.txt").write_text("no picture")
+    assert [path.suffix for path in pictures_to_test(tmp_path)] == endings
+    assert not any(map(is_picture, ("a.pdf", "a.h5", "a.mpg", "a.eps", "a.tar", "png")))
+
+
+def test_links_are_followed_and_no_folder_is_entered_twice(tmp_path):
+    save_picture(tmp_path / "outside" / "far.png")
+    save_picture(tmp_path / "photos" / "near.png")
+    folder, sub = tmp_path / "photos", tmp_path / "photos" / "sub"
+    sub.mkdir()
+    (folder / "link").symlink_to(tmp_path / "outside")
+    (folder / "twin").symlink_to(tmp_path / "outside")
+    (sub / "loop").symlink_to("..")
+    (sub / "up").symlink_to(tmp_path)
+    (sub / "single.png").symlink_to(folder / "near.png")
+    found = [path.relative_to(folder).as_posix() for path in files_under(folder)]
+    assert found == ["link/far.png", "near.png", "sub/single.png"]
+    assert [path.name for path in files_under(folder / "link")] == ["far.png"]
+
+
+def test_what_cannot_be_read_is_named_and_not_counted(tmp_path):
+    for i, name in enumerate(("a.png", "c.png", "d.png")):
+        save_picture(tmp_path / name, i)
+    (tmp_path / "._a.png").write_bytes(b"\0\5\26\7")
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])
+    (tmp_path / "c0.png").symlink_to("nowhere.png")
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "e.tiff")
+    told = []
+    assert [path.name for path in pictures_to_test(tmp_path, 2, told.append)] == ["a.png", "c.png"]
+    assert [Path(sentence.partition(" is left out: ")[0]).name for sentence in told] == ["._a.png", "b.png"]
+    with pytest.warns(UserWarning, match="is left out") as warned:
+        assert [name for name, _ in pictures_of(tmp_path)] == ["a", "c", "d"]
+    assert [Path(str(w.message).partition(" is left")[0]).name for w in warned if w.category is UserWarning] == [
+        "._a.png", "b.png", "c0.png", "e.tiff",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("limit, error", [(None, "no picture in .* that can be read"), (0, "limit"), (-1, "limit")])
+def test_folders_without_an_answer(tmp_path, limit, error):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=error):
+        pictures_to_test(tmp_path, limit, lambda sentence: None)
+    with pytest.raises(DataError, match="no folder"):
+        pictures_to_test(tmp_path / "missing")
+
+
+def test_animated_pictures_are_their_first_frame(tmp_path):
+    save_picture(tmp_path / "still.png", 1)
+    frames = [Image.open(tmp_path / "still.png"), Image.new("RGB", (96, 64), "red"), Image.new("RGB", (96, 64))]
+    for name, options in (("a.png", {}), ("b.webp", {"lossless": True}), ("c.gif", {})):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
+    (_, first), (_, second), (_, gif), (_, still) = pictures_of(tmp_path)
+    assert np.array_equal(first, still) and np.array_equal(second, still)
+    assert np.abs(np.asarray(gif, float) - np.asarray(still)).mean() < 16  # few colours

@@ -244,6 +244,13 @@ def test_a_training_is_a_run(source, photo_folder, tmp_path, monkeypatch):
         complete([training_task(dataclasses.replace(config, steps=2))], root)
 
 
+@pytest.mark.parametrize("workers", [0, -1])
+def test_a_sweep_without_workers_is_refused(workers, tmp_path):
+    with pytest.raises(StudyError, match="workers must be at least 1"):
+        sweep(tasks(), tmp_path, workers=workers)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_first_failure_ends_what_must_be_complete(tmp_path):
     with pytest.raises(StudyError, match="cannot be done"):
         complete([Task("bad", fail), *tasks()], tmp_path)

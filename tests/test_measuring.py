@@ -1,21 +1,28 @@
 """Measuring on several cores and after a kill gives what one uninterrupted process gives."""
 
+import dataclasses
 import io
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from conftest import micro_model
+import torch
+from conftest import MICRO, micro_model
 from PIL import Image
 
-from entroformer_lib.errors import StudyError
-from entroformer_lib.studies import classical
-from entroformer_lib.studies.measuring import Coding, finished_rows, means, measure, tasks_of
-from entroformer_lib.weights.zoo import save_weights
+from entroformer_lib.cli import evaluate
+from entroformer_lib.errors import StudyError, UserError
+from entroformer_lib.models import config as model_config
+from entroformer_lib.studies import ablation, attention, classical, position_masking
+from entroformer_lib.studies.ablation_grids import GRIDS, Terms
+from entroformer_lib.studies.measuring import Coding, finished_rows, means, measure, save, tasks_of
+from entroformer_lib.studies.rate_distortion import names_of, pictures_to_test
+from entroformer_lib.weights.zoo import load_model, save_weights, weights_digest
 
 TIMES = ("encode_s", "decode_s")
 
@@ -87,6 +94,131 @@ def test_one_that_cannot_be_coded_ends_it_and_the_finished_stay(codings, tmp_pat
     assert codings[0].task().missing(done) == [] and codings[1].task().missing(done)
 
 
+# ---- names belong to the run, values to the bytes ----
+
+
+def named(folder: Path, **pictures: Image.Image) -> Path:
+    """A folder with a picture under each name."""
+    for name, picture in pictures.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"{name}.png")
+    return folder
+
+
+def test_equal_pictures_are_measured_once_and_keep_their_names(photo, tmp_path):
+    small = photo.crop((0, 0, 64, 64))
+    folder = named(tmp_path / "photos", first=small, second=small, other=small.rotate(90))
+    codings, done = [c for c in tasks_of("jpeg", pictures_to_test(folder)) if c.setting == 30], tmp_path / "done"
+    rows = measure(codings, done, jobs=1)
+    assert [row["image"] for row in rows] == ["first", "other", "second"] and len(list(done.iterdir())) == 2
+    assert {**rows[0], "image": "second"} == rows[2]
+    (folder / "other.png").rename(folder / "a.png")
+    again = measure([c for c in tasks_of("jpeg", pictures_to_test(folder)) if c.setting == 30], done, jobs=1)
+    assert again == [{**rows[1], "image": "a"}, rows[0], rows[2]] and len(list(done.iterdir())) == 2
+
+
+def test_pictures_of_one_name_in_two_folders_are_told_apart(photo, tmp_path):
+    small = photo.crop((0, 0, 64, 64))
+    paths = pictures_to_test(named(tmp_path, **{"x/a": small, "y/a": small.rotate(90), "y/b": small}))
+    assert names_of(paths) == ["x/a.png", "y/a.png", "b"]
+    assert [coding.row({})["image"] for coding in tasks_of("jpeg", paths)[:3]] == ["x/a.png", "y/a.png", "b"]
+
+
+def test_a_model_that_was_moved_is_called_by_its_new_place(weights, photo_folder, tmp_path):
+    moved, picture = tmp_path / "micro.safetensors", str(photo_folder / "astronaut.png")
+    moved.write_bytes(weights.read_bytes())
+    (here,) = measure([Coding(str(weights), 0.1, picture)], tmp_path / "done", jobs=1)
+    (there,) = measure([Coding(str(moved), 0.1, picture)], tmp_path / "done", jobs=1)
+    assert there == {**here, "codec": str(moved)}
+
+
+def test_another_encoder_another_level_or_a_new_file_is_another_run(weights, photo_folder, tmp_path):
+    """The digest in a file covers what the decoder needs; a measured rate depends on the encoder too."""
+    path, picture = tmp_path / "micro.safetensors", str(photo_folder / "astronaut.png")
+    model = micro_model(lmbdas=(0.01, 0.1))
+    with torch.no_grad():
+        model.g_a[-1].weight.mul_(1.5)
+    save_weights(model, path, {})
+    assert weights_digest(load_model(path, "cpu")) == weights_digest(load_model(weights, "cpu"))
+    assert Coding(str(path), 0.1, picture).task().name != Coding(str(weights), 0.1, picture).task().name
+    usual = Coding(str(weights), None, picture).task().name
+    assert Coding(str(weights), 0.1, picture).task().name != usual == Coding(str(weights), None, picture).task().name
+    (before,) = measure([Coding(str(path), 0.1, picture)], tmp_path / "done", jobs=1)
+    path.write_bytes(weights.read_bytes())
+    (after,) = measure([Coding(str(path), 0.1, picture)], tmp_path / "done", jobs=1)
+    assert before["bytes"] != after["bytes"]
+
+
+def test_answers_that_hold_names_belong_to_these_pictures(source, photo, tmp_path, monkeypatch):
+    """An ablation refuses a folder of other pictures, or its answers would be told of the wrong ones."""
+    monkeypatch.setitem(model_config.SIZES, "tiny", MICRO)
+    folder = named(tmp_path / "photos", a=photo, b=photo.rotate(180))
+    terms = Terms(source, str(tmp_path / "latents"), str(folder), str(folder), crop=64, accelerator="cpu")
+    study = ablation.prepare([GRIDS["table1"]], terms, tmp_path / "runs", seeds=(0,))
+    note = tmp_path / "runs" / study.tasks[0].name / "task.json"
+    note.parent.mkdir(parents=True)
+    note.write_text(json.dumps(study.tasks[0].identity))
+    ablation.prepare([GRIDS["table1"]], terms, tmp_path / "runs", seeds=(0,))
+    (folder / "a.png").rename(folder / "c.png")
+    with pytest.raises(StudyError, match="another test_pictures"):
+        ablation.prepare([GRIDS["table1"]], terms, tmp_path / "runs", seeds=(0,))
+
+
+def test_a_saved_attention_study_is_found_by_its_weights(photo_folder, tmp_path):
+    """A model of your own that is called as a shipped one has no saved study."""
+    save_weights(micro_model("parallel", seed=1), tmp_path / "tiny-parallel.safetensors", {})
+    assert attention.saved_of(load_model(tmp_path / "tiny-parallel.safetensors", "cpu")) is None
+    shipped = load_model("tiny-parallel", "cpu")
+    assert attention.saved_of(shipped)["provenance"]["model"] == "tiny-parallel"
+    shipped.level = 2.0  # as of a model of variable rate, which has another rate at each level
+    assert attention.saved_of(shipped) is None
+
+
+# ---- refused before any work ----
+
+
+@pytest.mark.parametrize("options, sentence", [
+    ({"limit": -1}, "limit must be at least 1; it is -1"),
+    ({"limit": 0}, "limit must be at least 1"),
+    ({"jobs": 0}, "jobs must be at least 1"),
+    ({"json_file": "{}"}, "is a folder; the result must be a file"),
+    ({"json_file": "{}/a.png/r.json"}, "cannot be made"),
+    ({"data": "{}/nothing"}, "no folder"),
+    ({"data": "{}/bad"}, "no picture in .* that can be read"),
+])  # fmt: skip
+def test_eval_refuses_before_any_work(options, sentence, photo, tmp_path):
+    """The model, which is loaded next, does not exist."""
+    named(tmp_path, a=photo)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.jpg").write_bytes(b"no picture")
+    paths = {key: Path(value.format(tmp_path)) for key, value in options.items() if isinstance(value, str)}
+    with pytest.raises(UserError, match=sentence):
+        evaluate("nosuch", **{"data": tmp_path, **options, **paths})
+    assert not list(tmp_path.glob("*.rows"))
+
+
+def test_studies_refuse_before_any_work(source, photo_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(model_config.SIZES, "tiny", MICRO)
+    terms = Terms(source, str(tmp_path / "latents"), str(photo_folder), str(photo_folder), crop=64, accelerator="cpu")
+    study = ablation.prepare([GRIDS["table1"]], terms, tmp_path / "runs", seeds=(0,))
+    limited = dataclasses.replace(terms, limit=0)
+    for call, sentence in (
+        (lambda: study.go(workers=0), "workers must be at least 1"),
+        (lambda: ablation.prepare([GRIDS["table1"]], limited, tmp_path, (0,)), "limit must be at least 1"),
+        (lambda: ablation.prepare([GRIDS["table1"]], terms, tmp_path, (0, -1)), "seed must be at least 0"),
+        (lambda: attention.main("nosuch", photo_folder, queries=0), "queries must be at least 1"),
+        (lambda: attention.main("nosuch", photo_folder, seed=-1), "seed must be at least 0"),
+        (lambda: attention.main("nosuch", photo_folder, out=tmp_path), "is a folder"),
+        (lambda: position_masking.measure(tmp_path, photo_folder, crop=0), "crop must be at least 1"),
+        (lambda: position_masking.train_models("nosuch", "", tmp_path, only=("x",)), "no variant 'x'; there are cnn"),
+        (lambda: save((), photo_folder, tmp_path / "r.json"), "codecs must be at least 1"),
+        (lambda: save(("jpeg",), photo_folder, tmp_path / "r.json", jobs=0), "jobs must be at least 1"),
+    ):
+        with pytest.raises(StudyError, match=sentence):
+            call()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_other_weights_and_other_pictures_are_other_runs(tmp_path, weights, photo_folder):
     changed, moved = tmp_path / "astronaut.png", tmp_path / "moved" / "astronaut.png"
     changed.write_bytes((photo_folder / "chelsea.png").read_bytes())
@@ -107,9 +239,10 @@ def test_a_file_in_the_place_of_the_rows_is_refused(tmp_path):
 
 
 def test_eval_killed_and_started_again(weights, photo_folder, tmp_path):
-    """The command line, killed the hard way after its first row."""
-    out = tmp_path / "result.json"
-    words = [sys.executable, "-m", "entroformer_lib", "eval", f"{weights}@0.1", "--data", photo_folder, "--json", out]
+    """The command line, killed the hard way after its first row. Then pictures are renamed, and one is damaged: names
+    are those of the second start, and what was measured stays."""
+    out, folder = tmp_path / "result.json", shutil.copytree(photo_folder, tmp_path / "photos")
+    words = [sys.executable, "-m", "entroformer_lib", "eval", f"{weights}@0.1", "--data", folder, "--json", out]
     rows = out.with_name("result.json.rows")
     first = subprocess.Popen(list(map(str, words + ["--jobs", "1"])), stdout=subprocess.DEVNULL)
     while first.poll() is None and not list(rows.glob("*/answer.json")):
@@ -118,10 +251,13 @@ def test_eval_killed_and_started_again(weights, photo_folder, tmp_path):
     first.wait()
     assert not out.exists()
     (kept, *_) = [json.loads(path.read_text())["answer"] for path in rows.glob("*/answer.json")]
+    (folder / "astronaut.png").rename(folder / "z.png")
+    (folder / "._a.png").write_bytes(b"no picture")
     again = subprocess.run(list(map(str, words + ["--jobs", "2"])), capture_output=True, text=True, check=True)
-    assert again.stdout.count("\n") == 2 + len(os.listdir(photo_folder)) and not rows.exists()
-    times = {row["image"]: row["encode_s"] for row in json.loads(out.read_text())["images"]}
-    assert times[kept["image"]] == kept["encode_s"]
+    assert "._a.png is left out: " in again.stderr and not rows.exists()
+    images = {row["image"]: row for row in json.loads(out.read_text())["images"]}
+    assert list(images) == ["chelsea", "coffee", "rocket", "z"] and again.stdout.count("\n") == 2 + len(images)
+    assert images["z"] == {"image": "z", **kept}
 
 
 @pytest.mark.parametrize("name", [name for name in classical.CODECS if classical.available(name)])

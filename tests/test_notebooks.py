@@ -5,6 +5,10 @@ from pathlib import Path
 
 import papermill
 import pytest
+from conftest import VARIANTS, micro_model
+
+from entroformer_lib.errors import UserError
+from entroformer_lib.weights.zoo import save_weights
 
 ROOT = Path(__file__).parents[1]
 # Parameters that make a notebook quick, or that its reader is asked to change; what is not here runs as it is.
@@ -25,3 +29,73 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     cells = json.loads((tmp_path / path.name).read_text())["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     assert any("image/png" in output.get("data", {}) for output in outputs)  # the reader sees a figure
+
+
+# ---- other models than the notebook's own: the cells alone, without a kernel ----
+
+
+def run_cells(name: str, *parts: str, **parameters) -> None:
+    """Runs of a notebook's code cells the parameters, the imports, and those that have one of the parts in them."""
+    cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+    first, second, *others = ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    names: dict = {}
+    exec(first, names)
+    assert parameters.keys() <= names.keys()
+    names |= parameters
+    for source in (second, *(source for source in others if any(part in source for part in parts))):
+        exec(source, names)
+
+
+@pytest.fixture
+def listed(tmp_path, monkeypatch, photo):
+    """Gives a micro model of a variant as one that is listed, and a picture to look at."""
+    monkeypatch.setenv("ENTROFORMER_WEIGHTS", str(tmp_path))
+    monkeypatch.setenv("ENTROFORMER_FIGURES", str(tmp_path / "figures"))
+    photo.save(tmp_path / "photo.png")
+
+    def make(variant: str) -> dict:
+        save_weights(micro_model(variant), tmp_path / "mine.safetensors", {})
+        return {"picture": str(tmp_path / "photo.png"), "model": "mine"}
+
+    return make
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_quickstart_takes_every_model(variant, listed, capsys):
+    run_cells("00_quickstart", "load_model(", "rd.bit_maps", "share", "first_slice", "card", **listed(variant))
+    said = capsys.readouterr().out
+    assert "y: " in said and ("z: " in said) == (variant != "context")
+    assert ("second pass" in said) == (variant == "parallel") != ("Only parallel models" in said)
+
+
+TAKEN = {  # by which notebook, with the cells that look at the model
+    "02_position_masking": (
+        ("pm.run(", "pm.run_alone(", "distance_fits"),
+        ("serial", "parallel", "context", "cnn", "minnen"),
+    ),
+    "03_attention_maps": (("RowServer(",), ("serial", "parallel", "context")),
+    "07_groupedmixer": (("maps = GroupServer(", "maps.cross"), ("groupedmixer",)),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", TAKEN)
+def test_other_models_are_taken_or_refused_in_a_sentence(name, variant, listed):
+    parts, taken = TAKEN[name]
+    size = {"side": 3, "crop": 96} if name == "02_position_masking" else {}
+    if variant in taken:
+        run_cells(name, *parts, **listed(variant), **size)
+    else:
+        with pytest.raises(UserError, match=r"^[A-Z][^\n]*\.$"):
+            run_cells(name, *parts, **listed(variant), **size)
+
+
+@pytest.mark.parametrize("ours", ["tiny-parallel", "tiny-rates@0.02", "jpeg"])
+def test_rate_and_distortion_take_models_of_one_rate_and_of_many(ours, listed):
+    run_cells("04_rate_distortion", "saved.kodak_means()", "at_one_rate =", ours=ours)
+    with pytest.raises(AssertionError, match="no saved result of nosuch; there are"):
+        run_cells("04_rate_distortion", "saved.kodak_means()", ours="nosuch")
+
+
+def test_a_groupedmixer_at_any_lambda():
+    run_cells("07_groupedmixer", "maps = GroupServer(", model="tiny-groupedmixer-rates@0.02")

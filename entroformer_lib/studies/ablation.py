@@ -33,8 +33,9 @@ from entroformer_lib.errors import ConfigError, StudyError
 from entroformer_lib.models.config import SIZES, named_config
 from entroformer_lib.studies import latent_rates, results
 from entroformer_lib.studies.ablation_grids import BOTH, GRIDS, RECIPE, Entry, Grid, Terms
+from entroformer_lib.studies.commands import at_least
 from entroformer_lib.studies.engine import Outcome, Report, Task, check, connected, identity_of, sweep, trained
-from entroformer_lib.studies.rate_distortion import Pictures, pictures_of, pictures_to_test
+from entroformer_lib.studies.rate_distortion import Pictures, digest_of, pictures_of, pictures_to_test
 from entroformer_lib.studies.results import result_path
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.latents import (
@@ -212,18 +213,22 @@ MEASURES: dict[str, Callable[[Terms, Path, Entroformer], object]] = {
 
 @dataclass(frozen=True)
 class Study:
-    """Grids on terms in a folder: checked, and ready to run.  transforms_sha256: of g_a and g_s"""
+    """Grids on terms in a folder: checked, and ready to run.
+
+    transforms_sha256: of g_a and g_s. pictures_sha256: `digest_of` the test pictures, whose names are in the answers.
+    """
 
     grids: list[Grid]
     runs: list[Run]
     terms: Terms
     root: Path
     transforms_sha256: str
+    pictures_sha256: str
 
     @property
     def tasks(self) -> list[Task]:
         """The runs as the engine takes them."""
-        tasks, more = [], {"transforms_sha256": self.transforms_sha256, "test_pictures": self.terms.limit}
+        tasks, more = [], {"transforms_sha256": self.transforms_sha256, "test_pictures": self.pictures_sha256}
         for run in self.runs:
             identity = identity_of(config_of(self.terms, run.entry, run.seed, self.root / run.name))
             work = functools.partial(answer_of, self.terms, run.entry, run.seed)
@@ -242,6 +247,7 @@ class Study:
         self, scheduler: str | None = None, workers: int = 1, report: Report = lambda outcome: None
     ) -> list[Outcome]:
         """Computes the latents where they are missing, then does every run that is not finished; see `sweep`."""
+        at_least(1, workers=workers)
         if scheduler is not None:
             with connected(scheduler):
                 pass  # before minutes go into the latents
@@ -267,9 +273,11 @@ def prepare(grids: list[Grid], terms: Terms, root: Path, seeds: Iterable[int] = 
     """Checks everything that can be wrong, and starts nothing.
 
     Raises:
-        UserError: transforms that do not exist, latents of other transforms, no test pictures, runs of another kind.
+        UserError: transforms that do not exist, latents of other transforms, no test pictures, a seed below 0, runs of
+            another kind.
     """
-    root = root.resolve()
+    root, seeds = root.resolve(), tuple(seeds)
+    at_least(0, seed=min(seeds, default=None))
     terms = terms.placed(root)
     if terms.size not in SIZES:
         raise StudyError(f"There is no size '{terms.size}'; there are {', '.join(SIZES)}.")
@@ -283,10 +291,10 @@ def prepare(grids: list[Grid], terms: Terms, root: Path, seeds: Iterable[int] = 
     note = Path(terms.latents) / "latents.json"
     if note.exists():
         check_note(note, {"transforms_sha256": digest, "crop": terms.crop})
-    pictures, mosaic = len(pictures_to_test(terms.kodak, terms.limit)), latent_rates.ROWS * latent_rates.COLUMNS
-    if pictures < mosaic and any(grid.name == "table4" for grid in grids):
-        raise StudyError(f"Table 4 is measured on mosaics of {mosaic} pictures, and there are {pictures}.")
-    study = Study(grids, runs_of(grids, seeds, terms.size), terms, root, digest)
+    pictures, mosaic = pictures_to_test(terms.kodak, terms.limit), latent_rates.ROWS * latent_rates.COLUMNS
+    if len(pictures) < mosaic and any(grid.name == "table4" for grid in grids):
+        raise StudyError(f"Table 4 is measured on mosaics of {mosaic} pictures, and there are {len(pictures)}.")
+    study = Study(grids, runs_of(grids, seeds, terms.size), terms, root, digest, digest_of(pictures))
     check(study.tasks, root)
     return study
 

@@ -18,9 +18,10 @@ import tyro
 from tyro.conf import Positional
 
 from entroformer_lib.inspection.row_server import RowServer
-from entroformer_lib.studies.rate_distortion import pictures_to_test
+from entroformer_lib.studies.commands import at_least, check_place, run
+from entroformer_lib.studies.rate_distortion import names_of, pictures_to_test
 from entroformer_lib.studies.results import load, provenance, records, result_path, save
-from entroformer_lib.weights.zoo import load_model
+from entroformer_lib.weights.zoo import load_model, weights_digest
 
 FAR = 8  # sites; what is farther away counts as long-range: 128 pixels
 
@@ -88,8 +89,10 @@ def distances(server: RowServer, sites: Sequence[int]) -> np.ndarray:
 
 
 def _servers(model, pictures: Sequence) -> Iterator[tuple[str, RowServer]]:
-    for number, picture in enumerate(pictures):
-        yield Path(picture).stem if isinstance(picture, str | Path) else str(number), RowServer(model, picture)
+    paths = [Path(picture) for picture in pictures if isinstance(picture, str | Path)]
+    names = names_of(paths) if len(paths) == len(pictures) > 0 else map(str, range(len(pictures)))
+    for name, picture in zip(names, pictures, strict=True):
+        yield name, RowServer(model, picture)
 
 
 # ---- does attention explain the bits? ----
@@ -158,7 +161,8 @@ def main(
     seed: int = 0,
     out: Path | None = None,
 ) -> None:
-    """Saves both studies of a model: {"models": {NAME: {"heads", "explained", "images", "queries", "provenance"}}}.
+    """Saves both studies of a model: {"models": {NAME: {"heads", "explained", "images", "queries", "level",
+    "provenance"}}}.
 
     A file that is there keeps what it holds of other models.
 
@@ -171,8 +175,11 @@ def main(
         out: The file; by default data/results/attention.json.
     """
     out = out or result_path("attention")
-    loaded = load_model(model)
+    at_least(1, queries=queries)
+    at_least(0, seed=seed)
+    check_place(out)
     paths = pictures_to_test(images, limit)
+    loaded = load_model(model)
     record = provenance(loaded, seed=seed)
     heads = head_profile(loaded, paths)
     print(heads.groupby(["layer", "head"]).mean(numeric_only=True).round(3).to_string(), flush=True)
@@ -185,11 +192,12 @@ def main(
         .to_string()
     )
     result = load(out) or {"models": {}}
-    result["models"][loaded.name] = {
+    result["models"][loaded.name if loaded.level is None else f"{loaded.name} at level {loaded.level:g}"] = {
         "heads": records(heads),
         "explained": records(explained),
-        "images": [path.stem for path in paths],
+        "images": names_of(paths),
         "queries": queries,
+        "level": loaded.level,
         "provenance": record,
     }
     save(out, result)
@@ -205,5 +213,15 @@ def read_results(result: str | Path = "attention") -> dict[str, dict]:
     }
 
 
+def saved_of(model, result: str | Path = "attention") -> dict | None:
+    """What `main` has written of a model, found by its weights and level, whatever its name; None where there is
+    nothing."""
+    digest = weights_digest(model).hex()
+    for saved in read_results(result).values():
+        if saved["provenance"]["weights_sha256"] == digest and saved.get("level") == model.level:
+            return saved
+    return None
+
+
 if __name__ == "__main__":
-    tyro.cli(main)
+    run(lambda: tyro.cli(main))

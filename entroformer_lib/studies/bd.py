@@ -1,10 +1,12 @@
 """Comparing two rate-distortion curves: the Bjontegaard delta.
 
 A BD-rate depends on the anchor, the interpolation and the range of quality that both curves cover, so all three travel
-with the number.
+with the number. Over a small range it says little: curves must have LEAST_QUALITY in common, and rates of which the
+largest is LEAST_RATES times the smallest.
 """
 
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
@@ -13,6 +15,8 @@ import pandas as pd
 from entroformer_lib.errors import DataError
 
 METHOD = "pchip"
+LEAST_QUALITY = 1.0  # dB
+LEAST_RATES = 1.1
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ def compare(test: Curve, anchor: Curve) -> Bjontegaard:
     """BD-rate and BD-PSNR (or BD-MS-SSIM) of a curve against an anchor, by the bjontegaard package.
 
     Raises:
-        DataError: fewer than four points, a curve that does not rise, or no common range of quality.
+        DataError: fewer than four points, values that are no numbers, a rate of zero, a curve that does not rise, or
+            too little in common.
     """
     from bjontegaard import bd_psnr, bd_rate
 
@@ -78,12 +83,22 @@ def compare(test: Curve, anchor: Curve) -> Bjontegaard:
         _check(curve)
     low, high = max(min(c.quality) for c in (test, anchor)), min(max(c.quality) for c in (test, anchor))
     left, right = max(c.bpp[0] for c in (test, anchor)), min(c.bpp[-1] for c in (test, anchor))
+    ranges = " and ".join(f"{c.label} ({min(c.quality):.2f} to {max(c.quality):.2f} dB)" for c in (test, anchor))
     if low >= high or left >= right:
-        ranges = [f"{c.label} ({min(c.quality):.2f} to {max(c.quality):.2f} dB)" for c in (test, anchor)]
-        raise DataError(f"{' and '.join(ranges)} have no quality and rate in common.")
+        raise DataError(f"{ranges} have no quality and rate in common.")
+    if high - low < LEAST_QUALITY:
+        raise DataError(f"{ranges} have {high - low:.2f} dB in common; a BD-rate takes at least {LEAST_QUALITY:g} dB.")
+    if right < LEAST_RATES * left:
+        raise DataError(
+            f"{ranges} have the rates from {left:.3f} to {right:.3f} in common; the largest must be at least "
+            f"{LEAST_RATES:g} times the smallest."
+        )
     points = (anchor.bpp, anchor.quality, test.bpp, test.quality)
     options = dict(method=METHOD, require_matching_points=False, min_overlap=0)
-    rate, quality = (float(measure(*points, **options)) for measure in (bd_rate, bd_psnr))
+    try:
+        rate, quality = (float(measure(*points, **options)) for measure in (bd_rate, bd_psnr))
+    except ValueError as error:  # points so close that their logarithms are equal
+        raise DataError(f"{test.label} and {anchor.label} cannot be compared: {error}") from None
     return Bjontegaard(test.label, anchor.label, rate, quality, low, high)
 
 
@@ -105,6 +120,9 @@ def _check(curve: Curve) -> None:
     if len(curve.bpp) < 4:
         raise DataError(f"{curve.label} has {len(curve.bpp)} points, and a BD-rate takes at least four.")
     for name, values in (("rate", curve.bpp), ("quality", curve.quality)):
+        for i, value in enumerate(values):
+            if not math.isfinite(value) or (name == "rate" and value <= 0):
+                raise DataError(f"The {name} of {curve.label} at its point {i + 1} is {value:g}; no curve goes there.")
         for i, (a, b) in enumerate(itertools.pairwise(values)):
             if not a < b:
                 raise DataError(

@@ -26,15 +26,24 @@ def available(name: str) -> bool:
     return name in CODECS and bool(features.check(_FEATURES[name]))
 
 
+def check_available(name: str) -> None:
+    """Refuses a codec that is unknown or that this Pillow does not have.
+
+    Raises:
+        StudyError: with what there is.
+    """
+    if not available(name):
+        there = ", ".join(n for n in CODECS if available(n))
+        raise StudyError(f"This Pillow has no codec '{name}'; it has {there}.")
+
+
 def coded(picture: Image.Image, name: str, setting: float) -> bytes:
     """A picture as a file of a classical codec.
 
     Raises:
         StudyError: a codec that is unknown or that this Pillow does not have.
     """
-    if not available(name):
-        there = ", ".join(n for n in CODECS if available(n))
-        raise StudyError(f"This Pillow has no codec '{name}'; it has {there}.")
+    check_available(name)
     options = {
         "jpeg": dict(format="JPEG", quality=int(setting), optimize=True),
         "webp": dict(format="WEBP", quality=int(setting), method=6),
@@ -49,7 +58,7 @@ def coded(picture: Image.Image, name: str, setting: float) -> bytes:
 def evaluate_classical(path: Path, name: str, setting: float) -> dict:
     """One picture through a classical codec: the columns of `rate_distortion.measured`."""
     picture, _ = codec.to_rgb(codec.open_picture(path))
-    return measured(path, picture, lambda: coded(picture, name, setting), decoded)
+    return measured(picture, lambda: coded(picture, name, setting), decoded)
 
 
 def decoded(data: bytes) -> Image.Image:

@@ -33,6 +33,7 @@ from filelock import FileLock, Timeout
 
 from entroformer_lib.errors import Stopped, StudyError, UserError
 from entroformer_lib.files import write_bytes
+from entroformer_lib.studies.commands import at_least
 from entroformer_lib.training.config import RUNTIME_FIELDS, TrainConfig
 
 PATIENCE = 10.0  # seconds that a scheduler has to answer
@@ -56,7 +57,10 @@ class Task:
     @classmethod
     def by_identity(cls, label: str, work: Work, identity: dict) -> "Task":
         """A run of one answer whose folder is named after its identity: what depends on something else has another
-        folder beside it."""
+        folder beside it.
+
+        label: begins the folder's name; what may be renamed is no label, or the run would be another one then
+        """
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         return cls(f"{label[:60]}-{digest[:16]}", work, identity=identity)
 
@@ -131,9 +135,11 @@ def sweep(
         Outcomes of the runs that were not finished before.
 
     Raises:
-        StudyError: the scheduler does not answer or has no workers, or runs of another kind lie in `root`.
+        StudyError: workers below 1, the scheduler does not answer or has no workers, or runs of another kind lie in
+            `root`.
         Stopped: a signal stopped a training in this process.
     """
+    at_least(1, workers=workers)
     check(tasks, root)
     left = list({task.name: task for task in tasks if task.missing(root)}.values())
     workers = min(workers, len(left))

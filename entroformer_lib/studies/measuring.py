@@ -1,15 +1,15 @@
 """Measuring many pictures, models and settings: on all cores, and going on after a kill.
 
 A coding is one picture through one codec at one setting. Each is a run of the experiment engine, in a folder beside the
-result, and known by all that it depends on; starting the same again only does the rest. Every coding runs on a single
-thread, however many run side by side, so that the numbers do not depend on how many cores there are.
+result, and known by all that it depends on: the bytes of a picture are among that, and its name is not. Starting the
+same again only does the rest, under the names that pictures have by then. Every coding runs on a single thread, however
+many run side by side, so that the numbers do not depend on how many cores there are.
 
     python -m entroformer_lib.studies.measuring jpeg webp jpeg2000 avif --pictures pictures/kodak --out result.json
 """
 
 import contextlib
 import functools
-import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -26,12 +26,14 @@ from tyro.conf import Positional
 from entroformer_lib.codec import codec
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import StudyError
+from entroformer_lib.files import file_digest
 from entroformer_lib.memory import keep_freed_memory
 from entroformer_lib.studies import results
-from entroformer_lib.studies.classical import CODECS, coded, decoded, evaluate_classical
+from entroformer_lib.studies.classical import CODECS, check_available, coded, decoded, evaluate_classical
+from entroformer_lib.studies.commands import at_least, check_place, run
 from entroformer_lib.studies.engine import Outcome, Task, complete
-from entroformer_lib.studies.rate_distortion import evaluate_picture, pictures_to_test
-from entroformer_lib.weights.zoo import load_model, weights_digest
+from entroformer_lib.studies.rate_distortion import evaluate_picture, names_of, pictures_to_test
+from entroformer_lib.weights.zoo import load_model, tensors_digest
 
 
 @dataclass(frozen=True)
@@ -39,33 +41,37 @@ class Coding:
     """One picture through one codec at one setting.
 
     codec: a model (name or file), or a classical codec. setting: the lambda of a variable-rate model, the quality of a
-    classical codec, or None where there is only one.
+    classical codec, or None where there is only one. name: of the picture in this run, see `names_of`.
     """
 
     codec: str
     setting: float | None
     picture: str
     device: str = "cpu"
+    name: str | None = None
 
     def __call__(self, folder: Path | None = None, answer: str = "answer") -> dict:
-        """Does it.  ->  codec, setting, and the columns of `evaluate_picture`"""
+        """Does it.  ->  the columns of `evaluate_picture`"""
         with _one_thread():
             if self.codec in CODECS:
-                row = evaluate_classical(Path(self.picture), self.codec, self.setting)
-            else:
-                row = evaluate_picture(_model(self.codec, self.setting, self.device), Path(self.picture))
-        return {"codec": self.codec, "setting": self.setting, **row}
+                return evaluate_classical(Path(self.picture), self.codec, self.setting)
+            return evaluate_picture(_model(self.codec, self.setting, self.device), Path(self.picture))
+
+    def row(self, measured: dict) -> dict:
+        """What was measured, under the names of this run: codec, setting, image, and the columns of
+        `evaluate_picture`."""
+        name = Path(self.picture).stem if self.name is None else self.name
+        return {"codec": self.codec, "setting": self.setting, "image": name, **measured}
 
     def task(self) -> Task:
-        """As a run of the engine: another one for other bytes of the picture or other weights, wherever they lie."""
-        identity = {
-            "codec": Path(self.codec).name,
-            "setting": self.setting,
-            "weights": None if self.codec in CODECS else weights_digest(_loaded(self.codec, self.device)).hex(),
-            "picture": hashlib.sha256(Path(self.picture).read_bytes()).hexdigest(),
-            "device": self.device,
-        }
-        return Task.by_identity(Path(self.picture).stem, self, identity)
+        """As a run of the engine: another one for other bytes of the picture or other weights, wherever they lie. The
+        model's name is in each file, so another name is another run too."""
+        identity = {"picture": file_digest(Path(self.picture)), "device": self.device}
+        if self.codec in CODECS:
+            return Task.by_identity(self.codec, self, {**identity, "codec": self.codec, "setting": self.setting})
+        model = _model(self.codec, self.setting, self.device)
+        weights = {"model": model.name, "weights": _loaded(self.codec, self.device)[1], "level": model.level}
+        return Task.by_identity(model.name, self, {**identity, **weights})
 
 
 @contextlib.contextmanager
@@ -79,15 +85,17 @@ def _one_thread() -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=2)
-def _loaded(name: str, device: str) -> Entroformer:
+def _loaded(name: str, device: str) -> tuple[Entroformer, str, float | None]:
+    """A model, the digest of all its weights (the encoder's too), and the level that its name asks for."""
     keep_freed_memory()
-    return load_model(name, device)
+    model = load_model(name, device)
+    model.refresh_tables()
+    return model, tensors_digest(model.state_dict(), model.config.to_json().encode()).hex(), model.level
 
 
 def _model(name: str, setting: float | None, device: str) -> Entroformer:
-    model = _loaded(name, device)
-    if setting is not None:
-        model.level = model.gain.level_of(setting)
+    model, _, level = _loaded(name, device)
+    model.level = level if setting is None else model.gain.level_of(setting)
     return model
 
 
@@ -106,13 +114,17 @@ def tasks_of(codec: str, pictures: Iterable[Path], device: str = "cpu") -> list[
 
     Raises:
         WeightsError: neither a model nor a classical codec.
+        StudyError: a classical codec that this Pillow does not have.
     """
     if codec in CODECS:
+        check_available(codec)
         settings = CODECS[codec][1]
     else:
-        model = _loaded(codec, device)
-        settings = (None,) if "@" in codec or not model.config.lmbdas else model.config.lmbdas
-    return [Coding(codec, setting, str(path), device) for setting in settings for path in pictures]
+        config = _loaded(codec, device)[0].config
+        settings = (None,) if "@" in codec or not config.lmbdas else config.lmbdas
+    paths = [Path(picture) for picture in pictures]
+    named = list(zip(paths, names_of(paths), strict=True))
+    return [Coding(codec, setting, str(path), device, name) for setting in settings for path, name in named]
 
 
 def measure(
@@ -129,15 +141,17 @@ def measure(
         report: called with each row in the order of the codings, as soon as it and all before it are there.
 
     Raises:
-        StudyError: the error of the first coding that fails. What is finished stays in `done`.
+        StudyError: jobs below 1, or the error of the first coding that fails. What is finished stays in `done`.
     """
+    at_least(1, jobs=jobs)
     if jobs is None:
         jobs = CPU_COUNT if all(coding.device == "cpu" for coding in codings) else 1
+    _loaded.cache_clear()  # a file of weights may have been written anew
     tasks, rows = [coding.task() for coding in codings], []
 
     def tell(outcome: Outcome | None = None) -> None:
         while len(rows) < len(tasks) and not tasks[len(rows)].missing(done):
-            rows.append(tasks[len(rows)].answer(done))
+            rows.append(codings[len(rows)].row(tasks[len(rows)].answer(done)))
             report(rows[-1])
 
     tell()
@@ -162,6 +176,7 @@ def finished_rows(out: Path | None) -> Iterator[Path]:
     done = out.with_name(out.name + ".rows")
     if done.is_file():
         raise StudyError(f"{done} does not hold measured rows; remove it to measure again.")
+    done.mkdir(parents=True, exist_ok=True)
     yield done
     shutil.rmtree(done, ignore_errors=True)
 
@@ -175,6 +190,8 @@ def save(codecs: Positional[tuple[str, ...]], pictures: Path, out: Path, jobs: i
         out: The result, JSON.
         jobs: Pictures at a time; default: as many as there are cores.
     """
+    at_least(1, codecs=len(codecs), jobs=jobs)
+    check_place(out)
     paths = pictures_to_test(pictures)
     codings = [coding for name in codecs for coding in tasks_of(name, paths)]
     with finished_rows(out) as done:
@@ -195,4 +212,4 @@ def means(rows: list[dict]) -> list[dict]:
 
 
 if __name__ == "__main__":
-    tyro.cli(save)
+    run(lambda: tyro.cli(save))

@@ -16,7 +16,7 @@ on, and so without what a longer sequence than in training does to a transformer
 """
 
 import functools
-import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from scipy.stats import spearmanr
 from tqdm.auto import tqdm
 
 from entroformer_lib.entroformer import Entroformer
-from entroformer_lib.errors import StudyError, UserError
+from entroformer_lib.errors import StudyError
 from entroformer_lib.files import data_folder
 from entroformer_lib.inspection.missing_context import (
     RADII,
@@ -41,10 +41,10 @@ from entroformer_lib.inspection.missing_context import (
 )
 from entroformer_lib.inspection.scene import Scene
 from entroformer_lib.memory import keep_freed_memory
-from entroformer_lib.studies import results
+from entroformer_lib.studies import commands, results
 from entroformer_lib.studies.ablation_grids import RECIPE, Entry
 from entroformer_lib.studies.engine import Task, complete, training_task
-from entroformer_lib.studies.rate_distortion import Pictures, pictures_of, pictures_to_test
+from entroformer_lib.studies.rate_distortion import Pictures, digest_of, pictures_of, pictures_to_test
 from entroformer_lib.studies.results import provenance, records
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.weights.zoo import load_model, save_weights, weights_digest
@@ -159,13 +159,14 @@ def _relation(distance: pd.Series, percent: pd.Series) -> dict:
     if distance.nunique() < 2 or percent.nunique() < 2:
         return nothing
     nothing["spearman"] = float(spearmanr(distance, percent).statistic)
-    try:
-        (a, b), _ = curve_fit(
-            lambda d, a, b: a * np.exp(-d / b), distance, percent, p0=(2 * percent.max(), 1.0), maxfev=5000
-        )
-    except RuntimeError:
-        return nothing
-    rest = percent - a * np.exp(-distance / b)
+    with warnings.catch_warnings(action="ignore"):  # of a poor fit r2 tells
+        try:
+            (a, b), _ = curve_fit(
+                lambda d, a, b: a * np.exp(-d / b), distance, percent, p0=(2 * percent.max(), 1.0), maxfev=5000
+            )
+        except RuntimeError:
+            return nothing
+        rest = percent - a * np.exp(-distance / b)
     return {**nothing, "a": float(a), "b": float(b), "r2": float(1 - rest.var() / percent.var())}
 
 
@@ -194,6 +195,9 @@ def train_models(
         workers: Runs at a time on this machine.
         scheduler: Address of a dask scheduler to run on.
     """
+    if unknown := set(only) - {variant.name for variant in VARIANTS}:
+        there = ", ".join(variant.name for variant in VARIANTS)
+        raise StudyError(f"There is no variant '{min(unknown)}'; there are {there}.")
     root, latents = runs.resolve(), str(Path(latents).resolve())
     terms = dict(transforms=transforms, latents=latents, steps=steps, missing=missing, crop=256, **RECIPE)
     tasks = []
@@ -228,22 +232,26 @@ def measure(
         workers: Models at a time on this machine.
         scheduler: Address of a dask scheduler to run on.
     """
+    commands.at_least(1, crop=crop, workers=workers)
     root, kodak = runs.resolve(), kodak.resolve()
     weights = {path.parent.name: str(path) for path in sorted(root.glob("*/weights.safetensors"))}
     weights |= {model_name(load_model(name, "cpu")): name for name in models}
     if not weights:
         raise StudyError(f"There is no finished run in {runs}.")
-    settings = {"side": side, "crop": crop, "pictures": len(pictures_to_test(kodak, limit))}
+    paths = pictures_to_test(kodak, limit)
+    settings, digest = {"side": side, "crop": crop, "pictures": len(paths)}, digest_of(paths)
     pictures = functools.partial(pictures_of, kodak, limit, crop)
     bar = workers == 1 and scheduler is None
-    tasks = {name: _measuring(name, path, pictures, settings, bar) for name, path in weights.items()}
+    tasks = {name: _measuring(name, path, pictures, digest, settings, bar) for name, path in weights.items()}
     root = root / "measured"
     complete(list(tasks.values()), root, print, workers=workers, scheduler=scheduler)
     save(settings, {name: task.answer(root) for name, task in tasks.items()})
 
 
-def _measuring(name: str, weights: str, pictures: Callable[[], Pictures], settings: dict, progress: bool) -> Task:
-    """The run that gives all tables of one model, and what it is."""
+def _measuring(
+    name: str, weights: str, pictures: Callable[[], Pictures], digest: str, settings: dict, progress: bool
+) -> Task:
+    """The run that gives all tables of one model, and what it is.  digest: of the pictures"""
     side = settings["side"]
 
     def work(folder: Path, answer: str) -> dict:
@@ -257,8 +265,10 @@ def _measuring(name: str, weights: str, pictures: Callable[[], Pictures], settin
         about = {**_description(model), **provenance(model, model.card.get("training", {}).get("seed"))}
         return {"about": about, **{key: records(table, DIGITS) for key, table in tables.items()}}
 
-    digest = weights_digest(load_model(weights, "cpu")).hex()
-    return Task.by_identity(name, work, {"model": name, "weights_sha256": digest, **settings})
+    model = load_model(weights, "cpu")
+    neighbourhood(model, side)  # refuses before anything runs
+    identity = {"model": name, "weights_sha256": weights_digest(model).hex(), "pictures_sha256": digest}
+    return Task.by_identity(name, work, {**identity, **settings})
 
 
 def _description(model: Entroformer) -> dict:
@@ -328,10 +338,8 @@ def save(settings: dict, answers: dict[str, dict]) -> Path:
 def main() -> None:
     """The commands train, measure and ship; what the user can put right is one sentence and exit code 1."""
     keep_freed_memory()
-    try:
-        tyro.extras.subcommand_cli_from_dict({"train": train_models, "measure": measure, "ship": ship})
-    except UserError as error:
-        sys.exit(f"{error}")
+    parts = {"train": train_models, "measure": measure, "ship": ship}
+    commands.run(lambda: tyro.extras.subcommand_cli_from_dict(parts))
 
 
 if __name__ == "__main__":

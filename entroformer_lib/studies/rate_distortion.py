@@ -1,7 +1,12 @@
 """Rate and distortion on a set of pictures, always through real bytes."""
 
+import collections
+import hashlib
+import itertools
+import os
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,30 +15,80 @@ from PIL import Image
 from torch import Tensor
 
 from entroformer_lib.codec import codec
+from entroformer_lib.codec.container import LARGEST_SIDE
 from entroformer_lib.codec.quality import ms_ssim, psnr_db
+from entroformer_lib.datasets import files_under, is_picture
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import DataError
+from entroformer_lib.files import file_digest
+from entroformer_lib.studies.commands import at_least
 from entroformer_lib.training.data import find_sources
 
 Pictures = Sequence[tuple[str, Image.Image]]  # name and picture (RGB)
+Tell = Callable[[str], None]
 
 
-def pictures_to_test(folder, limit: int | None = None) -> list[Path]:
-    """The picture files of a folder, sorted by name.
+def pictures_to_test(folder, limit: int | None = None, tell: Tell = warnings.warn) -> list[Path]:
+    """The picture files of a folder and its subfolders that can be read, sorted.
+
+    Args:
+        folder: or one picture, or a .txt list of pictures.
+        limit: take only the first so many.
+        tell: called with a sentence for each file that is left out.
 
     Raises:
-        DataError: none there.
+        DataError: no such folder, or no picture in it that can be read.
+        StudyError: a limit below 1.
     """
-    paths = sorted(find_sources(folder)[0])[:limit]
-    if not paths:
-        raise DataError(f"There is no picture to test on in {folder}.")
-    return paths
+    return [path for path, _ in _read(folder, limit, tell)]
 
 
 def pictures_of(folder, limit: int | None = None, side: int | None = None) -> Pictures:
-    """The pictures in the files of a folder, whole or, with a `side`, their `middle`."""
-    pictures = [(path.stem, codec.to_rgb(codec.open_picture(path))[0]) for path in pictures_to_test(folder, limit)]
-    return pictures if side is None else [(name, middle(picture, side)) for name, picture in pictures]
+    """What `pictures_to_test` finds, with names: the pictures whole or, with a `side`, their `middle`."""
+    paths, pictures = zip(*_read(folder, limit, warnings.warn), strict=True)
+    pictures = pictures if side is None else [middle(picture, side) for picture in pictures]
+    return list(zip(names_of(paths), pictures, strict=True))
+
+
+def _read(folder, limit: int | None, tell: Tell) -> Iterator[tuple[Path, Image.Image]]:
+    """Files and pictures (RGB) of `pictures_to_test`, one after the other."""
+    at_least(1, limit=limit)
+    if not Path(folder).exists():
+        raise DataError(f"There is no folder {folder}.")
+    files = filter(is_picture, files_under(folder)) if Path(folder).is_dir() else sorted(find_sources(folder)[0])
+    first = None
+    for first in itertools.islice(_readable(files, tell), limit):
+        yield first
+    if first is None:
+        raise DataError(f"There is no picture in {folder} that can be read.")
+
+
+def _readable(files: Iterator[Path], tell: Tell) -> Iterator[tuple[Path, Image.Image]]:
+    for path in files:
+        try:
+            picture, _ = codec.to_rgb(codec.open_picture(path))
+        except DataError as error:
+            tell(f"{path} is left out: {error}")
+            continue
+        if max(picture.size) > LARGEST_SIDE:
+            tell(f"{path} is left out: a side is longer than {LARGEST_SIDE} pixels.")
+            continue
+        yield path, picture
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """What pictures are called in a result: as their file without its ending, and where two are alike in that, by
+    their place under the folder that all have in common."""
+    stems = collections.Counter(path.stem for path in paths)
+    places = [path.absolute() for path in paths]
+    root = os.path.commonpath([place.parent for place in places])
+    return [p.stem if stems[p.stem] == 1 else p.relative_to(root).as_posix() for p in places]
+
+
+def digest_of(paths: Sequence[Path]) -> str:
+    """Of the names and the bytes of pictures: what an answer depends on that has the names in it."""
+    lines = [f"{file_digest(path)} {name}" for path, name in zip(paths, names_of(paths), strict=True)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def middle(picture: Image.Image, side: int) -> Image.Image:
@@ -49,17 +104,15 @@ def evaluate_picture(model: Entroformer, path: Path) -> dict:
         The columns of `measured`, and bpp_estimated: from the likelihoods alone.
     """
     picture, _ = codec.to_rgb(codec.open_picture(path))
-    row = measured(path, picture, lambda: codec.encode(model, path), lambda data: codec.decode(data, model))
+    row = measured(picture, lambda: codec.encode(model, path), lambda data: codec.decode(data, model))
     return {**row, "bpp_estimated": estimated_bits(model, picture) / (picture.width * picture.height)}
 
 
-def measured(
-    path: Path, picture: Image.Image, encode: Callable[[], bytes], decode: Callable[[bytes], Image.Image]
-) -> dict:
-    """What a codec makes of a picture.
+def measured(picture: Image.Image, encode: Callable[[], bytes], decode: Callable[[bytes], Image.Image]) -> dict:
+    """What a codec makes of a picture. No name is in it: that one has the picture in a run.
 
     Returns:
-        image, width, height (pixels), bytes (the whole file), bpp (of the whole file), psnr_db and ms_ssim (8-bit RGB;
+        width, height (pixels), bytes (the whole file), bpp (of the whole file), psnr_db and ms_ssim (8-bit RGB;
         MS-SSIM is None below 161 pixels), encode_s, decode_s.
     """
     start = time.perf_counter()
@@ -68,7 +121,6 @@ def measured(
     decoded = decode(data).convert("RGB")
     end = time.perf_counter()
     return {
-        "image": path.stem,
         "width": picture.width,
         "height": picture.height,
         "bytes": len(data),

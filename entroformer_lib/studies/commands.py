@@ -1,0 +1,43 @@
+"""What the commands of the studies share: nonsense is refused before any work, in one sentence."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from entroformer_lib.errors import StudyError, UserError
+
+
+def at_least(least: int, **values: int | None) -> None:
+    """Refuses numbers that are too small; None stands for a default.
+
+    Raises:
+        StudyError: names the first.
+    """
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise StudyError(f"{name.replace('_', ' ')} must be at least {least}; it is {value}.")
+
+
+def check_place(out: Path) -> None:
+    """Makes the folder of a result, before anything is measured.
+
+    Raises:
+        StudyError: the result could not be written there.
+    """
+    if out.is_dir():
+        raise StudyError(f"{out} is a folder; the result must be a file.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StudyError(f"The folder {out.parent} cannot be made: {error.strerror}.") from None
+    if not os.access(out.parent, os.W_OK):
+        raise StudyError(f"Nothing can be written into the folder {out.parent}.")
+
+
+def run(command: Callable[[], object]) -> None:
+    """Runs a command; what the user can put right becomes one sentence and exit code 1."""
+    try:
+        command()
+    except UserError as error:
+        sys.exit(f"{error}")
