@@ -77,7 +77,8 @@ class Entroformer(Network):
     def estimated_bits(self, y: Tensor, level: float | None = None) -> dict[str, Tensor]:
         """Where the bits go, by the likelihoods: {"y": [B, H/16, W/16], "z": [B, H/64, W/64]}, summed over channels,
         in float64.  y: [B, M, H/16, W/16], scaled by the gain of `level` where there is one."""
-        return {name: -p.double().log2().sum(1) for name, p in self.likelihoods(y, level=level)[0].items()}
+        with evaluating(self) as model:
+            return {name: -p.double().log2().sum(1) for name, p in model.likelihoods(y, level=level)[0].items()}
 
     # ---- real bytes ----
 

@@ -22,6 +22,8 @@ from entroformer_lib.datasets import sample_picture
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import BitstreamError, DataError, PassedOver, RateError, UserError, WeightsError
 from entroformer_lib.files import write_bytes
+from entroformer_lib.inspection.scene import Scene
+from entroformer_lib.studies.rate_distortion import bit_maps
 from entroformer_lib.weights.zoo import device_of, list_models, load_model, save_weights, split_name, weights_digest
 
 
@@ -218,10 +220,13 @@ def test_the_callers_model_is_left_as_it_was(model, cat):
     data = codec.encode(model, cat)
     codec.decode(data, model)
     codec.reconstruction(model, cat)
+    bits = bit_maps(model, cat)
+    Scene(model, cat)
     model.decompress(**model.compress(torch.rand(1, 3, 64, 64)))
     with pytest.raises(RateError):
         codec.encode(model, cat, bpp=1.0)
     assert [module.training for module in model.modules()] == modes
+    assert np.array_equal(bits["y"], bit_maps(model.eval(), cat)["y"])  # without the noise of training
 
 
 def test_a_model_that_is_trained_on_codes_with_new_tables(model, cat):

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from entroformer_lib.codec import codec
-from entroformer_lib.entroformer import Entroformer
+from entroformer_lib.entroformer import Entroformer, evaluating
 from entroformer_lib.models.context import Gaps, first_slice
 from entroformer_lib.studies.rate_distortion import Pictures, bit_maps, latents_of, middle
 
@@ -73,7 +73,6 @@ def rates(model: Entroformer, pictures: Pictures) -> list[dict]:
 def mean_rate(model: Entroformer, batches: Iterable[Tensor]) -> float:
     """Bits per pixel over all latents, a latent for 256 pixels.  batches: [B, M, h, w] each"""
     bits = pixels = 0
-    model.eval()
     for y in batches:
         bits += sum(float(b.sum()) for b in model.estimated_bits(y).values())
         pixels += 256 * y[:, 0].numel()
@@ -84,7 +83,8 @@ def mean_rate(model: Entroformer, batches: Iterable[Tensor]) -> float:
 def rate_and_error(model: Entroformer, picture: Image.Image, name: str) -> dict:
     """image, bpp (estimated) and mse (pixels in [0, 1], clamped) of a picture through a whole model."""
     x = codec.to_tensor(picture, model)
-    out = model.eval()(x)
+    with evaluating(model) as model:
+        out = model(x)
     error = codec.unpad(out["x_hat"].clamp(0, 1) - x, picture.height, picture.width).square().mean()
     bits = sum(-p.double().log2().sum() for p in out["likelihoods"].values())
     return {"image": name, "bpp": float(bits) / (picture.width * picture.height), "mse": float(error)}
@@ -104,9 +104,10 @@ def second_slice_rates(model: Entroformer, pictures: Pictures) -> list[dict]:
     for name, picture in pictures:
         y = latents_of(model, picture)
         second = ~first_slice(*y.shape[-2:], device=y.device)
-        for context, likelihood in _predictions(model, y):
-            bits = -likelihood.double().log2().sum(1)[:, second].sum()
-            rows.append({"image": name, "context": context, "bpp": float(bits) / (picture.width * picture.height)})
+        with evaluating(model) as model:
+            for context, likelihood in _predictions(model, y):
+                bits = -likelihood.double().log2().sum(1)[:, second].sum()
+                rows.append({"image": name, "context": context, "bpp": float(bits) / (picture.width * picture.height)})
     return rows
 
 

@@ -33,7 +33,7 @@ from entroformer_lib.studies.classical import CODECS, check_available, coded, de
 from entroformer_lib.studies.commands import at_least, check_place, run
 from entroformer_lib.studies.engine import Outcome, Task, complete
 from entroformer_lib.studies.rate_distortion import evaluate_picture, names_of, pictures_to_test
-from entroformer_lib.weights.zoo import load_model, tensors_digest
+from entroformer_lib.weights.zoo import load_model, split_name, tensors_digest
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def tasks_of(codec: str, pictures: Iterable[Path], device: str = "cpu") -> list[
         settings = CODECS[codec][1]
     else:
         config = _loaded(codec, device)[0].config
-        settings = (None,) if "@" in codec or not config.lmbdas else config.lmbdas
+        settings = (None,) if split_name(codec)[1] or not config.lmbdas else config.lmbdas
     paths = [Path(picture) for picture in pictures]
     named = list(zip(paths, names_of(paths), strict=True))
     return [Coding(codec, setting, str(path), device, name) for setting in settings for path, name in named]
