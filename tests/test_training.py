@@ -203,11 +203,11 @@ def test_a_loss_that_is_no_number_names_the_step(config, monkeypatch):
 @pytest.mark.parametrize("changes, sentence", [
     (dict(crop=100), "multiple of 64"),
     (dict(metric="ms-ssim"), "160"),
-    (dict(steps=0), "at least one step"),
+    (dict(steps=0), "steps must be a whole number"),
     (dict(lmbdas=(0.1, 0.01), pretrain_lmbda=None), "rise"),
     (dict(lmbdas=(0.01, 0.1)), "pretrain_lmbda"),
     (dict(ema=1.5), "below 1"),
-    (dict(graphics=1.5), "graphics is a share"),
+    (dict(graphics=1.5), "graphics must be a share"),
     (dict(schedule="decay"), "for a branch"),
     (dict(branch="nowhere.pt"), "cannot be read"),
     (dict(branch="nowhere.pt", init="tiny-rates"), "not for it"),
