@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,10 +115,12 @@ def read_checkpoint(path: Path, device: torch.device) -> dict:
     """
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except (EOFError, pickle.UnpicklingError):  # empty, or no file of torch.save
-        state = {}
-    except Exception as error:  # a damaged file can raise anything
-        raise TrainingError(f"The checkpoint {path} cannot be read: {str(error).partition(chr(10))[0]}") from None
+    except OSError as error:
+        raise TrainingError(f"The checkpoint {path} cannot be read: {error.strerror}.") from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # a damaged file can raise anything
+        state = None
     known = isinstance(state, dict) and {"model", "optimizer", "step", "seconds", "mean"} <= state.keys()
     if not known or not isinstance(state["model"], dict):
         raise TrainingError(f"The file {path} is damaged or not the checkpoint of a run.")
