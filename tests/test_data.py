@@ -259,7 +259,10 @@ def test_odd_pictures_have_the_right_pixels_or_are_left_out(tmp_path):
     for name, (picture, options, expected) in pictures.items():
         picture.save(tmp_path / name, **options)
         tar = shard(tmp_path / "one.tar", {name: (tmp_path / name).read_bytes()})
-        kinds = [PreloadedCrops(tmp_path / name, 64), *(StreamedCrops(s, 64, workers=0) for s in (tmp_path / name, tar))]
+        kinds = [
+            PreloadedCrops(tmp_path / name, 64),
+            *(StreamedCrops(s, 64, workers=0) for s in (tmp_path / name, tar)),
+        ]
         for crops in kinds:
             (x,) = next(crops.batches([range(1)])) * 255
             seen = x.round().byte().permute(1, 2, 0).numpy()

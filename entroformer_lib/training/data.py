@@ -144,7 +144,7 @@ def _tar_members(tars: list[str]) -> Iterator[tuple[str, bytes]]:
                         yield member.name, members.extractfile(member).read()
                     members.members = []  # it would keep them all
         except (OSError, EOFError, tarfile.TarError) as error:
-            reason = getattr(error, "strerror", None) or error
+            reason = (error.strerror or "fetching it failed") if isinstance(error, OSError) else error
             raise DataError(f"The tar {tar} is damaged or cannot be read: {reason}.") from None
 
 

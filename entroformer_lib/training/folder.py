@@ -67,8 +67,8 @@ class RunFolder:
             saved = None
         if not isinstance(saved, dict) or not {"data", "out", "model", "steps"} <= saved.keys():
             raise TrainingError(
-                f"The file {self.config} is damaged or not that of a run. If the folder holds the run that this command "
-                "is to go on with, remove this file; otherwise choose another folder."
+                f"The file {self.config} is damaged or not that of a run. Remove it if the folder holds the run that "
+                "is to go on; otherwise choose another folder."
             )
         return saved
 
@@ -115,7 +115,7 @@ def read_checkpoint(path: Path, device: torch.device) -> dict:
     """
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except OSError as error:
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise TrainingError(f"The checkpoint {path} cannot be read: {error.strerror}.") from None
     except (MemoryError, torch.OutOfMemoryError):
         raise

@@ -50,32 +50,36 @@ def train(config: TrainConfig, progress: bool = True, watch: Watch | None = None
         TrainingError: the run cannot start, met a loss that is no number, or was stopped by a signal.
         DataError: no usable pictures.
     """
-    folder = RunFolder(Path(config.out))
+    fabric, folder = _fabric(config), RunFolder(Path(config.out))
     with folder.alone() if rank_zero_only.rank == 0 else nullcontext():
-        return _train(config, folder, progress, watch)
+        fabric.launch()
+        if config.batch % fabric.world_size:
+            raise TrainingError(f"A batch of {config.batch} cannot be shared by {fabric.world_size} processes.")
+        if fabric.device.type == "cpu":
+            keep_freed_memory()
+        torch.manual_seed(config.seed)
+        trunk = read_checkpoint(Path(config.branch), fabric.device) if config.branch else None
+        run = Run(config, fabric, folder, initial_model(config, trunk))
+        crops = crops_of(config, run.model, fabric.device)
+        if fabric.is_global_zero:
+            folder.claim(config)
+        fabric.barrier()
+        first = run.resume(trunk)
+        return run.go(crops, first, progress and fabric.is_global_zero, watch)
 
 
-def _train(config: TrainConfig, folder: RunFolder, progress: bool, watch: Watch | None) -> Path:
+def _fabric(config: TrainConfig) -> Fabric:
+    """The devices of a run, not started yet.
+
+    Raises:
+        TrainingError: this machine does not have them.
+    """
     logger = TensorBoardLogger(config.out, name="", version="")
     try:
-        fabric = Fabric(accelerator=config.accelerator, devices=config.devices, loggers=logger)
+        return Fabric(accelerator=config.accelerator, devices=config.devices, loggers=logger)
     except (RuntimeError, MisconfigurationException):
         asked = f"--accelerator {config.accelerator} --devices {config.devices}"
         raise TrainingError(f"This machine does not have what {asked} asks for; --accelerator cpu works.") from None
-    fabric.launch()
-    if config.batch % fabric.world_size:
-        raise TrainingError(f"A batch of {config.batch} cannot be shared by {fabric.world_size} processes.")
-    if fabric.device.type == "cpu":
-        keep_freed_memory()
-    torch.manual_seed(config.seed)
-    trunk = read_checkpoint(Path(config.branch), fabric.device) if config.branch else None
-    run = Run(config, fabric, folder, initial_model(config, trunk))
-    crops = crops_of(config, run.model, fabric.device)
-    if fabric.is_global_zero:
-        folder.claim(config)
-    fabric.barrier()
-    first = run.resume(trunk)
-    return run.go(crops, first, progress and fabric.is_global_zero, watch)
 
 
 def crops_of(config: TrainConfig, model: Entroformer, device: torch.device) -> Crops:
