@@ -1,8 +1,12 @@
+import dataclasses
+import math
+
 import pytest
 
 from entroformer_lib.entroformer import build_model
-from entroformer_lib.errors import ConfigError
+from entroformer_lib.errors import ConfigError, TrainingError
 from entroformer_lib.models.config import EntroformerConfig, named_config
+from entroformer_lib.training.config import TrainConfig
 
 
 @pytest.mark.parametrize("name", ["base-serial", "study-parallel", "tiny-hyperprior", "tiny-context"])
@@ -32,6 +36,47 @@ def test_json_round_trip(name, preset):
 def test_what_cannot_be_built_is_named(make, offender):
     with pytest.raises(ConfigError, match=offender):
         make()
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        dict(lmbda=-1),
+        dict(clip=0),
+        dict(pretrain_mask=5),
+        dict(decay=-3),
+        dict(data=""),
+        dict(log_every=0),
+        dict(seed=-1),
+        dict(lr=math.nan),
+        dict(devices=0),
+        dict(accelerator="banana"),
+        dict(lmbdas=(0.1, 0.0)),
+        dict(steps=2.5),
+        dict(batch=True),
+        dict(seed=2**63),
+        dict(metric="psnr"),
+        dict(init=" "),
+    ],
+    ids=lambda nonsense: next(iter(nonsense)),
+)
+def test_nonsense_about_a_run_is_refused(nonsense):
+    (name,) = nonsense
+    with pytest.raises(TrainingError, match=f"^{name} must be .*, and is "):
+        TrainConfig(**{"data": "DATA", "out": "OUT", **nonsense})
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(TrainConfig)])
+def test_no_field_of_a_run_takes_anything(field):
+    for nonsense in (-1, math.inf, -math.inf, math.nan, "", (-1.0,), ("",), [None]):
+        with pytest.raises(TrainingError, match=f"^{field} must be "):
+            TrainConfig(**{"data": "DATA", "out": "OUT", field: nonsense})
+
+
+def test_the_ends_of_the_ranges_belong_to_a_run():
+    ends = dict(steps=1, batch=1, crop=64, last_crop=None, decay=1, pretrain=1, pretrain_mask=0, seed=0, devices=2)
+    config = TrainConfig("DATA", "OUT", lmbdas=[1, 2], ema=0, clip=1e9, checkpoint_seconds=0, graphics=1, **ends)
+    assert config.decay == 1 and config.lmbdas == [1, 2]
 
 
 def test_overrides_reach_the_model():

@@ -1,7 +1,10 @@
 """Training pictures: what a run sees is a function of the seed and the sample's number alone."""
 
+import io
+import struct
 import tarfile
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -107,7 +110,11 @@ def test_unusable_pictures_are_named_and_left_out(photo_folder, tmp_path):
     assert len(crops.pictures) == 4
     text = " ".join(str(w.message) for w in caught)
     assert "broken.png" in text and "cut.png" in text and "1 pictures smaller" in text
-    assert len(list(StreamedCrops(tmp_path, 64, workers=0).batches(RANGES))) == 4
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert len(list(StreamedCrops(tmp_path, 64, workers=0).batches(RANGES))) == 4
+    text = " ".join(str(w.message) for w in caught)
+    assert "broken.png is not a picture" in text and "cut.png cannot be read" in text and "pictures smaller" in text
 
 
 def test_a_stream_passes_over_what_only_looks_whole(photo_folder, tmp_path):
@@ -120,7 +127,8 @@ def test_a_stream_passes_over_what_only_looks_whole(photo_folder, tmp_path):
         file.add(tmp_path / "cut.png", "b.png")
         file.add(photo_folder / "astronaut.png", "deep/astronaut.png")
     crops = StreamedCrops(tmp_path / "some.tar", 64, workers=0, left_out=frozenset({"astronaut.png"}))
-    seen = torch.cat([*crops.batches([range(2), range(2, 12)])])
+    with pytest.warns(UserWarning, match="left out b.png: The picture cannot be read"):
+        seen = torch.cat([*crops.batches([range(2), range(2, 12)])])
     only = StreamedCrops(tmp_path / "coffee.png", 64, workers=0)
     assert torch.equal(seen, torch.cat([*only.batches([range(12)])]))
 
@@ -141,6 +149,131 @@ def test_sources_that_cannot_be_used(tmp_path, tar):
     cut.write_bytes(tar.read_bytes()[:70_000])
     with pytest.raises(DataError, match="damaged"):
         PreloadedCrops(cut, 64)
+
+
+# ---- damaged shards and odd pictures: the same from preloading and from a stream ----
+
+
+def png(pixels: np.ndarray | int = 64, **more) -> bytes:
+    """A picture as bytes; of a number, noise with so many pixels on a side."""
+    if isinstance(pixels, int):
+        pixels = np.random.default_rng(0).integers(0, 256, (pixels, pixels, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", **more)
+    return buffer.getvalue()
+
+
+def shard(path, members: dict[str, bytes]):
+    with tarfile.open(path, "w") as file:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            file.addfile(member, io.BytesIO(data))
+    return path
+
+
+def claiming(data: bytes, side: int) -> bytes:
+    """A PNG whose header claims another size."""
+    header = data[12:16] + struct.pack(">II", side, side) + data[24:29]
+    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (lambda whole: whole[: len(whole) // 2], "truncated"),
+        (lambda whole: b"", "not a picture"),
+        (lambda whole: claiming(whole, 65_535), "exceeds limit"),
+        (lambda whole: whole[:60] + bytes(200) + whole[260:], "cannot be read"),
+    ],
+    ids=["half", "empty", "too large", "zeros inside"],
+)
+def test_damaged_pictures_of_a_shard_are_passed_over(damage, reason, workers, tmp_path):
+    """In whichever order they come, the first of a run too."""
+    whole = png()
+    tar = shard(tmp_path / "some.tar", {"bad.png": damage(whole), "good.png": whole})
+    expected = next(StreamedCrops(shard(tmp_path / "good.tar", {"good.png": whole}), 64, workers=0).batches([range(4)]))
+    for seed in range(4):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            (seen,) = StreamedCrops(tar, 64, seed, workers=workers).batches([range(4)])
+        said = [str(w.message) for w in caught]
+        assert workers or any("left out bad.png" in s and reason in s for s in said)  # a worker says it itself
+        colours = seen.sort(-1).values  # a crop may be mirrored
+        assert torch.equal(colours, expected.sort(-1).values)
+    with pytest.warns(UserWarning, match=f"left out bad.png: .*{reason}"):
+        assert len(PreloadedCrops(tar, 64).pictures) == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda tar: tar[:5000],
+        lambda tar: b"",
+        lambda tar: b"no tar at all" * 1000,
+        lambda tar: tar.replace(b"1.png" + bytes(95), b"1.png" + bytes(94) + b"x"),
+        lambda tar: tar[: tar.index(b"1.png") + 200],
+    ],
+    ids=["cut", "empty", "text", "damaged header", "cut in a header"],
+)
+def test_damaged_shards_end_in_one_sentence(damage, tmp_path):
+    tar = tmp_path / "some.tar"
+    tar.write_bytes(damage(shard(tar, {f"{i}.png": png() for i in range(3)}).read_bytes()))
+    streams = [StreamedCrops(tar, 64, workers=workers) for workers in (0, 1)]
+    for begin in (lambda: PreloadedCrops(tar, 64), *(lambda s=s: list(s.batches([range(4)])) for s in streams)):
+        with pytest.raises(DataError) as error:
+            begin()
+        assert str(error.value).startswith(f"The tar {tar} is damaged or cannot be read: ")
+        assert "\n" not in str(error.value)
+
+
+def test_a_shard_may_hold_a_name_twice(tmp_path):
+    """tar -r appends a newer file behind the older one."""
+    with tarfile.open(shard(tmp_path / "some.tar", {"a.png": png()}), "a") as file:
+        file.addfile(file.getmember("a.png"), io.BytesIO(png()))
+    assert len(PreloadedCrops(tmp_path / "some.tar", 64).pictures) == 2
+
+
+def test_odd_pictures_have_the_right_pixels_or_are_left_out(tmp_path):
+    """What they must look like is written out here, not asked of the reader."""
+    ramp = np.arange(64 * 64).reshape(64, 64)
+    grey = np.round(ramp * 16 / 257).astype(np.uint8)
+    colours = np.stack([ramp % 251, ramp % 13, ramp // 64], -1).astype(np.uint8)
+    hidden, white = np.dstack([colours, np.where(ramp % 64 < 32, 0, 255)]).astype(np.uint8), colours.copy()
+    white[:, :32] = 255
+    turned, exif = np.rot90(colours, -1), Image.Exif()
+    exif[0x0112] = 6
+    palette = Image.fromarray((ramp % 64 // 8).astype(np.uint8), "L").convert("P")
+    palette.putpalette([10, 20, 30] * 4 + [200, 0, 0] * 252)
+    red = np.where(ramp[..., None] % 64 < 32, 255, [200, 0, 0])
+    pictures = {
+        "wide.png": (Image.fromarray((ramp * 16).astype(np.uint16)), {}, np.dstack([grey] * 3)),
+        "wide.tif": (Image.fromarray((ramp * 16).astype(np.uint16)), {}, np.dstack([grey] * 3)),
+        "clear.png": (Image.fromarray(hidden), {}, white),
+        "clear.webp": (Image.fromarray(hidden), {"lossless": True, "exact": True}, white),
+        "palette.png": (palette, {"transparency": bytes([0] * 4 + [255] * 252)}, red),
+        "turned.png": (Image.fromarray(colours), {"exif": exif}, turned),
+        "turned.webp": (Image.fromarray(colours), {"exif": exif, "lossless": True}, turned),
+    }
+    for name, (picture, options, expected) in pictures.items():
+        picture.save(tmp_path / name, **options)
+        tar = shard(tmp_path / "one.tar", {name: (tmp_path / name).read_bytes()})
+        kinds = [
+            PreloadedCrops(tmp_path / name, 64),
+            *(StreamedCrops(s, 64, workers=0) for s in (tmp_path / name, tar)),
+        ]
+        for crops in kinds:
+            (x,) = next(crops.batches([range(1)])) * 255
+            seen = x.round().byte().permute(1, 2, 0).numpy()
+            assert any(np.array_equal(side, expected) for side in (seen, seen[:, ::-1])), name  # perhaps mirrored
+    Image.fromarray(ramp.astype(np.float32) / 4096).save(tmp_path / "float.tif")
+    tar = shard(tmp_path / "two.tar", {n: (tmp_path / n).read_bytes() for n in ("float.tif", "clear.png")})
+    for crops in (PreloadedCrops, StreamedCrops):
+        with pytest.warns(UserWarning, match="left out .*float.tif: The picture has floating-point pixels"):
+            for seed in range(4):
+                more = {} if crops is PreloadedCrops else {"workers": 0}
+                next(crops([tmp_path / "two.tar"], 64, seed, **more).batches([range(2)]))
 
 
 def test_training_sees_the_pixels_that_the_codec_sees(tmp_path):

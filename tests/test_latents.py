@@ -76,6 +76,24 @@ def test_cache_of_other_transforms_or_crops_is_refused(cache, source, tmp_path):
         LatentCrops(tmp_path, load_model(source, "cpu"), crop=128)
 
 
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        ("latents.json", lambda data: data[: len(data) // 2]),
+        ("latents.json", lambda data: b"[1]"),
+        ("latents.npy", lambda data: data[: len(data) // 2]),
+        ("latents.npy", lambda data: b""),
+        ("latents.npy", lambda data: b"no table"),
+    ],
+)
+def test_a_damaged_cache_is_refused(name, damage, cache, source, tmp_path):
+    for path in cache.iterdir():
+        data = path.read_bytes()
+        (tmp_path / path.name).write_bytes(damage(data) if path.name == name else data)
+    with pytest.raises(DataError, match="no whole cache of latents in"):
+        LatentCrops(tmp_path, load_model(source, "cpu"), crop=128)
+
+
 def test_order_of_data_is_a_function_of_seed_and_sample(cache, source):
     model = load_model(source, "cpu")
     whole = next(LatentCrops(cache, model, 128).batches([range(4, 8)]))

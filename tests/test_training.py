@@ -13,8 +13,10 @@ import pytest
 import torch
 from conftest import MICRO
 
+from entroformer_lib import cli
 from entroformer_lib.errors import ConfigError, TrainingError, UserError
 from entroformer_lib.models import config as model_config
+from entroformer_lib.training import folder
 from entroformer_lib.training.chance import DRAWN, random_choice
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.data import Sampling, held_out_crops
@@ -203,11 +205,11 @@ def test_a_loss_that_is_no_number_names_the_step(config, monkeypatch):
 @pytest.mark.parametrize("changes, sentence", [
     (dict(crop=100), "multiple of 64"),
     (dict(metric="ms-ssim"), "160"),
-    (dict(steps=0), "at least one step"),
+    (dict(steps=0), "steps must be a whole number"),
     (dict(lmbdas=(0.1, 0.01), pretrain_lmbda=None), "rise"),
     (dict(lmbdas=(0.01, 0.1)), "pretrain_lmbda"),
     (dict(ema=1.5), "below 1"),
-    (dict(graphics=1.5), "graphics is a share"),
+    (dict(graphics=1.5), "graphics must be a share"),
     (dict(schedule="decay"), "for a branch"),
     (dict(branch="nowhere.pt"), "cannot be read"),
     (dict(branch="nowhere.pt", init="tiny-rates"), "not for it"),
@@ -254,7 +256,8 @@ def command(config, *extra) -> list:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_a_checkpoint_and_a_sentence(config, number):
+def test_a_signal_leaves_a_checkpoint_and_a_sentence(config, number, monkeypatch):
+    """Meanwhile nobody else trains in the folder."""
     config = replace(config, steps=10_000)
     process = subprocess.Popen([sys.executable, *command(config)], stderr=subprocess.PIPE, text=True)
     log = Path(config.out) / "log.jsonl"
@@ -262,12 +265,137 @@ def test_a_signal_leaves_a_checkpoint_and_a_sentence(config, number):
     while not (log.exists() and log.read_text().count("\n") >= 2):
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
         time.sleep(0.1)
+    monkeypatch.setattr(folder, "PATIENCE", 0)
+    with pytest.raises(TrainingError, match="Another process is training in the folder .*run"):
+        train(config, progress=False)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     step = torch.load(Path(config.out) / "checkpoint.pt", weights_only=True)["step"]
     assert f"Stopped by a signal at step {step} of 10000" in errors.splitlines()[-1]
     assert log_of(config)[-1]["step"] == step
+
+
+def test_a_folder_is_free_after_a_run_however_it_ended(config, monkeypatch):
+    """After an error, and after SIGKILL."""
+    monkeypatch.setattr(folder, "PATIENCE", 0)
+    config = replace(config, steps=2)
+    with pytest.raises(RuntimeError, match="power"):
+        train(config, progress=False, watch=crash_at(1))
+    run = folder.RunFolder(Path(config.out))
+    if not (child := os.fork()):
+        with run.alone():
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    with run.alone(), pytest.raises(TrainingError, match="Another process"):
+        train(config, progress=False)
+    train(config, progress=False)
+    assert [row["step"] for row in log_of(config)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "words, code, sentence",
+    [
+        ("--lmbda -1", 1, "lmbda must be a number above 0, and is -1.0."),
+        ("--log-every 0", 1, "log_every must be a whole number of at least 1, and is 0."),
+        ("--data=", 1, "data must be"),
+        ("--lr nan", 1, "lr must be"),
+        ("--devices 0", 1, "devices must be"),
+        ("--devices several", 2, "several"),
+        ("--accelerator banana", 2, "banana"),
+        ("--accelerator cuda", 1, "--accelerator cpu works"),
+        ("--accelerator gpu --devices 2", 1, "--accelerator gpu --devices 2 asks for"),
+        ("--accelerator mps", 1, "--accelerator cpu works"),
+    ],
+)
+def test_nonsense_on_the_command_line_is_refused_before_any_work(words, code, sentence, config, monkeypatch, capsys):
+    if ("cuda" in words or "gpu" in words) and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    monkeypatch.setattr(sys, "argv", ["entroformer", *command(config)[2:], *words.split()])
+    try:
+        found = cli.main()
+    except SystemExit as stop:
+        found = stop.code
+    errors = capsys.readouterr().err
+    assert found == code and sentence in errors and "Traceback" not in errors
+    assert not Path(config.out).exists()
+
+
+# ---- torn and foreign files in the folder of a run ------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(config):
+    """A run of two steps that may be continued."""
+    config = replace(config, schedule="constant", steps=2, pretrain=0, pretrain_lmbda=None)
+    train(config, progress=False)
+    return config
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda log: log[: len(log) * 3 // 4],
+        lambda log: log + bytes(100),
+        lambda log: b'\xff\n{"loss": 1}\n[1]\n\n' + log,
+    ],
+    ids=["cut", "zeros", "foreign"],
+)
+def test_a_torn_log_loses_its_damaged_rows(damage, finished):
+    log = Path(finished.out) / "log.jsonl"
+    whole = log_of(finished)
+    log.write_bytes(damage(log.read_bytes()))
+    with pytest.warns(UserWarning, match="damaged rows of .*log.jsonl"):
+        train(replace(finished, steps=3), progress=False)
+    rows = log_of(finished)
+    assert rows[-1]["step"] == 3 and rows[:-1] in (whole, whole[:1])
+
+
+def other_optimizer(path: Path) -> None:
+    torch.save(torch.load(path, weights_only=True) | {"optimizer": {}}, path)
+
+
+def other_model(path: Path) -> None:
+    torch.save(torch.load(path, weights_only=True) | {"model": {"weight": torch.zeros(3)}}, path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:20_000]),
+        lambda path: path.write_text("no checkpoint"),
+        lambda path: torch.save([1], path),
+        lambda path: torch.save({"step": 1}, path),
+        other_optimizer,
+        other_model,
+    ],
+    ids=["empty", "cut", "text", "list", "foreign", "other optimizer", "other model"],
+)
+def test_a_checkpoint_that_is_none_is_named(damage, finished, tmp_path):
+    """Where a run goes on from it, and where a branch begins at it."""
+    path = Path(finished.out) / "checkpoint.pt"
+    damage(path)
+    before = path.read_bytes()
+    with pytest.raises(TrainingError, match=f"{path} is (damaged|that of another run)"):
+        train(replace(finished, steps=3), progress=False)
+    with pytest.raises(UserError):
+        train(replace(finished, out=str(tmp_path / "branch"), branch=str(path)), progress=False)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda text: text[:40], lambda text: "", lambda text: "[1]", lambda text: '{"architectures": ["bert"]}'],
+    ids=["cut", "empty", "list", "foreign"],
+)
+def test_a_config_that_is_none_is_named_and_kept(damage, finished):
+    path = Path(finished.out) / "config.json"
+    path.write_text(damage(path.read_text()))
+    before = path.read_text()
+    with pytest.raises(TrainingError, match=f"{path} is damaged or not that of a run"):
+        train(finished, progress=False)
+    assert path.read_text() == before
 
 
 GRADIENTS = """

@@ -1,10 +1,30 @@
 """What one training run is: read by the loop, the command line and the model cards. Imports nothing heavy."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from types import NoneType
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from entroformer_lib.errors import TrainingError
+
+
+class Must(NamedTuple):
+    """What the values of a type must be besides, in words and as a test."""
+
+    be: str
+    test: Callable[..., bool]
+
+
+Text = Annotated[str, Must("a word that is not empty", lambda s: s.strip() != "")]
+Count = Annotated[int, Must("a whole number of at least 1", lambda n: n >= 1)]
+Seed = Annotated[int, Must("a whole number of at least 0 and below 2^63", lambda n: 0 <= n < 2**63)]
+Side = Annotated[int, Must("a multiple of 64 pixels", lambda n: n >= 64 and n % 64 == 0)]
+Positive = Annotated[float, Must("a number above 0", lambda n: 0 < n < math.inf)]
+Seconds = Annotated[float, Must("a number of at least 0", lambda n: 0 <= n < math.inf)]
+Share = Annotated[float, Must("a share from 0 to 1", lambda n: 0 <= n <= 1)]
+LessThanOne = Annotated[float, Must("at least 0 and below 1", lambda n: 0 <= n < 1)]
+Factor = Annotated[float, Must("above 0 and at most 1", lambda n: 0 < n <= 1)]
 
 
 @dataclass(frozen=True)
@@ -17,105 +37,103 @@ class TrainConfig:
         TrainingError: a value out of its range, or fields that do not go together.
     """
 
-    data: str
+    data: Text
     """Pictures to train on: a folder, a .txt list, a .tar, a glob of tars. On latents: only a word for the card."""
-    out: str
+    out: Text
     """Folder of the run. The same command again continues it."""
-    model: str = "tiny-parallel"
+    model: Text = "tiny-parallel"
     """Size and variant: {base, study, tiny}-{serial, parallel, cnn, hyperprior, context, groupedmixer}."""
-    architecture: tuple[str, ...] = ()
+    architecture: tuple[Text, ...] = ()
     """Fields of the architecture to change, of the model's or of init's, such as: position=none top_k=64."""
     preset: Literal["paper", "official"] = "paper"
-    lmbda: float = 0.0035
+    lmbda: Positive = 0.0035
     """Weight of the distortion: 255^2 * MSE, or 1 - MS-SSIM."""
-    lmbdas: tuple[float, ...] = ()
+    lmbdas: tuple[Positive, ...] = ()
     """Several weights, rising: one model of variable rate, every crop with one of them. Replaces lmbda."""
     even_rates: bool = True
     """Of several lmbdas, weight the loss of each crop by 1 / sqrt(lmbda), so that every rate counts alike."""
     metric: Literal["mse", "ms-ssim"] = "mse"
-    steps: int = 20_000
-    batch: int = 8
+    steps: Count = 20_000
+    batch: Count = 8
     """Pictures per step, over all processes together."""
-    crop: int = 128
+    crop: Side = 128
     """Side of a crop in pixels."""
-    last_crop: int | None = None
+    last_crop: Side | None = None
     """Side of a crop over the last fifth of the steps; default: crop."""
     optimizer: Literal["adam", "muon"] = "adam"
     """muon: orthogonalised momentum for matrices and kernels, Adam for the rest; far fewer steps (docs/training.md)."""
-    lr: float = 1e-4
+    lr: Positive = 1e-4
     schedule: Literal["steps", "linear", "constant", "decay"] = "steps"
     """After the warm-up: steps of `decay` (the paper); constant and then linearly down to 0 over the last 60%;
     constant; or, with branch and without warm-up, linearly down to 0 from the first step on."""
-    decay: float = 0.75
+    decay: Factor = 0.75
     """Factor on the learning rate at every fifth of the steps; the released code has 0.5."""
-    ema: float = 0.0
+    ema: LessThanOne = 0.0
     """Decay of a running mean of the weights that is kept instead of the last ones, such as 0.999; 0: none."""
-    clip: float = 1.0
+    clip: Positive = 1.0
     """Largest norm of the gradient; longer ones are shortened to it."""
-    pretrain: float = 0.0
+    pretrain: Share = 0.0
     """Share of the steps with the random mask and with pretrain_lmbda."""
-    pretrain_lmbda: float | None = None
+    pretrain_lmbda: Positive | None = None
     """Weight of the distortion meanwhile, for a high-rate start; default: lmbda."""
-    pretrain_mask: float = 0.5
+    pretrain_mask: Share = 0.5
     """Share of the latents masked meanwhile."""
-    transforms: str | None = None
+    transforms: Text | None = None
     """A model whose g_a, g_s and gains are taken and kept frozen; with @ and a lambda, at that rate alone; or
     zoo:NAME:QUALITY of CompressAI. Only the entropy model is trained, on `latents`, by its rate."""
-    latents: str | None = None
+    latents: Text | None = None
     """Folder of the latents of these transforms, written by python -m entroformer_lib.training.latents."""
-    missing: float = 0.0
+    missing: LessThanOne = 0.0
     """Each crop hides a random share of its latents, up to this one, from all the others: for what a position is worth.
     Only on latents."""
-    one_way: float = 0.0
+    one_way: Share = 0.0
     """Share of the crops in which a parallel model sees only the context before a latent, in raster order: for the
     comparison of one-way and two-way context. Only on latents."""
     rounded: bool = False
     """Train the rate of rounded y, which is what a file holds, and not of noisy y. Only on latents, where y needs no
     gradient."""
-    init: str | None = None
+    init: Text | None = None
     """Weights to go on from: a name of `entroformer models` or a .safetensors file. With architecture or lmbdas, what
     still fits is taken, tensor by tensor, and the rest begins afresh."""
-    branch: str | None = None
+    branch: Text | None = None
     """Checkpoint of another run to go on from, with its optimizer's state and after its samples; with a constant
     schedule there and decay here, an unfinished run shows what it is worth. With architecture, transforms of more
     channels or blocks begin with the same outputs, and the optimizer begins afresh."""
-    held_out: str | None = None
+    held_out: Text | None = None
     """A list of file names, one a line. These pictures are left out of training, and R + lambda D of one crop of each
     is logged at every lambda, with rounding as in files."""
-    held_out_every: int = 2000
+    held_out_every: Count = 2000
     """Steps between these measurements; there is one at the end too."""
-    graphics: float = 0.0
+    graphics: Share = 0.0
     """Share of the crops that are drawn by code: text, charts, flat colours (graphics.py). Each counts at most as much
     as the middle photograph of its batch."""
-    permuted: float = 0.0
+    permuted: Share = 0.0
     """Share of the photographs whose colour channels change places."""
-    seed: int = 0
+    seed: Seed = 0
     preload: bool = True
     """Keep all pictures on the device; --no-preload streams them through worker processes."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 is for layers, never for attention scores or likelihoods."""
-    accelerator: str = "auto"
-    devices: int | str = "auto"
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
+    devices: Count | Literal["auto"] = "auto"
     """How many processes; under torchrun, per machine."""
-    checkpoint_seconds: float = 120.0
-    log_every: int = 50
+    checkpoint_seconds: Seconds = 120.0
+    log_every: Count = 50
 
     def __post_init__(self):
+        for name, hint in get_type_hints(TrainConfig, include_extras=True).items():
+            value = getattr(self, name)
+            if not _fits(value, hint):
+                raise TrainingError(f"{name} must be {_in_words(hint)}, and is {value!r}.")
         for wrong, sentence in self._rules():
             if wrong:
                 raise TrainingError(sentence)
 
     def _rules(self) -> Iterator[tuple[bool, str]]:
-        """What must not be, each with the sentence that says so."""
-        yield self.steps < 1 or self.batch < 1, "A run needs at least one step and a batch of at least one."
+        """Fields that do not go together, each with the sentence that says so."""
         for crop in (self.crop, self.last_crop or self.crop):
-            yield crop < 64 or crop % 64 > 0, f"The crop must be a multiple of 64 pixels, and is {crop}."
             small = self.metric == "ms-ssim" and crop <= 160
             yield small, f"MS-SSIM needs crops above 160 pixels, and the crop is {crop}."
-        yield not 0 <= self.ema < 1, f"The ema must be at least 0 and below 1, and is {self.ema}."
-        yield not 0 <= self.missing < 1, "missing is a share below 1."
-        for name in ("graphics", "permuted", "one_way"):
-            yield not 0 <= getattr(self, name) <= 1, f"{name} is a share of at most 1."
         on_latents, alone = self.transforms is not None, (self.transforms is None) != (self.latents is None)
         yield alone, "Frozen transforms and the latents they gave go together: set both or none of the two."
         for name in ("last_crop", "pretrain_lmbda", "graphics", "permuted", "held_out"):
@@ -147,6 +165,34 @@ class TrainConfig:
             return [(range(self.steps), self.crop)]
         change = self.steps - self.steps // 5
         return [(range(change), self.crop), (range(change, self.steps), self.last_crop)]
+
+
+def _fits(value, hint) -> bool:
+    """Whether a field of this type may hold the value. Whole numbers count as floats, and lists as tuples."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind is Annotated:
+        return _fits(value, inner[0]) and inner[1].test(value)
+    if kind is Literal:
+        return value in inner
+    if kind is tuple:
+        return isinstance(value, tuple | list) and all(_fits(v, inner[0]) for v in value)
+    if inner:  # one of several types
+        return any(_fits(value, one) for one in inner)
+    if isinstance(value, bool):  # Python counts it among the whole numbers
+        return hint is bool
+    return isinstance(value, int | float if hint is float else hint)
+
+
+def _in_words(hint) -> str:
+    """What a field of this type may hold."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind is Annotated:
+        return inner[1].be
+    if kind is Literal:
+        return " or ".join(map(str, inner))
+    if kind is tuple:
+        return f"a list, each of it {_in_words(inner[0])}"
+    return " or ".join(_in_words(one) for one in inner if one is not NoneType) or "true or false"
 
 
 # These may differ when a run is continued. (With another batch it goes on, but not as if it had never stopped.)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -29,6 +29,7 @@ from entroformer_lib.training.chance import DRAWN, HELD_OUT, SHARDS, generator, 
 from entroformer_lib.training.graphics import drawn
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
+SHUFFLED = 1000  # pictures of a stream that are held back, so that they come in another order
 
 
 def find_sources(source: str | os.PathLike | list) -> tuple[list[Path], list[str]]:
@@ -75,12 +76,17 @@ def pictures_in(source, wanted: Callable[[str], bool] = lambda name: True) -> It
     named in a warning."""
     files, tars = find_sources(source)
     for name, picture in itertools.chain(((str(path), path) for path in files), _tar_members(tars)):
-        if not wanted(Path(name).name):
-            continue
-        try:
-            yield pixels_of(picture)
-        except DataError as error:
-            warnings.warn(f"left out {name}: {error}", stacklevel=2)
+        if wanted(Path(name).name) and (pixels := _pixels(name, picture)) is not None:
+            yield pixels
+
+
+def _pixels(name: str, picture: Path | bytes) -> np.ndarray | None:
+    """uint8 [H, W, 3]; None, with a warning, where the picture cannot be read."""
+    try:
+        return pixels_of(picture)
+    except DataError as error:
+        warnings.warn(f"left out {name}: {error}", stacklevel=2)
+        return None
 
 
 def read_names(path: str | os.PathLike) -> frozenset[str]:
@@ -128,16 +134,29 @@ def _tar_members(tars: list[str]) -> Iterator[tuple[str, bytes]]:
     """
     if not tars:
         return
-    import webdataset as wds
+    from webdataset import gopen  # from disk, web or a pipe
 
-    shards = wds.WebDataset(tars, shardshuffle=False, empty_check=False, nodesplitter=None, workersplitter=None)
-    try:
-        for sample in shards:
-            for key, value in sample.items():
-                if "." + key.lower().rsplit(".", 1)[-1] in PICTURES:
-                    yield f"{sample['__key__']}.{key}", value
-    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-        raise DataError(f"A tar among the training data is damaged or cannot be read: {error}.") from None
+    for tar in tars:
+        try:
+            with gopen(tar) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_Header) as members:
+                for member in members:
+                    if member.isreg() and Path(member.name).suffix.lower() in PICTURES:
+                        yield member.name, members.extractfile(member).read()
+                    members.members = []  # it would keep them all
+        except (OSError, EOFError, tarfile.TarError) as error:
+            reason = (error.strerror or "fetching it failed") if isinstance(error, OSError) else error
+            raise DataError(f"The tar {tar} is damaged or cannot be read: {reason}.") from None
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header. A damaged one is an error here; tarfile takes it for the end of the tar."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(tar)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
+            raise tarfile.ReadError(str(error)) from None
 
 
 def _channels_first(picture: np.ndarray) -> Tensor:
@@ -225,7 +244,7 @@ class StreamedCrops:
     """Pictures read and cropped by worker processes as they are needed, for collections that do not fit in memory.
 
     Files are read in any order; tar shards from front to back, through a shuffle buffer, by webdataset (from disk, web
-    or a pipe). Takes what PreloadedCrops takes; pictures that are too small or damaged are passed over.
+    or a pipe). Takes what PreloadedCrops takes; pictures that are too small or damaged are passed over, with a warning.
     """
 
     def __init__(self, source, crop: int, seed: int = 0, device="cpu", left_out=frozenset(), workers: int = 2, **more):
@@ -243,11 +262,13 @@ class StreamedCrops:
         crop = crop or self.side
         if self.files:
             dataset = _FileSamples(self.files, crop, self.sampling)
-            loader = DataLoader(dataset, batch_sampler=map(list, ranges), num_workers=self.workers)
+            loader = DataLoader(dataset, batch_size=None, sampler=ranges, num_workers=self.workers)
         else:
             dataset = _TarSamples(self.tars, crop, self.sampling, self.left_out, ranges)
             loader = DataLoader(dataset, batch_size=None, num_workers=min(1, self.workers))
         for batch in loader:
+            if isinstance(batch, DataError):  # sent, not raised, by a worker process: torch would add its traceback
+                raise batch
             yield batch.to(self.device)
 
 
@@ -255,12 +276,16 @@ class _FileSamples(Dataset):
     def __init__(self, files: list[Path], side: int, sampling: Sampling):
         self.files, self.side, self.sampling = files, side, sampling
 
-    def __getitem__(self, g: int) -> Tensor:
-        return self.sampling.crop(g, self.side, lambda: self._picture(g))
+    def __getitem__(self, samples: range) -> Tensor | DataError:
+        try:
+            return torch.stack([self.sampling.crop(g, self.side, lambda g=g: self._picture(g)) for g in samples])
+        except DataError as error:
+            return error
 
     def _picture(self, g: int) -> Tensor:
         first, count = picture_number(g, len(self.files), self.sampling.seed), len(self.files)
-        return _first_usable((self.files[(first + i) % count] for i in range(count)), self.side)
+        paths = (self.files[(first + i) % count] for i in range(count))
+        return _first_usable(((str(path), path) for path in paths), self.side)
 
 
 class _TarSamples(IterableDataset):
@@ -269,62 +294,82 @@ class _TarSamples(IterableDataset):
     def __init__(self, tars: list[str], side: int, sampling: Sampling, left_out, ranges: Iterable[range]):
         self.tars, self.side, self.sampling, self.left_out, self.ranges = tars, side, sampling, left_out, list(ranges)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        # Besides the picture of a sample those before it, to take where only the header of a picture is whole.
-        stream, position, latest = self._stream(), 0, collections.deque(maxlen=8)
+    def __iter__(self) -> Iterator[Tensor | DataError]:
+        try:
+            yield from self._batches()
+        except DataError as error:
+            yield error
+
+    def _batches(self) -> Iterator[Tensor]:
+        stream, position = self._stream(), 0
+        ahead: collections.deque[tuple[str, bytes]] = collections.deque()  # of the stream, from `position` on
+
+        def candidates() -> Iterator[tuple[str, bytes]]:
+            """The picture of a sample, and those after it where only the header of a picture is whole."""
+            for i in range(SHUFFLED):
+                if i == len(ahead):
+                    ahead.append(next(stream))
+                yield ahead[i]
+
         for samples in self.ranges:
             batch = []
             for g in samples:
-                while position <= g:  # after a resume, or another process's share: passed over without decoding
-                    latest.appendleft(next(stream))
+                while position < g:  # after a resume, or another process's share: passed over without decoding
+                    if ahead:
+                        ahead.popleft()
+                    else:
+                        next(stream)
                     position += 1
-                batch.append(self.sampling.crop(g, self.side, lambda: _first_usable(latest, self.side)))
+                batch.append(self.sampling.crop(g, self.side, lambda: _first_usable(candidates(), self.side)))
             yield torch.stack(batch)
 
-    def _stream(self) -> Iterator[bytes]:
+    def _stream(self) -> Iterator[tuple[str, bytes]]:
         for epoch in itertools.count():
             rng = generator(self.sampling.seed, SHARDS, epoch)
             shards = [self.tars[i] for i in rng.permutation(len(self.tars))]
             members = _tar_members(shards)
-            usable = (d for n, d in members if Path(n).name not in self.left_out and _is_usable(d, self.side))
+            usable = (m for m in members if Path(m[0]).name not in self.left_out and _is_usable(*m, self.side))
             count = 0
-            for data in _shuffled(usable, rng):
+            for member in _shuffled(usable, rng):
                 count += 1
-                yield data
+                yield member
             if not count:
                 raise DataError(f"No picture in the tars is readable and at least {self.side} pixels on both sides.")
 
 
-def _shuffled(stream: Iterator[bytes], rng: np.random.Generator, size: int = 1000) -> Iterator[bytes]:
-    """Keeps `size` items back and hands out a random one of them; the rest at the end."""
-    held: list[bytes] = []
+def _shuffled(stream: Iterator, rng: np.random.Generator) -> Iterator:
+    """Keeps SHUFFLED items back and hands out a random one of them; the rest at the end."""
+    held = []
     for item in stream:
-        if len(held) < size:
+        if len(held) < SHUFFLED:
             held.append(item)
             continue
-        i = rng.integers(size)
+        i = rng.integers(SHUFFLED)
         held[i], item = item, held[i]
         yield item
     for i in rng.permutation(len(held)):
         yield held[i]
 
 
-def _is_usable(data: bytes, crop: int) -> bool:
+def _is_usable(name: str, data: bytes, side: int) -> bool:
     """Looks at a picture's header only."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return min(image.size) >= crop
-    except (UnidentifiedImageError, OSError):
-        return False
+            return _is_large(image.size, side)
+    except Exception:  # a damaged header can raise anything; what it is the reader says
+        return _pixels(name, data) is not None
 
 
-def _first_usable(pictures: Iterable[Path | bytes], side: int) -> Tensor:
-    """The first picture that can be read and is large enough: uint8 [3, H, W]."""
-    for picture in pictures:
-        try:
-            pixels = pixels_of(picture)
-        except DataError:
-            continue
-        if min(pixels.shape[:2]) >= side:
+def _is_large(size: tuple[int, ...], side: int) -> bool:
+    if min(size) < side:
+        warnings.warn(f"left out pictures smaller than the crop of {side} pixels", stacklevel=2)
+    return min(size) >= side
+
+
+def _first_usable(pictures: Iterable[tuple[str, Path | bytes]], side: int) -> Tensor:
+    """The first picture that can be read and is large enough, of names and pictures: uint8 [3, H, W]."""
+    for name, picture in pictures:
+        pixels = _pixels(name, picture)
+        if pixels is not None and _is_large(pixels.shape[:2], side):
             return _channels_first(pixels)
     raise DataError(f"No picture is readable and at least {side} pixels on both sides.")

@@ -2,13 +2,19 @@
 
 import dataclasses
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
-from entroformer_lib.errors import TrainingError
-from entroformer_lib.files import replacing
+from entroformer_lib.errors import TrainingError, UserError
+from entroformer_lib.files import replacing, write_bytes
 from entroformer_lib.training.config import RUNTIME_FIELDS, TrainConfig
+
+PATIENCE = 10.0  # seconds that the worker processes of a killed run have to end
 
 
 class RunFolder:
@@ -19,18 +25,32 @@ class RunFolder:
         self.config, self.log = path / "config.json", path / "log.jsonl"
         self.checkpoint, self.weights = path / "checkpoint.pt", path / "weights.safetensors"
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, nobody else trains in the folder. The lock is the operating system's: that of a killed run is free.
+
+        Raises:
+            TrainingError: somebody else does.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = FileLock(self.path / "training.lock").acquire(timeout=PATIENCE)
+        except Timeout:
+            raise TrainingError(f"Another process is training in the folder {self.path}.") from None
+        with lock:
+            yield
+
     def claim(self, config: TrainConfig) -> None:
         """Makes the folder that of a run; it may be that already.
 
         Raises:
-            TrainingError: the folder holds another run.
+            TrainingError: the folder holds another run, or nothing says which.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         now = json.loads(json.dumps(dataclasses.asdict(config)))
         if self.config.exists():
             # Runs of earlier versions lack the fields that came later; those have the defaults, but for even_rates.
-            saved = {"even_rates": False, **json.loads(self.config.read_text())}
-            before = json.loads(json.dumps(dataclasses.asdict(TrainConfig("", "")))) | saved
+            defaults = json.loads(json.dumps(dataclasses.asdict(TrainConfig("DATA", "OUT", even_rates=False))))
+            before = defaults | self._saved_config()
             may_change = RUNTIME_FIELDS | ({"steps"} if config.schedule == "constant" else set())
             for name in now:
                 if before[name] != now[name] and name not in may_change:
@@ -38,7 +58,19 @@ class RunFolder:
                         f"The folder {self.path} holds a run with another {name} ({before[name]}); "
                         "choose another folder, or remove it to start afresh."
                     )
-        self.config.write_text(json.dumps(now, indent=1))
+        write_bytes(self.config, json.dumps(now, indent=1).encode())
+
+    def _saved_config(self) -> dict:
+        try:
+            saved = json.loads(self.config.read_text())
+        except ValueError:
+            saved = None
+        if not isinstance(saved, dict) or not {"data", "out", "model", "steps"} <= saved.keys():
+            raise TrainingError(
+                f"The file {self.config} is damaged or not that of a run. Remove it if the folder holds the run that "
+                "is to go on; otherwise choose another folder."
+            )
+        return saved
 
     def save(self, state: dict) -> None:
         """Writes the checkpoint beside the old one, then takes its place: a full disk cannot lose both."""
@@ -56,19 +88,55 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def cut_log(self, step: int) -> None:
-        """Forgets what was logged after a step: the run goes on from there."""
-        if self.log.exists():
-            rows = [row for row in self.log.read_text().splitlines() if json.loads(row)["step"] <= step]
-            self.log.write_text("".join(row + "\n" for row in rows))
+        """Forgets what was logged after a step: the run goes on from there. Damaged rows go too, with a warning."""
+        if not self.log.exists():
+            return
+        rows = [(row + b"\n", _step_of(row)) for row in self.log.read_bytes().splitlines()]
+        whole = [(row, at) for row, at in rows if at is not None]
+        if len(whole) < len(rows):
+            warnings.warn(f"left out {len(rows) - len(whole)} damaged rows of {self.log}", stacklevel=2)
+        write_bytes(self.log, b"".join(row for row, at in whole if at <= step))
+
+
+def _step_of(row: bytes) -> int | None:
+    """The step of a row of the log; None where the row is damaged."""
+    try:
+        step = json.loads(row)["step"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def read_checkpoint(path: Path, device: torch.device) -> dict:
     """What `RunFolder.save` wrote.
 
     Raises:
-        TrainingError: no such file, or a damaged one.
+        TrainingError: no such file, a damaged one, or one of something else.
     """
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # a damaged file can raise anything
-        raise TrainingError(f"The checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from None
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise TrainingError(f"The checkpoint {path} cannot be read: {error.strerror}.") from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # a damaged file can raise anything
+        state = None
+    known = isinstance(state, dict) and {"model", "optimizer", "step", "seconds", "mean"} <= state.keys()
+    if not known or not isinstance(state["model"], dict):
+        raise TrainingError(f"The file {path} is damaged or not the checkpoint of a run.")
+    return state
+
+
+@contextmanager
+def taking_up(path: Path) -> Iterator[None]:
+    """Around what loads the parts of a checkpoint.
+
+    Raises:
+        TrainingError: they do not fit.
+    """
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # states of other modules can raise anything
+        raise TrainingError(f"The checkpoint {path} is that of another run, or damaged.") from None

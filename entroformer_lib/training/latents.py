@@ -147,8 +147,8 @@ def latents_of(model: Entroformer, picture: np.ndarray, crop: int, seeds: list[t
 def check_note(note: Path, wanted: dict) -> dict:
     """The cache's note, if it says what is wanted."""
     try:
-        found = json.loads(note.read_text())
-    except (OSError, ValueError):
+        found = {**json.loads(note.read_text())}
+    except (OSError, ValueError, TypeError):
         raise DataError(f"There is no whole cache of latents in {note.parent}.") from None
     for name, value in wanted.items():
         if found.get(name) != value:
@@ -178,9 +178,10 @@ class LatentCrops:
         self.seed, self.device = seed, device
         try:
             self.table = np.load(folder / "latents.npy", mmap_mode="r")  # [pictures, per_picture, M, h, w]
-        except (OSError, ValueError):
+            shape = list(self.table.shape)
+        except (OSError, ValueError, EOFError, AttributeError):  # AttributeError: an archive of several tables
             raise DataError(f"There is no whole cache of latents in {folder}.") from None
-        if list(self.table.shape) != note["shape"]:
+        if shape != note.get("shape"):
             raise DataError(f"The latents in {folder} are not those that their latents.json describes.")
 
     def batches(self, ranges: Iterable[range], crop: int | None = None) -> Iterator[Tensor]:

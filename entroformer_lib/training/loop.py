@@ -9,11 +9,14 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.loggers import TensorBoardLogger
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,7 +26,7 @@ from entroformer_lib.memory import keep_freed_memory
 from entroformer_lib.training.chance import conditions
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.data import PreloadedCrops, StreamedCrops, held_out_crops, read_names
-from entroformer_lib.training.folder import RunFolder, read_checkpoint
+from entroformer_lib.training.folder import RunFolder, read_checkpoint, taking_up
 from entroformer_lib.training.initial import initial_model
 from entroformer_lib.training.interruptions import Signals, largest_that_fits
 from entroformer_lib.training.latents import LatentCrops, trained_lmbda
@@ -47,22 +50,36 @@ def train(config: TrainConfig, progress: bool = True, watch: Watch | None = None
         TrainingError: the run cannot start, met a loss that is no number, or was stopped by a signal.
         DataError: no usable pictures.
     """
+    fabric, folder = _fabric(config), RunFolder(Path(config.out))
+    with folder.alone() if rank_zero_only.rank == 0 else nullcontext():
+        fabric.launch()
+        if config.batch % fabric.world_size:
+            raise TrainingError(f"A batch of {config.batch} cannot be shared by {fabric.world_size} processes.")
+        if fabric.device.type == "cpu":
+            keep_freed_memory()
+        torch.manual_seed(config.seed)
+        trunk = read_checkpoint(Path(config.branch), fabric.device) if config.branch else None
+        run = Run(config, fabric, folder, initial_model(config, trunk))
+        crops = crops_of(config, run.model, fabric.device)
+        if fabric.is_global_zero:
+            folder.claim(config)
+        fabric.barrier()
+        first = run.resume(trunk)
+        return run.go(crops, first, progress and fabric.is_global_zero, watch)
+
+
+def _fabric(config: TrainConfig) -> Fabric:
+    """The devices of a run, not started yet.
+
+    Raises:
+        TrainingError: this machine does not have them.
+    """
     logger = TensorBoardLogger(config.out, name="", version="")
-    fabric = Fabric(accelerator=config.accelerator, devices=config.devices, loggers=logger)
-    fabric.launch()
-    if config.batch % fabric.world_size:
-        raise TrainingError(f"A batch of {config.batch} cannot be shared by {fabric.world_size} processes.")
-    if fabric.device.type == "cpu":
-        keep_freed_memory()
-    torch.manual_seed(config.seed)
-    trunk = read_checkpoint(Path(config.branch), fabric.device) if config.branch else None
-    run = Run(config, fabric, initial_model(config, trunk))
-    crops = crops_of(config, run.model, fabric.device)
-    if fabric.is_global_zero:
-        run.folder.claim(config)
-    fabric.barrier()
-    first = run.resume(trunk)
-    return run.go(crops, first, progress and fabric.is_global_zero, watch)
+    try:
+        return Fabric(accelerator=config.accelerator, devices=config.devices, loggers=logger)
+    except (RuntimeError, MisconfigurationException):
+        asked = f"--accelerator {config.accelerator} --devices {config.devices}"
+        raise TrainingError(f"This machine does not have what {asked} asks for; --accelerator cpu works.") from None
 
 
 def crops_of(config: TrainConfig, model: Entroformer, device: torch.device) -> Crops:
@@ -79,9 +96,8 @@ def crops_of(config: TrainConfig, model: Entroformer, device: torch.device) -> C
 class Run:
     """One run under way: the model, its optimizer, and how far it has come."""
 
-    def __init__(self, config: TrainConfig, fabric: Fabric, model: Entroformer):
-        self.config, self.fabric, self.model = config, fabric, model
-        self.folder = RunFolder(Path(config.out))
+    def __init__(self, config: TrainConfig, fabric: Fabric, folder: RunFolder, model: Entroformer):
+        self.config, self.fabric, self.folder, self.model = config, fabric, folder, model
         for part in (model.g_a, model.g_s):
             part.to(memory_format=torch.channels_last)
         bf16 = config.precision == "bfloat16"
@@ -206,15 +222,17 @@ class Run:
         step = 0
         if self.folder.checkpoint.exists():
             state = read_checkpoint(self.folder.checkpoint, self.fabric.device)
-            step = state["step"]
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.mean.values = state["mean"]
-            self.seconds, self.first_sample = state["seconds"], state.get("first_sample", 0)
+            with taking_up(self.folder.checkpoint):
+                step = state["step"]
+                self.model.load_state_dict(state["model"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.mean.values = state["mean"]
+                self.seconds, self.first_sample = state["seconds"], state.get("first_sample", 0)
         elif trunk is not None:
-            self.first_sample = trunk.get("first_sample", 0) + trunk["step"] * trunk["batch"]
-            if not self.config.architecture:
-                self.optimizer.load_state_dict(trunk["optimizer"])
+            with taking_up(Path(self.config.branch)):
+                self.first_sample = trunk.get("first_sample", 0) + trunk["step"] * trunk["batch"]
+                if not self.config.architecture:
+                    self.optimizer.load_state_dict(trunk["optimizer"])
         if self.fabric.is_global_zero:
             self.folder.cut_log(step)
         return step
