@@ -57,6 +57,7 @@ def test_what_cannot_be_built_is_named(make, offender):
         dict(seed=2**63),
         dict(metric="psnr"),
         dict(init=" "),
+        dict(preload="no"),
     ],
     ids=lambda nonsense: next(iter(nonsense)),
 )

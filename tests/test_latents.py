@@ -94,6 +94,14 @@ def test_a_damaged_cache_is_refused(name, damage, cache, source, tmp_path):
         LatentCrops(tmp_path, load_model(source, "cpu"), crop=128)
 
 
+@pytest.mark.parametrize("change", [dict(crop=100), dict(per_picture=0), dict(seed=-1), dict(data="")])
+def test_a_cache_of_nonsense_is_refused(change, source, tmp_path):
+    (name,) = change
+    with pytest.raises(TrainingError, match=f"^{name} must be "):
+        write_latents(**{"transforms": source, "data": "/nowhere", "out": tmp_path / "cache", **change})
+    assert not (tmp_path / "cache").exists()
+
+
 def test_order_of_data_is_a_function_of_seed_and_sample(cache, source):
     model = load_model(source, "cpu")
     whole = next(LatentCrops(cache, model, 128).batches([range(4, 8)]))

@@ -485,7 +485,7 @@ def test_measuring_changes_no_step(held_out, tmp_path):
 def test_a_held_out_name_that_is_nowhere_is_refused(held_out):
     Path(held_out.held_out).write_text("astronaut.png\nnobody.png\n")
     with pytest.raises(UserError, match="Of 2 held-out pictures 1"):
-        train(held_out, progress=False)
+        train(held_out, progress=False, watch=crash_at(1))  # before the first step
 
 
 def test_a_branch_goes_on_where_the_checkpoint_stands(config, tmp_path):

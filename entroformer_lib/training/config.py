@@ -121,10 +121,7 @@ class TrainConfig:
     log_every: Count = 50
 
     def __post_init__(self):
-        for name, hint in get_type_hints(TrainConfig, include_extras=True).items():
-            value = getattr(self, name)
-            if not _fits(value, hint):
-                raise TrainingError(f"{name} must be {_in_words(hint)}, and is {value!r}.")
+        check(vars(self), TrainConfig)
         for wrong, sentence in self._rules():
             if wrong:
                 raise TrainingError(sentence)
@@ -167,6 +164,18 @@ class TrainConfig:
         return [(range(change), self.crop), (range(change, self.steps), self.last_crop)]
 
 
+def check(values: dict, annotated: Callable) -> None:
+    """Compares values with the annotations of the same names in a class or function.
+
+    Raises:
+        TrainingError: one of them does not fit.
+    """
+    hints = get_type_hints(annotated, include_extras=True)
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            raise TrainingError(f"{name} must be {_in_words(hints[name])}, and is {value!r}.")
+
+
 def _fits(value, hint) -> bool:
     """Whether a field of this type may hold the value. Whole numbers count as floats, and lists as tuples."""
     kind, inner = get_origin(hint), get_args(hint)
@@ -192,7 +201,7 @@ def _in_words(hint) -> str:
         return " or ".join(map(str, inner))
     if kind is tuple:
         return f"a list, each of it {_in_words(inner[0])}"
-    return " or ".join(_in_words(one) for one in inner if one is not NoneType) or "true or false"
+    return " or ".join(_in_words(one) for one in inner if one is not NoneType) or f"a {hint.__name__}"
 
 
 # These may differ when a run is continued. (With another batch it goes on, but not as if it had never stopped.)

@@ -138,7 +138,7 @@ def _tar_members(tars: list[str]) -> Iterator[tuple[str, bytes]]:
 
     for tar in tars:
         try:
-            with gopen(tar) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_Header) as members:
+            with tarfile.open(fileobj=gopen(tar), mode="r|*", tarinfo=_Header) as members:
                 for member in members:
                     if member.isreg() and Path(member.name).suffix.lower() in PICTURES:
                         yield member.name, members.extractfile(member).read()

@@ -14,6 +14,7 @@ model adapt to each other; here, the transforms have adapted to the entropy mode
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -24,10 +25,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from entroformer_lib.entroformer import Entroformer
-from entroformer_lib.errors import DataError, WeightsError
+from entroformer_lib.errors import DataError, UserError, WeightsError
 from entroformer_lib.files import replacing, write_bytes
 from entroformer_lib.models.config import TRANSFORM_FIELDS, named_config
 from entroformer_lib.models.transforms import fold_gain
+from entroformer_lib.training.config import Count, Seed, Side, Text, check
 from entroformer_lib.training.data import crop_of, picture_number, pictures_in
 from entroformer_lib.weights.pretrained import PREFIX, pretrained_lmbda, pretrained_transforms
 from entroformer_lib.weights.zoo import load_model
@@ -101,7 +103,9 @@ def transforms_digest(model: Entroformer) -> str:
     return digest.hexdigest()
 
 
-def write_latents(transforms: str, data: str, out: Path, crop: int = 256, per_picture: int = 4, seed: int = 0) -> Path:
+def write_latents(
+    transforms: Text, data: Text, out: Path, crop: Side = 256, per_picture: Count = 4, seed: Seed = 0
+) -> Path:
     """Computes y of random crops of every picture and keeps them in half precision. A finished cache is left as it is.
 
     Args:
@@ -113,8 +117,10 @@ def write_latents(transforms: str, data: str, out: Path, crop: int = 256, per_pi
         seed: Decides which crops.
 
     Raises:
+        TrainingError: a value out of its range.
         DataError: no picture is large enough, or the folder holds a cache of something else.
     """
+    check(locals(), write_latents)
     model = frozen_transforms(transforms)
     wanted = {"transforms_sha256": transforms_digest(model), "crop": crop, "per_picture": per_picture, "seed": seed}
     note = out / "latents.json"
@@ -197,4 +203,7 @@ class LatentCrops:
 
 
 if __name__ == "__main__":
-    tyro.cli(write_latents)
+    try:
+        tyro.cli(write_latents)
+    except UserError as error:
+        sys.exit(f"latents: {error}")

@@ -4,7 +4,6 @@ A run is a folder (folder.py). Starting the same command again continues it exac
 """
 
 import dataclasses
-import functools
 import math
 import sys
 import time
@@ -110,6 +109,8 @@ class Run:
         self.mean = Mean(model, config.ema)
         self.seconds = 0.0  # of training, over all starts
         self.first_sample = 0  # a branch goes on where its trunk's samples end
+        if config.held_out and fabric.is_global_zero:
+            self.held_out = held_out_crops(config.data, read_names(config.held_out)).to(fabric.device)
 
     def go(self, crops: Crops, first: int, progress: bool, watch: Watch | None = None) -> Path:
         """All steps from `first` on, with log and checkpoints.  ->  path of the weights"""
@@ -195,11 +196,6 @@ class Run:
                 self.step_module.train()
             self.folder.append(row)
         return row
-
-    @functools.cached_property
-    def held_out(self) -> Tensor:
-        """Crops of the held-out pictures, [n, 3, crop, crop]."""
-        return held_out_crops(self.config.data, read_names(self.config.held_out)).to(self.fabric.device)
 
     def save(self, step: int) -> None:
         """Writes the checkpoint: all that a run needs to go on exactly."""
