@@ -169,8 +169,9 @@ def train(config: Annotated[TrainConfig, arg(name="")], as_json: AsJson = False)
 
     path = run(config)
     if as_json:
-        last = (Path(config.out) / "log.jsonl").read_text().splitlines()[-1]
-        print(json.dumps({"weights": str(path), "last": json.loads(last)}))
+        log = Path(config.out) / "log.jsonl"
+        rows = log.read_text().splitlines() if log.exists() else []
+        print(json.dumps({"weights": str(path), "last": json.loads(rows[-1]) if rows else None}))
     else:
         print(f"The weights are in {path}")
 

@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from entroformer_lib.codec.pictures import pixels_of
-from entroformer_lib.errors import DataError
+from entroformer_lib.datasets import files_under, is_picture
+from entroformer_lib.errors import DataError, PassedOver
 from entroformer_lib.training.chance import DRAWN, HELD_OUT, SHARDS, generator, picture_number
 from entroformer_lib.training.graphics import drawn
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
 SHUFFLED = 1000  # pictures of a stream that are held back, so that they come in another order
 
 
@@ -50,8 +50,8 @@ def find_sources(source: str | os.PathLike | list) -> tuple[list[Path], list[str
     if "://" in name or name.startswith("pipe:"):
         return [], [name]
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file())
-        pictures = [p for p in files if p.suffix.lower() in PICTURES]
+        files = files_under(path)
+        pictures = [p for p in files if is_picture(p)]
         tars = [str(p) for p in files if p.suffix == ".tar"]
         if not pictures and not tars:
             raise DataError(f"There is no picture and no .tar in the folder {name}.")
@@ -85,7 +85,7 @@ def _pixels(name: str, picture: Path | bytes) -> np.ndarray | None:
     try:
         return pixels_of(picture)
     except DataError as error:
-        warnings.warn(f"left out {name}: {error}", stacklevel=2)
+        warnings.warn(f"left out {name}: {error}", PassedOver, stacklevel=2)
         return None
 
 
@@ -140,7 +140,7 @@ def _tar_members(tars: list[str]) -> Iterator[tuple[str, bytes]]:
         try:
             with tarfile.open(fileobj=gopen(tar), mode="r|*", tarinfo=_Header) as members:
                 for member in members:
-                    if member.isreg() and Path(member.name).suffix.lower() in PICTURES:
+                    if member.isreg() and is_picture(member.name):
                         yield member.name, members.extractfile(member).read()
                     members.members = []  # it would keep them all
         except (OSError, EOFError, tarfile.TarError) as error:
@@ -228,7 +228,7 @@ class PreloadedCrops:
             why = f"all {small} are smaller than the crop of {crop} pixels" if small else "none could be read"
             raise DataError(f"There are no pictures to train on: {why}.")
         if small:
-            warnings.warn(f"left out {small} pictures smaller than the crop of {crop} pixels", stacklevel=2)
+            warnings.warn(f"left out {small} pictures smaller than the crop of {crop} pixels", PassedOver, stacklevel=2)
 
     def batches(self, ranges: Iterable[range], crop: int | None = None) -> Iterator[Tensor]:
         """For each range of sample numbers its crops: float32 [B, 3, crop, crop] in [0, 1]."""
@@ -362,7 +362,7 @@ def _is_usable(name: str, data: bytes, side: int) -> bool:
 
 def _is_large(size: tuple[int, ...], side: int) -> bool:
     if min(size) < side:
-        warnings.warn(f"left out pictures smaller than the crop of {side} pixels", stacklevel=2)
+        warnings.warn(f"left out pictures smaller than the crop of {side} pixels", PassedOver, stacklevel=2)
     return min(size) >= side
 
 

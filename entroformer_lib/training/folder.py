@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from entroformer_lib.errors import TrainingError, UserError
+from entroformer_lib.errors import PassedOver, TrainingError, UserError
 from entroformer_lib.files import replacing, write_bytes
 from entroformer_lib.training.config import RUNTIME_FIELDS, TrainConfig
 
@@ -94,7 +94,7 @@ class RunFolder:
         rows = [(row + b"\n", _step_of(row)) for row in self.log.read_bytes().splitlines()]
         whole = [(row, at) for row, at in rows if at is not None]
         if len(whole) < len(rows):
-            warnings.warn(f"left out {len(rows) - len(whole)} damaged rows of {self.log}", stacklevel=2)
+            warnings.warn(f"left out {len(rows) - len(whole)} damaged rows of {self.log}", PassedOver, stacklevel=2)
         write_bytes(self.log, b"".join(row for row, at in whole if at <= step))
 
 

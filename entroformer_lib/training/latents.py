@@ -32,7 +32,7 @@ from entroformer_lib.models.transforms import fold_gain
 from entroformer_lib.training.config import Count, Seed, Side, Text, check
 from entroformer_lib.training.data import crop_of, picture_number, pictures_in
 from entroformer_lib.weights.pretrained import PREFIX, pretrained_lmbda, pretrained_transforms
-from entroformer_lib.weights.zoo import load_model
+from entroformer_lib.weights.zoo import load_model, split_name
 
 DOWNSCALE = 0.5  # as in training on pictures
 
@@ -44,7 +44,7 @@ def frozen_transforms(name: str) -> Entroformer:
     if name.startswith(PREFIX):
         return pretrained_transforms(name)
     model = load_model(name, device="cpu")
-    if "@" not in name:
+    if not split_name(name)[1]:
         return model
     with torch.no_grad():
         fold_gain(model.g_a, model.g_s, *(g.flatten() for g in model.gain(torch.tensor([model.level]))))
@@ -89,7 +89,7 @@ def trained_lmbda(name: str) -> float | None:
     """The lambda that transforms were trained for; None: several."""
     if name.startswith(PREFIX):
         return pretrained_lmbda(name)
-    _, _, lmbda = name.partition("@")
+    _, lmbda = split_name(name)
     return float(lmbda) if lmbda else load_model(name, device="cpu").card.get("lmbda")
 
 
