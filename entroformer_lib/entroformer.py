@@ -99,7 +99,7 @@ class Entroformer(Network):
 
         Without hyperprior there is one list of strings, and "shape" is that of y.
         """
-        with evaluating(self) as model:
+        with evaluating(in_float32(self)) as model:
             return model.compress_latents(*model.latents(x.float()))
 
     @torch.no_grad()
@@ -129,7 +129,7 @@ class Entroformer(Network):
     @torch.no_grad()
     def decompress(self, strings: list[list[bytes]], shape) -> dict:
         """Inverse of `compress`: {"x_hat": [B, 3, H, W] clamped to [0, 1]}."""
-        with evaluating(self) as model:
+        with evaluating(in_float32(self)) as model:
             return {"x_hat": model.reconstruct(model.decompress_latents(strings, shape)[0])}
 
     @torch.no_grad()
@@ -235,13 +235,14 @@ def fingerprint(modules: list[nn.Module]) -> int:
     return digest.intdigest()
 
 
+def in_float32(model: Entroformer) -> Entroformer:
+    """The model as it codes: a copy, where it has another precision."""
+    return model if all(p.dtype == torch.float32 for p in model.parameters()) else copy.deepcopy(model).float()
+
+
 @contextmanager
 def evaluating(model: Entroformer) -> Iterator[Entroformer]:
-    """A model as it codes: in eval mode inside the block, and afterwards as it was, part by part. One of another
-    precision than float32 is replaced by a copy."""
-    if any(p.dtype != torch.float32 for p in model.parameters()):
-        yield copy.deepcopy(model).float().eval()
-        return
+    """A model in eval mode inside the block, and afterwards as it was, part by part."""
     before = {module: module.training for module in model.modules()}
     try:
         yield model.eval()

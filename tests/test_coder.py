@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from entroformer_lib.errors import BitstreamError
+from entroformer_lib.errors import BitstreamError, WeightsError
 from entroformer_lib.rangecoder import SymbolDecoder, SymbolEncoder, decode_gaussian, encode_gaussian
 
 
@@ -48,9 +48,9 @@ def test_any_symbol_can_be_coded():
 
 
 def test_what_cannot_be_coded_is_refused():
-    with pytest.raises(ValueError, match="40000"):
+    with pytest.raises(WeightsError, match="40000"):
         encode_gaussian(np.array([0, 40_000]), np.zeros(2), np.ones(2))
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(WeightsError, match="finite"):
         encode_gaussian(np.array([0, 1]), np.array([0, np.nan]), np.ones(2))
 
 

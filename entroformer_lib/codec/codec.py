@@ -16,7 +16,7 @@ from torch import Tensor
 from entroformer_lib.codec.container import LARGEST_SIDE, LEVEL_STEPS, Container
 from entroformer_lib.codec.pictures import open_picture, to_picture, to_rgb, to_tensor, unpad
 from entroformer_lib.codec.pictures import pad as pad
-from entroformer_lib.entroformer import Entroformer, evaluating
+from entroformer_lib.entroformer import Entroformer, evaluating, in_float32
 from entroformer_lib.errors import BitstreamError, DataError, RateError, WeightsError
 from entroformer_lib.weights.zoo import load_model, weights_digest
 
@@ -44,7 +44,7 @@ def encode(model: Entroformer, image, bpp: float | None = None) -> bytes:
     if max(width, height) > LARGEST_SIDE:
         raise DataError(f"The picture has {width} x {height} pixels; .ef files hold up to {LARGEST_SIDE} on a side.")
     _check_memory(width, height)
-    with evaluating(model) as model:
+    with evaluating(in_float32(model)) as model:
         x = to_tensor(picture, model)
         if bpp is None:
             return _encode_at(model, x, picture.size, grey, level_of_file(model))
@@ -128,7 +128,7 @@ def decode(data: bytes, model: Entroformer | None = None, device: str = "auto") 
     """
     container = Container.unpack(data)
     _check_memory(container.width, container.height)
-    with evaluating(_model_of(container, device) if model is None else model) as model:
+    with evaluating(in_float32(_model_of(container, device) if model is None else model)) as model:
         return _decode_with(model, container)
 
 
@@ -157,7 +157,7 @@ def _decode_with(model: Entroformer, container: Container) -> Image.Image:
 @torch.no_grad()
 def reconstruction(model: Entroformer, picture: Image.Image) -> Image.Image:
     """What a model makes of an RGB picture, without coding it to bytes."""
-    with evaluating(model) as model:
+    with evaluating(in_float32(model)) as model:
         y_hat, _ = model.latents(to_tensor(picture, model))
         return to_picture(unpad(model.reconstruct(y_hat), picture.height, picture.width))
 

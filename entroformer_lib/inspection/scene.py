@@ -5,7 +5,7 @@ import copy
 import torch
 
 from entroformer_lib.codec import codec
-from entroformer_lib.entroformer import evaluating
+from entroformer_lib.entroformer import evaluating, in_float32
 
 
 class Scene:
@@ -28,10 +28,10 @@ class Scene:
 
     @torch.inference_mode()
     def __init__(self, model, picture, dtype: torch.dtype = torch.float64):
-        with evaluating(model) as model:
-            self._look(model, codec.to_rgb(codec.open_picture(picture))[0], dtype)
+        with evaluating(in_float32(model)) as model:
+            self._compute(model, codec.to_rgb(codec.open_picture(picture))[0], dtype)
 
-    def _look(self, model, rgb, dtype: torch.dtype) -> None:
+    def _compute(self, model, rgb, dtype: torch.dtype) -> None:
         x, level = codec.to_tensor(rgb, model), codec.level_of_file(model)
         y_hat, z = model.latents(x, level)
         self.model = copy.deepcopy(model, {id(part): None for part in (model.g_a, model.g_s)}).to(dtype)
