@@ -66,13 +66,16 @@ def _read(folder, limit: int | None, tell: Tell) -> Iterator[tuple[Path, Image.I
 def _readable(files: Iterator[Path], tell: Tell) -> Iterator[tuple[Path, Image.Image]]:
     for path in files:
         try:
-            picture, _ = codec.to_rgb(codec.open_picture(path))
+            opened = codec.open_picture(path)
+            picture, _ = codec.to_rgb(opened)
         except DataError as error:
             tell(f"{path} is left out: {error}")
             continue
         if max(picture.size) > LARGEST_SIDE:
             tell(f"{path} is left out: a side is longer than {LARGEST_SIDE} pixels.")
             continue
+        if opened.info.get("animated"):
+            tell(f"Of {path} only the first frame is taken.")
         yield path, picture
 
 
