@@ -163,8 +163,8 @@ def test_animated_pictures_are_their_first_frame(tmp_path):
     frames = [Image.open(tmp_path / "still.png"), Image.new("RGB", (96, 64), "red"), Image.new("RGB", (96, 64))]
     for name, options in (("a.png", {}), ("b.webp", {"lossless": True}), ("c.gif", {})):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
-    with pytest.warns(UserWarning, match="only the first frame") as told:
+    with pytest.warns(UserWarning) as told:
         (_, first), (_, second), (_, gif), (_, still) = pictures_of(tmp_path)
-    assert len(told) == 3
+    assert sum("only the first frame" in str(warning.message) for warning in told) == 3
     assert np.array_equal(first, still) and np.array_equal(second, still)
     assert np.abs(np.asarray(gif, float) - np.asarray(still)).mean() < 16  # few colours
