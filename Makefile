@@ -5,7 +5,8 @@ BIN := .venv/bin
 READY := .venv/ready
 ENTROFORMER_DATA ?= $(abspath $(wildcard ../shared/data))
 export ENTROFORMER_DATA
-TEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+# One more than there are cores: tests that start processes or browsers wait for them
+TEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 7 ? n + 1 : 8)))
 
 .PHONY: help setup figures test lint lab bench train-tiny clean
 
