@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
 from browser import browser_path
 from PIL import Image
 
@@ -19,9 +20,17 @@ from entroformer_lib.weights.zoo import save_weights
 
 collect_ignore = [] if browser_path() else ["test_browser.py"]
 
+FIRST = ("browser", "notebooks", "training", "engine", "ablation", "measuring", "cli")
 MICRO = dict(N=16, M=24, Z=12, dim=24, heads=2, top_k=6, hyper_top_k=(6, 6, 6), context_layers=2)
 VARIANTS = ("serial", "parallel", "hyperprior", "context", "cnn", "minnen", "groupedmixer")
 LMBDAS = (0.01, 0.04, 0.16)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests begin first, or one would still run when all else is done; and those that start processes lie side by
+    side, so that one server (`warm.py`) serves most of them."""
+    places = {f"test_{name}": place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 def micro_model(
@@ -79,6 +88,17 @@ def results_folder(tmp_path, monkeypatch) -> Path:
     shutil.copytree(data_folder() / "reference", tmp_path / "data" / "reference")
     monkeypatch.setattr(results, "data_folder", lambda: tmp_path / "data")
     return tmp_path / "data" / "results"
+
+
+@pytest.fixture
+def warm_workers():
+    """dask's processes begin with the library imported."""
+    import dask
+    import distributed  # noqa: F401  its settings must be there before one is changed
+
+    warm.ensure_server()  # before dask would start another
+    with dask.config.set({"distributed.worker.multiprocessing-method": warm.METHOD}):
+        yield
 
 
 @pytest.fixture(scope="session")

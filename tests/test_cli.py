@@ -1,16 +1,15 @@
-"""The command line as a user meets it: in processes of its own, with exit codes and sentences."""
+"""The command line as a user meets it, with exit codes and sentences."""
 
 import dataclasses
 import json
-import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tyro
+import warm
 from conftest import micro_model
 from PIL import Image
 
@@ -59,11 +58,6 @@ def call(*arguments, expect: int = 0) -> tuple[str, str]:
     if expect:
         assert "Traceback" not in err.getvalue()
     return out.getvalue(), err.getvalue()
-
-
-def process(*arguments, **keywords):
-    command = [sys.executable, "-m", "entroformer_lib", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, **keywords)
 
 
 def test_every_command_has_help_with_an_example():
@@ -129,10 +123,12 @@ def test_a_study_that_cannot_be(arguments, sentence, photo_folder, tmp_path):
 
 
 def test_there_and_back_in_real_processes(folder, tmp_path):
-    done = process("compress", folder / "cat.png", "-o", tmp_path / "cat.ef", "--model", "micro")
-    assert done.returncode == 0 and "bits per pixel" in done.stdout, done.stderr
-    done = process("decompress", tmp_path / "cat.ef", "-o", tmp_path / "cat.png")
-    assert done.returncode == 0, done.stderr
+    for words, said in (
+        (("compress", folder / "cat.png", "-o", tmp_path / "cat.ef", "--model", "micro"), "bits per pixel"),
+        (("decompress", tmp_path / "cat.ef", "-o", tmp_path / "cat.png"), "200 x 180"),
+    ):
+        code, text = warm.run(*words, output=tmp_path / "said.txt")
+        assert code == 0 and said in text, text
     assert Image.open(tmp_path / "cat.png").size == (200, 180)
 
 
@@ -268,15 +264,16 @@ def test_a_full_disk_leaves_no_half_file(folder, tmp_path):
     """The kernel refuses to write beyond 64 bytes, as a full disk would."""
     resource = pytest.importorskip("resource", reason="limits of processes are there on Unix alone")
     (tmp_path / "old.ef").write_bytes(b"old")
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
-
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     for name, extra in [("new.ef", []), ("old.ef", ["--force"])]:
-        arguments = ["compress", folder / "cat.png", "-o", tmp_path / name, "--model", "micro", *extra]
-        done = process(*arguments, preexec_fn=limit, env=environment)
-        assert done.returncode == 1 and "could not be written" in done.stderr, done.stderr
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+        try:
+            _, errors = call(
+                "compress", folder / "cat.png", "-o", tmp_path / name, "--model", "micro", *extra, expect=1
+            )
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert "could not be written" in errors
     assert (tmp_path / "old.ef").read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["old.ef"]
 

@@ -140,7 +140,7 @@ def kill_a_worker_in_the_middle(root: Path) -> None:
     os.kill(int(notes(root / "run-0" / "begun")[0]), signal.SIGKILL)
 
 
-def test_a_worker_is_killed_in_the_middle(tmp_path):
+def test_a_worker_is_killed_in_the_middle(tmp_path, warm_workers):
     """Two processes, six runs, one of the processes killed: nothing lost, nothing done twice."""
     killer = threading.Thread(target=kill_a_worker_in_the_middle, args=(tmp_path,))
     killer.start()

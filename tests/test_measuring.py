@@ -4,14 +4,12 @@ import dataclasses
 import io
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from conftest import MICRO, micro_model
 from PIL import Image
 
@@ -54,7 +52,7 @@ def test_codings_are_all_settings_on_all_pictures(weights):
     assert len(tasks_of("jpeg", ["a"])) == len(classical.CODECS["jpeg"][1])
 
 
-def test_processes_do_not_change_the_result(codings, tmp_path):
+def test_processes_do_not_change_the_result(codings, tmp_path, warm_workers):
     seen = []
     alone = measure(codings, tmp_path / "alone", jobs=1)
     together = measure(codings, tmp_path / "together", jobs=2, report=seen.append)
@@ -242,21 +240,21 @@ def test_eval_killed_and_started_again(weights, photo_folder, tmp_path):
     """The command line, killed the hard way after its first row. Then pictures are renamed, and one is damaged: names
     are those of the second start, and what was measured stays."""
     out, folder = tmp_path / "result.json", shutil.copytree(photo_folder, tmp_path / "photos")
-    words = [sys.executable, "-m", "entroformer_lib", "eval", f"{weights}@0.1", "--data", folder, "--json", out]
+    words = ("eval", f"{weights}@0.1", "--data", folder, "--json", out, "--jobs", 1)
     rows = out.with_name("result.json.rows")
-    first = subprocess.Popen(list(map(str, words + ["--jobs", "1"])), stdout=subprocess.DEVNULL)
-    while first.poll() is None and not list(rows.glob("*/answer.json")):
+    first = warm.start(warm.entroformer, *words, output=tmp_path / "first.txt")
+    while first.is_alive() and not list(rows.glob("*/answer.json")):
         time.sleep(0.01)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    first.kill()
+    first.join()
     assert not out.exists()
     (kept, *_) = [json.loads(path.read_text())["answer"] for path in rows.glob("*/answer.json")]
     (folder / "astronaut.png").rename(folder / "z.png")
     (folder / "._a.png").write_bytes(b"no picture")
-    again = subprocess.run(list(map(str, words + ["--jobs", "1"])), capture_output=True, text=True, check=True)
-    assert "._a.png is left out: " in again.stderr and not rows.exists()
+    code, said = warm.run(*words, output=tmp_path / "again.txt")
+    assert code == 0 and "._a.png is left out: " in said and not rows.exists()
     images = {row["image"]: row for row in json.loads(out.read_text())["images"]}
-    assert list(images) == ["chelsea", "coffee", "rocket", "z"] and again.stdout.count("\n") == 2 + len(images)
+    assert list(images) == ["chelsea", "coffee", "rocket", "z"] and said.count("\n") == 3 + len(images)
     assert images["z"] == {"image": "z", **kept}
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from conftest import MICRO
 
 from entroformer_lib import cli
@@ -252,27 +252,27 @@ def test_schedule_of_the_paper():
 
 def command(config, *extra) -> list:
     fields = [f"--{k}={getattr(config, k)}" for k in ("data", "out", "steps", "batch", "crop", "lr", "accelerator")]
-    return ["-m", "entroformer_lib", "train", *fields, "--log-every=1", "--devices=1", *extra]
+    return ["train", *fields, "--log-every=1", "--devices=1", *extra]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_a_checkpoint_and_a_sentence(config, number, monkeypatch):
+def test_a_signal_leaves_a_checkpoint_and_a_sentence(config, number, tmp_path, monkeypatch):
     """Meanwhile nobody else trains in the folder."""
-    config = replace(config, steps=10_000)
-    process = subprocess.Popen([sys.executable, *command(config)], stderr=subprocess.PIPE, text=True)
+    config, said = replace(config, steps=10_000), tmp_path / "said.txt"
+    process = warm.start(warm.entroformer, *command(config), output=said)
     log = Path(config.out) / "log.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") >= 2):
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        assert process.exitcode is None and time.monotonic() < deadline, said.read_text()
         time.sleep(0.1)
     monkeypatch.setattr(folder, "PATIENCE", 0)
     with pytest.raises(TrainingError, match="Another process is training in the folder .*run"):
         train(config, progress=False)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 1
     step = torch.load(Path(config.out) / "checkpoint.pt", weights_only=True)["step"]
-    assert f"Stopped by a signal at step {step} of 10000" in errors.splitlines()[-1]
+    assert f"Stopped by a signal at step {step} of 10000" in said.read_text().splitlines()[-1]
     assert log_of(config)[-1]["step"] == step
 
 
@@ -311,7 +311,7 @@ def test_a_folder_is_free_after_a_run_however_it_ended(config, monkeypatch):
 def test_nonsense_on_the_command_line_is_refused_before_any_work(words, code, sentence, config, monkeypatch, capsys):
     if ("cuda" in words or "gpu" in words) and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    monkeypatch.setattr(sys, "argv", ["entroformer", *command(config)[2:], *words.split()])
+    monkeypatch.setattr(sys, "argv", ["entroformer", *command(config), *words.split()])
     try:
         found = cli.main()
     except SystemExit as stop:
@@ -398,43 +398,44 @@ def test_a_config_that_is_none_is_named_and_kept(damage, finished):
     assert path.read_text() == before
 
 
-GRADIENTS = """
-import sys, torch
-from lightning.fabric import Fabric
-from entroformer_lib.models import config as model_config
-model_config.SIZES["tiny"] = {micro!r}
-from entroformer_lib.training import loop
-from entroformer_lib.training.config import TrainConfig
+class Keeping(torch.optim.Adam):
+    """Adam, which lets its first process write down the gradients that it is given."""
 
-class Keep(torch.optim.Adam):
+    path: Path
+
     def step(self):
-        if loop_rank() == 0:
-            torch.save([p.grad.clone() for g in self.param_groups for p in g["params"]], {out!r} + "/gradients.pt")
+        if os.environ.get("RANK", "0") == "0":
+            torch.save([p.grad.clone() for g in self.param_groups for p in g["params"]], self.path)
         return super().step()
 
-import os
-loop_rank = lambda: int(os.environ.get("RANK", 0))
-torch.optim.Adam = Keep
-loop.train(TrainConfig(data={data!r}, out={out!r}, steps=1, batch=4, crop=64, clip=1e9, pretrain=1.0, accelerator="cpu",
-                       devices=int(os.environ.get("WORLD_SIZE", 1)), preset="official"), progress=False)
-"""
+
+def one_step(data: Path, out: Path, processes: int) -> None:
+    """One step of four crops, as one process or as one of two; its gradients go to gradients.pt."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model_config.SIZES, "tiny", MICRO)
+        patch.setattr(torch.optim, "Adam", Keeping)
+        patch.setattr(Keeping, "path", out / "gradients.pt", raising=False)
+        names = dict(data=str(data), out=str(out), preset="official", accelerator="cpu", devices=processes)
+        train(TrainConfig(**names, steps=1, batch=4, crop=64, clip=1e9, pretrain=1.0), progress=False)
+
+
+def under_torchrun(data: Path, out: Path) -> None:
+    """The same by what torchrun is made of, in two processes."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    here = dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="two", start_method="fork")
+    elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, **here), one_step)(data, out, 2)
 
 
 def test_two_processes_give_the_gradients_of_one(photo_folder, tmp_path):
     """torchrun with gloo: same crops, same noise, same masks, same k, shared between the processes."""
-    gradients = []
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        out.mkdir()
-        script = out / "run.py"
-        script.write_text(GRADIENTS.format(micro=MICRO, data=str(photo_folder), out=str(out)))
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        if processes == 1:
-            launcher = [sys.executable]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-        done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, env=environment, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        gradients.append(torch.load(out / "gradients.pt", weights_only=True))
+    alone, both, said = tmp_path / "alone", tmp_path / "both", tmp_path / "said.txt"
+    alone.mkdir(), both.mkdir()
+    process = warm.start(under_torchrun, photo_folder, both, output=said)
+    one_step(photo_folder, alone, 1)
+    process.join(300)
+    assert process.exitcode == 0, said.read_text()
+    gradients = [torch.load(folder / "gradients.pt", weights_only=True) for folder in (alone, both)]
     assert len(gradients[0]) > 100
     for one, two in zip(*gradients, strict=True):
         torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4 * float(one.abs().max()) + 1e-9)
