@@ -15,6 +15,8 @@ _HOMES = {
     "list_models": "entroformer_lib.weights.zoo",
     "encode": "entroformer_lib.codec.codec",
     "decode": "entroformer_lib.codec.codec",
+    "capture": "entroformer_lib.inspection.capture",
+    "intervene": "entroformer_lib.inspection.capture",
     "BitstreamError": "entroformer_lib.errors",
     "UserError": "entroformer_lib.errors",
 }

@@ -290,6 +290,8 @@ def explore(
     model: Model = "tiny-parallel",
     layer: int | None = None,
     head: int | None = None,
+    table: Annotated[Path | None, arg(metavar="FILE")] = None,
+    side: int = 768,
     serve: bool = False,
     force: Force = False,
     device: Device = "auto",
@@ -299,26 +301,43 @@ def explore(
     One HTML file, for lectures and supplements: click a block, choose layer, head and k. It needs no network and no
     Python; up to 25 MB. Of a GroupedMixer it shows the attention inside a group and among the groups.
 
+    With --table it writes a table instead, of one picture or of all in a folder: a row for each latent, with its bits,
+    what the context saved, and where each layer looked.
+
     Example: entroformer explore photo.png --model tiny-parallel -o page.html
 
+    A table: entroformer explore photos/ --model tiny-parallel-rates --table latents.csv
+
     Args:
-        image: The picture.
+        image: The picture; for a table also a folder, or a .txt list of pictures.
         output: The page; by default beside the picture.
         layer: Layer to begin with; by default the last.
         head: Head to begin with; by default the mean over all.
+        table: The table: .csv or .parquet; where it comes from stands in a .json beside it.
+        side: The most pixels on the longer side; a larger picture is scaled down first.
         serve: Open the page in the browser at an address of this machine, until Ctrl+C; written only with -o.
     """
+    if side < 1:
+        raise UserError(f"--side is at least 1 pixel; it is {side}.")
+    if table is not None:
+        if serve or output is not None:
+            raise UserError("--table writes a table and no page; leave out -o and --serve.")
+        _table_of_latents(image, _output(table, image, "", force), model, side, device)
+        return
     if output is not None or not serve:
         output = _output(output, image, ".html", force)
-    from entroformer_lib.codec import codec
+    from entroformer_lib.explorer.effort import effort
     from entroformer_lib.explorer.page import explorer_page, serve_page
     from entroformer_lib.files import write_bytes
     from entroformer_lib.inspection.group_server import server_of
+    from entroformer_lib.weights.zoo import reference_of
 
-    picture = codec.open_picture(image)
-    rows = server_of(_load(model, device), picture)
+    picture, loaded = _fitting(image, side), _load(model, device)
+    rows = server_of(loaded, picture, reference_of(loaded))
     start = {name: value for name, value in (("layer", layer), ("head", head)) if value is not None}
     rows.check_layer(**{"layer": 0, **start})
+    seconds, size = effort(rows)
+    print(f"{rows.n:,} latents: about {seconds:.0f} seconds and {size:.1f} MB", file=sys.stderr)
     with _progress() as show:
         page = explorer_page(rows, image.stem, show, **start)
     if output is not None:
@@ -326,6 +345,20 @@ def explore(
     print(f"{output or image}: {page.in_words()}")
     if serve:
         serve_page(page.text)
+
+
+def _table_of_latents(source: Path, table: Path, model: str, side: int, device: str) -> None:
+    from tqdm import tqdm
+
+    from entroformer_lib.studies.latent_table import check_format, save_latents
+    from entroformer_lib.studies.rate_distortion import names_of, pictures_to_test
+
+    check_format(table)
+    paths = pictures_to_test(source, tell=lambda sentence: warnings.warn(sentence, PassedOver, stacklevel=2))
+    loaded = _load(model, device)
+    named = zip(names_of(paths), tqdm(paths, unit="picture", disable=None, leave=False), strict=True)
+    rows = save_latents(table, loaded, ((name, _fitting(path, side)) for name, path in named))
+    print(f"{table}: {len(rows):,} rows of {len(paths)} pictures")
 
 
 @app.command
@@ -368,6 +401,19 @@ def import_official(
 
 
 # ---- what the commands share ----
+
+
+def _fitting(image: Path, side: int):
+    """The picture, scaled down where it is larger, which is said."""
+    from entroformer_lib.codec.pictures import open_picture
+    from entroformer_lib.inspection.scene import fitting
+
+    original = open_picture(image)
+    picture = fitting(original, side)
+    if picture.size != original.size:
+        sizes = "{} x {} pixels are scaled to {} x {}".format(*original.size, *picture.size)
+        print(f"{image}: {sizes}; --side takes more.", file=sys.stderr)
+    return picture
 
 
 def _load(model: str, device: str):

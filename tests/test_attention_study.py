@@ -6,14 +6,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import VARIANTS, aware_model, micro_model
+from conftest import LMBDAS, VARIANTS, aware_model, micro_model
 from test_groupedmixer import capture_input
 
 from entroformer_lib import tiles
 from entroformer_lib.codec import codec
 from entroformer_lib.errors import AttentionError
 from entroformer_lib.exact.arithmetic import Exact
-from entroformer_lib.inspection.capture import POINTS, attention_points, capture
+from entroformer_lib.inspection.capture import POINTS, attention_points, capture, intervene
+from entroformer_lib.inspection.group_server import server_of
 from entroformer_lib.inspection.row_server import K_HELD, RowServer
 from entroformer_lib.studies import attention as study
 from entroformer_lib.studies import rate_distortion as rd
@@ -113,6 +114,80 @@ def test_models_without_attention():
     assert not any(n.startswith("context") for n in attention_points(micro_model("hyperprior")))
 
 
+# ---- intervene ----
+
+
+def silent(layer_head):
+    return lambda tile, heads, queries: tile * (heads != layer_head)[:, None, None]
+
+
+@pytest.mark.parametrize("point", ["outputs", "probs"])
+@pytest.mark.parametrize("elements", [2**20, 96 * 70])  # in one piece, and in tiles of one head and some queries
+def test_a_head_switched_off_is_one_of_the_row_servers(server, model, photo, monkeypatch, elements, point):
+    """In bits, of the model's own estimate, here in float64, and of the server's."""
+    monkeypatch.setitem(tiles.ELEMENTS, "cpu", elements)
+    y, wide = rd.latents_of(model, photo).double(), copy.deepcopy(model).double()
+    usual = wide.estimated_bits(y)["y"].sum()
+    with intervene(wide, {f"context.1.{point}": silent(1)}):
+        without = wide.estimated_bits(y)["y"].sum()
+    assert float(without) == pytest.approx(server.total_bits(6, without=(1, 1)), abs=1e-3)
+    assert abs(float(without - usual)) > 1
+    assert hooks_of(wide) == 0 and torch.equal(wide.estimated_bits(y)["y"].sum(), usual)
+
+
+def test_tiles_are_numbered_as_they_are_captured(model, photo, monkeypatch):
+    """What a function is told of heads and queries fits what stands there, and what it gives is what comes out."""
+    x, told = codec.to_tensor(photo, model), []
+
+    def mark(tile, heads, queries):
+        told.append(tile.shape[1:3])
+        return tile * 0 + heads[:, None, None] + queries[:, None] / 1000
+
+    monkeypatch.setitem(tiles.ELEMENTS, "cpu", 96 * 70)
+    with torch.inference_mode(), intervene(model, {"context.*.probs": mark}), capture(model, "context.*.probs") as maps:
+        model(x)
+    expected = torch.arange(2.0)[:, None, None] + torch.arange(96.0)[:, None] / 1000
+    assert len(told) > 4 and len(maps) == 2
+    for found in maps.values():
+        torch.testing.assert_close(found[0], expected.expand(2, 96, 96))
+
+
+def test_groups_and_gradients_take_interventions_too(photo):
+    model = micro_model("groupedmixer", window=4)
+    x = codec.to_tensor(photo, model)
+    usual = model(x)["likelihoods"]["y"]
+    for name in ("inner.0.probs", "cross.1.scores", "cross.0.outputs", "h_s.0.probs"):
+        with intervene(model, {name: lambda tile, heads, queries: tile}):
+            assert torch.equal(model(x)["likelihoods"]["y"], usual)
+        with intervene(model, {name: lambda tile, heads, queries: tile * (1 + heads)[:, None, None]}):
+            assert not torch.equal(model(x)["likelihoods"]["y"], usual)
+    with intervene(model, {"cross.*.outputs": silent(0), "cross.1.outputs": silent(1)}):  # in layer 1 both
+        one = model(x)["likelihoods"]["y"]
+    with torch.no_grad():
+        model.context_model.pairs[0].cross.out.weight[:, :12] = 0
+        model.context_model.pairs[1].cross.out.weight.zero_()
+    torch.testing.assert_close(model(x)["likelihoods"]["y"], one)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda tile, heads, queries: tile[..., :1], r"gave \[1, 2, 96, 1\] for a tile of \[1, 2, 96, 96\]"),
+        (lambda tile, heads, queries: None, "gave NoneType"),
+        (lambda tile, heads, queries: tile * torch.nan, "numbers that are none"),
+        (lambda tile, heads, queries: tile - torch.inf, "left a query no key"),
+    ],
+)
+def test_what_cannot_take_a_tiles_place(change, sentence, model, photo):
+    with pytest.raises(AttentionError, match=sentence), intervene(model, {"context.0.scores": change}):
+        model(codec.to_tensor(photo, model))
+    assert hooks_of(model) == 0
+    changes = {"context.0.probs": change, "context.0.value": change}
+    with pytest.raises(AttentionError, match=r"no point 'context.0.value'.*\.outputs"), intervene(model, changes):
+        pass
+    assert hooks_of(model) == 0
+
+
 # ---- the row server ----
 
 
@@ -177,11 +252,11 @@ def test_bits_are_those_of_the_model(server, model, photo):
         assert float(server.predict([site], k)[2].sum()) == pytest.approx(bits["context"][row, column])
         facts = server.facts(site, k)
         assert facts["bits"] == pytest.approx(bits["context"][row, column])
-        assert facts["hyper_bits"] == pytest.approx(bits["hyper"][row, column])
+        assert facts["alone"] == pytest.approx(bits["alone"][row, column])
         assert facts["bits"] == pytest.approx(sum(g["bits"] for g in facts["groups"]))
         assert sum(g["channels"] for g in facts["groups"]) == model.config.M
         if not server.has_context(site) and server.kind == "parallel":
-            assert facts["bits"] == facts["hyper_bits"]
+            assert facts["bits"] == facts["alone"]
     assert server.total_bits(k) == pytest.approx(bits["context"].sum())
 
 
@@ -202,8 +277,8 @@ def test_bits_of_a_model_that_is_told_the_rate(variant, photo):
         facts = [server.facts(site, server.default_k) for site in (0, 50)]
         np.testing.assert_allclose([f["bits"] for f in facts], expected.ravel()[[0, 50]], atol=1e-5)
         first = 0 if variant != "parallel" else 1
-        assert facts[0]["hyper_bits"] == pytest.approx(bits["hyper"][0, 0])
-        assert (bits["hyper"].ravel()[first] == bits["context"].ravel()[first]) == (variant == "parallel")
+        assert facts[0]["alone"] == pytest.approx(bits["alone"][0, 0])
+        assert (bits["alone"].ravel()[first] == bits["context"].ravel()[first]) == (variant == "parallel")
         sums.append(expected.sum())
         assert server.name == f"untrained {model.config.variant}@{model.gain.lmbda_of(level):.3g}"
     assert sums == sorted(sums, reverse=True)
@@ -236,6 +311,28 @@ def test_studies_take_models_that_are_told_the_rate(photo):
     assert len(study.attention_against_cost(model, [photo], ks=(6,), queries=2)) == 5
 
 
+@pytest.mark.parametrize("variant", ["serial", "parallel", "groupedmixer"])
+def test_a_reference_says_what_the_context_saves(variant, photo):
+    """`alone` are the bits of a trained model without context, of the same latents and at the same level."""
+    model, reference = (micro_model(v, lmbdas=LMBDAS) for v in (variant, "hyperprior"))
+    model.level, reference.level = 0.5, 2.0
+    server = server_of(model, photo, reference)
+    assert server.reference_name == "untrained hyperprior@0.02" and reference.level == 2.0
+    reference.level = 0.5
+    expected = rd.bit_maps(reference, photo)["y"]
+    facts = [server.facts(site * server.slices) for site in range(0, server.n, 7)]
+    np.testing.assert_allclose([f["alone"] for f in facts], expected.ravel()[::7], rtol=1e-4)
+    assert facts[3]["alone"] == pytest.approx(sum(group["alone"] for group in facts[3]["groups"]))
+    if server.family == "rows":
+        np.testing.assert_allclose(server.bits(6)["alone"], expected, rtol=1e-4)
+        assert server.facts(50)["alone"] != pytest.approx(server_of(model, photo).facts(50)["alone"])
+    assert server_of(model, photo).reference_name is None
+    with pytest.raises(AttentionError, match="hyperprior alone; this model is a parallel"):
+        server_of(model, photo, micro_model("parallel", lmbdas=LMBDAS))
+    with pytest.raises(AttentionError, match="no reference for untrained .* its transforms are others"):
+        server_of(model, photo, micro_model("hyperprior", lmbdas=LMBDAS, seed=1))
+
+
 def test_predictions_are_what_the_coder_uses(server, model, photo):
     """Means of single latents equal those of the model run with another k, built for it."""
     other = micro_model(server.kind, top_k=3)
@@ -265,6 +362,25 @@ def test_costs_are_those_of_hiding_one_by_one(server):
     unattended = unattended[unattended != server.origin(site)]
     if len(unattended):  # hiding what no head attends to changes nothing
         np.testing.assert_allclose(server.costs(site, 6, unattended)[1], 0, atol=1e-9)
+
+
+@pytest.mark.parametrize("k", [3, None])
+def test_costs_of_many_are_those_of_each(server, k):
+    """Also in an order that is not that of the grid, and of latents without context."""
+    sites = [50, 0, 95, 27, 14, 1]
+    found = list(server.many_costs(sites, k))
+    assert [site for site, *_ in found] == sites
+    for site, rows, positions, bits in found:
+        np.testing.assert_allclose(rows, server.rows(site, k), atol=1e-12)
+        if not server.has_context(site):
+            assert len(positions) == len(bits) == 0
+            continue
+        attended = (rows > 0).any((0, 1))
+        attended[server.origin(site)] = False
+        assert np.array_equal(positions, attended.nonzero()[0])
+        usual = server.predict([site], k)[2].sum()
+        hidden = [server.predict([site], k, hide=[position])[2].sum() for position in positions[::5]]
+        np.testing.assert_allclose(bits[::5], np.array(hidden) - float(usual), atol=1e-9)
 
 
 def test_another_k_is_kept(server):

@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import aware_model, micro_model
+from PIL import Image
 
 from entroformer_lib import cli
+from entroformer_lib.codec import pictures
 from entroformer_lib.errors import AttentionError
 from entroformer_lib.explorer import page as page_module
 from entroformer_lib.explorer.page import explorer_page, lattice, page_server, to_bytes
@@ -218,7 +220,7 @@ def test_page_holds_the_rows(page, server):
             assert np.array_equal(codes[i] > 0, rows > 0)
             assert np.abs((codes[i] / 255) ** 2 - rows).max() < 1 / 250
             expected = server.facts(sites[i], k)
-            np.testing.assert_allclose(facts[i, :2], [expected["bits"], expected["hyper_bits"]], rtol=1e-5)
+            np.testing.assert_allclose(facts[i, :2], [expected["bits"], expected["alone"]], rtol=1e-5)
 
 
 def test_page_asks_for_nothing(page):
@@ -364,6 +366,18 @@ def test_explore_writes_a_page(folder, monkeypatch, capsys):
     assert "32 latents x 2 layers x 2 heads" in capsys.readouterr().out
     meta, _ = stored(type("Text", (), {"text": (folder / "page.html").read_text()}))
     assert (meta["height"], meta["width"], meta["models"][0]["name"]) == (4, 8, "parallel")
+
+
+def test_explore_scales_a_photograph_down_and_says_what_it_takes(folder, monkeypatch, capsys):
+    """Before any work; how long and how large a page will be is said from a few latents."""
+    Image.new("RGB", (4000, 3000), "teal").save(folder / "camera.jpg")
+    words = [folder / "camera.jpg", "--model", "parallel", "--side", "128", "-o", folder / "page.html"]
+    assert explore(monkeypatch, *words) == 0
+    scaled, effort = capsys.readouterr().err.splitlines()
+    assert scaled.endswith("camera.jpg: 4000 x 3000 pixels are scaled to 128 x 96; --side takes more.")
+    megabytes = float(re.fullmatch(r"64 latents: about \d+ seconds and ([\d.]+) MB", effort)[1])
+    assert megabytes == pytest.approx((folder / "page.html").stat().st_size / 1e6, abs=0.2)
+    assert pictures.within(Image.new("RGB", (20_000, 2)), 768).size == (768, 1)
 
 
 def test_explore_takes_the_rate_that_the_entropy_model_is_told(folder, monkeypatch):

@@ -7,7 +7,8 @@ from safetensors import safe_open
 
 from entroformer_lib.errors import WeightsError
 from entroformer_lib.training.latents import freeze
-from entroformer_lib.weights.zoo import SHARED, list_models, load_model, save_weights, weights_digest
+from entroformer_lib.weights import zoo
+from entroformer_lib.weights.zoo import SHARED, list_models, load_model, reference_of, save_weights, weights_digest
 
 TRANSFORMS = dict(transforms="blocks", stages=((8, 10, 1),), linear_path="dct", lmbdas=LMBDAS)
 
@@ -60,3 +61,26 @@ def test_values_are_those_that_were_saved(family):
     for name, tensor in second.state_dict().items():
         if name.startswith(SHARED):
             torch.testing.assert_close(loaded[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_the_reference_has_the_same_transforms_and_no_context(family, monkeypatch):
+    folder, model = family
+    first, loaded = load_model("first", "cpu"), load_model("second", "cpu")
+    assert reference_of(loaded) is None
+    for name, variant, seed in (("b", "hyperprior", 3), ("a", "hyperprior-cnn", 4)):
+        behind = freeze(micro_model(variant, seed=seed, **TRANSFORMS), first)
+        save_weights(behind, folder / f"{name}.safetensors", {}, half=True, transforms="first" if name == "b" else None)
+    save_weights(micro_model("hyperprior", seed=5, **TRANSFORMS), folder / "other.safetensors", {}, half=True)
+    (folder / "broken.safetensors").write_bytes(b"nothing")
+    read = []
+    monkeypatch.setattr(
+        zoo, "read_weights", lambda path, whole=zoo.read_weights: (read.append(path.stem), whole(path))[1]
+    )
+    loaded.level = 0.25
+    reference = reference_of(loaded)
+    assert read == ["b"] and (reference.name, reference.level) == ("b", 0.25)  # its hyperprior is of the same kind
+    (folder / "b.safetensors").unlink()
+    assert reference_of(loaded).name == "a"
+    with torch.no_grad():
+        loaded.gain.log_gain += 0.1
+    assert reference_of(loaded) is None

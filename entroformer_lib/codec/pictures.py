@@ -146,6 +146,15 @@ def losses(image: Image.Image) -> list[str]:
     return [sentence for sentence, true in said.items() if true]
 
 
+def within(picture: Image.Image, side: int) -> Image.Image:
+    """A picture whose longer side has at most so many pixels: as it is, or scaled down."""
+    longest = max(picture.size)
+    if longest <= side:
+        return picture
+    width, height = (max(1, round(length * side / longest)) for length in picture.size)
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
 def pixels_of(image) -> np.ndarray:
     """uint8 [H, W, 3] of whatever `open_picture` takes.
 

@@ -19,14 +19,14 @@ from entroformer_lib.inspection.row_server import RowServer
 from entroformer_lib.models.groupedmixer import group_grid, windows
 
 
-def server_of(model, picture) -> PictureServer:
-    """The server that fits a model.
+def server_of(model, picture, reference=None) -> PictureServer:
+    """The server that fits a model; see `PictureServer` for the reference.
 
     Raises:
         AttentionError: a model that neither takes.
     """
     context = getattr(getattr(model, "config", None), "context", None)
-    return (GroupServer if context in GroupServer.contexts else RowServer)(model, picture)
+    return (GroupServer if context in GroupServer.contexts else RowServer)(model, picture, reference)
 
 
 class GroupServer(PictureServer):
@@ -57,8 +57,8 @@ class GroupServer(PictureServer):
     family, contexts, offer = "groups", ("grouped",), "only GroupedMixers have mixers to look at"
 
     @torch.inference_mode()
-    def __init__(self, model, picture):
-        super().__init__(model, picture)
+    def __init__(self, model, picture, reference=None):
+        super().__init__(model, picture, reference)
         c, mixer = self.config, self.model.context_model
         self.counts, self.order = mixer.counts, mixer.order
         self.slices, k_h, k_w = self.counts
@@ -73,7 +73,8 @@ class GroupServer(PictureServer):
             means, scales = self.model.distributions(self.y_hat, self.hyper, rate=self.rate)
         bits = -self.model.gaussian(self.y_hat, means, scales).log2()
         values, means, scales, bits = (v[0].flatten(1).T for v in (self.y_hat, means, scales, bits))  # [n, M]
-        self._facts = self._lines(values, means, scales, bits, torch.full_like(bits, torch.nan))
+        alone = torch.full_like(bits, torch.nan) if self._alone is None else self._alone
+        self._facts = self._lines(values, means, scales, bits, alone)
         found = {name: probs.float().cpu().numpy() for name, probs in maps.items()}
         self._inner = [found[f"inner.{layer}.probs"] for layer in range(self.layers)] if c.inner != "none" else []
         self.cross = np.stack([found[f"cross.{i}.probs"] for i in range(self.layers)], axis=1) if c.cross else None
@@ -171,8 +172,8 @@ class GroupServer(PictureServer):
         return self.cross[self.place(query)].astype(float)
 
     def many(self, queries: Sequence[int], k: int | None = None) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-        """Many queries in batches, see `PictureServer.many`. hyper_bits are not numbers: only the first group is
-        predicted from the hyperprior alone, the others never are."""
+        """Many queries in batches, see `PictureServer.many`. Without a reference `alone` are not numbers: there is no
+        switching off the context of groups, since only the first is ever predicted from the hyperprior."""
         for part in batches(queries):
             yield part, np.stack([self.rows(q) for q in part]), self._facts[np.array(part) // self.slices]
 

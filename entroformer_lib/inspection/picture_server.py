@@ -17,7 +17,7 @@ from entroformer_lib.inspection.capture import attention_points
 from entroformer_lib.inspection.scene import Scene
 
 QUERIES_AT_ONCE = 128
-FACTS = ("value", "mean", "scale", "bits", "hyper_bits")  # what is said of each group of channels
+FACTS = ("value", "mean", "scale", "bits", "alone")  # what is said of each group of channels
 KINDS = {
     "none": "predicts from the hyperprior alone",
     "cnn": "has a CNN as its context",
@@ -37,17 +37,25 @@ class PictureServer(Scene, abc.ABC):
     is a site and one of its channel slices: query = site * slices + slice. Most models predict all channels of a site
     at once (slices = 1), so that a query is a site.
 
+    What does the context save? That is told by a *reference*: a model that was trained to predict from the hyperprior
+    alone, behind the same transforms, so that it codes the same latents; `reference_of` of `weights.zoo` finds one.
+    `alone` are its bits. Without a reference `alone` are the bits of this model with its context switched off, which is
+    no fair comparison: where there always was context, it never learned to do without.
+
     Attributes:
         those of `Scene`; kind: the config's `context`; when: [n], the step of the coder at which the first latents of a
             site are known; radius: of the diamond of relative positions, in sites; row_entries: so many of a row can be
-            more than zero; counts, order, cross: see `group_server`, else None.
+            more than zero; counts, order, cross: see `group_server`, else None; reference_name: of the reference, in
+            variable rate with the lambda, or None.
 
     Args:
         model: an Entroformer of one of the `contexts`.
         picture: a PIL image, a path or an array, see `codec.open_picture`.
+        reference: an Entroformer without context; it is asked at the model's level. Whether it stands behind the same
+            transforms is seen by the latents of this picture, which must be equal.
 
     Raises:
-        AttentionError: another model.
+        AttentionError: another model; a reference with context, or with other latents.
     """
 
     family: str  # "rows" or "groups"
@@ -61,13 +69,30 @@ class PictureServer(Scene, abc.ABC):
     row_entries: int | None
     counts = order = cross = None
 
-    def __init__(self, model, picture):
+    def __init__(self, model, picture, reference=None):
         attention_points(model)  # a sentence for what is no Entroformer
         c = self.config = model.config
         if c.context not in self.contexts:
             raise AttentionError(f"This model {KINDS[c.context]}; {self.offer}.")
         super().__init__(model, picture, torch.float64)
         self.kind, self.layers, self.heads = c.context, c.context_layers, c.heads
+        self.reference_name, self._alone = None, None
+        if reference is not None:
+            self.reference_name, self._alone = self._bits_of_reference(reference, picture)
+
+    def _bits_of_reference(self, reference, picture) -> tuple[str, Tensor]:
+        """Name of the reference, and its bits of every latent: [n, M]."""
+        c = reference.config
+        if c.context != "none":
+            raise AttentionError(f"A reference predicts from the hyperprior alone; this model {KINDS[c.context]}.")
+        scene = Scene(reference, picture, torch.float64, self.level if c.lmbdas else None)
+        if not torch.equal(scene.y_hat, self.y_hat):
+            raise AttentionError(
+                f"{scene.name} is no reference for {self.name}: it has other latents of this picture, "
+                "so its transforms are others."
+            )
+        means, scales = scene.model.distributions(scene.y_hat, scene.hyper, rate=scene.rate)
+        return scene.name, -scene.model.gaussian(scene.y_hat, means, scales).log2()[0].flatten(1).T
 
     # -- the grid --
 
@@ -102,8 +127,8 @@ class PictureServer(Scene, abc.ABC):
     def many(self, queries: Sequence[int], k: int | None = None) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
         """Many queries in batches: (queries [q], probs [q, layers, heads, n], facts [q, 2 + 5 groups]).
 
-        A line of facts: bits and bits with the hyperprior alone, of the whole site, and of each channel group the five
-        FACTS. What a model does not have is not a number there.
+        A line of facts: bits and those of the reference (`alone`, see above), of the whole site, and of each channel
+        group the five FACTS. What a model does not have is not a number there.
         """
 
     def row_and_facts(self, query: int, k: int | None = None) -> tuple[np.ndarray, dict]:
@@ -116,24 +141,24 @@ class PictureServer(Scene, abc.ABC):
         return rows[0], self._in_names(query, lines[0])
 
     def facts(self, query: int, k: int | None = None) -> dict:
-        """The side panel: `bits` of the site with all context and `hyper_bits` with the hyperprior alone; of each of
-        the `groups` of channels how many `channels` it has, root mean squares of values, predicted means and scales,
+        """The side panel: `bits` of the site with all context and `alone`, those of the reference; of each of the
+        `groups` of channels how many `channels` it has, root mean squares of values, predicted means and scales,
         and bits. What a model does not have is None."""
         return self.row_and_facts(query, k)[1]
 
     def _in_names(self, query: int, line: np.ndarray) -> dict:
         """A line of facts of a query, with names."""
-        bits, hyper_bits, *rest = (None if math.isnan(v) else v for v in line.tolist())
+        bits, alone, *rest = (None if math.isnan(v) else v for v in line.tolist())
         parts = zip(self.channel_groups, np.reshape(rest, (-1, len(FACTS))).tolist(), strict=True)
         groups = [{"channels": len(group), **dict(zip(FACTS, part, strict=True))} for group, part in parts]
-        return {"bits": bits, "hyper_bits": hyper_bits, "groups": groups}
+        return {"bits": bits, "alone": alone, "groups": groups}
 
-    def _lines(self, values: Tensor, means: Tensor, scales: Tensor, bits: Tensor, hyper_bits: Tensor) -> np.ndarray:
+    def _lines(self, values: Tensor, means: Tensor, scales: Tensor, bits: Tensor, alone: Tensor) -> np.ndarray:
         """Lines of facts of q sites.  All [q, M]  ->  [q, 2 + 5 groups]"""
-        columns = [bits.sum(1), hyper_bits.sum(1)]
+        columns = [bits.sum(1), alone.sum(1)]
         for group in self.channel_groups:
             columns += [v[:, group].square().mean(1).sqrt() for v in (values, means, scales)]
-            columns += [v[:, group].sum(1) for v in (bits, hyper_bits)]
+            columns += [v[:, group].sum(1) for v in (bits, alone)]
         return torch.stack(columns, dim=1).cpu().numpy()
 
     # -- what does not exist --

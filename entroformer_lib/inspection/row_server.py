@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from entroformer_lib.errors import AttentionError
-from entroformer_lib.inspection.capture import POINTS, capture
+from entroformer_lib.inspection.capture import POINTS, capture, intervene
 from entroformer_lib.inspection.picture_server import PictureServer, batches
 from entroformer_lib.models.context import Gaps, first_slice
 from entroformer_lib.models.entropy_model import PerSite, ToldTheRate
@@ -51,8 +51,8 @@ class RowServer(PictureServer):
     offer = "rows of attention are those of serial and parallel models"
 
     @torch.inference_mode()
-    def __init__(self, model, picture):
-        super().__init__(model, picture)
+    def __init__(self, model, picture, reference=None):
+        super().__init__(model, picture, reference)
         self.radius, self.default_k = self.config.radius, self.config.top_k
         self.row_entries = self.default_k
         self.causal, device = self.kind == "serial", self.y_hat.device
@@ -67,8 +67,8 @@ class RowServer(PictureServer):
         order = self._values.abs().mean(0).argsort(descending=True, stable=True).cpu().numpy()
         self.channel_groups = [np.sort(group) for group in np.array_split(order, min(GROUPS, len(order)))]
         self.keys_and_values = functools.lru_cache(K_HELD)(self._keys_and_values)
-        nothing = self._seen.new_zeros(self.n, self.config.dim)
-        self._hyper_bits = self._gaussians(range(self.n), nothing)[2]
+        if self._alone is None:  # this model with its context switched off
+            self._alone = self._gaussians(range(self.n), self._seen.new_zeros(self.n, self.config.dim))[2]
 
     # -- the grid --
 
@@ -115,8 +115,8 @@ class RowServer(PictureServer):
     def many(self, queries: Sequence[int], k: int | None = None) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
         """Many latents in batches, see `PictureServer.many`."""
         for part in batches(queries):
-            feature, rows = self._look(part, k, "probs")
-            lines = self._lines(self._values[part], *self._gaussians(part, feature), self._hyper_bits[part])
+            feature, rows, _ = self._look(part, k, "probs")
+            lines = self._lines(self._values[part], *self._gaussians(part, feature), self._alone[part])
             yield part, rows.cpu().numpy(), lines
 
     def predict(
@@ -129,9 +129,10 @@ class RowServer(PictureServer):
         return self._gaussians(sites, self._look(sites, k, hide=hide)[0])
 
     def bits(self, k: int | None) -> dict[str, np.ndarray]:
-        """Bits of every latent, summed over its channels: {"context": [h, w], "hyper": [h, w]}."""
+        """Bits of every latent, summed over its channels: {"context": [h, w], "alone": [h, w]}; see `PictureServer` for
+        `alone`."""
         context = torch.cat([self.predict(part, k)[2].sum(1) for part in batches(range(self.n))])
-        found = {"context": context, "hyper": self._hyper_bits.sum(1)}
+        found = {"context": context, "alone": self._alone.sum(1)}
         return {name: v.view(self.height, self.width).cpu().numpy() for name, v in found.items()}
 
     def costs(self, site: int, k: int | None, positions: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -148,15 +149,38 @@ class RowServer(PictureServer):
             positions [J], bits [J]: positive where the absence makes the latent dearer.
         """
         self.check(site, k)
-        if not self.has_context(site):
-            return np.empty(0, dtype=np.int64), np.empty(0)
-        if positions is None:
-            attended = self.rows(site, k).max((0, 1)) > 0
-            attended[self.origin(site)] = False
-            positions = attended.nonzero()[0]
-        usual = self.predict([site], k)[2].sum()
-        more = [self.predict([site] * len(part), k, hide=part)[2].sum(1) - usual for part in batches(positions)]
-        return np.asarray(positions, dtype=np.int64), torch.cat([usual.new_empty(0), *more]).cpu().numpy()
+        ((_, _, attended, bits),) = self.many_costs([site], k)
+        if positions is None or not self.has_context(site):
+            return attended, bits
+        cost = dict(zip(attended.tolist(), bits.tolist(), strict=True))  # of what nobody attends to: nothing
+        return np.asarray(positions, dtype=np.int64), np.array([cost.get(int(position), 0.0) for position in positions])
+
+    def many_costs(
+        self, sites: Sequence[int], k: int | None
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+        """The rows and `costs` of many latents, quicker than one by one: (site, probs [layers, heads, n], positions
+        [J], bits [J]).
+
+        A latent's token is the same without a position as with it up to the first layer where some head attends to it;
+        so it goes on from there.
+        """
+        for part in batches(sites):
+            feature, rows, inputs = self._look(part, k, "probs")
+            usual = self._gaussians(part, feature)[2].sum(1)
+            rows, own = rows.cpu().numpy(), np.arange(len(part))
+            attended = rows.max(2) > 0  # [q, layers, n]
+            attended[own, :, [self.origin(site) for site in part]] = False
+            attended &= np.array([self.has_context(site) for site in part])[:, None, None]
+            which, positions = attended.any(1).nonzero()
+            first, bits = attended[which, :, positions].argmax(1), np.empty(len(which))
+            for layer, inside in enumerate(inputs):
+                for pairs in batches((first == layer).nonzero()[0]):
+                    queries = [part[q] for q in which[pairs]]
+                    feature, _, _ = self._look(queries, k, None, positions[pairs], inside[which[pairs]], layer)
+                    more = self._gaussians(queries, feature)[2].sum(1) - usual[which[pairs]]
+                    bits[pairs] = more.cpu().numpy()
+            ends = np.searchsorted(which, own[1:])
+            yield from zip(part, rows, np.split(positions, ends), np.split(bits, ends), strict=True)
 
     @torch.inference_mode()
     def total_bits(self, k: int | None, without: tuple[int, int] | None = None) -> float:
@@ -165,19 +189,13 @@ class RowServer(PictureServer):
             return float(self.bits(k)["context"].sum())
         layer, head = without
         self.check_layer(layer, head)
-        width = self.config.dim // self.heads
-
-        def silence(module, inputs):
-            joined = inputs[0].clone()
-            joined[..., head * width : (head + 1) * width] = 0
-            return (joined,)
-
         self.keys_and_values.cache_clear()
-        hook = self.model.context_model.stack.blocks[layer].attention.out.register_forward_pre_hook(silence)
         try:
-            return self.total_bits(k)
+            with intervene(
+                self.model, {f"context.{layer}.outputs": lambda tile, heads, _: tile * (heads != head)[:, None, None]}
+            ):
+                return self.total_bits(k)
         finally:
-            hook.remove()
             self.keys_and_values.cache_clear()
 
     # -- how --
@@ -206,20 +224,31 @@ class RowServer(PictureServer):
 
     @torch.inference_mode()
     def _look(
-        self, sites: Sequence[int], k: int | None, point: str | None = None, hide: Sequence[int] | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        sites: Sequence[int],
+        k: int | None,
+        point: str | None = None,
+        hide: Sequence[int] | None = None,
+        x: Tensor | None = None,
+        layer: int = 0,
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """The tokens that predict some latents, each seeing the context and itself, apart from each other.
 
         Args:
             point: what to read.
             hide: one position for each that it may not see.
+            x, layer: the tokens as they come into a layer [q, D], to go on from there.
 
         Returns:
-            context features [q, D], and the rows of `point` [q, layers, heads, n] or None.
+            context features [q, D], the rows of `point` [q, layers, heads, n] or None, and the tokens as they come into
+            each layer, [q, D].
         """
         memory, stack = self.keys_and_values(k), self._stack(k)
         carriers, device = self._carriers, self._seen.device
         own = torch.tensor([self.origin(site) for site in sites], device=device)
+        if self.causal:  # no key behind the last token is seen
+            carriers = carriers[: max(int(own.max()), 1)]
+            memory = [part.up_to(len(carriers)) for part in memory]
         # The last column is a token's own key, which in a first slice is among the others.
         mask = torch.ones(len(sites), len(carriers) + 1, dtype=torch.bool, device=device)
         if self.causal:
@@ -230,16 +259,18 @@ class RowServer(PictureServer):
             mask[:, :-1] &= carriers != torch.as_tensor(hide, device=device)[:, None]
         with capture(self.model, *(() if point is None else (f"context.*.{point}",))) as maps:
             places = torch.cat((self._sites[carriers], self._sites[own]))
-            tokens = self.model.context_model.embed(self._seen[own])[None]
-            feature = stack(tokens, places, lambda i: mask[i - len(carriers)], memory)[0]
+            x = self.model.context_model.embed(self._seen[own]) if x is None else x
+            inputs = []
+            for one in range(layer, self.layers):
+                inputs.append(x)
+                x = stack(x[None], places, lambda i: mask[i - len(carriers)], memory, range(one, one + 1))[0]
         without = torch.tensor([not self.has_context(site) for site in sites], device=device)[:, None]
-        alone = self.model.context_model.start[0] if self.causal else torch.zeros_like(feature)
-        feature = torch.where(without, alone, feature)
+        feature = torch.where(without, self.model.context_model.start[0] if self.causal else 0.0, x)
         if point is None:
-            return feature, None
+            return feature, None, inputs
         if self.causal:  # the first latent is predicted by the start token and has no row
             mask &= ~without
-        return feature, self._on_grid(maps, point, mask, carriers, own)
+        return feature, self._on_grid(maps, point, mask, carriers, own), inputs
 
     def _on_grid(self, maps, point: str, mask: Tensor, carriers: Tensor, own: Tensor) -> Tensor:
         """Columns of the maps at their sites: [q, layers, heads, n]."""

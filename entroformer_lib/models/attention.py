@@ -5,6 +5,7 @@ to look at passes through a module that does nothing (`nn.Identity`): a hook on 
 it costs nothing.
 """
 
+import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -48,6 +49,12 @@ class Memory:
             self.keys[:, :, here], self.values[:, :, here] = k, v
             self.length = here.stop
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def up_to(self, length: int) -> "Memory":
+        """The same keys and values, of the first so many tokens."""
+        shorter = copy.copy(self)
+        shorter.length = length
+        return shorter
 
 
 class TopKAttention(nn.Module):
@@ -187,26 +194,32 @@ class Stack(nn.Module):
         return [Memory(capacity) for _ in self.blocks]
 
     def forward(
-        self, x: Tensor, sites: Tensor, visible: Visible | None = None, memory: list[Memory] | None = None
+        self,
+        x: Tensor,
+        sites: Tensor,
+        visible: Visible | None = None,
+        memory: list[Memory] | None = None,
+        layers: range | None = None,
     ) -> Tensor:
-        """x: [B, q, D]; sites: [n, 2] of all tokens, those of the memory first and x's last  ->  [B, q, D]"""
-        return self._through(self.blocks, x, sites, visible, memory)
+        """x: [B, q, D]; sites: [n, 2] of all tokens, those of the memory first and x's last; layers: those to go
+        through, by default all  ->  [B, q, D]"""
+        return self._through(range(len(self.blocks)) if layers is None else layers, x, sites, visible, memory)
 
     def remember(self, x: Tensor, sites: Tensor, memory: list[Memory]) -> None:
         """Tokens that only others look at: of the last block nothing is needed but their keys and values."""
         last = self.blocks[-1]
-        x = self._through(self.blocks[:-1], x, sites, None, memory)
+        x = self._through(range(len(self.blocks) - 1), x, sites, None, memory)
         remember(memory[-1], *last.attention.project(last.norm1(x))[1:])
 
-    def _through(self, blocks, x: Tensor, sites: Tensor, visible, memory) -> Tensor:
-        if self.absolute:
+    def _through(self, layers: range, x: Tensor, sites: Tensor, visible, memory) -> Tensor:
+        if self.absolute and 0 in layers:
             x = x + sinusoidal_positions(sites[len(sites) - x.size(1) :], x.size(-1)).to(x.dtype)
         top_k = self.top_k
         if self.jitter and self.training and top_k is not None:
             top_k = int(torch.randint(max(2, top_k // 2), 2 * top_k, ()))
-        for i, block in enumerate(blocks):
+        for i in layers:
             relative = self.positions[min(i, len(self.positions) - 1)] if len(self.positions) else None
-            x = block(x, sites, visible=visible, relative=relative, top_k=top_k, memory=memory and memory[i])
+            x = self.blocks[i](x, sites, visible=visible, relative=relative, top_k=top_k, memory=memory and memory[i])
         return x
 
 

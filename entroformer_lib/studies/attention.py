@@ -17,7 +17,9 @@ import pandas as pd
 import tyro
 from tyro.conf import Positional
 
+from entroformer_lib.inspection.picture_server import PictureServer
 from entroformer_lib.inspection.row_server import RowServer
+from entroformer_lib.inspection.scene import fitting
 from entroformer_lib.studies.commands import at_least, check_place, run
 from entroformer_lib.studies.rate_distortion import names_of, pictures_to_test
 from entroformer_lib.studies.results import load, provenance, records, result_path, save
@@ -33,7 +35,7 @@ def head_profile(model, pictures: Sequence, k: int | str | None = "own", masking
     """Where each head looks, as a mean over all latents that have context.
 
     Args:
-        pictures: paths or pictures.
+        pictures: paths or pictures; large ones are scaled down, see `fitting`.
         k: "own" is the model's.
         masking: also measure what setting the head's output to zero costs, one run of the context model per head.
 
@@ -60,20 +62,12 @@ def _profile_of_picture(server: RowServer, k: int | None) -> list[dict]:
     sums: dict[str, np.ndarray] = {}
     sites = server.predicted()
     for part, probs, _ in server.many(sites, k):
-        distance = distances(server, part)[:, None, None]  # [q, 1, 1, n]
         visible = np.stack([server.visible(site) for site in part])[:, None, None]
-        alike = visible / visible.sum(-1, keepdims=True)
-        measures = {
-            "distance_sites": distance,
-            "share_own": distance == 0,
-            "share_diamond": distance <= server.radius,
-            "share_far": distance > FAR,
-        }
-        entropy = -probs * np.log2(np.where(probs > 0, probs, 1))
-        found = {name: probs * measure for name, measure in measures.items()} | {"entropy_bits": entropy}
-        found |= {f"uniform_{name}": alike * measure for name, measure in measures.items()}
+        alike = summaries(server, part, visible / visible.sum(-1, keepdims=True))
+        del alike["entropy_bits"]
+        found = summaries(server, part, probs) | {f"uniform_{name}": values for name, values in alike.items()}
         for name, values in found.items():
-            sums[name] = sums.get(name, 0) + values.sum((0, -1))  # [layers or 1, heads or 1]
+            sums[name] = sums.get(name, 0) + values.sum(0)  # [layers or 1, heads or 1]
     means = {name: np.broadcast_to(v / len(sites), (server.layers, server.heads)) for name, v in sums.items()}
     return [
         {"layer": layer, "head": head, **{name: float(v[layer, head]) for name, v in means.items()}}
@@ -81,10 +75,26 @@ def _profile_of_picture(server: RowServer, k: int | None) -> list[dict]:
     ]
 
 
-def distances(server: RowServer, sites: Sequence[int]) -> np.ndarray:
-    """L1 distance from the token that predicts each site to all sites: [q, n]."""
+def summaries(server: PictureServer, queries: Sequence[int], probs: np.ndarray) -> dict[str, np.ndarray]:
+    """distance_sites, share_own, share_diamond, share_far and entropy_bits, see `head_profile`, of each row.
+
+    probs: [q, layers, heads, n]  ->  [q, layers, heads] each
+    """
+    distance = distances(server, queries)
+    measures = {
+        "distance_sites": distance,
+        "share_own": distance == 0,
+        "share_diamond": distance <= server.radius,
+        "share_far": distance > FAR,
+    }
+    found = {name: np.einsum("qlhn,qn->qlh", probs, measure) for name, measure in measures.items()}
+    return found | {"entropy_bits": -(probs * np.log2(np.where(probs > 0, probs, 1))).sum(-1)}
+
+
+def distances(server: PictureServer, queries: Sequence[int]) -> np.ndarray:
+    """L1 distance from the token that predicts each query to all sites: [q, n]."""
     rows, columns = np.divmod(np.arange(server.n), server.width)
-    origins = np.array([server.origin(site) for site in sites])
+    origins = np.array([server.origin(query) for query in queries])
     return np.abs(rows - rows[origins, None]) + np.abs(columns - columns[origins, None])
 
 
@@ -92,7 +102,7 @@ def _servers(model, pictures: Sequence) -> Iterator[tuple[str, RowServer]]:
     paths = [Path(picture) for picture in pictures if isinstance(picture, str | Path)]
     names = names_of(paths) if len(paths) == len(pictures) > 0 else map(str, range(len(pictures)))
     for name, picture in zip(names, pictures, strict=True):
-        yield name, RowServer(model, picture)
+        yield name, RowServer(model, fitting(picture))
 
 
 # ---- does attention explain the bits? ----
@@ -115,8 +125,8 @@ def attention_against_cost(
         over latents; rho_std: its spread over latents; rho_magnitude: with the absolute change in bits; rho_nearness
         and rho_magnitude_nearness: the same two with nearness (minus the L1 distance) instead of attention, the same
         for all heads; latents: how many had both ranks; positions: hidden per latent, on average; cost_bits: mean
-        cost of one position; saved_bits:
-        hyperprior-only bits minus bits with context, mean over the latents.
+        cost of one position; saved_bits: bits with the context switched off minus bits with context, mean over the
+        latents (no trained reference, see `PictureServer`).
     """
     rows = []
     for name, server in _servers(model, pictures):
@@ -135,7 +145,7 @@ def _explained(server: RowServer, sites: np.ndarray, k: int | None) -> list[dict
         maps = [*probs.reshape(-1, server.n), probs.mean((0, 1)), -distances(server, [site])[0]]
         columns = pd.DataFrame([*np.stack(maps)[:, positions], bits, np.abs(bits)]).T
         ranks.append(columns.corr("spearman", min_periods=3).to_numpy()[:-2, -2:])
-        saved = facts["hyper_bits"] - facts["bits"]
+        saved = facts["alone"] - facts["bits"]
         per_latent.append({"positions": len(positions), "cost_bits": columns.iloc[:, -2].mean(), "saved_bits": saved})
     cost, magnitude = (pd.DataFrame(part) for part in np.moveaxis(np.stack(ranks), -1, 0))  # [latents, maps], each
     table = pd.DataFrame({"rho": cost.mean(), "rho_std": cost.std(ddof=0), "rho_magnitude": magnitude.mean()})

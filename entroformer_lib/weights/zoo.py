@@ -118,6 +118,37 @@ def load_model(name_or_path: str | os.PathLike, device: str = "auto", name: str 
     return model.to(device)
 
 
+def reference_of(model: Entroformer) -> Entroformer | None:
+    """The hyperprior-only model behind the same transforms, at the same level: what the context saves is the difference
+    between the two.  ->  the one whose hyperprior is of the model's kind, else another; None where there is none
+
+    Only the headers of weights are read, and g_a, g_s and gains of those without context that may fit.
+    """
+    c, digest = model.config, shared_digest(model.state_dict())
+    found = []
+    for path in _files().values():
+        try:
+            theirs, metadata = _config_and_metadata(path)
+            alike = theirs.context == "none" and (theirs.M, theirs.lmbdas) == (c.M, c.lmbdas)
+            if alike and _digest_of_transforms(path, metadata) == digest:
+                found.append((theirs.hyper != c.hyper, path.stem, path))
+        except UserError:
+            continue  # `list_models` warns of it
+    if not found:
+        return None
+    *_, path = min(found)
+    reference = load_model(path, next(model.g_s.parameters()).device)
+    reference.level = model.level
+    return reference
+
+
+def _digest_of_transforms(path: Path, metadata: dict[str, str]) -> str:
+    """`shared_digest` of a file, which may name the one that holds its transforms."""
+    if "transforms" in metadata:
+        return json.loads(metadata["transforms"])["sha256"]
+    return shared_digest(_read(path, SHARED)[0])
+
+
 def split_name(name_or_path: str | os.PathLike) -> tuple[str, str]:
     """The name or file of a model, and the lambda behind its last @; none where weights of the whole name exist."""
     text = os.fspath(name_or_path)
@@ -184,12 +215,12 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     return tensors, json.loads(metadata.get("card", "{}"))
 
 
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """What the file itself holds: tensors and metadata."""
+def _read(path: Path, parts: tuple[str, ...] = ("",)) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """What the file itself holds: tensors, or those of some parts, and metadata."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(parts)}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is not a whole safetensors file: {error}.") from None
     if metadata.get("format") != "entroformer":
@@ -209,7 +240,7 @@ def _shared_with(path: Path, name: str, sha256: str) -> dict[str, torch.Tensor]:
     other = path.with_name(f"{os.path.basename(name)}.safetensors")
     if not other.is_file():
         raise WeightsError(f"{path} has its transforms in common with {other}, which is not there.")
-    tensors = {key: t for key, t in _read(other)[0].items() if key.startswith(SHARED)}
+    tensors = _read(other, SHARED)[0]
     if shared_digest(tensors) != sha256:
         raise WeightsError(f"{path} belongs to other transforms than those that {other} holds now.")
     return tensors
@@ -239,10 +270,7 @@ def list_models() -> list[dict]:
     Keys: name, size (preset), variant, lmbda, metric, bytes, sha256 (of the file), kodak_bpp, kodak_psnr_db (None where
     not measured), path. A file that is none of ours is passed over with a warning.
     """
-    found = {}
-    for folder in reversed(weight_folders()):  # own folders come last and win
-        found.update({path.stem: path for path in folder.glob("*.safetensors")})
-    rows = []
+    found, rows = _files(), []
     for name in sorted(found):
         try:
             rows += _describe(found[name])
@@ -251,13 +279,26 @@ def list_models() -> list[dict]:
     return rows
 
 
-def _describe(path: Path) -> list[dict]:
+def _files() -> dict[str, Path]:
+    """All weights by name."""
+    found = {}
+    for folder in reversed(weight_folders()):  # own folders come last and win
+        found.update({path.stem: path for path in folder.glob("*.safetensors")})
+    return found
+
+
+def _config_and_metadata(path: Path) -> tuple[EntroformerConfig, dict[str, str]]:
+    """What the header of a weights file says."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
             config = EntroformerConfig.from_json(bytes(file.get_tensor("_extra_state").tolist()).decode())
+            return config, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{error}.") from None
+
+
+def _describe(path: Path) -> list[dict]:
+    config, metadata = _config_and_metadata(path)
     card = json.loads(metadata.get("card", "{}"))
     row = {
         "preset": card.get("training", {}).get("model"),
