@@ -34,11 +34,8 @@ LOAD = """\
 from entroformer_lib import load_model
 from entroformer_lib.inspection.row_server import RowServer
 from entroformer_lib.explorer.widget import Explorer
-from entroformer_lib.inspection.exploration import Exploration
 model = load_model("{model}.safetensors", "cpu")"""
-SHOW = """\
-view = Exploration(RowServer(model, "{picture}"))
-Explorer(view)"""
+SHOW = 'Explorer(RowServer(model, "{picture}"))'
 # Notes the time of the next event, and resolves once the caption (written after the drawing) has changed and the
 # browser has painted; of a first view, once there is a caption.
 CLOCK = """

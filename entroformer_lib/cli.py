@@ -285,13 +285,14 @@ def study_ablation(
 
 @app.command
 def explore(
-    image: Positional[Path],
+    image: Positional[Path | None] = None,
     output: Output = None,
     model: Model = "tiny-parallel",
     layer: int | None = None,
     head: int | None = None,
     table: Annotated[Path | None, arg(metavar="FILE")] = None,
     side: int = 768,
+    live: bool = False,
     serve: bool = False,
     force: Force = False,
     device: Device = "auto",
@@ -304,28 +305,36 @@ def explore(
     With --table it writes a table instead, of one picture or of all in a folder: a row for each latent, with its bits,
     what the context saved, and where each layer looked.
 
+    With --live the page holds a parallel model itself, and takes any photograph that is dropped on it.
+
     Example: entroformer explore photo.png --model tiny-parallel -o page.html
 
     A table: entroformer explore photos/ --model tiny-parallel-rates --table latents.csv
 
     Args:
-        image: The picture; for a table also a folder, or a .txt list of pictures.
+        image: The picture; for a table also a folder, or a .txt list of pictures. A live page can do without.
         output: The page; by default beside the picture.
         layer: Layer to begin with; by default the last.
-        head: Head to begin with; by default the mean over all.
+        head: Head to begin with; by default the first.
         table: The table: .csv or .parquet; where it comes from stands in a .json beside it.
         side: The most pixels on the longer side; a larger picture is scaled down first.
+        live: Put the model into the page.
         serve: Open the page in the browser at an address of this machine, until Ctrl+C; written only with -o.
     """
     if side < 1:
         raise UserError(f"--side is at least 1 pixel; it is {side}.")
+    if image is None and not live:
+        raise UserError("The page needs a picture: entroformer explore photo.png. Without one there is --live.")
     if table is not None:
-        if serve or output is not None:
-            raise UserError("--table writes a table and no page; leave out -o and --serve.")
+        if serve or live or output is not None:
+            raise UserError("--table writes a table and no page; leave out -o, --live and --serve.")
         _table_of_latents(image, _output(table, image, "", force), model, side, device)
         return
     if output is not None or not serve:
-        output = _output(output, image, ".html", force)
+        output = _output(output, image or Path("live"), ".html", force)
+    if live:
+        _explore_live(image, output, model, serve)
+        return
     from entroformer_lib.explorer.effort import effort
     from entroformer_lib.explorer.page import explorer_page, serve_page
     from entroformer_lib.files import write_bytes
@@ -359,6 +368,21 @@ def _table_of_latents(source: Path, table: Path, model: str, side: int, device: 
     named = zip(names_of(paths), tqdm(paths, unit="picture", disable=None, leave=False), strict=True)
     rows = save_latents(table, loaded, ((name, _fitting(path, side)) for name, path in named))
     print(f"{table}: {len(rows):,} rows of {len(paths)} pictures")
+
+
+def _explore_live(image: Path | None, output: Path | None, model: str, serve: bool) -> None:
+    from entroformer_lib.explorer.live import live_page
+    from entroformer_lib.explorer.page import serve_page
+    from entroformer_lib.files import write_bytes
+    from entroformer_lib.weights.zoo import reference_of
+
+    loaded = _load(model, "cpu")
+    text = live_page(loaded, image, reference_of(loaded))
+    if output is not None:
+        write_bytes(output, text.encode())
+        print(f"{output}: {len(text) / 1e6:.1f} MB, with the model inside")
+    if serve:
+        serve_page(text)
 
 
 @app.command
@@ -398,6 +422,24 @@ def import_official(
 
     write(src, dst, force, top_k)
     print(f"{dst}: {dst.stat().st_size / 1e6:.1f} MB")
+
+
+@app.command(name="export-onnx")
+def export_onnx(model: Positional[Model], folder: Positional[Path], force: Force = False) -> None:
+    """Write a model as ONNX graphs: analysis, hyper synthesis, context and synthesis apart, for any height and width.
+
+    Beside them model.json says what else a user of the graphs needs: the config, the medians of z, the lambdas. A model
+    of variable rate takes its level as an input; model.json has that of NAME@LAMBDA.
+
+    Example: entroformer export-onnx tiny-rates@0.014 graphs/
+
+    Args:
+        folder: Where to write; made where it is not there.
+    """
+    from entroformer_lib.onnx_export import write
+
+    for path in write(_load(model, "cpu"), folder, force):
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
 # ---- what the commands share ----

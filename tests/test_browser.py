@@ -3,38 +3,66 @@
 Screenshots stay in build/screenshots. EXPLORER_CUT=1 cuts the click handler, to see that the tests then fail.
 """
 
+import json
 import os
 import re
 import time
 
+import numpy as np
 import pytest
 from browser import ROOT, chromium, jupyter_lab, open_notebook, run_all
 from conftest import micro_model
 
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.explorer.page import explorer_page
-from entroformer_lib.explorer.widget import SCRIPT
-from entroformer_lib.inspection.exploration import Exploration
 from entroformer_lib.inspection.group_server import server_of
+from entroformer_lib.inspection.panels import DENSE, MEAN, of_head, own_k
 from entroformer_lib.weights.zoo import load_model, save_weights
 
 SCREENSHOTS = ROOT / "build" / "screenshots"
 KINDS = ("parallel", "serial", "groupedmixer")
-CLICK = 'canvas.addEventListener("click"'
+CLICK = 'view.addEventListener("pointerup"'
+STATE = """() => {
+  const { explorer } = document.querySelector(".ef-explorer");
+  return {
+    selection: explorer.selection,
+    words: document.querySelector(".ef-caption").textContent,
+    maps: explorer.maps.map(({ kind, model, layer, head, k, values, selected }) => ({
+      kind, model, layer, head, k,
+      values: values && [...values],
+      selected: values && [...values.keys()].filter((i) => selected(i)),
+    })),
+  };
+}"""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Weights and a picture with a grid of 8 x 12 latents."""
+    """Weights and a picture with a grid of 8 x 12 latents, part of which is padding."""
     folder = tmp_path_factory.mktemp("browser")
     for kind in KINDS:
         save_weights(micro_model(kind, window=4), folder / f"{kind}.safetensors", {})
-    sample_picture("astronaut").crop((100, 0, 292, 128)).save(folder / "photo.png")
+    sample_picture("astronaut").crop((100, 0, 290, 120)).save(folder / "photo.png")
     return folder
 
 
-def exploration(folder, kind) -> Exploration:
-    return Exploration(server_of(load_model(folder / f"{kind}.safetensors", "cpu"), folder / "photo.png"))
+@pytest.fixture(scope="module")
+def servers(folder):
+    return {k: server_of(load_model(folder / f"{k}.safetensors", "cpu"), folder / "photo.png") for k in KINDS}
+
+
+@pytest.fixture(scope="module")
+def pages(folder, servers):
+    """Addresses of exported pages."""
+    addresses = {}
+    for kind, server in servers.items():
+        text = explorer_page(server, "astronaut").text
+        if os.environ.get("EXPLORER_CUT"):
+            assert CLICK in text
+            text = text.replace(CLICK, "((name, handler) => name)('click'")
+        (folder / f"{kind}.html").write_text(text)
+        addresses[kind] = (folder / f"{kind}.html").as_uri()
+    return addresses
 
 
 @pytest.fixture(scope="module")
@@ -44,110 +72,271 @@ def browser():
 
 
 @pytest.fixture
-def watched(browser):
-    """A browser page that notes errors and requests to other hosts; there must be none."""
-    page = browser.new_page(viewport={"width": 1400, "height": 1050})
-    errors, foreign = [], []
-    page.on("pageerror", lambda error: errors.append(str(error)))
+def open_page(browser):
+    """Opens browser pages that note errors and requests to other hosts; there must be none."""
+    errors, foreign, opened = [], [], []
 
     def note(request):
         if not re.match(r"(file|data|blob):|(http|ws)://127\.0\.0\.1[:/]", request.url):
             foreign.append(request.url)
 
-    page.on("request", note)
-    yield page
-    page.close()
+    def open_one(address: str | None = None, **settings):
+        settings = {"viewport": {"width": 1440, "height": 900}, **settings}
+        page = browser.new_context(**settings).new_page()
+        ended = "Canceled future"  # JupyterLab's, where a kernel ends
+        page.on("pageerror", lambda error: ended in str(error) or errors.append(str(error)))
+        page.on("request", note)
+        opened.append(page)
+        if address:
+            page.goto(address)
+            shown(page)
+        return page
+
+    yield open_one
+    for page in opened:
+        page.context.close()  # once more does no harm
     assert errors == [] and foreign == []
 
 
-def as_the_user_does(page, view: Exploration, name: str) -> list[float]:
-    """Clicks, keys and sliders; after each the caption is a fresh view model's and the pixels are others.
-
-    Returns:
-        Seconds from each action to changed pixels.
-    """
+def shown(page, **expected) -> dict:
+    """What the explorer shows, once it shows the expected selection."""
     page.wait_for_selector(".ef-panel canvas", timeout=60_000)
-    page.wait_for_function("document.querySelector('.ef-caption').textContent.startsWith('Latent')")
-    assert page.inner_text(".ef-caption") == view.caption()
-    page.evaluate("document.querySelector('.ef-about').open = false")
-    server, seconds = view.servers[0], []
+    page.wait_for_function(
+        """expected => {
+          const { explorer } = document.querySelector(".ef-explorer");
+          return explorer.shownNow && Object.entries(expected).every(([name, v]) => explorer.shownNow[name] === v);
+        }""",
+        arg=expected,
+        timeout=20_000,
+    )
+    return page.evaluate(STATE)
+
+
+def check(state: dict, servers: list, tolerance: float = 0.004) -> None:
+    """Maps and words are those of Python's servers. tolerance: half a step of the bytes in which a page holds them."""
+    s = state["selection"]
+    for one in state["maps"]:
+        if one["kind"] == "decoding":
+            continue
+        server = servers[one["model"]]
+        query = (s["row"] * server.width + s["column"]) * server.slices + min(s["slice"], server.slices - 1)
+        k = one["k"] or None
+        if server.kind == "parallel" and not server.has_context(query):
+            assert one["values"] is None
+            continue
+        if one["kind"] == "groups":
+            expected = of_head(server.groups(query)[one["layer"]], one["head"]).ravel()
+        elif one["kind"] == "cost":
+            positions, bits = server.costs(query, k)
+            expected = np.zeros(server.n)
+            expected[positions] = bits
+            assert one["selected"] == sorted(positions)
+        else:
+            expected = of_head(server.rows(query, k)[one["layer"]], one["head"])
+            if one["head"] != MEAN and k:
+                assert one["selected"] == expected.nonzero()[0].tolist()
+        np.testing.assert_allclose(one["values"], expected, atol=tolerance * np.sqrt(np.abs(expected).max()), rtol=1e-5)
+        assert f"{server.facts(query, k)['bits']:.1f} bits" in state["words"] or s["mode"] in ("ks", "pair")
+
+
+def as_the_user_does(page, servers: list, name: str) -> None:
+    """Clicks, keys, sliders and every mode; after each the maps are those of the servers."""
+    server = servers[0]
+    grouped = server.kind == "grouped"
 
     def after(action, **expected):
-        pixels = "document.querySelector('.ef-panel canvas').toDataURL()"
-        before = page.evaluate(pixels)
-        start = time.perf_counter()
         action()
-        page.wait_for_function(f"before => {pixels} !== before", arg=before, timeout=2000)
-        seconds.append(time.perf_counter() - start)
-        view.update(**expected)
-        page.wait_for_function(
-            "words => document.querySelector('.ef-caption').textContent === words", arg=view.caption()
-        )
+        check(shown(page, **expected), servers)
 
     def click(row, column):
         box = page.locator(".ef-panel canvas").first.bounding_box()
         cell = box["width"] / server.width, box["height"] / server.height
         page.mouse.click(box["x"] + (column + 0.5) * cell[0], box["y"] + (row + 0.5) * cell[1])
 
+    check(shown(page, layer=server.layers - 1, head=0), servers)
     inner = server.height // 2 + 1, server.width // 2 - 2
-    for row, column in (inner, (inner[0], inner[1] + 1), (0, server.width - 1)):
+    for row, column in (inner, (inner[0], inner[1] + 1), (0, server.width - 1), inner):
         after(lambda row=row, column=column: click(row, column), row=row, column=column)
-    after(lambda: click(*inner), row=inner[0], column=inner[1])
     page.locator(".ef-panel canvas").first.focus()
     after(lambda: page.keyboard.press("ArrowDown"), row=inner[0] + 1)
     after(lambda: page.keyboard.press("ArrowLeft"), column=inner[1] - 1)
-    page.locator(".ef-layer").focus()
-    after(lambda: page.keyboard.press("ArrowLeft"), layer=view.layer - 1)
-    page.locator(".ef-head").focus()
-    after(lambda: page.keyboard.press("ArrowRight"), head=0)
-    grouped = server.kind == "grouped"
-    assert page.locator(".ef-k").is_visible() != grouped and page.locator(".ef-slice").is_visible() == grouped
-    if grouped:
-        page.locator(".ef-slice").focus()
-        after(lambda: page.keyboard.press("ArrowRight"), slice=2)
-        after(lambda: choose_group(page, 5, len(server.order)), **at_group(view, 5))
-    else:
-        page.locator(".ef-k").focus()
-        after(lambda: page.keyboard.press("ArrowRight"), k=view.ks[view.ks.index(view.k) + 1])
-        after(lambda: page.keyboard.press("Home"), k=view.ks[0])  # the model's own: the page holds costs for that
-    assert page.locator(".ef-modes button").count() == len(view.modes)
-    for mode in (*list(view.modes)[1:], "head"):
-        page.click(f"button[data-mode={mode}]")
-        view.update(mode=mode)
-        page.wait_for_function(
-            "words => document.querySelector('.ef-caption').textContent === words", arg=view.caption()
-        )
-        count = len(view.panels())
-        page.wait_for_function("count => document.querySelectorAll('.ef-panel canvas').length === count", arg=count)
+    for slider, key, expected in (
+        ("layer", "ArrowLeft", {"layer": server.layers - 2}),
+        ("head", "ArrowLeft", {"head": MEAN}),
+        ("head", "ArrowRight", {"head": 0}),
+        *((("slice", "ArrowRight", {"slice": 2}),) if grouped else (("k", "End", {"k": DENSE}),)),
+    ):
+        page.locator(f".ef-{slider}").focus()
+        after(lambda key=key: page.keyboard.press(key), **expected)
+    if grouped and len(servers) == 1:
+        choose_group(page, 5, len(server.order))
+        channel_slice, row, column = server.order[5]
+        check(shown(page, slice=channel_slice), servers)
+    for button in page.locator(".ef-modes button").all():
+        mode = button.get_attribute("data-mode")
+        button.click()
+        check(shown(page, mode=mode), servers)
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=SCREENSHOTS / f"{name}-{mode}.png")
-    return seconds
+    page.click("button[data-mode=head]")
+    check(shown(page, mode="head"), servers)
 
 
 def choose_group(page, group: int, groups: int) -> None:
     """Clicks a row of the table of groups, whose left margin is as wide as the one above."""
-    table = page.locator("canvas.ef-groups").first
+    table = page.locator(".ef-groups canvas").first
     box, (margin, cell) = table.bounding_box(), table.evaluate("c => [c.table.pad, c.table.cell]")
     assert margin + groups * cell == pytest.approx(1, abs=0.02)
     page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] * (margin + (group + 0.5) * cell))
 
 
-def at_group(view: Exploration, group: int) -> dict:
-    """The selection of a group at the present place."""
-    channel_slice, row, column = view.servers[0].order[group]
-    return {"row": view.row // 2 * 2 + row, "column": view.column // 2 * 2 + column, "slice": channel_slice}
+# ---- the exported page ----
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_exported_page(watched, folder, kind):
-    view = exploration(folder, kind)
-    text = explorer_page(view.servers[0], "astronaut").text
-    if os.environ.get("EXPLORER_CUT"):
-        assert CLICK in text
-        text = text.replace(CLICK, "((name, handler) => name)('click'")
-    (folder / f"{kind}.html").write_text(text)
-    watched.goto((folder / f"{kind}.html").as_uri())
-    as_the_user_does(watched, view, f"page-{kind}")
+def test_exported_page(open_page, pages, servers, kind):
+    as_the_user_does(open_page(pages[kind]), [servers[kind]], f"page-{kind}")
+
+
+def test_first_pass_shows_no_attention_as_if_it_predicted(open_page, pages, servers):
+    server = servers["parallel"]
+    page = open_page(pages["parallel"] + "#row=3&column=4")
+    state = shown(page, row=3, column=4)
+    assert state["maps"][0]["values"] is None and "First pass" in state["words"]
+    page.check(".ef-gathers")
+    state = shown(page, gathers=True)
+    expected = server.rows(3 * server.width + 4, own_k(server))[state["maps"][0]["layer"], 0]
+    np.testing.assert_allclose(state["maps"][0]["values"], expected, atol=0.004)
+    page.click(".ef-nearest")
+    state = shown(page, gathers=False)
+    place = state["selection"]["row"], state["selection"]["column"]
+    assert server.has_context(place[0] * server.width + place[1]) and abs(place[0] - 3) + abs(place[1] - 4) == 1
+
+
+def test_address_keeps_the_view(open_page, pages):
+    page = open_page(pages["parallel"])
+    page.click("button[data-mode=heads]")
+    shown(page, mode="heads")
+    page.locator(".ef-layer").focus()
+    page.keyboard.press("Home")
+    before = shown(page, layer=0)["selection"]
+    assert "mode=heads" in page.url and "layer=0" in page.url
+    assert shown(open_page(page.url), mode="heads")["selection"] == before
+
+
+def test_backgrounds_and_decoding(open_page, pages, servers):
+    """The background slider passes four pictures; as bytes arrive more blocks are known, at the end all."""
+    server = servers["parallel"]
+    page = open_page(pages["parallel"])
+    drawn = set()
+    for place in range(4):
+        page.locator(".ef-backdrop").fill(str(place))
+        shown(page, backdrop=place)
+        drawn.add(page.evaluate("document.querySelector('.ef-panel canvas').toDataURL()"))
+    assert len(drawn) == 4
+    page.click("button[data-mode=decoding]")
+    shown(page, mode="decoding")
+    assert "complete" in page.inner_text(".ef-panel figcaption")
+    page.locator(".ef-part").fill("0.3")
+    shown(page, part=0.3)
+    total = (server.z_bits + server.overview()[0].sum()) / 8
+    words = page.inner_text(".ef-panel figcaption").replace(",", "")
+    received, whole = map(int, re.search(r"(\d+) of (\d+) bytes", words).groups())
+    assert whole == pytest.approx(total, abs=1) and received == pytest.approx(0.3 * total, abs=1)
+
+
+def test_tour_goes_to_places_of_the_picture(open_page, pages, servers):
+    server = servers["parallel"]
+    page = open_page(pages["parallel"])
+    page.click(".ef-tour")
+    page.wait_for_selector(".ef-stop:not([hidden])")
+    bits = np.where(server.when > 0, server.overview()[0], -1)
+    best = divmod(int(bits.argmax()), server.width)
+    state = shown(page)
+    assert "1 of 6" in page.inner_text(".ef-stop") and (state["selection"]["row"], state["selection"]["column"]) == best
+    for _ in range(6):
+        page.click(".ef-next")
+    page.wait_for_selector(".ef-stop[hidden]", state="attached")
+
+
+def test_what_can_be_kept(open_page, pages, servers, tmp_path):
+    server = servers["parallel"]
+    page = open_page(pages["parallel"] + "#row=4&column=6", permissions=["clipboard-read", "clipboard-write"])
+    state = shown(page, row=4)
+    page.click(".ef-keep summary")
+    for kind in ("png", "svg", "csv"):
+        with page.expect_download() as download:
+            page.click(f"[data-keep={kind}]")
+        download.value.save_as(tmp_path / f"view.{kind}")
+    assert (tmp_path / "view.png").read_bytes().startswith(b"\x89PNG")
+    assert state["words"] in (tmp_path / "view.svg").read_text()
+    lines = (tmp_path / "view.csv").read_text().splitlines()
+    values = np.array([float(line.rsplit(",", 3)[1]) for line in lines[2:]])
+    assert lines[0] == f"# {state['words']}"
+    np.testing.assert_allclose(values, server.rows(54, own_k(server))[-1, 0], atol=0.004)
+    page.click("[data-keep=python]")
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert "row=4, column=6" in copied and 'mode="head"' in copied
+    compile(copied, "copied", "exec")
+
+
+def test_phone_and_dark_mode(open_page, pages):
+    page = open_page(pages["groupedmixer"], viewport={"width": 400, "height": 800}, color_scheme="dark")
+    for button in page.locator(".ef-modes button").all():
+        button.click()
+        shown(page, mode=button.get_attribute("data-mode"))
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    heights = page.evaluate(
+        "[...document.querySelectorAll('.ef-explorer button, .ef-explorer .ef-bar label')]"
+        ".filter((e) => e.offsetParent).map((e) => e.getBoundingClientRect().height)"
+    )
+    assert len(heights) > 6 and min(heights) >= 40
+    colour = page.evaluate("getComputedStyle(document.querySelector('.ef-explorer')).backgroundColor")
+    assert max(map(int, re.findall(r"\d+", colour))) < 60
+    page.screenshot(path=SCREENSHOTS / "phone-dark.png")
+
+
+def test_picture_and_controls_are_seen_without_scrolling(open_page, pages):
+    page = open_page(pages["parallel"])
+    for part in (".ef-panels", ".ef-choices", ".ef-under", ".ef-legend", ".ef-costs"):
+        box = page.locator(part).bounding_box()
+        assert box["y"] + box["height"] <= 900, part
+
+
+def test_zoom(open_page, pages):
+    """The wheel with Ctrl enlarges around the pointer; dragging then moves, and a click still finds its block."""
+    page = open_page(pages["parallel"])
+    box = page.locator(".ef-view").first.bounding_box()
+    page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"])
+    page.keyboard.down("Control")
+    page.mouse.wheel(0, -300)
+    page.keyboard.up("Control")
+    large = page.locator(".ef-panel canvas").first.bounding_box()
+    assert large["width"] > 2 * box["width"]
+    before = page.evaluate(STATE)["selection"]
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.5 * box["height"], steps=4)
+    page.mouse.up()
+    moved = page.locator(".ef-panel canvas").first.bounding_box()
+    assert moved["x"] < large["x"] - 0.1 * box["width"] and page.evaluate(STATE)["selection"] == before
+    place = (box["x"] + 0.6 * box["width"] - moved["x"]) / moved["width"] * 12
+    page.mouse.click(box["x"] + 0.6 * box["width"], box["y"] + 0.5 * box["height"])
+    shown(page, column=int(place))
+
+
+def test_damaged_pages_and_no_javascript(browser, pages, folder):
+    text = (folder / "parallel.html").read_text()
+    start = text.index('id="data">') + 100
+    (folder / "damaged.html").write_text(text[:start] + text[start + 40 :])
+    page = browser.new_page()
+    page.goto((folder / "damaged.html").as_uri())
+    assert "damaged" in page.locator("[role=alert]").first.inner_text()
+    page.close()
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(pages["parallel"])
+    assert "Switch it on" in page.inner_text("body")
+    context.close()
 
 
 # ---- JupyterLab ----
@@ -156,14 +345,12 @@ NOTEBOOK = """\
 from entroformer_lib import load_model
 from entroformer_lib.inspection.group_server import server_of
 from entroformer_lib.explorer.widget import Explorer
-from entroformer_lib.inspection.exploration import Exploration
-Explorer(Exploration(server_of(load_model("{kind}.safetensors", "cpu"), "photo.png")))"""
-TWO = """
-one, other = (server_of(load_model(kind + ".safetensors", "cpu"), "photo.png") for kind in ("parallel", "serial"))
-Explorer(Exploration(one, other))"""
+kinds = {kinds}
+explorer = Explorer(*(server_of(load_model(kind + ".safetensors", "cpu"), "photo.png") for kind in kinds))
+explorer"""
 CUT = """
-from entroformer_lib.explorer import widget as explorer
-explorer.Explorer._esm = explorer.SCRIPT.read_text().replace({click!r}, "((name, handler) => name)('click'")
+from entroformer_lib.explorer import widget
+widget.Explorer._esm = widget.script().replace({click!r}, "((name, handler) => name)('click'")
 """
 
 
@@ -174,25 +361,67 @@ def jupyter(folder):
         yield lab
 
 
-def perhaps_cut(source: str) -> str:
-    """The cell with the click handler cut, where EXPLORER_CUT asks for it."""
-    if not os.environ.get("EXPLORER_CUT"):
-        return source
-    assert CLICK in SCRIPT.read_text()
-    return CUT.format(click=CLICK) + source
+def notebook(kinds) -> str:
+    """The cell, with the click handler cut where EXPLORER_CUT asks for it."""
+    cut = CUT.format(click=CLICK) if os.environ.get("EXPLORER_CUT") else ""
+    return cut + NOTEBOOK.format(kinds=kinds)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_widget_in_jupyterlab(watched, folder, kind, jupyter):
-    open_notebook(watched, jupyter, folder / f"{kind}.ipynb", [perhaps_cut(NOTEBOOK.format(kind=kind))])
-    run_all(watched)
-    as_the_user_does(watched, exploration(folder, kind), f"jupyterlab-{kind}")
+@pytest.mark.parametrize("kinds", [("parallel",), ("groupedmixer",), ("parallel", "serial")])
+def test_widget_in_jupyterlab(open_page, folder, servers, kinds, jupyter):
+    page, name = open_page(), "-".join(kinds)
+    open_notebook(page, jupyter, folder / f"{name}.ipynb", [notebook(kinds)])
+    run_all(page)
+    as_the_user_does(page, [servers[kind] for kind in kinds], f"jupyterlab-{name}")
 
 
-def test_two_models_in_jupyterlab(watched, folder, jupyter):
-    source = NOTEBOOK.format(kind="parallel").rsplit("\n", 1)[0] + TWO
-    open_notebook(watched, jupyter, folder / "two.ipynb", [perhaps_cut(source)])
-    run_all(watched)
-    view = Exploration(*(exploration(folder, kind).servers[0] for kind in KINDS[:2]))
-    as_the_user_does(watched, view, "jupyterlab-two")
-    assert watched.locator(".ef-side h3").all_inner_texts()[:2] == ["parallel", "serial"]
+def run_cell(page, number: int) -> None:
+    page.evaluate(
+        """number => {
+          const { content } = window.jupyterapp.shell.currentWidget;
+          content.activeCellIndex = number;
+          return window.jupyterapp.commands.execute('notebook:run-cell');
+        }""",
+        number,
+    )
+
+
+def test_widget_and_kernel(open_page, folder, jupyter):
+    """A cell moves the widget and reads it; the saved notebook shows the last view, and a dead kernel is said."""
+    page, path = open_page(), folder / "kept.ipynb"
+    cells = [notebook(("parallel",)), "explorer.select(row=2, column=4)", "print(explorer.selection['layer'])"]
+    open_notebook(page, jupyter, path, cells)
+    run_cell(page, 0)
+    shown(page)
+    run_cell(page, 1)
+    shown(page, row=2, column=4)
+    page.locator(".ef-layer").focus()
+    page.keyboard.press("Home")
+    state = shown(page, layer=0)
+    page.wait_for_function("document.querySelector('.ef-still img')?.alt.includes('Layer 0')", timeout=20_000)
+    assert page.locator(".ef-still").is_hidden()  # where the widget lives
+    run_cell(page, 2)
+    page.wait_for_function("[...document.querySelectorAll('pre')].some((p) => p.textContent.trim() === '0')")
+    page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
+    saved = _saved(path)
+    outputs = json.dumps(saved["cells"][0]["outputs"])
+    assert state["words"] in outputs and "data:image/jpeg;base64" in outputs and "object at 0x" not in outputs
+    page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
+    page.wait_for_selector(".ef-trouble:not([hidden])")
+    assert "Run the cell again" in page.inner_text(".ef-trouble")
+    page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.shutdown()")
+    page.context.close()
+    again = open_page()
+    again.goto(f"{jupyter[0]}/doc/tree/{path.name}?token={jupyter[1]}")
+    again.wait_for_selector(".ef-still img", timeout=60_000)
+    assert again.locator(".ef-still").is_visible() and not again.locator("text=Error displaying widget").is_visible()
+
+
+def _saved(path) -> dict:
+    """The notebook once it holds the still picture."""
+    for _ in range(100):
+        found = json.loads(path.read_text())
+        if "data:image/jpeg" in json.dumps(found["cells"][0]["outputs"]):
+            return found
+        time.sleep(0.1)
+    raise AssertionError("the still picture was not saved")

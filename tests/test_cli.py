@@ -62,7 +62,8 @@ def call(*arguments, expect: int = 0) -> tuple[str, str]:
 
 def test_every_command_has_help_with_an_example():
     overview = call("--help")[0]
-    for command in ("compress", "decompress", "info", "models", "train", "eval", "data", "explore", "import-official"):
+    ours = ("compress", "decompress", "info", "models", "train", "eval", "data", "explore")
+    for command in (*ours, "import-official", "export-onnx"):
         assert command in overview
         assert f"entroformer {command} " in call(command, "--help")[0]
 

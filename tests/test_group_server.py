@@ -1,4 +1,4 @@
-"""The explorer of a GroupedMixer: rows and groups are those of the model, and the page says what the view says."""
+"""The explorer of a GroupedMixer: rows and groups are those of the model."""
 
 import copy
 import json
@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import LMBDAS, aware_model, micro_model
-from test_explorer import NODE, page_is_the_view_model, stored
+from test_explorer import stored
 
 from entroformer_lib import cli
 from entroformer_lib.codec import codec
 from entroformer_lib.errors import AttentionError
+from entroformer_lib.explorer.answers import Answers
 from entroformer_lib.explorer.page import explorer_page
-from entroformer_lib.explorer.widget import Explorer, frame_of
 from entroformer_lib.inspection.capture import capture
-from entroformer_lib.inspection.exploration import MEAN, Exploration
 from entroformer_lib.inspection.group_server import GroupServer, server_of
+from entroformer_lib.inspection.panels import attention_panel, every_head, groups_panel
 from entroformer_lib.inspection.row_server import RowServer
 from entroformer_lib.models.groupedmixer import split
 from entroformer_lib.studies import rate_distortion as rd
@@ -34,11 +34,6 @@ def grouped(**overrides):
 @pytest.fixture(scope="module")
 def server(photo):
     return GroupServer(grouped(), photo)
-
-
-@pytest.fixture
-def view(server):
-    return Exploration(server)
 
 
 def wide_run(model, photo):
@@ -170,53 +165,35 @@ def test_each_model_gets_its_server(server, photo):
         GroupServer(grouped(cross=False), photo).groups(5)
 
 
-# ---- the view model ----
+# ---- panels and answers ----
 
 
-def test_panels_and_captions(view, server):
-    view.update(row=5, column=7, slice=2, layer=1, head=0)
-    query = server.query(67, 2)
-    inner, cross = view.panels()
-    assert np.array_equal(inner.values.ravel(), server.rows(query)[1, 0]) and inner.kind == "attention"
-    assert inner.query == (5, 7) and inner.origin == divmod(server.origin(query), 12) and not inner.selected.any()
-    assert np.array_equal(cross.values, server.groups(query)[1, 0]) and cross.query == (server.step(query), 0)
-    assert list(view.modes) == ["head", "heads", "groups"] and view.ks == [0]
-    facts = server.facts(query)
-    assert view.caption() == (
-        f"Latent row 5, column 7: channel slice 2 is group 9 (of 0 to 11) and sees groups 0 to 8. Layer 1, head 0. "
-        f"{facts['groups'][2]['bits']:.1f} bits, with the other slices {facts['bits']:.1f}."
-    )
-    for mode, kind in (("heads", "attention"), ("groups", "groups")):
-        view.mode = mode
-        maps = [p.values for p in view.panels()]
-        assert {p.kind for p in view.panels()} == {kind} and len(maps) == 3
-        assert np.allclose(np.mean(maps[:2], 0), maps[2])
-    view.mode = "cost"  # not offered
-    assert view.mode == "head" and view.scatter() is None
-    view.slice = 99
-    assert view.slice == 2 and view.facts()[0]["slice"] == 2
-    assert Exploration(server).slice == 1 and Exploration(RowServer(micro_model(), server.picture)).slice == 0
-
-
-def test_frames_of_a_grouped_model_beside_another(photo, server):
-    view = Exploration(RowServer(micro_model("parallel"), photo), server, head=1)
-    assert list(view.modes) == ["head", "heads"] and 6 in view.ks and len(view.panels()) == 3
-    frame, data = frame_of(view)
-    assert len(data) == 5 * (2 * 96 + 144) and [p["model"] for p in frame["panels"]] == [0, 1, 1]
-    assert f"{server.name}: channel slice 1 is group" in view.caption() and "k = 6" in view.caption()
-    meta = json.loads(json.dumps(Explorer(view).meta))
-    assert meta["models"][1]["counts"] == [3, 2, 2] and meta["models"][0]["counts"] is None and meta["slices"] == 3
-    json.dumps(frame)
-
-
-def test_static_figures(view):
-    for mode in view.modes:
-        view.mode = mode
-        panels = view.panels()
-        shown = attention_figures.attention_maps(view.servers[0].picture, panels).axes[: len(panels)]
+def test_panels(server):
+    query = server.query(5 * server.width + 7, 2)
+    inner = attention_panel(server, query, 1, 0)
+    assert np.array_equal(inner.values.ravel(), server.rows(query)[1, 0]) and not inner.selected.any()
+    assert inner.query == (5, 7) and inner.origin == divmod(server.origin(query), server.width)
+    cross = groups_panel(server, query, 1, 0)
+    assert cross.query == (9, 0) and np.array_equal(cross.values, server.groups(query)[1, 0])
+    assert cross.decoded.sum() == 12 * 13 / 2
+    for panels in ([inner, cross], every_head(server, query, 1)):
+        shown = attention_figures.attention_maps(server.picture, panels).axes[: len(panels)]
         for axis, panel in zip(shown, panels, strict=True):
             assert axis.get_title().startswith(panel.title)
             assert axis.images[-1].get_array().shape[:2] == panel.values.shape
+
+
+def test_answers_beside_another_model(photo, server):
+    answers = Answers(RowServer(micro_model("parallel"), photo), server)
+    meta = json.loads(json.dumps(answers.meta()))
+    one, grouped = meta["models"]
+    assert grouped["counts"] == [3, 2, 2] and one["counts"] is None and grouped["slices"] == 3 and not meta["costs"]
+    assert len(grouped["steps"]) == 3 * server.n and max(grouped["steps"]) == 11
+    bits = answers.answer("overview", model=1)["bits"]
+    np.testing.assert_allclose(bits.reshape(-1, 3).sum(1), server.bits().ravel(), rtol=1e-5)
+    query = server.query(67, 2)
+    cross = answers.answer("cross", model=1, query=query)["probs"]
+    np.testing.assert_allclose(cross, server.groups(query).ravel(), rtol=1e-6)
 
 
 # ---- the page ----
@@ -229,32 +206,12 @@ def page(server):
 
 def test_page_in_words(page):
     assert "96 latents x 3 channel slices x 2 layers x 2 heads; " in page.in_words() and "cost" not in page.in_words()
-    assert page.holds in page.text and "grouped context" in page.text
+    assert page.holds in page.text
 
 
 def test_page_without_cross_mixers(photo):
     meta, _ = stored(explorer_page(GroupServer(grouped(cross=False), photo)))
-    assert list(meta["modes"]) == ["head", "heads"] and meta["cross"] is None
-    assert len(meta["modes"]["head"]["maps"]) == 1
-
-
-def says_and_shows_what_the_view_model_does(page, server, tmp_path):
-    selections = [
-        {"row": 4, "column": 6},
-        {"slice": 0},
-        {"row": 5, "column": 7, "head": 1, "slice": 2},
-        {"layer": 0},
-        {"by": [0, -1]},
-        {"by": [1, 0]},
-        {"mode": "heads"},
-        {"mode": "groups"},
-        {"row": 99, "column": 99, "slice": 99, "mode": "head", "head": MEAN},
-    ]
-    page_is_the_view_model(page, server, selections, tmp_path)
-
-
-if NODE:  # not collected elsewhere
-    test_page_says_and_shows_what_the_view_model_does = says_and_shows_what_the_view_model_does
+    assert not meta["models"][0]["cross"] and meta["stored"]["cross"] is None
 
 
 def test_a_mixer_that_takes_the_top_k_has_rows_and_a_page(photo):
@@ -262,7 +219,7 @@ def test_a_mixer_that_takes_the_top_k_has_rows_and_a_page(photo):
     query = server.query(50, 1)
     assert ((server.rows(query) > 0).sum(-1) == 3).all() and server.decoded(query)[server.rows(query)[1, 0] > 0].all()
     meta, data = stored(explorer_page(server))
-    counts = np.frombuffer(data, "<u2", 96 * 3 * 4, meta["sections"][0]["counts"])
+    counts = np.frombuffer(data, "<u2", 96 * 3 * 4, meta["stored"]["sections"][0]["counts"])
     assert set(counts) == {3}
 
 
@@ -276,4 +233,8 @@ def test_explore_writes_a_page_of_a_groupedmixer(tmp_path, monkeypatch, photo, c
     assert cli.main() == 0
     assert "32 latents x 3 channel slices" in capsys.readouterr().out
     meta, _ = stored(type("Text", (), {"text": (tmp_path / "page.html").read_text()}))
-    assert meta["models"][0]["name"] == "mixer@0.02" and meta["models"][0]["kind"] == "grouped" and meta["slices"] == 3
+    assert (
+        meta["models"][0]["name"] == "mixer@0.02"
+        and meta["models"][0]["kind"] == "grouped"
+        and meta["models"][0]["slices"] == 3
+    )

@@ -52,6 +52,7 @@ ORDER = (
     ("exact",),
     ("entroformer",),
     ("weights",),
+    ("onnx_export",),
     ("codec",),
     ("training",),
     ("inspection",),

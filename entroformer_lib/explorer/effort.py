@@ -4,11 +4,13 @@ import gzip
 import time
 
 from entroformer_lib.explorer import page
-from entroformer_lib.inspection.exploration import offered_ks, own_k
+from entroformer_lib.explorer.answers import data_url
+from entroformer_lib.inspection.panels import offered_ks, own_k
 
 SAMPLE = 8  # latents of each k
 SAMPLE_COSTS = 2  # latents whose attended positions are hidden
-AROUND = 0.15  # MB that the script and the pictures take
+AROUND = 0.1  # MB that the script takes
+PICTURES = 3  # of about the same size
 
 
 def effort(server) -> tuple[float, float]:
@@ -19,7 +21,7 @@ def effort(server) -> tuple[float, float]:
     """
     page._check_size(server)
     own, every, some = own_k(server), range(server.n), page.lattice(server, offered_ks(server))
-    seconds, size = 0.0, AROUND
+    seconds, size = 0.0, AROUND + PICTURES * len(data_url(server.picture)) / 1e6
     for k in offered_ks(server):
         sites = every if k == own and server.row_entries else some
         one, stored = _measured(page._section, server, sites, k, SAMPLE)

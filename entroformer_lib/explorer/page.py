@@ -1,19 +1,15 @@
-"""The attention explorer as one HTML file that works offline: the script, the picture, and precomputed rows as bytes.
+"""The attention explorer as one HTML file that works offline: the script, the pictures, and stored answers as bytes.
 
 Top-k attention is sparse, so with the model's own k the page holds the rows of every latent, layer and head. Other k,
 dense attention and the measured costs are held for latents on a coarser lattice. An attention p is stored as the byte
 round(255 sqrt(p)), so small values keep their digits.
 
-Whatever the view model says of a query is stored too: `sentences`, the step it is coded at, the site it is predicted
-from. The script chooses, fills the words of the modes (`exploration.Mode`), and draws.
-
-Layout of the data, before gzip and base64; every block starts at a multiple of 8, `meta` says where. Of every query
-(site by site, in each its channel slices): steps, origins and sentence uint16; of every site: when uint16, the step at
-which its first latents are known. For each k (a section) and the queries of its sites: facts float32 [queries, 2 + 5
-groups] (see `PictureServer.many`), counts uint16 [queries, layers, heads], positions uint16 and bytes uint8 of all
-counted entries in that order. Costs: counts uint16 [sites], positions uint16, bits float32, rho float32 [sites, layers,
-heads + 1] (see `rank_correlations`). Of a GroupedMixer without costs: place uint16 of every site, and cross uint8
-[places, layers, heads, G, G].
+Layout of the data, before gzip and base64; every block starts at a multiple of 8, `meta.stored` says where. Of every
+query (site by site, in each its channel slices): steps and origins uint16, bits and alone float32. For each k (a
+section) and the queries of its sites: facts float32 [queries, 2 + 5 groups] (see `PictureServer.many`), counts uint16
+[queries, layers, heads], positions uint16 and bytes uint8 of all counted entries in that order. Costs: counts uint16
+[sites], positions uint16, bits float32, rho float32 [sites, layers, heads + 1] (see `rank_correlations`). Of a
+GroupedMixer with cross mixers: place uint16 of every site, and cross uint8 [places, layers, heads, G, G].
 """
 
 import base64
@@ -32,13 +28,14 @@ import numpy as np
 
 from entroformer_lib import __version__
 from entroformer_lib.errors import AttentionError
-from entroformer_lib.explorer.widget import SCRIPT, meta_of
-from entroformer_lib.inspection.exploration import Exploration, k_in_words, own_k, rank_correlations
+from entroformer_lib.explorer.answers import Answers
+from entroformer_lib.explorer.script import STYLE, script
+from entroformer_lib.inspection.panels import k_in_words, offered_ks, own_k, rank_correlations
 
 PAGE = Path(__file__).with_name("page.html")
 LARGEST_PAGE = 25_000_000  # bytes
 LARGEST_OWN = 25_000_000  # bytes before compression that the rows of the model's own k may take
-LARGEST_REST = 40_000_000  # the same for the other k
+LARGEST_REST = 4_000_000  # the same for the other k
 BYTES_PER_ENTRY = 3  # of a row: two for the position, one for the value
 
 Progress = Callable[[str, int, int], None]
@@ -63,70 +60,96 @@ def explorer_page(server, title: str = "", progress: Progress | None = None, **s
         server: of the picture, see `server_of`.
         title: what the picture is called.
         progress: called with (what, done, total).
-        selection: where the page starts, see `Exploration`.
+        selection: where the page starts, see `Explorer`.
 
     Raises:
         AttentionError: the picture is too large.
     """
-    view, blob = Exploration(server, **selection), _Blob()
     _check_size(server)
-    own, every, some = own_k(server), range(server.n), lattice(server, view.ks)
-    held = {k: every if k == own and server.row_entries else some for k in view.ks}
-    measured = some if "cost" in view.modes else []
+    answers, blob, ks = Answers(server), _Blob(), offered_ks(server)
+    own, every, some = own_k(server), range(server.n), lattice(server, ks)
+    held = {k: every if k == own and server.row_entries else some for k in ks}
+    measured = some if server.family == "rows" else []
     tell = _teller(progress, sum(map(len, held.values())) * server.slices + len(measured))
-    meta = {
-        **meta_of(view),
-        "selection": view.selection(),
-        **_queries(server, blob),
+    stored = {
+        **_queries(server, answers, blob),
         "sections": [_section(server, sites, k, blob, tell) for k, sites in held.items()],
         "costs": _costs(server, measured, own, blob, tell) if measured else None,
         "cross": None if server.cross is None else _cross(server, blob),
-        "group_channels": [len(group) for group in server.channel_groups],
-        "open": True,
+        "pictures": {
+            name: answers.answer("picture", model=0, name=name)["url"] for name in ("reconstruction", "guess")
+        },
     }
-    holds = _holds(server, view, len(held[own]), len(measured))
-    about = (
-        f"Model {server.name}, {server.kind} context. The latent grid has {server.height} x {server.width} places, one "
-        f"for each block of 16 x 16 pixels. This page holds the attention of {holds}."
-    )
-    text = Template(PAGE.read_text("utf-8")).substitute(
-        title=html.escape(f"What the entropy model looks at: {title}" if title else "What the entropy model looks at"),
-        about=html.escape(about),
-        version=__version__,
-        script=SCRIPT.read_text("utf-8"),
-        meta=json.dumps(meta).replace("</", "<\\/"),
-        data=base64.b64encode(gzip.compress(blob.bytes(), 9, mtime=0)).decode(),
+    meta = answers.meta() | {
+        "costs": "own_k" if measured else False,
+        "calculation": False,
+        "begin": selection,
+        "stored": stored,
+    }
+    for model in meta["models"]:
+        del model["steps"], model["origins"]  # they stand in the blob
+    holds = _holds(server, ks, len(held[own]), len(measured))
+    text = page_text(
+        f"What the entropy model looks at: {title}" if title else "What the entropy model looks at",
+        f"Model {server.name}. The page holds the attention of {holds}.",
+        script("stored.js"),
+        {"meta": ("application/json", json.dumps(meta)), "data": ("text/plain", _packed(blob.bytes()))},
+        'await openPage(document.getElementById("explorer"), JSON.parse(text("meta")), text("data"));',
     )
     if len(text.encode()) > LARGEST_PAGE:
         raise AttentionError(_too_large(server, f"the page would have {len(text) / 1e6:.0f} MB"))
     return Page(text, holds)
 
 
-def _holds(server, view: Exploration, held: int, measured: int) -> str:
+def page_text(title: str, about: str, code: str, parts: dict[str, tuple[str, str]], begin: str) -> str:
+    """A page that asks the network for nothing.
+
+    Args:
+        about: one line at the end.
+        code: one module of JavaScript; begin: what it does first.
+        parts: what the code finds by name, with its type.
+    """
+    stored = [
+        f'<script type="{kind}" id="{name}">' + text.replace("</", "<\\/") + "</script>"
+        for name, (kind, text) in parts.items()
+    ]
+    return Template(PAGE.read_text("utf-8")).substitute(
+        title=html.escape(title),
+        about=html.escape(about),
+        version=__version__,
+        style=STYLE.read_text("utf-8"),
+        script=code,
+        parts="\n".join(stored),
+        begin=begin,
+    )
+
+
+def _packed(data: bytes) -> str:
+    return base64.b64encode(gzip.compress(data, 9, mtime=0)).decode()
+
+
+def _holds(server, ks: list[int], held: int, measured: int) -> str:
     """What a page holds, in words: latents with the model's own k, and those with all k and measured costs."""
     slices = f" x {server.slices} channel slices" if server.slices > 1 else ""
     words = f"{held:,} latents{slices} x {server.layers} layers x {server.heads} heads"
     if not measured:
         return words
-    *others, last = (k_in_words(k) for k in view.ks if k != own_k(server))
+    *others, last = (k_in_words(k) for k in ks if k != own_k(server))
     return (
         f"{words} with the model's own choice, {k_in_words(own_k(server))}; of {measured:,} latents also with "
         f"{', '.join(others)} and {last}, and the measured costs"
     )
 
 
-def _queries(server, blob: "_Blob") -> dict:
+def _queries(server, answers: Answers, blob: "_Blob") -> dict:
     """What is said of every query, whatever is chosen."""
     queries = range(server.n * server.slices)
-    words = [server.in_words(query) for query in queries]
-    sentences = list(dict.fromkeys(words))
-    number = {sentence: i for i, sentence in enumerate(sentences)}
+    overview = answers.answer("overview", model=0)
     return {
-        "sentences": sentences,
-        "sentence": blob.add(np.array([number[sentence] for sentence in words]), "<u2"),
         "steps": blob.add(np.array([server.step(query) for query in queries]), "<u2"),
         "origins": blob.add(np.array([server.origin(query) for query in queries]), "<u2"),
-        "when": blob.add(server.when, "<u2"),
+        "bits": blob.add(overview["bits"], "<f4"),
+        "alone": None if overview["alone"] is None else blob.add(overview["alone"], "<f4"),
     }
 
 
@@ -225,12 +248,11 @@ def _section(server, sites: Sequence[int], k: int, blob: _Blob, tell) -> dict:
 
 def _costs(server, sites: Sequence[int], k: int, blob: _Blob, tell) -> dict:
     counts, positions, costs, rho = [], [], [], []
-    for site in sites:
-        hidden, bits = server.costs(site, k or None)
+    for _, rows, hidden, bits in server.many_costs(sites, k or None):
         counts.append([len(hidden)])
         positions.append(hidden)
         costs.append(bits)
-        rho.append(rank_correlations(server.rows(site, k or None), hidden, bits).ravel())
+        rho.append(rank_correlations(rows, hidden, bits).ravel())
         tell(1)
     parts = {"counts": (counts, "<u2"), "positions": (positions, "<u2"), "bits": (costs, "<f4"), "rho": (rho, "<f4")}
     return {"sites": list(sites), **_added(blob, parts)}

@@ -1,97 +1,83 @@
-"""The attention explorer as a widget: shows frames of an `Exploration` and forwards clicks, sliders and keys to it.
+"""The attention explorer as a widget of Jupyter: its JavaScript asks, Python answers.
 
 server = RowServer(load_model("tiny-parallel"), "photo.png")
-Explorer(Exploration(server))
+Explorer(server, row=12, column=20)
 """
 
-import base64
-import dataclasses
-import io
-from pathlib import Path
+import html
+import uuid
 
 import anywidget
-import numpy as np
 import traitlets
+from IPython.display import HTML, display
 
-from entroformer_lib.inspection.exploration import Exploration, own_k
+from entroformer_lib.errors import UserError
+from entroformer_lib.explorer.answers import Answers, packed
+from entroformer_lib.explorer.script import STYLE, script
 
-SCRIPT = Path(__file__).with_name("explorer.js")
-DECODED, SELECTED = 1, 2  # bits of a flag
+# JupyterLab shows the widget where it is alive, else the still picture above it; a dead widget has no elements inside.
+ONE_OF_BOTH = """<style>
+.jp-OutputArea-child:has(.ef-still):has(+ .jp-OutputArea-child .ef-explorer) { display: none; }
+.jp-OutputArea-child:has(.ef-still) + .jp-OutputArea-child:has(> .jupyter-widgets:not(:has(*))) { display: none; }
+</style>"""
 
 
 class Explorer(anywidget.AnyWidget):
-    """Shows an exploration; `explorer.view` is the exploration, and setting its layer, head, k, row, column, slice or
-    mode in a cell moves the widget too."""
+    """Shows one picture through one or two models.
 
-    _esm = SCRIPT
+    `explorer.selection` is what is chosen; setting it, or `explorer.select(row=3, column=4)`, moves the widget. Beside
+    the widget stands a still picture of its last view, which a saved notebook shows where no kernel runs.
+
+    Args:
+        server: of one picture and model, see `server_of`.
+        other: of the same picture and another model, or None; it is shown beside the first.
+        selection: where to begin: any of row, column, slice, layer, head (-1: mean), k (0: dense), mode and so on, as
+            "copy as Python" in the widget writes them.
+
+    Raises:
+        AttentionError: the two servers do not have the same grid.
+    """
+
+    _esm = script()
+    _css = STYLE.read_text("utf-8")
     meta = traitlets.Dict().tag(sync=True)
-    frame = traitlets.Dict().tag(sync=True)
-    maps = traitlets.Bytes().tag(sync=True)
+    selection = traitlets.Dict().tag(sync=True)
+    still = traitlets.Dict().tag(sync=True)  # {"picture": data URL, "caption"}, sent by the browser
 
-    def __init__(self, view: Exploration, **keywords):
-        self.view = view
-        frame, maps = frame_of(view)
-        super().__init__(meta=meta_of(view), frame=frame, maps=maps, **keywords)
-        self.on_msg(lambda widget, content, buffers: view.update(**content))
-        view.observe(self._refresh, "revision")
+    def __init__(self, server, other=None, **selection):
+        self.answers = Answers(server, other)
+        super().__init__(meta=self.answers.meta(), selection=selection)
+        self._stills, self._name = None, f"entroformer-{uuid.uuid4().hex}"
+        self.on_msg(self._reply)
 
-    def _refresh(self, change) -> None:
-        frame, maps = frame_of(self.view)
-        with self.hold_sync():  # one message, so that maps and words belong together
-            self.maps = maps
-            self.frame = frame
+    def select(self, **parts) -> None:
+        """Changes parts of the selection."""
+        self.selection = {**self.selection, **parts}
 
+    def _reply(self, widget, content: dict, buffers: list) -> None:
+        try:
+            answer, buffers = packed(self.answers.answer(content["question"], **content["arguments"]))
+        except UserError as error:
+            answer, buffers = {"error": str(error)}, []
+        self.send({"number": content["number"], "answer": answer}, buffers=buffers)
 
-def meta_of(view: Exploration) -> dict:
-    """What never changes: grid, choices, and the picture as a data URL."""
-    server = view.servers[0]
-    return {
-        "height": server.height,
-        "width": server.width,
-        "layers": max(s.layers for s in view.servers),
-        "heads": max(s.heads for s in view.servers),
-        "slices": max(s.slices for s in view.servers),
-        "models": [
-            {
-                "name": s.name,
-                "kind": s.kind,
-                "own_k": own_k(s),
-                "radius": s.radius,
-                "counts": s.counts,
-                "order": s.order,
-            }
-            for s in view.servers
-        ],
-        "modes": {name: dataclasses.asdict(mode) for name, mode in view.modes.items()},
-        "ks": view.ks,
-        "picture": data_url(server.picture),
-    }
+    @traitlets.observe("still")
+    def _show_still(self, change) -> None:
+        if self._stills is not None:
+            self._stills.update(HTML(self._still_in_html()))
 
+    def _still_in_html(self) -> str:
+        caption = self.still.get("caption", f"Attention explorer of {self._models()}; run this cell to see it.")
+        picture = self.still.get("picture", "")
+        shown = f'<img src="{html.escape(picture)}" alt="{html.escape(caption)}" style="max-width:100%">'
+        figure = f"{shown if picture else ''}<figcaption>{html.escape(caption)}</figcaption>"
+        return f'{ONE_OF_BOTH}<figure class="ef-still" style="margin:0">{figure}</figure>'
 
-def frame_of(view: Exploration) -> tuple[dict, bytes]:
-    """What explorer.js draws: words and numbers, and as bytes the values of all panels, float32, then their flags."""
-    panels = view.panels()
-    scatters = [view.scatter(number) for number in range(len(view.servers))]
-    shown = ("title", "kind", "query", "origin", "radius", "model")
-    frame = {
-        "revision": view.revision,
-        "selection": view.selection(),
-        "caption": view.caption(),
-        "panels": [{name: getattr(p, name) for name in shown} | {"shape": p.values.shape} for p in panels],
-        "facts": view.facts(),
-        "scatters": [{name: _plain(v) for name, v in scatter.items()} for scatter in scatters if scatter],
-    }
-    flags = [DECODED * panel.decoded + SELECTED * panel.selected for panel in panels]
-    maps = [panel.values.astype("<f4").tobytes() for panel in panels]
-    return frame, b"".join(maps + [flag.astype(np.uint8).tobytes() for flag in flags])
+    def _models(self) -> str:
+        return " and ".join(server.name for server in self.answers.servers)
 
-
-def _plain(value):
-    return value.tolist() if isinstance(value, np.ndarray) else value
-
-
-def data_url(picture) -> str:
-    """A PIL image inside a page; JPEG, because it only lies under the maps."""
-    buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, "jpeg", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    def _repr_mimebundle_(self, **keywords):
+        if self._stills is None:
+            self._stills = display(HTML(self._still_in_html()), display_id=self._name)
+        data, metadata = super()._repr_mimebundle_(**keywords)
+        return {**data, "text/plain": f"Attention explorer of {self._models()}"}, metadata

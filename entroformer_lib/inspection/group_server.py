@@ -189,6 +189,10 @@ class GroupServer(PictureServer):
         """Bits of every latent, summed over its channels: [h, w]."""
         return self._facts[:, 0].reshape(self.height, self.width)
 
+    def overview(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Bits of every query, and `alone`, those of the reference, or None: twice [n * slices]."""
+        return self._facts[:, 5::5].ravel(), None if self._alone is None else self._facts[:, 6::5].ravel()
+
     def bits_of_groups(self) -> np.ndarray:
         """What each group costs: [G]."""
         slices, (_, k_h, k_w) = self._facts[:, 5::5].reshape(self.height, self.width, -1), self.counts

@@ -68,6 +68,7 @@ class PictureServer(Scene, abc.ABC):
     channel_groups: list[np.ndarray]
     row_entries: int | None
     counts = order = cross = None
+    reference_name: str | None = None
 
     def __init__(self, model, picture, reference=None):
         attention_points(model)  # a sentence for what is no Entroformer
@@ -76,12 +77,12 @@ class PictureServer(Scene, abc.ABC):
             raise AttentionError(f"This model {KINDS[c.context]}; {self.offer}.")
         super().__init__(model, picture, torch.float64)
         self.kind, self.layers, self.heads = c.context, c.context_layers, c.heads
-        self.reference_name, self._alone = None, None
+        self.reference_name, self._alone, self._expected = None, None, None
         if reference is not None:
-            self.reference_name, self._alone = self._bits_of_reference(reference, picture)
+            self._ask_reference(reference, picture)
 
-    def _bits_of_reference(self, reference, picture) -> tuple[str, Tensor]:
-        """Name of the reference, and its bits of every latent: [n, M]."""
+    def _ask_reference(self, reference, picture) -> None:
+        """Name of the reference, its bits of every latent, [n, M], and the latents that it expects, [1, M, h, w]."""
         c = reference.config
         if c.context != "none":
             raise AttentionError(f"A reference predicts from the hyperprior alone; this model {KINDS[c.context]}.")
@@ -92,7 +93,8 @@ class PictureServer(Scene, abc.ABC):
                 "so its transforms are others."
             )
         means, scales = scene.model.distributions(scene.y_hat, scene.hyper, rate=scene.rate)
-        return scene.name, -scene.model.gaussian(scene.y_hat, means, scales).log2()[0].flatten(1).T
+        self.reference_name, self._expected = scene.name, means
+        self._alone = -scene.model.gaussian(scene.y_hat, means, scales).log2()[0].flatten(1).T
 
     # -- the grid --
 
@@ -122,6 +124,14 @@ class PictureServer(Scene, abc.ABC):
         """When the query is coded, and what it may look at."""
 
     # -- answers --
+
+    @abc.abstractmethod
+    def overview(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Bits of every query, and `alone`, what they would be without context, or None: twice [n * slices]."""
+
+    def expected(self) -> Tensor | None:
+        """Latents as they are expected without context, by the model that `alone` comes from: [1, M, h, w], or None."""
+        return self._expected
 
     @abc.abstractmethod
     def many(self, queries: Sequence[int], k: int | None = None) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:

@@ -68,7 +68,9 @@ class RowServer(PictureServer):
         self.channel_groups = [np.sort(group) for group in np.array_split(order, min(GROUPS, len(order)))]
         self.keys_and_values = functools.lru_cache(K_HELD)(self._keys_and_values)
         if self._alone is None:  # this model with its context switched off
-            self._alone = self._gaussians(range(self.n), self._seen.new_zeros(self.n, self.config.dim))[2]
+            nothing = self._seen.new_zeros(self.n, self.config.dim)
+            means, _, self._alone = self._gaussians(range(self.n), nothing)
+            self._expected = means.T.reshape(self.y_hat.shape)
 
     # -- the grid --
 
@@ -134,6 +136,11 @@ class RowServer(PictureServer):
         context = torch.cat([self.predict(part, k)[2].sum(1) for part in batches(range(self.n))])
         found = {"context": context, "alone": self._alone.sum(1)}
         return {name: v.view(self.height, self.width).cpu().numpy() for name, v in found.items()}
+
+    def overview(self) -> tuple[np.ndarray, np.ndarray]:
+        """Bits of every latent with the model's own k, and `alone`, without context: twice [n]."""
+        bits = self.bits(self.default_k)
+        return bits["context"].ravel(), bits["alone"].ravel()
 
     def costs(self, site: int, k: int | None, positions: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """What the absence of each attended position costs this latent.

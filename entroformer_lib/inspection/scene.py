@@ -22,7 +22,8 @@ class Scene:
         model: the copy, without g_a, g_s, h_a and h_s; name: the model's, in variable rate with the lambda; level: of
             variable rate, or None; rate: what the copy is told of the level, or None; y_hat: [1, M, h, w]; hyper:
             [1, D, h, w], or None without hyperprior; height, width: of the latent grid; picture: padded, as the latents
-            see it; size: (width, height) in pixels before padding.
+            see it; size: (width, height) in pixels before padding; inside: (left, top, width, height) of the picture in
+            the padded one, in pixels; z_bits: what the hyper-latents cost, estimated.
 
     Args:
         model: an Entroformer.
@@ -45,9 +46,20 @@ class Scene:
         z_hat = None if z is None else model.z_prior.quantize_z(z).to(dtype)
         self.hyper = None if z is None else self.model.hyper_synthesis(z_hat, self.rate)
         self.model.h_a = self.model.h_s = None  # not needed any more, and `capture` is quicker without
+        self.z_bits = 0.0 if z is None else float(-self.model.z_prior.likelihood(z_hat).log2().sum())
+        unused = (model.g_a, *model.entropy_model_parts())
+        self._synthesis = copy.deepcopy(model, {id(part): None for part in unused})
         self.level, self.name = level, name_at(model, level)
         self.picture, self.size = codec.to_picture(x), rgb.size
         self.height, self.width = y_hat.shape[-2:]
+        left, top = ((whole - part) // 2 for whole, part in zip(self.picture.size, self.size, strict=True))
+        self.inside = (left, top, *self.size)
+
+    @torch.inference_mode()
+    def reconstruct(self, y_hat) -> Image.Image:
+        """The padded picture that g_s makes of other latents.  y_hat: [1, M, h, w]"""
+        latents = torch.as_tensor(y_hat).to(next(self._synthesis.g_s.parameters()))
+        return codec.to_picture(self._synthesis.reconstruct(latents, self.level))
 
 
 def fitting(picture, side: int = SIDE) -> Image.Image:

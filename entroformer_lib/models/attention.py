@@ -213,7 +213,7 @@ class Stack(nn.Module):
 
     def _through(self, layers: range, x: Tensor, sites: Tensor, visible, memory) -> Tensor:
         if self.absolute and 0 in layers:
-            x = x + sinusoidal_positions(sites[len(sites) - x.size(1) :], x.size(-1)).to(x.dtype)
+            x = x + sinusoidal_positions(sites[sites.size(0) - x.size(1) :], x.size(-1)).to(x.dtype)
         top_k = self.top_k
         if self.jitter and self.training and top_k is not None:
             top_k = int(torch.randint(max(2, top_k // 2), 2 * top_k, ()))

@@ -34,7 +34,7 @@ class GridBlock(nn.Module):
 
 def per_site(layer: nn.Module, x: Tensor) -> Tensor:
     """Applies a layer that works on the last axis (Linear, LayerNorm) to the channels of [B, C, h, w]."""
-    return layer(x.movedim(1, -1)).movedim(-1, 1)
+    return layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class HyperAnalysis(nn.Module):

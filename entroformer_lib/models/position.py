@@ -15,9 +15,9 @@ from entroformer_lib.models.primitives import dot_products
 
 def grid_sites(height: int, width: int, device=None) -> Tensor:
     """(row, column) of every site of a grid in raster order: [height * width, 2]."""
-    rows = torch.arange(height, device=device).repeat_interleave(width)
-    columns = torch.arange(width, device=device).repeat(height)
-    return torch.stack((rows, columns), dim=-1)
+    rows = torch.arange(height, device=device)[:, None].expand(height, width)
+    columns = torch.arange(width, device=device).expand(height, width)
+    return torch.stack((rows, columns), dim=-1).flatten(0, 1)
 
 
 FEW_QUERIES = 4  # up to here looking up every pair is quicker than finding neighbours

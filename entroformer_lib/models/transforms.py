@@ -203,7 +203,7 @@ class LinearSynthesis(nn.Module):
         self.weight = nn.Parameter(dct_basis(M) / DCT_SCALE)  # [M, 3, 16, 16]
 
     def forward(self, y_hat: Tensor) -> Tensor:
-        blocks = F.conv2d(y_hat, self.weight.flatten(1).mT[..., None, None])  # [B, 768, h, w]
+        blocks = F.conv2d(y_hat, self.weight.flatten(1).transpose(0, 1)[..., None, None])  # [B, 768, h, w]
         return F.pixel_shuffle(blocks, SIDE) / 2
 
 

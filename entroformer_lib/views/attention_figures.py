@@ -1,6 +1,6 @@
 """Static figures of attention: figures 8 to 10 of the paper, and attention against cost.
 
-`attention_data` reads a saved result. The others are functions from panels (`exploration.Panel`) and tables to figures.
+`attention_data` reads a saved result. The others are functions from panels (`panels.Panel`) and tables to figures.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
 from entroformer_lib.datasets import sample_picture
-from entroformer_lib.inspection.exploration import Panel
+from entroformer_lib.inspection.panels import Panel
 from entroformer_lib.studies.results import load
 from entroformer_lib.views.style import COLOURS, MARKERS, SEQUENTIAL, TWO_COLUMNS, new_figure, styled
 
@@ -152,7 +152,7 @@ def saved_maps(data: pd.DataFrame) -> Figure:
         values = part.pivot(index="row", columns="column", values="prob").to_numpy()
         decoded, selected = np.ones(values.shape, dtype=bool), (values > 0) & (title != "dense")
         query = tuple(part[["query_row", "query_column"]].iloc[0])
-        panels.append(Panel(title, "attention", values, decoded, selected, query, query, radius=0))
+        panels.append(Panel(title, "attention", values, decoded, selected, query, query))
     height, width = values.shape
     name = load("attention_maps").get("picture")
     picture = Image.new("L", (16 * width, 16 * height), "white") if name is None else sample_picture(name)
@@ -170,18 +170,18 @@ def _on_grid(picture: Image.Image, height: int, width: int) -> Image.Image:
 
 
 @styled()
-def attention_and_cost(picture: Image.Image, panels: list[Panel], scatter: dict) -> Figure:
+def attention_and_cost(picture: Image.Image, panels: list[Panel]) -> Figure:
     """One latent: its attention, what hiding each position costs, and the two against each other.
 
     Args:
-        panels: the two of the mode `cost`; scatter: `Exploration.scatter`.
+        panels: `attention_panel` and `cost_panel` of the latent.
     """
     attention, cost = panels
     figure, axes = new_figure(TWO_COLUMNS, 2.0, 1, 3, width_ratios=[1.25, 1.25, 1])
     most = np.abs(cost.values).max()
-    _map(axes[0], picture, attention, attention.title.replace("attention, ", "attention\n"))
+    _map(axes[0], picture, attention, f"attention\n{attention.title}")
     _map(axes[1], picture, cost, f"cost of its absence, up to {most:.1f} bits\norange: it helped, blue: it hurt")
-    received, bits = np.asarray(scatter["attention"]), np.asarray(scatter["bits"])
+    received, bits = attention.values[cost.selected], cost.values[cost.selected]
     colours = np.where(bits > 0, DEARER, CHEAPER)
     axes[2].scatter(received, bits, s=7, c=colours, alpha=0.6, linewidth=0)
     axes[2].axhline(0, color="black", linewidth=0.6)
@@ -193,8 +193,8 @@ def attention_and_cost(picture: Image.Image, panels: list[Panel], scatter: dict)
     axes[2].xaxis.set_major_formatter(PercentFormatter(1))
     axes[2].set(xlabel="attention received", ylabel="bits its absence costs", xlim=(0, None))
     axes[2].set_ylim(-1.15 * most or -1, 1.15 * most or 1)
-    rho = scatter["rho"]
-    axes[2].set_title("no rank correlation" if rho is None else f"rank correlation {rho:.2f}", fontsize=7)
+    rho = pd.Series(received).corr(pd.Series(bits), method="spearman", min_periods=3)
+    axes[2].set_title("no rank correlation" if np.isnan(rho) else f"rank correlation {rho:.2f}", fontsize=7)
     return figure
 
 
