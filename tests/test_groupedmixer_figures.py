@@ -41,9 +41,9 @@ def test_the_tiling_is_what_the_model_splits(counts, order):
     expected = by_split(counts, order, size)
     figure = figures.tiling(counts, [order])
     for part, ax in zip(expected, figure.axes, strict=False):
-        drawn = {tuple(map(int, reversed(t.get_position()))): int(t.get_text()) - 1 for t in ax.texts}
+        drawn = {tuple(map(int, reversed(t.get_position()))): int(t.get_text()) for t in ax.texts}
         assert drawn == dict(np.ndenumerate(part))
-        assert np.array_equal(ax.images[0].get_array(), part + 1)
+        assert np.array_equal(ax.images[0].get_array(), part)
     assert figure.get_figwidth() == TWO_COLUMNS
 
 
@@ -52,7 +52,7 @@ def test_the_film_decodes_each_group_once_and_after_those_before_it(counts):
     size, orders = (4, 8), list(figures.ORDERS)
     film = grouped_animation.decoding(counts, orders, size)
     G = len(group_order(counts))
-    assert [frame.name for frame in film.frames] == [*map(str, range(1, G + 1)), "all"]
+    assert [frame.name for frame in film.frames] == [*map(str, range(G)), "all"]
     assert [list(step.args[0]) for step in film.layout.sliders[0].steps] == [[frame.name] for frame in film.frames]
     for panel, order in enumerate(orders):
         expected = by_split(counts, order, size)

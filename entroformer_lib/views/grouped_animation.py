@@ -37,10 +37,10 @@ def decoding(counts: Counts, orders: Iterable[str] = tuple(ORDERS), size: tuple[
         figure.add_scatter(x=[None], y=[None], mode="markers", name=name, marker=marker)
     for note, order in zip(figure.layout.annotations, orders, strict=True):
         note.text = ORDERS.get(order, order).replace("\n", "<br>")
-    hints = [np.vectorize("group {:.0f}".format)(_sheet(one + 1)) for one in numbers]
+    hints = [np.vectorize("group {:.0f}".format)(_sheet(one)) for one in numbers]
     for trace, words in zip(figure.data, hints, strict=False):
         trace.update(xgap=1, ygap=1, text=words, hovertemplate="%{text}<extra></extra>", hoverongaps=False)
-    (slider,), names = figure.layout.sliders, [*(str(g + 1) for g in range(G)), "all"]
+    (slider,), names = figure.layout.sliders, [*(str(g) for g in range(G)), "all"]
     slider.currentvalue.prefix = "group "
     for frame, step, name in zip(figure.frames, slider.steps, names, strict=True):
         frame.name = step.label = name
@@ -48,7 +48,7 @@ def decoding(counts: Counts, orders: Iterable[str] = tuple(ORDERS), size: tuple[
     middles = [(size[0] + 1) * s + (size[0] - 1) / 2 for s in range(counts[0])]
     figure.update_xaxes(showticklabels=False, showgrid=False, zeroline=False, title="columns of latents")
     figure.update_yaxes(showgrid=False, zeroline=False, tickvals=middles, ticktext=[""] * len(middles))
-    figure.update_yaxes(ticktext=[f"slice {s + 1}" for s in range(counts[0])], col=1)
+    figure.update_yaxes(ticktext=[f"slice {s}" for s in range(counts[0])], col=1)
     figure.update_layout(
         coloraxis_showscale=False, margin={"t": 80, "l": 60},
         legend={"orientation": "h", "x": 0.5, "xanchor": "center", "y": -0.08, "yanchor": "top"},

@@ -36,7 +36,7 @@ def group_numbers(counts: Counts, order: str, size: tuple[int, int]) -> np.ndarr
 
 @styled()
 def tiling(counts: Counts, orders: Iterable[str] = tuple(ORDERS)) -> Figure:
-    """A corner of the latents, slice below slice: in each cell the number of its group, counted from 1 as it is coded.
+    """A corner of the latents, slice below slice: in each cell the number of its group, counted from 0 as it is coded.
     A column for each order; a white frame around each k_h x k_w latents.
     """
     orders = list(orders)
@@ -49,22 +49,22 @@ def tiling(counts: Counts, orders: Iterable[str] = tuple(ORDERS)) -> Figure:
     for column, order in enumerate(orders):
         numbers = group_numbers(counts, order, size)
         for s, ax in enumerate(axes[:, column]):
-            image = ax.imshow(numbers[s] + 1, cmap=SEQUENTIAL, vmin=1, vmax=G, aspect="auto")
+            image = ax.imshow(numbers[s], cmap=SEQUENTIAL, vmin=0, vmax=G - 1, aspect="auto")
             for (row, at), number in np.ndenumerate(numbers[s]):
                 colour = "k" if number > 0.6 * (G - 1) else "w"
-                ax.text(at, row, number + 1, ha="center", va="center", color=colour)
+                ax.text(at, row, number, ha="center", va="center", color=colour)
             for row in range(0, size[0], k_h):
                 for at in range(0, size[1], k_w):
                     ax.add_patch(Rectangle((at - 0.5, row - 0.5), k_w, k_h, fill=False, edgecolor="w", linewidth=2.5))
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
             if column == 0:
-                ax.set_ylabel(f"slice {s + 1}")
+                ax.set_ylabel(f"slice {s}")
         axes[0, column].set_title(ORDERS.get(order, order))
     for ax in axes[-1]:
         ax.set_xlabel("columns of latents")
     bar = figure.colorbar(image, ax=axes, pad=0.02)
-    bar.set_ticks(sorted({1, (1 + G) // 2, G}))
+    bar.set_ticks(sorted({0, (G - 1) // 2, G - 1}))
     bar.set_label("group, in the order of coding")
     bar.outline.set_visible(False)
     return figure
@@ -125,8 +125,8 @@ def inner_windows(grid: tuple[int, int], side: int, place: tuple[int, int]) -> F
 
 @styled()
 def cross_maps(cross: np.ndarray, every: int = 4) -> Figure:
-    """How much each slot looks at earlier ones, for each layer and head, the mean over places. Groups are counted from
-    1; S is the learned start.
+    """How much each slot looks at earlier ones, for each layer and head, the mean over places. S is the learned
+    start; the first row has nothing else to look at and sets no scale.
 
     Args:
         cross: [layers, heads, G, G]: layer, head, slot that looks, slot looked at.
@@ -136,22 +136,22 @@ def cross_maps(cross: np.ndarray, every: int = 4) -> Figure:
     panel = (TWO_COLUMNS - 0.9) / max(heads, 3)
     figure, axes = new_figure(TWO_COLUMNS, layers * panel + 0.5, layers, heads, squeeze=False, sharex=True, sharey=True)
     later = np.triu(np.ones((G, G), dtype=bool), 1)
-    norm = PowerNorm(0.5, 0, 1)
+    norm = PowerNorm(0.5, 0, cross[:, :, 1:].max(), clip=True)
     firsts = list(range(0, G, every))
     for (layer, head), ax in np.ndenumerate(axes):
         image = ax.imshow(np.where(later, np.nan, cross[layer, head]), cmap=SEQUENTIAL, norm=norm)
         for at in firsts:  # slot i predicts group i, and slot i + 1 holds it
             ax.plot([-0.5, at + 0.5], [at - 0.5] * 2, color="w", linewidth=0.5)
             ax.plot([at + 0.5] * 2, [at + 0.5, G - 0.5], color="w", linewidth=0.5)
-        ax.set_xticks([0, *(at + 1 for at in firsts if at + 1 < G)], ["S", *(at + 1 for at in firsts if at + 1 < G)])
-        ax.set_yticks(firsts, [at + 1 for at in firsts])
+        ax.set_xticks([0, *(at + 1 for at in firsts if at + 1 < G)], ["S", *(at for at in firsts if at + 1 < G)])
+        ax.set_yticks(firsts, firsts)
         ax.set_title(f"layer {layer}, head {head}")
     for ax in axes[-1]:
         ax.set_xlabel("group looked at")
     for ax in axes[:, 0]:
         ax.set_ylabel("group predicted")
     bar = figure.colorbar(image, ax=axes, pad=0.02)
-    bar.set_ticks([0, 0.05, 0.25, 0.5, 1])
+    bar.set_ticks([at for at in (0, 0.05, 0.25, 0.5, 1) if at <= norm.vmax])
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1))
     bar.set_label("attention, mean over all places")
     bar.outline.set_visible(False)
