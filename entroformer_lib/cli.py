@@ -287,7 +287,7 @@ def study_ablation(
 def explore(
     image: Positional[Path | None] = None,
     output: Output = None,
-    model: Model = "tiny-parallel",
+    model: Model = "tiny-parallel-rates",
     layer: int | None = None,
     head: int | None = None,
     table: Annotated[Path | None, arg(metavar="FILE")] = None,
@@ -307,9 +307,9 @@ def explore(
 
     With --live the page holds a parallel model itself, and takes any photograph that is dropped on it.
 
-    Example: entroformer explore photo.png --model tiny-parallel -o page.html
+    Example: entroformer explore photo.png -o page.html
 
-    A table: entroformer explore photos/ --model tiny-parallel-rates --table latents.csv
+    A table: entroformer explore photos/ --table latents.csv
 
     Args:
         image: The picture; for a table also a folder, or a .txt list of pictures. A live page can do without.
