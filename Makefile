@@ -1,18 +1,23 @@
 # Every target sets up .venv on first use. PYTHON chooses the interpreter: make test PYTHON=python3.12
+# PINNED=1 sets it up with the very versions of requirements.lock: make test PINNED=1
 FITS := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do $$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 READY := .venv/ready
+CONSTRAINT := $(if $(PINNED),--constraint requirements.lock)
+AUDIT := .venv/audit/bin
 ENTROFORMER_DATA ?= $(abspath $(wildcard ../shared/data))
 export ENTROFORMER_DATA
 # One more than there are cores: tests that start processes or browsers wait for them
 TEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 7 ? n + 1 : 8)))
 
-.PHONY: help setup figures test lint lab bench train-tiny clean
+.PHONY: help setup figures test lint lock audit lab bench train-tiny clean
 
 help:
 	@echo "make figures     run every notebook on the shipped weights, draw the paper's figures, write figures/ and README.md's numbers"
-	@echo "make test        lint and test"
+	@echo "make test        lint and test (PINNED=1 sets up a new .venv with the versions of requirements.lock)"
+	@echo "make lock        write the versions of .venv to requirements.lock"
+	@echo "make audit       ask pip-audit for known weaknesses of these versions (needs a network)"
 	@echo "make lab         open JupyterLab on the notebooks"
 	@echo "make bench       time coding beside CompressAI's models, and a training step"
 	@echo "make train-tiny  train a model like the shipped one (set ENTROFORMER_DATA; takes hours on a CPU)"
@@ -23,7 +28,7 @@ $(READY): pyproject.toml
 	@test -n "$(PYTHON)" && $(PYTHON) -c '$(FITS)' || \
 		{ echo "Python 3.11 or 3.12 is needed; name one: make PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINT) --editable '.[dev]'
 	touch $@
 
 figures: $(READY)
@@ -37,6 +42,20 @@ test: $(READY) lint
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Without this package, and nothing that comes from a path of this machine
+lock: $(READY)
+	$(BIN)/python -m pip freeze --exclude-editable --exclude entroformer-suite > requirements.part
+	@! grep -n -e ' @ ' -e '^-e' requirements.part || { echo "These come from elsewhere than a package index."; exit 1; }
+	$(BIN)/python -c 'import platform; print("# Tested together on", platform.system(), platform.machine(), \
+		"with Python", platform.python_version() + "; written by make lock")' | cat - requirements.part > requirements.lock
+	rm requirements.part
+
+# In an environment of its own, so that it is no part of what it looks at
+audit: $(READY)
+	test -x $(AUDIT)/pip-audit || { $(BIN)/python -m venv .venv/audit && \
+		$(AUDIT)/python -m pip install --quiet --disable-pip-version-check pip-audit; }
+	$(AUDIT)/pip-audit --requirement requirements.lock --no-deps --disable-pip --strict --progress-spinner off
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_OPTIONS)

@@ -14,7 +14,8 @@ import tyro
 from tyro.conf import Positional, arg
 
 from entroformer_lib import __version__
-from entroformer_lib.errors import PassedOver, UserError
+from entroformer_lib.codec.container import MAX_PIXELS
+from entroformer_lib.errors import PassedOver, UserError, in_words
 from entroformer_lib.studies.ablation_grids import GRIDS, Terms, grids_of
 from entroformer_lib.training.config import TrainConfig
 
@@ -24,95 +25,98 @@ studies = tyro.extras.SubcommandApp()
 app.command(studies, name="study", help="Run a study: entroformer study ablation --help shows one.")
 
 Output = Annotated[Path | None, arg(aliases=["-o"], metavar="FILE")]
+OutputOrFolder = Annotated[str | None, arg(aliases=["-o"], metavar="FILE")]
+Inputs = Positional[Annotated[tuple[str, ...], arg(metavar="FILE", help_behavior_hint="")]]
 Model = Annotated[str, arg(help="A name from `entroformer models`, or a .safetensors file.")]
 Device = Annotated[str, arg(help="cpu, cuda, or auto.")]
 Force = Annotated[bool, arg(help="Replace an output that exists.")]
+Resume = Annotated[bool, arg(help="Of many, keep outputs that exist: an interrupted command leaves none by halves.")]
+Jobs = Annotated[int | None, arg(help="Of many, so many at a time, each on one core; default: as many as cores.")]
 AsJson = Annotated[bool, arg(name="json", help="Print JSON.")]
 
 
 @app.command
 def compress(
-    image: Positional[Path],
-    output: Output = None,
+    images: Inputs = (),
+    output: OutputOrFolder = None,
     model: Model = "tiny-rates",
     bpp: float | None = None,
     force: Force = False,
+    resume: Resume = False,
+    jobs: Jobs = None,
     device: Device = "auto",
+    as_json: AsJson = False,
 ) -> None:
-    """Compress a picture into an .ef file.
+    """Compress pictures into .ef files.
 
     Transparent pixels are laid over white, 16 bits become 8, grey stays grey, colour profiles are dropped.
 
     Example: entroformer compress photo.png -o photo.ef --bpp 0.5
 
-    Args:
-        image: The picture: PNG, JPEG, WebP, TIFF and what else Pillow reads.
-        output: The .ef file; by default beside the picture.
-        bpp: The most bits per pixel the file may have; takes a model of variable rate.
-    """
-    output = _output(output, image, ".ef", force)
-    from entroformer_lib.codec import codec, pictures
-    from entroformer_lib.files import write_bytes
+    Many: entroformer compress photos/ -o small/ --resume
 
-    codec.check_bpp(bpp)
-    loaded, picture = _load(model, device), pictures.open_picture(image)
-    for sentence in pictures.losses(picture):
-        print(sentence, file=sys.stderr)
-    with _progress():
-        data = codec.encode(loaded, picture, bpp)
-    write_bytes(output, data)
-    bpp = 8 * len(data) / (picture.width * picture.height)
-    print(f"{output}: {len(data):,} bytes, {bpp:.3f} bits per pixel")
+    From one program to another: cat photo.png | entroformer compress - -o - > photo.ef
+
+    Args:
+        images: A picture: PNG, JPEG, WebP, TIFF and what else Pillow reads. Several, folders and patterns take
+            -o FOLDER, in which the files keep their places.
+        output: The .ef file, by default beside the picture; of many their folder; - is the standard output.
+        bpp: The most bits per pixel a file may have; takes a model of variable rate.
+    """
+    from entroformer_lib.codec.many import Compress
+
+    said = "{output}: {bytes:,} bytes, {bpp:.3f} bits per pixel"
+    _code(Compress(model, bpp, device), said, images, output, force, resume, jobs, as_json)
 
 
 @app.command
 def decompress(
-    file: Positional[Path],
-    output: Output = None,
+    files: Inputs = (),
+    output: OutputOrFolder = None,
     model: str | None = None,
+    max_pixels: int = MAX_PIXELS,
     force: Force = False,
+    resume: Resume = False,
+    jobs: Jobs = None,
     device: Device = "auto",
+    as_json: AsJson = False,
 ) -> None:
-    """Turn an .ef file back into a picture.
+    """Turn .ef files back into pictures.
 
     Example: entroformer decompress photo.ef -o photo.png
 
-    Args:
-        file: The .ef file.
-        output: The picture, its format told by the ending; by default a PNG beside the file.
-        model: Weights to decode with, where the file names none or they lie elsewhere.
-    """
-    output = _output(output, file, ".png", force)
-    data = _read(file)
-    from entroformer_lib.codec import codec
-    from entroformer_lib.codec.container import Container
-    from entroformer_lib.codec.pictures import file_of
-    from entroformer_lib.files import write_bytes
-    from entroformer_lib.weights.zoo import device_of
+    Many: entroformer decompress small/ -o photos/ --resume
 
-    special = output.exists() and not output.is_file()  # a pipe or a device, whose name has no ending
-    form = ".png" if special else output.suffix
-    file_of("L" if Container.unpack(data).grey else "RGB", form)
-    place = device_of(device)
-    with _progress():
-        picture = codec.decode(data, None if model is None else _load(model, device), place)
-    write_bytes(output, file_of(picture, form))
-    print(f"{output}: {picture.width} x {picture.height}")
+    Args:
+        files: The .ef file. Several, folders and patterns take -o FOLDER, in which the pictures keep their places.
+        output: The picture, its format told by the ending; by default a PNG beside the file; of many their folder, for
+            PNGs; - is the standard output, for a PNG.
+        model: Weights to decode with, where a file names none or they lie elsewhere.
+        max_pixels: A file that claims more pixels than that is refused at once. The base models take 13 GB for so many.
+    """
+    from entroformer_lib.codec.many import Decompress
+
+    said = "{output}: {width} x {height}"
+    _code(Decompress(model, device, max_pixels), said, files, output, force, resume, jobs, as_json)
 
 
 @app.command
-def info(file: Positional[Path], as_json: AsJson = False) -> None:
+def info(file: Positional[Path], max_pixels: int | None = None, as_json: AsJson = False) -> None:
     """Say what is in an .ef file, without decoding it.
 
     Example: entroformer info photo.ef --json
 
     Args:
         file: The .ef file.
+        max_pixels: Exit with code 1 for a file that claims more pixels than that, as decompress does.
     """
-    data = _read(file)
     from entroformer_lib.codec.container import VERSION, Container
+    from entroformer_lib.codec.many import read
+
+    data = read(file)
 
     c = Container.unpack(data)
+    c.check_pixels(max_pixels)
     facts = {
         "file": str(file),
         "version": VERSION,
@@ -445,6 +449,88 @@ def export_onnx(model: Positional[Model], folder: Positional[Path], force: Force
 # ---- what the commands share ----
 
 
+def _code(
+    work,
+    said: str,
+    inputs: tuple[str, ...],
+    output: str | None,
+    force: bool,
+    resume: bool,
+    jobs: int | None,
+    as_json: bool,
+) -> None:
+    """Compresses or decompresses one file or many.
+
+    work: of codec/many.py. said: what is told of one file, to be filled with its row.
+    """
+    from entroformer_lib.codec import many
+    from entroformer_lib.files import write_bytes
+
+    if not inputs:
+        print(f"entroformer: Name a {work.what}, a folder, a pattern, or - for the standard input.", file=sys.stderr)
+        sys.exit(2)
+    if many.means_many(inputs, output):
+        _code_many(work, inputs, output, force, resume, jobs, as_json)
+        return
+    name, to_stdout = inputs[0], output == "-"
+    if name == "-" and output is None:
+        raise UserError("What comes from the standard input needs the name of an output, or -: -o FILE.")
+    place = Path("-") if to_stdout else _output(output and Path(output), name, work.ending, force or resume)
+    if resume and place.is_file() and not to_stdout:
+        print(f"{place} exists and is kept.")
+        return
+    special = to_stdout or (place.exists() and not place.is_file())  # a pipe or a device, whose name has no ending
+    work.prepare()
+    with _progress():
+        source = sys.stdin.buffer.read() if name == "-" else Path(name)
+        data, facts = work(source, work.ending if special else place.suffix)
+    for sentence in facts.pop("notes"):
+        print(sentence, file=sys.stderr)
+    if to_stdout:
+        sys.stdout.buffer.write(data)
+    else:
+        write_bytes(place, data)
+    row = {"file": name, "output": str(place), **facts}
+    print(json.dumps(row) if as_json else said.format(**row), file=sys.stderr if to_stdout else sys.stdout)
+
+
+def _code_many(
+    work, inputs: tuple[str, ...], output: str | None, force: bool, resume: bool, jobs: int | None, as_json: bool
+) -> None:
+    """Many files into a folder. Each has a row, of which JSON is one line; the summary is for people."""
+    from tqdm import tqdm
+
+    from entroformer_lib.codec import many
+
+    if output in (None, "-") or Path(output).is_file():
+        raise UserError(f"Many files go into a folder; name it with -o FOLDER. So does the content of {inputs[0]}.")
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs must be at least 1; it is {jobs}.")
+    every = many.jobs_of(inputs, Path(output), work)
+    left = many.left_to_do(every, force, resume)
+    kept, failed, size, pixels = len(every) - len(left), 0, 0, 0
+    if as_json:
+        for source, place in every:
+            if resume and place.is_file():
+                print(json.dumps({"file": str(source), "output": str(place), "kept": True}))
+    with tqdm(total=len(every), initial=kept, unit=f" {work.what}s", disable=None) as bar:
+        for row in many.go_through(work, left, jobs):
+            bar.update()
+            notes = [row["error"]] if "error" in row else row.pop("notes")
+            for sentence in notes:
+                bar.write(f"entroformer: {row['file']}: {sentence}", file=sys.stderr)
+            failed += "error" in row
+            size, pixels = size + row.get("bytes", 0), pixels + row.get("width", 0) * row.get("height", 0)
+            if as_json:
+                bar.write(json.dumps(row), file=sys.stdout)
+    words = f"{output}: {len(left) - failed} of {len(every)} {work.what}s done, {kept} kept, {failed} failed"
+    if size:
+        words += f"; {size:,} bytes, {8 * size / pixels:.3f} bits per pixel"
+    print(words, file=sys.stderr if as_json else sys.stdout)
+    if failed:
+        raise UserError(f"{failed} of {len(every)} files failed.")
+
+
 def _fitting(image: Path, side: int):
     """The picture, scaled down where it is larger, which is said."""
     from entroformer_lib.codec.pictures import open_picture
@@ -483,11 +569,11 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
             yield show
 
 
-def _output(output: Path | None, source: Path, ending: str, force: bool) -> Path:
+def _output(output: Path | None, source: str | Path, ending: str, force: bool) -> Path:
     """The output as given, or beside the source with another ending."""
-    if output is None and not source.name:
+    if output is None and not Path(source).name:
         raise UserError(f"'{source}' does not name a file.")
-    output = source.with_suffix(ending) if output is None else output
+    output = Path(source).with_suffix(ending) if output is None else output
     if output.is_dir():
         raise UserError(f"{output} is a folder; the output must be a file.")
     if output.is_file() and not force:
@@ -495,15 +581,6 @@ def _output(output: Path | None, source: Path, ending: str, force: bool) -> Path
     if not output.parent.is_dir():
         raise UserError(f"There is no folder {output.parent}.")
     return output
-
-
-def _read(file: Path) -> bytes:
-    if file.is_dir():
-        raise UserError(f"{file} is a folder, not an .ef file.")
-    try:
-        return file.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"There is no file {file}.") from None
 
 
 def main() -> int:
@@ -518,25 +595,12 @@ def main() -> int:
         with _warnings_in_sentences():
             app.cli(prog="entroformer", description=ABOUT, config=(tyro.conf.FlagCreatePairsOff,))
         sys.stdout.flush()
-    except UserError as error:
-        return _fail(str(error))
     except BrokenPipeError:  # who read the output has read enough; Python would complain once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        return _fail(f"{error.filename or 'A file'}: {error.strerror or error}.")
-    except MemoryError:
-        return _fail("The memory of this machine does not suffice.")
     except KeyboardInterrupt:
         return _fail("Stopped.")
     except Exception as error:
-        if "allocate" in str(error) and isinstance(error, RuntimeError):  # as torch says that memory is full
-            return _fail("The memory of this machine or its GPU does not suffice.")
-        if os.environ.get("ENTROFORMER_TRACEBACK"):
-            raise
-        return _fail(
-            f"An error that nobody expected: {type(error).__name__}: {error}\n"
-            "Please report it with the command, and with what it prints when ENTROFORMER_TRACEBACK=1 is set."
-        )
+        return _fail(in_words(error))
     return 0
 
 

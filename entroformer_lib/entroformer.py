@@ -195,7 +195,7 @@ class Entroformer(Network):
         return torch.tensor(list(self.config.to_json().encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        theirs = EntroformerConfig.from_json(bytes(state.tolist()).decode())
+        theirs = config_of(state)
         for name, ours in dataclasses.asdict(self.config).items():
             if getattr(theirs, name) != ours:
                 raise WeightsError(
@@ -205,6 +205,8 @@ class Entroformer(Network):
     def load_state_dict(self, state_dict, strict: bool = True):
         """As CompressAI's; tables of p(z) that come along are kept as they are, so every machine codes z alike."""
         result = super().load_state_dict(dict(state_dict), strict=strict)
+        if isinstance(self.z_prior, FactorizedPrior):
+            self.z_prior.check_tables()
         self._tables_of = None if self.training else self._prior_state()
         return result
 
@@ -217,13 +219,25 @@ class Entroformer(Network):
         """
         if "_extra_state" not in state_dict:
             raise WeightsError("These weights do not say which architecture they belong to.")
-        config = EntroformerConfig.from_json(bytes(state_dict["_extra_state"].tolist()).decode())
+        config = config_of(state_dict["_extra_state"])
+        if config.least_weights() > sum(tensor.numel() for tensor in state_dict.values()):
+            raise WeightsError("These weights do not fit their config, which describes a larger network.")
         model = cls(config, name=name, card=card).eval()
         try:
             model.load_state_dict(state_dict)
         except RuntimeError as error:
             raise WeightsError(f"These weights do not fit their config: {str(error).splitlines()[1].strip()}") from None
+        except KeyError as error:  # CompressAI's, of tables
+            raise WeightsError(f"These weights do not fit their config: they lack {error.args[0]}.") from None
         return model
+
+
+def config_of(state: Tensor) -> EntroformerConfig:
+    """The config that weights carry as bytes of JSON; raises WeightsError or ConfigError where it is none."""
+    try:
+        return EntroformerConfig.from_json(bytes(state.tolist()).decode())
+    except (TypeError, ValueError):
+        raise WeightsError("These weights say in no text which architecture they belong to.") from None
 
 
 def fingerprint(modules: list[nn.Module]) -> int:

@@ -1,5 +1,7 @@
 """Errors whose text is meant for the person at the keyboard: one plain sentence, no traceback needed."""
 
+import os
+
 
 class UserError(Exception):
     """Something the user can put right; the command line prints the sentence and exits with code 1."""
@@ -43,3 +45,21 @@ class PassedOver(UserWarning):
 
 class AttentionError(UserError):
     """A point, layer, head or latent that a model does not have, or a model without attention."""
+
+
+def in_words(error: Exception) -> str:
+    """What is wrong, in a sentence. One that nobody expected is raised again where ENTROFORMER_TRACEBACK is set."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'A file'}: {error.strerror or error}."
+    if isinstance(error, MemoryError):
+        return "The memory of this machine does not suffice."
+    if isinstance(error, RuntimeError) and "allocate" in str(error):  # as torch says that memory is full
+        return "The memory of this machine or its GPU does not suffice."
+    if os.environ.get("ENTROFORMER_TRACEBACK"):
+        raise error
+    return (
+        f"An error that nobody expected: {type(error).__name__}: {error}\n"
+        "Please report it with the command, and with what it prints when ENTROFORMER_TRACEBACK=1 is set."
+    )

@@ -40,6 +40,12 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def remove_parts(folder: Path) -> None:
+    """Removes what killed processes were writing in a folder. Only for who is alone in it."""
+    for part in folder.glob(".entroformer-*.part"):
+        part.unlink(missing_ok=True)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a whole file or none.
 

@@ -1,10 +1,12 @@
-"""Symbols and Gaussian parameters to bytes and back, by constriction's range coder. No network in here.
+"""Symbols to bytes and back: with Gaussian parameters by constriction's range coder, with tables by rANS. No network in
+here.
 
 A coded string is two int16, the smallest and the largest symbol, then the range coder's words. The coder gives every
 symbol between those two a probability, however unlikely the Gaussian finds it, so any latents can be coded.
 """
 
 import struct
+from bisect import bisect_right
 
 import constriction
 import numpy as np
@@ -13,6 +15,8 @@ from entroformer_lib.errors import BitstreamError, WeightsError
 
 _RANGE = struct.Struct("<hh")
 LARGEST = 2**15 - 1  # symbols and range are int16
+# No honest string is longer: a symbol of y costs up to 24 bits, one of z up to 16 and 9 groups of 4 bits
+Y_BYTES, Z_BYTES, MORE_BYTES = 4, 8, 16  # for each symbol; and for each string
 
 
 class SymbolEncoder:
@@ -65,6 +69,11 @@ class SymbolDecoder:
             raise BitstreamError("The coded latents are damaged.") from None
         return symbols.reshape(means.shape)
 
+    def finish(self) -> None:
+        """Raises BitstreamError where words are left."""
+        if not self._decoder.maybe_exhausted():
+            raise BitstreamError("The coded latents are damaged: they go on behind the last.")
+
 
 def encode_gaussian(symbols: np.ndarray, means: np.ndarray, scales: np.ndarray) -> bytes:
     """All symbols of one string at once."""
@@ -75,7 +84,72 @@ def encode_gaussian(symbols: np.ndarray, means: np.ndarray, scales: np.ndarray) 
 
 def decode_gaussian(string: bytes, means: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Inverse of `encode_gaussian`, given the same parameters."""
-    return SymbolDecoder(string).read(means, scales)
+    decoder = SymbolDecoder(string)
+    symbols = decoder.read(means, scales)
+    decoder.finish()
+    return symbols
+
+
+class RansDecoder:
+    """Reads strings of CompressAI's coder, whose own decoder reads on behind the end of a string that is cut short.
+
+    Probabilities are multiples of 1/65536. A string is two 32-bit words, the state, low half first, and then the words
+    that it takes in whenever it falls below 2^31. At the end it is 2^31 and no word is left.
+
+    The last symbol of a table stands for all values beyond it, which follow in groups of 4 bits: first their number,
+    then the value, low groups first, its sign in the lowest bit.
+    """
+
+    START = 2**31
+    LONGEST = 8  # groups of 4 bits in a value of 32 bits
+
+    def __init__(self, string: bytes):
+        if len(string) < 8 or len(string) % 4:
+            raise BitstreamError("The coded hyper-latents are cut short.")
+        low, high, *words = struct.unpack(f"<{len(string) // 4}I", string)
+        self._state, self._words = high << 32 | low, iter(words)
+
+    def read(self, count: int, cdf: list[int]) -> list[int]:
+        """`count` symbols of one table.  cdf: rising from 0 to 65536, one number more than there are symbols"""
+        state, last, symbols = self._state, len(cdf) - 2, []
+        for _ in range(count):
+            part = state & 0xFFFF
+            symbol = bisect_right(cdf, part) - 1
+            state = (cdf[symbol + 1] - cdf[symbol]) * (state >> 16) + part - cdf[symbol]
+            if state < self.START:
+                state = state << 32 | self._word()
+            if symbol == last:
+                self._state = state
+                symbol = self._beyond(last)
+                state = self._state
+            symbols.append(symbol)
+        self._state = state
+        return symbols
+
+    def finish(self) -> None:
+        """Raises BitstreamError where the string is not at its end."""
+        if self._state != self.START or next(self._words, None) is not None:
+            raise BitstreamError("The coded hyper-latents are damaged.")
+
+    def _beyond(self, last: int) -> int:
+        groups = self._four_bits()
+        if groups > self.LONGEST:
+            raise BitstreamError("The coded hyper-latents are damaged.")
+        value = sum(self._four_bits() << 4 * i for i in range(groups))
+        return -(value >> 1) - 1 if value & 1 else (value >> 1) + last
+
+    def _four_bits(self) -> int:
+        bits = self._state & 15
+        self._state >>= 4
+        if self._state < self.START:
+            self._state = self._state << 32 | self._word()
+        return bits
+
+    def _word(self) -> int:
+        word = next(self._words, None)
+        if word is None:
+            raise BitstreamError("The coded hyper-latents are cut short.")
+        return word
 
 
 def _finite(values: np.ndarray) -> np.ndarray:

@@ -185,6 +185,19 @@ def test_killed_in_the_middle_of_training(source, cache, photo_folder, tmp_path,
     assert weights[0] == weights[1]  # went on exactly where it was
 
 
+def test_a_row_that_a_full_disk_tore(terms, tmp_path):
+    """The learning curve goes on behind its last whole row; and what a killed process was writing goes."""
+    terms = dataclasses.replace(terms, steps=2)
+    study = ablation.prepare([Grid("own", "", (micro_entry("diamond"),), ("curve",))], terms, tmp_path, seeds=(0,))
+    folder = tmp_path / "diamond-seed0"
+    folder.mkdir()
+    (folder / "curve.jsonl").write_text('{"step": 1, "bpp": 0.5}\n{"step": 2, "bp')
+    (folder / ".entroformer-0.part").write_bytes(b"half a checkpoint")
+    assert [outcome.error for outcome in study.go()] == [None]
+    assert [row["step"] for row in study.tasks[0].answer(study.root, "curve")] == [1, 2]
+    assert not list(folder.glob("*.part"))
+
+
 # ---- what is drawn ----
 
 

@@ -382,7 +382,8 @@ def test_a_small_file_that_claims_a_large_picture(home, model):
     (home / "claim.ef").write_bytes(
         Container(65535, 65535, c.grey, "micro", weights_digest(load_model("micro")), 0, c.z_string, c.y_string).pack()
     )
-    assert "65535 x 65535 pixels takes more than" in call("decompress", "claim.ef", expect=1)[1]
+    assert "65535 x 65535 pixels, and 33,554,432 in all" in call("decompress", "claim.ef", expect=1)[1]
+    assert "65535 x 65535 pixels takes more than" in call("decompress", "claim.ef", "--max-pixels", 2**32, expect=1)[1]
 
 
 class Unknown(Exception):

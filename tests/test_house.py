@@ -9,6 +9,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "entroformer_lib"
@@ -23,6 +25,16 @@ def test_environment_agrees_with_pyproject():
     import entroformer_lib
 
     assert project["version"] == entroformer_lib.__version__
+
+
+def test_the_lock_holds_every_dependency_in_a_version_that_may_be():
+    """And nothing that comes from elsewhere than a package index."""
+    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
+    locked = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        wanted = Requirement(text)
+        assert wanted.specifier.contains(locked[canonicalize_name(wanted.name)]), text
 
 
 @pytest.mark.parametrize("module", ["entroformer_lib", "entroformer_lib.cli"])

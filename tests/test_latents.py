@@ -63,6 +63,20 @@ def test_cache_holds_y_of_crops_in_half_precision(cache, source):
     assert (cache / "latents.npy").stat().st_mtime_ns == before
 
 
+def test_a_full_disk_is_told_in_a_sentence(source, photo_folder, tmp_path, monkeypatch):
+    """The kernel refuses to write beyond 2,000 bytes. Into a memory map a full disk would be the process's death."""
+    resource = pytest.importorskip("resource", reason="limits of processes are there on Unix alone")
+    monkeypatch.setattr(np, "memmap", None)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(DataError, match="latents.npy could not be written: File too large"):
+            write_latents(source, str(photo_folder), tmp_path, crop=128, per_picture=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_cache_of_other_transforms_or_crops_is_refused(cache, source, tmp_path):
     other = tmp_path / "other.safetensors"
     save_weights(micro_model("parallel", seed=1), other, {})

@@ -17,7 +17,7 @@ import pytest
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"  # Windows has none
 _CONTEXT = multiprocessing.get_context(METHOD)
 # No matplotlib: while it is imported it asks whether it is in a kernel.
-PRELOADED = ["distributed", "entroformer_lib.studies.measuring", "ipykernel.kernelapp"]
+PRELOADED = ["distributed", "entroformer_lib.studies.measuring", "entroformer_lib.codec.many", "ipykernel.kernelapp"]
 
 
 def ensure_server() -> None:

@@ -13,14 +13,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from entroformer_lib.codec.container import LARGEST_SIDE, LEVEL_STEPS, Container
+from entroformer_lib.codec.container import LARGEST_SIDE, LEVEL_STEPS, MAX_PIXELS, Container
 from entroformer_lib.codec.pictures import open_picture, to_picture, to_rgb, to_tensor, unpad
 from entroformer_lib.codec.pictures import pad as pad
 from entroformer_lib.entroformer import Entroformer, evaluating, in_float32
 from entroformer_lib.errors import BitstreamError, DataError, RateError, WeightsError
+from entroformer_lib.rangecoder import MORE_BYTES, Y_BYTES, Z_BYTES
 from entroformer_lib.weights.zoo import load_model, weights_digest
 
 CONTAINER_BYTES = 45  # about what surrounds the coded strings
+# Decoding takes 212, 244 and 384 bytes of memory a pixel with the tiny, study and base models, which have 64, 96 and
+# 192 channels inside g_s (data/results/latency_growth.json): so many for each pixel, and for each pixel and channel.
+BYTES_PER_PIXEL, BYTES_PER_CHANNEL = 130, 1.3
 
 
 @torch.no_grad()
@@ -43,7 +47,7 @@ def encode(model: Entroformer, image, bpp: float | None = None) -> bytes:
     width, height = picture.size
     if max(width, height) > LARGEST_SIDE:
         raise DataError(f"The picture has {width} x {height} pixels; .ef files hold up to {LARGEST_SIDE} on a side.")
-    _check_memory(width, height)
+    _check_memory(width, height, 24)  # pixels in float32, and a copy
     with evaluating(in_float32(model)) as model:
         x = to_tensor(picture, model)
         if bpp is None:
@@ -64,9 +68,9 @@ def check_bpp(bpp: float | None) -> None:
         raise RateError(f"The bits per pixel must be a number above 0, and are {bpp:g}.")
 
 
-def _check_memory(width: int, height: int) -> None:
-    """Raises DataError for a picture whose pixels alone, in float32 and a copy, do not fit into the memory left."""
-    needed, left = 24 * width * height, psutil.virtual_memory().available
+def _check_memory(width: int, height: int, per_pixel: float) -> None:
+    """Raises DataError for a picture that does not fit into the memory left, at so many bytes a pixel."""
+    needed, left = per_pixel * width * height, psutil.virtual_memory().available
     if needed > left:
         raise DataError(
             f"A picture of {width} x {height} pixels takes more than {needed / 1e9:.0f} GB of memory, "
@@ -113,23 +117,35 @@ def _encode_at(model: Entroformer, x: Tensor, size: tuple[int, int], grey: bool,
 
 
 @torch.no_grad()
-def decode(data: bytes, model: Entroformer | None = None, device: str = "auto") -> Image.Image:
+def decode(
+    data: bytes, model: Entroformer | None = None, device: str = "auto", max_pixels: int | None = MAX_PIXELS
+) -> Image.Image:
     """The picture of an `.ef` file: mode RGB, or L where a grey picture went in.
 
     Args:
         model: needed only when the file names no model, or one that is not here. It is left as it was.
         device: where to load the model that the file names.
+        max_pixels: files of larger pictures are refused before anything is made for them; None has no limit.
 
     Raises:
-        DataError: a picture that is larger than the memory allows.
+        DataError: a picture that is larger than `max_pixels` or than the memory allows.
         WeightsError: weights that give no finite numbers.
         BitstreamError: damaged data, another version, another model or other weights than those it was written with,
             or a decoder that computed other latents than the encoder did.
     """
     container = Container.unpack(data)
-    _check_memory(container.width, container.height)
-    with evaluating(in_float32(_model_of(container, device) if model is None else model)) as model:
+    container.check_pixels(max_pixels)
+    with evaluating(in_float32(model_named(container.model, device) if model is None else model)) as model:
         return _decode_with(model, container)
+
+
+def _check_lengths(container: Container, model: Entroformer) -> None:
+    """Raises BitstreamError for strings that no picture of this size makes so long."""
+    (h, w), z_shape = latent_shapes(container.width, container.height, model)
+    longest_y = Y_BYTES * model.config.M * h * w + MORE_BYTES
+    longest_z = 0 if z_shape is None else Z_BYTES * model.config.Z * z_shape[0] * z_shape[1] + MORE_BYTES
+    if len(container.y_string) > longest_y or len(container.z_string) > longest_z:
+        raise BitstreamError("The file has more bytes than a picture of its size can take.")
 
 
 def _decode_with(model: Entroformer, container: Container) -> Image.Image:
@@ -140,6 +156,8 @@ def _decode_with(model: Entroformer, container: Container) -> Image.Image:
     rates = len(model.config.lmbdas)
     if (container.level is None) == bool(rates) or (rates and container.level > rates - 1):
         raise BitstreamError("The file has a rate that this model does not know.")
+    _check_lengths(container, model)
+    _check_memory(container.width, container.height, BYTES_PER_PIXEL + BYTES_PER_CHANNEL * model.config.N)
     y_shape, z_shape = latent_shapes(container.width, container.height, model)
     strings = [[container.y_string], [container.z_string]]  # the second is empty and not read without hyperprior
     try:
@@ -162,12 +180,19 @@ def reconstruction(model: Entroformer, picture: Image.Image) -> Image.Image:
         return to_picture(unpad(model.reconstruct(y_hat), picture.height, picture.width))
 
 
-def _model_of(container: Container, device: str) -> Entroformer:
-    if not container.model:
+def model_named(name: str, device: str = "auto") -> Entroformer:
+    """The model that a file names.
+
+    Raises:
+        BitstreamError: it names none, or one that is not here.
+    """
+    if not name:
         raise BitstreamError("The file does not name its model, so the model must be given, with --model.")
+    if name.endswith(".safetensors"):  # which `load_model` would take for a path
+        raise BitstreamError("The file names a path where its model's name should be; give its weights, with --model.")
     try:
-        return load_model(container.model, device)
-    except WeightsError as error:
+        return load_model(name, device)
+    except (WeightsError, RateError) as error:
         raise BitstreamError(
             f"The file needs a model that is not here: give its weights, with --model FILE.safetensors. {error}"
         ) from None

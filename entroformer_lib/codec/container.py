@@ -1,4 +1,5 @@
-"""The `.ef` container: what a decoder must know, the coded strings, and checksums over both.
+"""The `.ef` container: what a decoder must know, the coded strings, and checksums over both. docs/format.md says what
+is in them, and what a decoder checks.
 
     bytes  what
     3      93 45 46, that is \\x93 "EF"
@@ -6,7 +7,7 @@
     1      flags: 1 = the picture is grey, 2 = the rate is variable
     1-5    width, then height, each as LEB128 (7 bits a byte, low bits first, high bit = more follow)
     0 or 2 level of a variable rate in 1/256 (`models/gain.py`), where the flag says so
-    1 + n  length and UTF-8 name of the model
+    1-2+n  length (LEB128, up to 255) and UTF-8 name of the model
     4      first bytes of the SHA-256 of its decoder weights (`zoo.weights_digest`)
     4      CRC-32 of the latents, so that a decoder that differs is noticed
     1-5    length of the hyper-latents' string, as LEB128; 0 without hyperprior
@@ -21,12 +22,14 @@ import struct
 import zlib
 from dataclasses import dataclass
 
-from entroformer_lib.errors import BitstreamError
+from entroformer_lib.errors import BitstreamError, DataError, WeightsError
 
 MAGIC = b"\x93EF"
 VERSION = 3
 LARGEST_SIDE = 2**16 - 1
 LEVEL_STEPS = 256
+LARGEST_NAME = 255  # bytes
+MAX_PIXELS = 2**25  # of a picture that is decoded unless more are allowed: 13 GB of memory with the base models
 NONSENSE = "The .ef file has a header that makes no sense."
 _U16, _U32 = struct.Struct("<H"), struct.Struct("<I")
 
@@ -46,7 +49,10 @@ class Container:
     level: float | None = None
 
     def pack(self) -> bytes:
-        name = self.model.encode()
+        """Raises WeightsError for a model's name that no file can hold."""
+        name = self.model.encode(errors="surrogateescape")  # bytes of a file's name that are no text stay what they are
+        if len(name) > LARGEST_NAME or name != name.decode(errors="ignore").encode():
+            raise WeightsError(f"A model's name is text of up to {LARGEST_NAME} bytes in an .ef file; {name} is not.")
         data = b"".join(
             [
                 MAGIC,
@@ -82,13 +88,24 @@ class Container:
         if not (1 <= width <= LARGEST_SIDE and 1 <= height <= LARGEST_SIDE) or flags > 3:
             raise BitstreamError(NONSENSE)
         level = _U16.unpack(_take(body, 2))[0] / LEVEL_STEPS if flags & 2 else None
+        length = _take_varint(body)
+        if length > LARGEST_NAME:
+            raise BitstreamError(NONSENSE)
         try:
-            name = _take(body, _take_varint(body)).decode()
+            name = _take(body, length).decode()
         except UnicodeDecodeError:
             raise BitstreamError(NONSENSE) from None
         weights, (crc,) = _take(body, 4), _U32.unpack(_take(body, 4))
         z_string = _take(body, _take_varint(body))
         return cls(width, height, bool(flags & 1), name, weights, crc, z_string, body.read(), level)
+
+    def check_pixels(self, most: int | None) -> None:
+        """Raises DataError where the picture has more pixels than are allowed; None allows all."""
+        if most is not None and self.width * self.height > most:
+            raise DataError(
+                f"The file says that its picture has {self.width} x {self.height} pixels, and {most:,} in all are "
+                "allowed; --max-pixels (in Python max_pixels) allows more."
+            )
 
 
 def _take(body: io.BytesIO, count: int) -> bytes:
@@ -103,6 +120,8 @@ def _take_varint(body: io.BytesIO) -> int:
     for shift in range(0, 35, 7):
         byte = _take(body, 1)[0]
         value |= (byte & 0x7F) << shift
+        if byte == 0 and shift:
+            break  # longer than it need be
         if byte < 0x80:
             return value
     raise BitstreamError(NONSENSE)

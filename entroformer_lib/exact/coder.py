@@ -95,6 +95,7 @@ class ExactCoder:
             return symbols
 
         self._code(size, z_hat, rate, read)
+        decoder.finish()
         return coded.view(1, self.M, *size)
 
     def _code(

@@ -7,6 +7,7 @@ odd default comes from. `paper` follows the text, `official` the code the author
 import dataclasses
 import itertools
 import json
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -83,6 +84,14 @@ class EntroformerConfig:
         sizes = (self.N, self.M, self.Z, self.dim, self.heads, self.context_layers, self.ffn_ratio, self.radius)
         if min(sizes + self.hyper_radius + self.groups + stages + (self.window,)) < 1:
             raise ConfigError("Every size and radius in a config must be at least 1.")
+        counts = (self.context_layers, self.ffn_ratio, self.radius, *self.hyper_radius, *(n for *_, n in self.stages))
+        if max(sizes + stages) > 2**14 or max(counts) > 32 or self.window > 2**10 or math.prod(self.groups) > 2**10:
+            raise ConfigError(
+                "The config describes a network that no machine can hold: sizes go up to 16,384, layers, blocks of a "
+                "stage, ffn_ratio and radii up to 32, windows and groups up to 1,024."
+            )
+        if len(self.lmbdas) > 2**10:
+            raise ConfigError(f"A model has up to 1,024 lmbdas, not {len(self.lmbdas):,}.")
         if self.context == "none" and not self.hyperprior:
             raise ConfigError("A model without context and without hyperprior has nothing to predict from.")
         if self.context == "grouped" and not self.hyperprior:
@@ -115,6 +124,19 @@ class EntroformerConfig:
     def downsampling(self) -> int:
         """Pixels per side of the largest block the model works on; pictures are padded to a multiple of it."""
         return 64 if self.hyperprior else 16
+
+    def least_weights(self) -> int:
+        """A number of weights that the network has at least: those of its largest matrices. The rest is a few times as
+        many, so weights that have fewer than this need not be given a network."""
+        c, feed_forward = self, 2 * self.ffn_ratio * self.dim**2
+        found = 2 * len(c.lmbdas) * c.M + (2 * 768 * c.M if c.linear_path == "dct" else 0)
+        found += sum(10 * count * channels**2 for _, channels, count in c.stages)
+        found += 25 * (4 * c.N**2 + 2 * c.N * c.M) if c.transforms == "gdn" else 0
+        if c.hyperprior:
+            found += 6 * feed_forward if c.hyper == "transformer" else 9 * c.dim * c.M
+        if c.context in ("serial", "parallel", "grouped"):
+            found += c.context_layers * feed_forward
+        return found + (0 if c.context == "grouped" else 8 * c.dim * c.M)
 
     @property
     def variant(self) -> str:
@@ -183,7 +205,7 @@ def _fits(value, hint) -> bool:
     if args:  # int | None
         return any(_fits(value, arg) for arg in args)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and -1e30 < value < 1e30
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 

@@ -12,7 +12,8 @@ from compressai.entropy_models import EntropyBottleneck
 from compressai.ops import LowerBound
 from torch import Tensor, nn
 
-from entroformer_lib.rangecoder import decode_gaussian, encode_gaussian
+from entroformer_lib.errors import BitstreamError, WeightsError
+from entroformer_lib.rangecoder import LARGEST, RansDecoder, decode_gaussian, encode_gaussian
 
 LIKELIHOOD_FLOOR = 1e-9  # 30 bits: nothing costs more, so no loss is ever infinite
 
@@ -63,6 +64,37 @@ class FactorizedPrior(EntropyBottleneck):
         values = z.transpose(0, 1).reshape(Z, 1, -1)  # CompressAI's layout: channels first, then everything else
         mass = self.likelihood_lower_bound(self._likelihood(values)[0])
         return mass.view(Z, B, h, w).transpose(0, 1)
+
+    def decompress(self, strings: list[bytes], size) -> Tensor:
+        """size: (h, w)  ->  z_hat: [B, Z, h, w]; raises BitstreamError. Its tables must be there."""
+        count, symbols = size[0] * size[1], []
+        for string in strings:
+            decoder = RansDecoder(string)
+            for cdf, length, offset in zip(*(t.tolist() for t in self._tables()), strict=True):
+                symbols.append([symbol + offset for symbol in decoder.read(count, cdf[:length])])
+            decoder.finish()
+        medians = self._get_medians().detach().view(1, -1, 1, 1)
+        z_hat = torch.tensor(symbols).view(len(strings), -1, *size).to(medians) + medians
+        if z_hat.abs().amax() > LARGEST + 1:  # the encoder refuses what is larger before it rounds
+            raise BitstreamError("The coded hyper-latents are damaged.")
+        return z_hat
+
+    def check_tables(self) -> None:
+        """Raises WeightsError for tables with which CompressAI's coder would read behind their ends."""
+        cdf, length, offset = self._tables()
+        if not length.numel():
+            return  # they are made before they are needed
+        Z = self.quantiles.size(0)
+        good = cdf.dim() == 2 and cdf.size(0) == Z and length.shape == offset.shape == (Z,)
+        good = good and bool((length >= 3).all()) and bool((length <= cdf.size(1)).all())
+        good = good and bool((offset.long().abs() <= LARGEST).all())
+        rows = [row[:n] for row, n in zip(cdf.tolist(), length.tolist(), strict=True)] if good else []
+        if not good or not all(row[0] == 0 and row[-1] == 2**16 and row == sorted(set(row)) for row in rows):
+            raise WeightsError("The tables of z's probabilities make no sense.")
+
+    def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Cumulative frequencies [Z, n], how many of them count [Z], value of the first symbol [Z]."""
+        return self._quantized_cdf, self._cdf_length, self._offset
 
 
 class GaussianPrior(nn.Module):

@@ -30,6 +30,7 @@ import torch
 
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import ConfigError, StudyError
+from entroformer_lib.files import write_bytes
 from entroformer_lib.models.config import SIZES, named_config
 from entroformer_lib.studies import latent_rates, results
 from entroformer_lib.studies.ablation_grids import BOTH, GRIDS, RECIPE, Entry, Grid, Terms
@@ -147,6 +148,9 @@ def _trained(terms: Terms, entry: Entry, seed: int, folder: Path) -> dict:
 
 def _watch(terms: Terms, path: Path) -> Callable[[dict, Entroformer], None]:
     batches = []  # computed once, by the first model that comes
+    if path.exists():  # a full disk may have torn the last row, and the next one must not be written behind it
+        rows = path.read_bytes()
+        write_bytes(path, rows[: rows.rfind(b"\n") + 1])
 
     def keep(row: dict, model: Entroformer) -> None:
         if not batches:

@@ -32,7 +32,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from entroformer_lib.errors import Stopped, StudyError, UserError
-from entroformer_lib.files import write_bytes
+from entroformer_lib.files import remove_parts, write_bytes
 from entroformer_lib.studies.commands import at_least
 from entroformer_lib.training.config import RUNTIME_FIELDS, TrainConfig
 
@@ -186,6 +186,7 @@ def perform(task: Task, root: Path, wait: bool = True) -> Outcome | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock", timeout=-1 if wait else 0):
+            remove_parts(folder)
             (folder / "worker").write_text(f"{socket.gethostname()} {os.getpid()}\n")  # for people: who works here
             check([task], root)
             write_bytes(folder / "task.json", json.dumps(task.identity, indent=1).encode())

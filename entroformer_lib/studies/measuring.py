@@ -106,7 +106,7 @@ def picture_at(name: str, setting: float | None, picture: Image.Image) -> tuple[
         return decoded(data), len(data)
     model = _model(name, setting, "auto")
     data = codec.encode(model, picture)
-    return codec.decode(data, model).convert("RGB"), len(data)
+    return codec.decode(data, model, max_pixels=None).convert("RGB"), len(data)
 
 
 def tasks_of(codec: str, pictures: Iterable[Path], device: str = "cpu") -> list[Coding]:

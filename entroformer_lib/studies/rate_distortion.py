@@ -1,6 +1,7 @@
 """Rate and distortion on a set of pictures, always through real bytes."""
 
 import collections
+import functools
 import hashlib
 import itertools
 import os
@@ -107,7 +108,8 @@ def evaluate_picture(model: Entroformer, path: Path) -> dict:
         The columns of `measured`, and bpp_estimated: from the likelihoods alone.
     """
     picture, _ = codec.to_rgb(codec.open_picture(path))
-    row = measured(picture, lambda: codec.encode(model, path), lambda data: codec.decode(data, model))
+    decode = functools.partial(codec.decode, model=model, max_pixels=None)
+    row = measured(picture, lambda: codec.encode(model, path), decode)
     return {**row, "bpp_estimated": estimated_bits(model, picture) / (picture.width * picture.height)}
 
 

@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from entroformer_lib.errors import PassedOver, TrainingError, UserError
-from entroformer_lib.files import replacing, write_bytes
+from entroformer_lib.files import remove_parts, replacing, write_bytes
 from entroformer_lib.training.config import RUNTIME_FIELDS, TrainConfig
 
 PATIENCE = 10.0  # seconds that the worker processes of a killed run have to end
@@ -38,6 +38,7 @@ class RunFolder:
         except Timeout:
             raise TrainingError(f"Another process is training in the folder {self.path}.") from None
         with lock:
+            remove_parts(self.path)  # of a checkpoint each, in a run that is killed again and again
             yield
 
     def claim(self, config: TrainConfig) -> None:

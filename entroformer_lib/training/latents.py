@@ -132,11 +132,15 @@ def write_latents(
     if not pictures:
         raise DataError(f"No picture at {data} has {crop} pixels on both sides.")
     shape = (len(pictures), per_picture, model.config.M, crop // 16, crop // 16)
-    with replacing(out / "latents.npy") as part:
-        table = np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=shape)
-        for i, picture in enumerate(tqdm(pictures, unit="picture")):
-            table[i] = latents_of(model, picture, crop, [(seed, i, j) for j in range(per_picture)])
-        table.flush()
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float16)), "fortran_order": False, "shape": shape}
+    try:
+        # Not by a memory map: on a full disk the kernel ends a process that writes into one, without a word.
+        with replacing(out / "latents.npy") as part, open(part, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for i, picture in enumerate(tqdm(pictures, unit="picture")):
+                file.write(latents_of(model, picture, crop, [(seed, i, j) for j in range(per_picture)]).tobytes())
+    except OSError as error:
+        raise DataError(f"{out / 'latents.npy'} could not be written: {error.strerror or error}.") from None
     words = {"transforms": transforms, "pictures": len(pictures), "shape": shape}
     write_bytes(note, json.dumps({**wanted, **words}, indent=1).encode())
     return out

@@ -5,6 +5,7 @@ unpickler here can build containers and inert records and nothing else. Numbers 
 """
 
 import pickle
+import pickletools
 import re
 import zipfile
 from collections import OrderedDict, namedtuple
@@ -23,6 +24,7 @@ ALLOWED = {
     **{"collections.OrderedDict": OrderedDict, "builtins.set": set, "torch.LongStorage": torch.int64},
     **{"torch.HalfStorage": torch.float16, "torch.FloatStorage": torch.float32, "torch.DoubleStorage": torch.float64},
 }
+MOST_TUPLES = 2**14  # a checkpoint of the authors has some thousand
 INERT = re.compile(
     r"module\..*|torch\.(device|nn\.parallel\.data_parallel\.DataParallel|nn\.modules\.("
     r"activation\.LeakyReLU|container\.(Sequential|ModuleList)|conv\.(Conv2d|ConvTranspose2d)|dropout\.Dropout|"
@@ -76,14 +78,32 @@ class RestrictedUnpickler(pickle.Unpickler):
 
 def _unpickle(file: BinaryIO) -> tuple[object, dict[str, Storage]]:
     """The next object in the file, and the storages that it uses."""
-    unpickler = RestrictedUnpickler(file, encoding="utf-8")
-    unpickler.storages = {}
+    start = file.tell()
     try:
+        _check_size(file)
+        file.seek(start)
+        unpickler = RestrictedUnpickler(file, encoding="utf-8")
+        unpickler.storages = {}
         return unpickler.load(), unpickler.storages
     except WeightsError:
         raise
-    except Exception as error:  # a damaged pickle can raise anything
-        raise WeightsError(f"The file is not a checkpoint written by PyTorch, or is damaged ({error}).") from None
+    except Exception as error:  # a damaged pickle can raise anything, also with a text that has no end
+        why = type(error).__name__ if isinstance(error, KeyError | RecursionError) else error
+        raise WeightsError(f"The file is not a checkpoint written by PyTorch, or is damaged ({why}).") from None
+
+
+def _check_size(file: BinaryIO) -> None:
+    """Refuses what a few bytes of a pickle can make too large, before anything is made: Python allocates its memo up to
+    the highest number, and hashes a tuple in a tuple in a tuple until its stack is full."""
+    kept = tuples = 0
+    for opcode, number, _ in pickletools.genops(file):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            kept += 1
+            if number > kept:
+                raise ValueError("a memo with gaps")
+        tuples += opcode.name.startswith("TUPLE")
+        if tuples > MOST_TUPLES:
+            raise ValueError("more tuples than a checkpoint has")
 
 
 def open_zip(file: BinaryIO) -> tuple[object, Locate]:
@@ -92,6 +112,8 @@ def open_zip(file: BinaryIO) -> tuple[object, Locate]:
     pickled = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(pickled) != 1:
         raise WeightsError("The file is a zip archive, but not a checkpoint written by PyTorch.")
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+        raise WeightsError("The file is compressed, which PyTorch does not do; it might become larger than the memory.")
     folder = pickled[0].removesuffix("data.pkl")
     content, _ = _unpickle(archive.open(pickled[0]))
     return content, lambda storage: (archive.open(archive.NameToInfo[f"{folder}data/{storage.key}"]), 0)

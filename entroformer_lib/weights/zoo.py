@@ -15,12 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from entroformer_lib.entroformer import Entroformer, fingerprint
+from entroformer_lib.entroformer import Entroformer, config_of, fingerprint
 from entroformer_lib.errors import PassedOver, RateError, UserError, WeightsError
 from entroformer_lib.files import data_folder, file_digest, replacing
 from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.priors import FactorizedPrior
 
+LONGEST_NAME = 255 - len(".safetensors")  # bytes of a file's name
 SHARED = ("g_a.", "g_s.", "gain.")  # tensors that another file may hold
 
 
@@ -145,7 +146,7 @@ def reference_of(model: Entroformer) -> Entroformer | None:
 def _digest_of_transforms(path: Path, metadata: dict[str, str]) -> str:
     """`shared_digest` of a file, which may name the one that holds its transforms."""
     if "transforms" in metadata:
-        return json.loads(metadata["transforms"])["sha256"]
+        return _shared(path, metadata)[1]
     return shared_digest(_read(path, SHARED)[0])
 
 
@@ -199,6 +200,8 @@ def find_weights(name_or_path: str | os.PathLike) -> Path:
 
 def _weights_of(name: str) -> Path | None:
     """The first file of that name in the folders."""
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        return None  # asked for such a file, the system complains
     paths = (folder / f"{name}.safetensors" for folder in weight_folders())
     return next((path for path in paths if os.path.basename(name) == name and path.is_file()), None)
 
@@ -211,8 +214,28 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """
     tensors, metadata = _read(path)
     if "transforms" in metadata:
-        tensors |= _shared_with(path, **json.loads(metadata["transforms"]))
-    return tensors, json.loads(metadata.get("card", "{}"))
+        tensors |= _shared_with(path, *_shared(path, metadata))
+    return tensors, _record(path, metadata, "card")
+
+
+def _record(path: Path, metadata: dict[str, str], key: str) -> dict:
+    """What a weights file says under a key, as JSON; empty where it says nothing."""
+    try:
+        record = json.loads(metadata.get(key, "{}"))
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise WeightsError(f"The {key} in {path} is no record in JSON.")
+    return record
+
+
+def _shared(path: Path, metadata: dict[str, str]) -> tuple[str, str]:
+    """Name of the weights that hold a file's transforms, and their digest."""
+    record = _record(path, metadata, "transforms")
+    name, digest = record.get("name"), record.get("sha256")
+    if not (isinstance(name, str) and isinstance(digest, str)):
+        raise WeightsError(f"{path} does not say where its transforms are.")
+    return name, digest
 
 
 def _read(path: Path, parts: tuple[str, ...] = ("",)) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -291,15 +314,14 @@ def _config_and_metadata(path: Path) -> tuple[EntroformerConfig, dict[str, str]]
     """What the header of a weights file says."""
     try:
         with safe_open(path, framework="pt") as file:
-            config = EntroformerConfig.from_json(bytes(file.get_tensor("_extra_state").tolist()).decode())
-            return config, file.metadata() or {}
+            return config_of(file.get_tensor("_extra_state")), file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{error}.") from None
 
 
 def _describe(path: Path) -> list[dict]:
     config, metadata = _config_and_metadata(path)
-    card = json.loads(metadata.get("card", "{}"))
+    card = _record(path, metadata, "card")
     row = {
         "preset": card.get("training", {}).get("model"),
         "variant": config.variant,
