@@ -26,7 +26,7 @@ app.command(studies, name="study", help="Run a study: entroformer study ablation
 
 Output = Annotated[Path | None, arg(aliases=["-o"], metavar="FILE")]
 OutputOrFolder = Annotated[str | None, arg(aliases=["-o"], metavar="FILE")]
-Inputs = Positional[Annotated[tuple[str, ...], arg(metavar="FILE", help_behavior_hint="")]]
+Inputs = Positional[Annotated[tuple[str, ...], arg(metavar="FILE ...", help_behavior_hint="")]]
 Model = Annotated[str, arg(help="A name from `entroformer models`, or a .safetensors file.")]
 Device = Annotated[str, arg(help="cpu, cuda, or auto.")]
 Force = Annotated[bool, arg(help="Replace an output that exists.")]
@@ -58,8 +58,8 @@ def compress(
     From one program to another: cat photo.png | entroformer compress - -o - > photo.ef
 
     Args:
-        images: A picture: PNG, JPEG, WebP, TIFF and what else Pillow reads. Several, folders and patterns take
-            -o FOLDER, in which the files keep their places.
+        images: A picture: PNG, JPEG, WebP, TIFF and what else Pillow reads. Several, a folder or a pattern go into the
+            folder that -o names, in which they keep their places.
         output: The .ef file, by default beside the picture; of many their folder; - is the standard output.
         bpp: The most bits per pixel a file may have; takes a model of variable rate.
     """
@@ -88,7 +88,8 @@ def decompress(
     Many: entroformer decompress small/ -o photos/ --resume
 
     Args:
-        files: The .ef file. Several, folders and patterns take -o FOLDER, in which the pictures keep their places.
+        files: The .ef file. Several, a folder or a pattern go into the folder that -o names, in which they keep their
+            places.
         output: The picture, its format told by the ending; by default a PNG beside the file; of many their folder, for
             PNGs; - is the standard output, for a PNG.
         model: Weights to decode with, where a file names none or they lie elsewhere.
@@ -329,6 +330,8 @@ def explore(
         raise UserError(f"--side is at least 1 pixel; it is {side}.")
     if image is None and not live:
         raise UserError("The page needs a picture: entroformer explore photo.png. Without one there is --live.")
+    if (live or table is not None) and (layer is not None or head is not None):
+        raise UserError("--layer and --head say where a page of stored answers begins; leave them out here.")
     if table is not None:
         if serve or live or output is not None:
             raise UserError("--table writes a table and no page; leave out -o, --live and --serve.")
@@ -337,7 +340,7 @@ def explore(
     if output is not None or not serve:
         output = _output(output, image or Path("live"), ".html", force)
     if live:
-        _explore_live(image, output, model, serve)
+        _explore_live(None if image is None else _fitting(image, side), output, model, serve)
         return
     from entroformer_lib.explorer.effort import effort
     from entroformer_lib.explorer.page import explorer_page, serve_page
@@ -374,14 +377,14 @@ def _table_of_latents(source: Path, table: Path, model: str, side: int, device: 
     print(f"{table}: {len(rows):,} rows of {len(paths)} pictures")
 
 
-def _explore_live(image: Path | None, output: Path | None, model: str, serve: bool) -> None:
+def _explore_live(picture, output: Path | None, model: str, serve: bool) -> None:
     from entroformer_lib.explorer.live import live_page
     from entroformer_lib.explorer.page import serve_page
     from entroformer_lib.files import write_bytes
     from entroformer_lib.weights.zoo import reference_of
 
     loaded = _load(model, "cpu")
-    text = live_page(loaded, image, reference_of(loaded))
+    text = live_page(loaded, picture, reference_of(loaded))
     if output is not None:
         write_bytes(output, text.encode())
         print(f"{output}: {len(text) / 1e6:.1f} MB, with the model inside")

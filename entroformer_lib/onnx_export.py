@@ -115,6 +115,9 @@ def write(model: Entroformer, folder: Path, force: bool = False) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         write_bytes(folder / name, data)
+    for name in there:
+        if name not in files:  # of another model, which had more
+            (folder / name).unlink()
     return [folder / name for name in names if name in files]
 
 

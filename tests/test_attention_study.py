@@ -172,6 +172,7 @@ def test_groups_and_gradients_take_interventions_too(photo):
 @pytest.mark.parametrize(
     "change, sentence",
     [
+        (lambda tile, heads, queries: tile + torch.inf, "numbers that are none"),
         (lambda tile, heads, queries: tile[..., :1], r"gave \[1, 2, 96, 1\] for a tile of \[1, 2, 96, 96\]"),
         (lambda tile, heads, queries: None, "gave NoneType"),
         (lambda tile, heads, queries: tile * torch.nan, "numbers that are none"),

@@ -3,18 +3,23 @@
 Screenshots stay in build/screenshots. EXPLORER_CUT=1 cuts the click handler, to see that the tests then fail.
 """
 
+import base64
 import json
 import os
 import re
 import time
+from xml.etree import ElementTree
 
 import numpy as np
+import pandas as pd
 import pytest
 from browser import ROOT, chromium, jupyter_lab, open_notebook, run_all
 from conftest import micro_model
 
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.explorer.page import explorer_page
+from entroformer_lib.explorer.script import script
+from entroformer_lib.explorer.widget import Explorer
 from entroformer_lib.inspection.group_server import server_of
 from entroformer_lib.inspection.panels import DENSE, MEAN, of_head, own_k
 from entroformer_lib.weights.zoo import load_model, save_weights
@@ -34,6 +39,9 @@ STATE = """() => {
     })),
   };
 }"""
+
+
+EXPLORER = "document.querySelector('.ef-explorer').explorer"
 
 
 @pytest.fixture(scope="module")
@@ -236,9 +244,10 @@ def test_backgrounds_and_decoding(open_page, pages, servers):
     assert len(drawn) == 4
     page.click("button[data-mode=decoding]")
     shown(page, mode="decoding")
-    assert "complete" in page.inner_text(".ef-panel figcaption")
-    page.locator(".ef-part").fill("0.3")
-    shown(page, part=0.3)
+    for part in (1, 0.3):
+        page.locator(".ef-part").fill(str(part))
+        shown(page, part=part)
+        assert ("complete" in page.inner_text(".ef-panel figcaption")) == (part == 1)
     total = (server.z_bits + server.overview()[0].sum()) / 8
     words = page.inner_text(".ef-panel figcaption").replace(",", "")
     received, whole = map(int, re.search(r"(\d+) of (\d+) bytes", words).groups())
@@ -250,13 +259,17 @@ def test_tour_goes_to_places_of_the_picture(open_page, pages, servers):
     page = open_page(pages["parallel"])
     page.click(".ef-tour")
     page.wait_for_selector(".ef-stop:not([hidden])")
-    bits = np.where(server.when > 0, server.overview()[0], -1)
-    best = divmod(int(bits.argmax()), server.width)
-    state = shown(page)
-    assert "1 of 6" in page.inner_text(".ef-stop") and (state["selection"]["row"], state["selection"]["column"]) == best
-    for _ in range(6):
+    bits, alone = server.overview()
+    saved = np.where(server.when > 0, alone - bits, -np.inf).reshape(server.height, server.width)
+    saved[[0, -1]] = saved[:, [0, -1]] = -np.inf  # which lie partly in the padding
+    row, column = divmod(int(saved.argmax()), server.width)
+    before = page.evaluate("explorer => explorer.home", page.evaluate_handle(EXPLORER))
+    shown(page, row=row, column=column)
+    count = int(re.search(r"1 of (\d)", page.inner_text(".ef-stop"))[1])
+    for _ in range(count):
         page.click(".ef-next")
     page.wait_for_selector(".ef-stop[hidden]", state="attached")
+    shown(page, row=before["row"], column=before["column"])  # back where it began
 
 
 def test_what_can_be_kept(open_page, pages, servers, tmp_path):
@@ -269,7 +282,8 @@ def test_what_can_be_kept(open_page, pages, servers, tmp_path):
             page.click(f"[data-keep={kind}]")
         download.value.save_as(tmp_path / f"view.{kind}")
     assert (tmp_path / "view.png").read_bytes().startswith(b"\x89PNG")
-    assert state["words"] in (tmp_path / "view.svg").read_text()
+    drawing = ElementTree.parse(tmp_path / "view.svg").iter("{http://www.w3.org/2000/svg}text")
+    assert state["words"] in " ".join(text.text for text in drawing)
     lines = (tmp_path / "view.csv").read_text().splitlines()
     values = np.array([float(line.rsplit(",", 3)[1]) for line in lines[2:]])
     assert lines[0] == f"# {state['words']}"
@@ -339,10 +353,224 @@ def test_damaged_pages_and_no_javascript(browser, pages, folder):
     context.close()
 
 
+def test_nonsense_in_addresses_and_selections(open_page, pages):
+    """What makes no sense is passed over, the nearest that exists is taken, and the address says so."""
+    page = open_page(pages["parallel"] + "#row=x&column=&layer=99&mode=no&k=5&dim=maybe&backdrop=1e9")
+    before = shown(page, row=4, column=6, layer=1, mode="head", k=6, dim=False, backdrop=3)["selection"]
+    page.evaluate("location.hash = 'row=x&column=1e3&head=?'")
+    shown(page, column=11, row=4)
+    assert "row=4&column=11" in page.url
+    page.evaluate("location.hash = 'row=x'")  # which changes nothing
+    page.wait_for_function("() => location.hash.includes('row=4')")
+    nonsense = {"hidden": 5, "off": ["a", 3], "overlay": "x", "part": None, "row": [1], "column": 6, "layer": {}}
+    page.evaluate("parts => document.querySelector('.ef-explorer').explorer.choose(parts)", nonsense)
+    assert shown(page, column=6)["selection"] == before and page.locator(".ef-trouble").is_hidden()
+
+
+def test_drawing_and_table_of_every_mode(open_page, pages, servers, tmp_path):
+    """Each title is in the drawing; the table has what the maps show, or the bits that arrive."""
+    server = servers["groupedmixer"]
+    page = open_page(pages["groupedmixer"])
+    page.click(".ef-keep summary")
+    sizes = {"heads": server.n * 3, "groups": len(server.order) ** 2 * 3, "decoding": server.n * server.slices}
+    for mode, size in sizes.items():
+        page.click(f"[data-mode={mode}]")
+        shown(page, mode=mode)
+        for kind in ("svg", "csv"):
+            with page.expect_download() as download:
+                page.click(f"[data-keep={kind}]")
+            download.value.save_as(tmp_path / f"view.{kind}")
+        drawing = ElementTree.parse(tmp_path / "view.svg")
+        texts = {text.text for text in drawing.iter("{http://www.w3.org/2000/svg}text")}
+        assert texts.issuperset(page.locator(".ef-panels figcaption").all_inner_texts())
+        table = pd.read_csv(tmp_path / "view.csv", comment="#")
+        assert len(table) == size
+        if mode == "decoding":
+            np.testing.assert_allclose(table["bits"], server.overview()[0], rtol=1e-4)
+        elif mode == "groups":
+            rows = table["value"].to_numpy().reshape(3, -1, len(server.order))
+            np.testing.assert_allclose(rows[:2], server.groups(server.query(54, 1))[-1], atol=0.004)
+
+
+def test_copied_python_shows_the_same_view(open_page, pages, servers, folder):
+    page = open_page(pages["parallel"] + "#row=4&column=6&mode=pair&other_k=8&gathers=true&dim=true&channel=3")
+    selection = shown(page, mode="pair")["selection"]
+    page.click(".ef-keep summary")
+    page.evaluate("delete Navigator.prototype.clipboard")  # as at an address without a certificate
+    page.click("[data-keep=python]")
+    *_, copied = page.inner_text(".ef-trouble").partition("by hand: ")
+    code = copied.replace("PICTURE", str(folder / "photo.png")).replace('model("parallel', f'model("{folder}/parallel')
+    code = code.replace('parallel")', 'parallel.safetensors")').replace("Explorer(\n", "made = Explorer(\n")
+    names = {}
+    exec(code, names)
+    chosen = names["made"].selection
+    assert chosen == {name: selection[name] for name in chosen} and chosen["channel"] == 3 and chosen["gathers"]
+    assert names["made"].meta["inside"] == [*servers["parallel"].inside]
+
+
+def test_tour_says_only_what_is_so(open_page, pages):
+    page = open_page(pages["groupedmixer"])
+    page.evaluate(
+        """() => {
+          const { explorer } = document.querySelector(".ef-explorer");
+          const { bits } = explorer.source.all;
+          explorer.source.all = { bits, alone: bits.map((b) => b + 1) };  // context helps everywhere
+        }"""
+    )
+    page.click(".ef-tour")
+    page.wait_for_selector(".ef-stop:not([hidden])")
+    stops = [page.inner_text(".ef-stop")]
+    for _ in range(4):
+        page.keyboard.press("Enter")  # the next button keeps the focus
+        page.wait_for_function("before => document.querySelector('.ef-stop').innerText !== before", arg=stops[-1])
+        stops.append(page.inner_text(".ef-stop"))
+    assert "helps" in "".join(stops) and "hurts" not in "".join(stops) and "5 of 5: The beginning" in stops[-1]
+    assert "is group 0 " in shown(page, slice=0)["words"]
+
+
+def test_padding_is_told(open_page, folder):
+    """A picture of two blocks amid padding: it is said of a block, and the tour has a place to go."""
+    server = server_of(micro_model("parallel"), sample_picture("astronaut").crop((0, 0, 24, 20)))
+    (folder / "dot.html").write_text(explorer_page(server).text)
+    page = open_page((folder / "dot.html").as_uri() + "#row=0&column=0")
+    assert "in the padding" in shown(page, row=0)["words"] and "padding" in page.inner_text(".ef-costs")
+    page.mouse.move(*(page.locator(".ef-view").bounding_box()[name] + 5 for name in "xy"))
+    assert "padding" in page.inner_text(".ef-tip")
+    page.click(".ef-tour")
+    page.wait_for_selector(".ef-stop:not([hidden])")
+    assert "padding" not in shown(page, row=2)["words"]
+
+
+def test_keys_and_names_of_controls(open_page, pages):
+    page = open_page(pages["parallel"] + "#row=3&column=4")
+    for name, words in (("layer", "1 (0 to 1)"), ("k", "k = 6 (as trained)"), ("backdrop", "photograph")):
+        assert page.get_attribute(f".ef-{name}", "aria-valuetext") == words
+    page.focus(".ef-gathers")
+    for expected in (True, False):
+        page.keyboard.press("Space")
+        shown(page, gathers=expected)  # the panel is made anew, and keeps the focus
+    view = page.locator(".ef-view").bounding_box()
+    page.mouse.click(view["x"] + 5, view["y"] + 5, button="right")  # opens the browser's menu
+    page.mouse.move(view["x"] + 5, view["y"] + 5)
+    page.mouse.down()
+    page.mouse.move(5, 5)
+    page.mouse.up()  # outside
+    page.mouse.move(view["x"] + 50, view["y"] + 50)
+    assert page.locator(".ef-tip").is_visible() and page.evaluate(STATE)["selection"]["row"] == 3
+
+
+def test_rows_of_groups_where_phases_do_not_divide_the_grid(open_page, folder):
+    server = server_of(micro_model("groupedmixer", groups=(3, 3, 3), window=4), folder / "photo.png")
+    (folder / "thirds.html").write_text(explorer_page(server).text)
+    page = open_page((folder / "thirds.html").as_uri() + "#row=7&column=11")
+    shown(page)
+    for group in (5, 14, 26):
+        choose_group(page, group, len(server.order))
+        channel_slice, row, column = server.order[group]
+        chosen = shown(page, slice=channel_slice)["selection"]
+        assert (chosen["row"] % 3, chosen["column"] % 3) == (row, column)
+
+
+# ---- the widget, its kernel played by the test ----
+
+WIDGET = """<!doctype html><body><div id="one"></div><div id="two"></div><script type="module">
+SCRIPT
+const [state, heard] = [{ meta: META, selection: {}, still: {} }, {}];
+const fire = (name, ...said) => (heard[name] ?? []).forEach((one) => one(...said));
+const bytes = (text) => new DataView(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
+window.model = {
+  get: (name) => state[name],
+  set(name, value) {
+    const changed = JSON.stringify(state[name]) !== JSON.stringify(value);
+    state[name] = value;
+    if (changed) fire("change:" + name);
+  },
+  save_changes() {}, off() {}, on(name, one) { (heard[name] ??= []).push(one); },
+  async send(message) {
+    while (window.busy) await new Promise(requestAnimationFrame);
+    const { number, answer, buffers } = await reply(message);
+    fire("msg:custom", { number, answer }, buffers.map(bytes));
+  },
+};
+window.views = ["one", "two"].map((name) => document.getElementById(name));
+window.explorerOf = (el) => el.querySelector(".ef-explorer").explorer;
+window.show = () => views.forEach((el) => render({ model, el }));
+show();
+</script>"""
+
+
+@pytest.fixture
+def widget_page(open_page, servers, folder):
+    """Two views of one widget of two models in an ordinary page; Python answers as the widget does."""
+    deeper = server_of(micro_model("serial", context_layers=3), folder / "photo.png")
+    widget = Explorer(servers["parallel"], deeper)
+    page = open_page()
+
+    def reply(message):
+        sent = []
+        widget.send = lambda content, buffers: sent.append((content, buffers))
+        widget._handle_custom_msg(message, [])
+        content, buffers = sent[0]
+        return {**content, "buffers": [base64.b64encode(b).decode() for b in buffers]}
+
+    page.expose_function("reply", reply)
+    code = script().replace("PATIENCE = 10_000", "PATIENCE = 300")
+    (folder / "widget.html").write_text(WIDGET.replace("SCRIPT", code).replace("META", json.dumps(widget.meta)))
+    page.goto((folder / "widget.html").as_uri())
+    both(page)
+    return page
+
+
+def both(page, **expected) -> None:
+    """Waits until both views show the expected."""
+    page.wait_for_function(
+        """expected => views.map(explorerOf).every(
+          ({ shownNow }) => shownNow && Object.entries(expected).every(([name, v]) => shownNow[name] === v))""",
+        arg=expected,
+    )
+
+
+def test_two_views_do_not_take_each_others_answers(widget_page, servers):
+    """Both ask at once for different things, and each shows its own."""
+    widget_page.evaluate(
+        """() => views.map(explorerOf).forEach((explorer, i) => {
+          explorer.source.chosen = () => {};  // else they agree
+          explorer.choose({ row: 4 + 2 * i, column: 6 });
+        })"""
+    )
+    widget_page.wait_for_function("() => views.map(explorerOf).every(({ shownNow }, i) => shownNow.row === 4 + 2 * i)")
+    found = widget_page.evaluate("() => views.map((el) => [...explorerOf(el).maps[0].values])")
+    expected = [servers["parallel"].rows(row * 12 + 6, 6)[-1, 0] for row in (4, 6)]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_calculation_of_the_first_of_two_models(widget_page):
+    widget_page.evaluate("() => explorerOf(views[0]).choose({ mode: 'calculation', layer: 2, row: 4, column: 6 })")
+    both(widget_page, mode="calculation", layer=2)
+    assert "parallel: Layer 1, head 0, channel 2" in widget_page.inner_text("#one .ef-more")
+    assert widget_page.locator(".ef-trouble:not([hidden])").count() == 0
+
+
+def test_a_busy_kernel_is_told_and_waited_for(widget_page):
+    page = widget_page
+    page.evaluate("() => { window.busy = true; explorerOf(views[0]).choose({ row: 2, column: 2 }); }")
+    page.wait_for_selector("#one .ef-trouble:not([hidden])")
+    assert "busy" in page.inner_text("#one .ef-trouble")
+    page.evaluate("() => (window.busy = false)")
+    both(page, row=2)
+    assert page.locator("#one .ef-trouble").is_hidden()
+
+
+def test_an_explorer_that_is_replaced_is_no_longer_there(widget_page):
+    assert not widget_page.evaluate("() => { const { root } = explorerOf(views[0]); show(); return root.isConnected; }")
+
+
 # ---- JupyterLab ----
 
 NOTEBOOK = """\
 from entroformer_lib import load_model
+from entroformer_lib.explorer.script import script
+from entroformer_lib.explorer.widget import Explorer
 from entroformer_lib.inspection.group_server import server_of
 from entroformer_lib.explorer.widget import Explorer
 kinds = {kinds}

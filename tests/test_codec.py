@@ -184,6 +184,13 @@ def test_a_model_that_is_not_here_is_named(photo):
         codec.decode(codec.encode(model, photo))
 
 
+def test_a_picture_that_is_too_large_is_told_what_can_be_read(photo, tmp_path, monkeypatch):
+    photo.save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", photo.width * photo.height // 3)
+    with pytest.raises(DataError, match=r"large\.png is too large: up to 0 million pixels can be read\.$"):
+        pictures.open_picture(tmp_path / "large.png")
+
+
 @pytest.mark.parametrize(
     "image", [np.zeros((3, 4, 5), np.uint8), np.zeros((3, 4), np.float32), np.zeros((0, 4), np.uint8)]
 )

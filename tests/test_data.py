@@ -184,7 +184,7 @@ def claiming(data: bytes, side: int) -> bytes:
     [
         (lambda whole: whole[: len(whole) // 2], "truncated"),
         (lambda whole: b"", "not a picture"),
-        (lambda whole: claiming(whole, 65_535), "exceeds limit"),
+        (lambda whole: claiming(whole, 65_535), "is too large"),
         (lambda whole: whole[:60] + bytes(200) + whole[260:], "cannot be read"),
     ],
     ids=["half", "empty", "too large", "zeros inside"],

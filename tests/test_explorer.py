@@ -129,8 +129,20 @@ def test_widget_answers_by_number(server):
     (answer, buffers), (wrong, _) = sent
     assert answer["number"] == 7 and np.frombuffer(buffers[0], "<f4").size == 4 * server.n
     assert "no latent" in wrong["answer"]["error"]
+    with pytest.raises(TypeError):  # whatever goes wrong, the browser does not wait for an answer
+        widget._reply(widget, {**question, "arguments": {"model": 0}}, [])
+    assert "nobody expected: TypeError" in sent[-1][0]["answer"]["error"]
     widget.select(layer=1)
     assert widget.selection == {"row": 3, "layer": 1}
+
+
+def test_a_widget_that_is_shown_twice_has_two_still_pictures(server, monkeypatch):
+    shown = []
+    monkeypatch.setattr("entroformer_lib.explorer.widget.display", lambda still, display_id: shown.append(display_id))
+    widget = Explorer(server)
+    for _ in range(2):
+        widget._repr_mimebundle_()
+    assert len(shown) == 2 and len(set(shown)) == 1  # under one name, so both follow
 
 
 def test_modules_are_short_and_make_one_script():
@@ -289,6 +301,8 @@ def test_explore_serves(folder, monkeypatch, capsys):
         (["small.png", "--model", "parallel", "--head", "2"], "heads 0 to 1"),
         (["none.png", "--model", "parallel"], "no picture"),
         (["small.png", "--model", "nosuch"], "no model 'nosuch'"),
+        (["small.png", "--model", "parallel", "--live", "--layer", "0"], "stored answers"),
+        (["dot.png", "--model", "parallel", "--live", "-o", "page.html"], "16 and more on each side"),
         (["small.png", "--model", "parallel", "-o", "there.html"], "--force"),
         (["large.png", "--model", "parallel"], "too large for a page"),
     ],
@@ -296,6 +310,7 @@ def test_explore_serves(folder, monkeypatch, capsys):
 def test_explore_bad_input(arguments, sentence, folder, monkeypatch, capsys, photo):
     (folder / "there.html").write_text("precious")
     photo.resize((512, 512)).save(folder / "large.png")
+    photo.resize((20, 10)).save(folder / "dot.png")
     monkeypatch.setattr(page_module, "LARGEST_OWN", 50_000)
     monkeypatch.chdir(folder)
     assert explore(monkeypatch, *arguments) == 1

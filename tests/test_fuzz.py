@@ -16,7 +16,9 @@ from entroformer_lib.codec import codec
 from entroformer_lib.codec.container import Container
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import ConfigError, WeightsError
+from entroformer_lib.exact.coder import snap
 from entroformer_lib.models.config import EntroformerConfig, named_config
+from entroformer_lib.rangecoder import SymbolDecoder
 from entroformer_lib.weights.official import load_official
 from entroformer_lib.weights.zoo import load_model, save_weights
 
@@ -35,10 +37,11 @@ def test_every_field_of_the_header_is_changed():
 
 
 def test_what_goes_wrong_is_found(monkeypatch):
-    """A decoder without its checksum gives wrong pictures, and one that raises anything else is noticed."""
+    """A decoder without its checks of the latents gives wrong pictures, and any other error than ours is noticed."""
     files = fuzz.Files()
     _, data, *_ = files.originals[0]
     monkeypatch.setattr(files, "case", lambda chance: (0, fuzz.forged(Container.unpack(data), "y", chance), "y"))
+    monkeypatch.setattr(SymbolDecoder, "finish", lambda self: None)
     monkeypatch.setattr(codec, "latents_checksum", lambda y_hat, z_hat: Anything())
     assert "wrong" in {fuzz.outcome(files.decode, fuzz.random.Random(n))[0] for n in range(40)}
     monkeypatch.setattr(codec, "latents_checksum", None)
@@ -130,6 +133,12 @@ def test_tables_that_are_missing():
     del tensors["z_prior._quantized_cdf"]
     with pytest.raises(WeightsError, match="lack z_prior._quantized_cdf"):
         Entroformer.from_state_dict(tensors)
+
+
+def test_a_scale_that_is_no_number():
+    """Finite weights can be so large that what they predict is none; the coder's table of scales has no such row."""
+    with pytest.raises(WeightsError, match="not a finite number"):
+        snap(torch.zeros(2), torch.tensor([0.0, float("nan")]))
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

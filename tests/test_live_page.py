@@ -33,6 +33,7 @@ def folder(tmp_path_factory):
     model, reference = aware_model("parallel", name="ours"), aware_model("hyperprior", name="theirs")
     photo = sample_picture("astronaut").crop(PHOTO)
     (folder / "page.html").write_text(live_page(model, photo, reference), "utf-8")
+    photo.save(folder / "first.png")
     photo.transpose(Image.Transpose.ROTATE_90).save(folder / "other.png")
     Image.new("RGB", (1, 1)).save(folder / "dot.png")
     Image.new("1", (20_000, 40)).save(folder / "long.png")
@@ -49,8 +50,8 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def page(browser, folder):
-    """The page with its first picture; it asks nothing of anybody and reports no errors."""
+def opened(browser, folder):
+    """The page; it asks nothing of anybody and reports no errors."""
     page = browser.new_page()
     errors, foreign = [], []
     page.on("pageerror", lambda error: errors.append(str(error)))
@@ -60,6 +61,16 @@ def page(browser, folder):
     yield page
     page.close()
     assert errors == [] and foreign == []
+
+
+@pytest.fixture
+def page(opened, folder):
+    """The page with its first picture, whatever another test has given it."""
+    if opened.evaluate("liveSource.meta.size.join()") != "150,100":
+        opened.evaluate(f"{STATE} = ''")
+        opened.set_input_files("#photo", folder / "first.png")
+        wait(opened)
+    return opened
 
 
 @pytest.fixture(scope="module")
@@ -250,10 +261,6 @@ def test_without_javascript(browser, folder):
 
 def test_explorer_over_the_live_model(page, folder, server):
     """What is shown is what the model says; what-if changes the bits, and "as it was" takes that back."""
-    page.evaluate(f"{STATE} = ''")
-    sample_picture("astronaut").crop(PHOTO).save(folder / "first.png")
-    page.set_input_files("#photo", folder / "first.png")
-    wait(page)
     explorer = "document.querySelector('.ef-explorer').explorer"
 
     def shown(condition: str) -> dict:
@@ -274,6 +281,10 @@ def test_explorer_over_the_live_model(page, folder, server):
     box = page.locator(".ef-panel canvas").first.bounding_box()
     page.mouse.click(box["x"] + 5.5 / server.width * box["width"], box["y"] + 4.5 / server.height * box["height"])
     shown("s.hidden.length === 1")
+    assert "changes nothing" not in page.inner_text(".ef-costs")
+    page.evaluate(f"{explorer}.choose({{hidden: [{4 * server.width + 4}]}})")  # of the second pass
+    shown(f"s.hidden[0] === {4 * server.width + 4}")
+    assert "changes nothing" in page.inner_text(".ef-costs")
     page.click(".ef-as-it-was")
     assert shown("!s.hidden.length && !s.off.length")["bits"] == usual["bits"]
     page.click("button[data-mode=calculation]")
@@ -281,4 +292,6 @@ def test_explorer_over_the_live_model(page, folder, server):
     assert "bits for this channel" in page.inner_text(".ef-more")
     page.click("button[data-mode=decoding]")
     shown("s.mode === 'decoding'")
-    assert "complete" in page.inner_text(".ef-panel figcaption")
+    words = page.inner_text(".ef-panel figcaption").replace(",", "")
+    total = (server.z_bits + server.overview()[0].sum()) / 8
+    assert int(re.search(r"of (\d+) bytes", words)[1]) == pytest.approx(total, rel=5e-3)

@@ -116,6 +116,12 @@ def test_the_command_writes_whole_folders(tmp_path, monkeypatch, capsys):
     assert all(name in said for name in names)
     assert cli.main() == 1
     assert "--force replaces it" in capsys.readouterr().err
+    (folder / "hyper_synthesis.onnx").write_bytes(b"of another model")
+    (folder / "notes.txt").write_text("mine")
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--force"])
+    assert cli.main() == 0
+    assert {path.name for path in folder.iterdir()} == {*names, "notes.txt"}
+    monkeypatch.setattr(sys, "argv", sys.argv[:-1])
     monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], str(tmp_path / "micro.safetensors")])
     assert cli.main() == 1
     assert "is a file" in capsys.readouterr().err

@@ -81,6 +81,8 @@ def test_the_reference_has_the_same_transforms_and_no_context(family, monkeypatc
     assert read == ["b"] and (reference.name, reference.level) == ("b", 0.25)  # its hyperprior is of the same kind
     (folder / "b.safetensors").unlink()
     assert reference_of(loaded).name == "a"
+    alone = freeze(micro_model("context", **TRANSFORMS), first)
+    assert reference_of(alone) is None  # without hyperprior it does not differ by its context alone
     with torch.no_grad():
         loaded.gain.log_gain += 0.1
     assert reference_of(loaded) is None

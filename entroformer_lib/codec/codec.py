@@ -22,8 +22,8 @@ from entroformer_lib.rangecoder import MORE_BYTES, Y_BYTES, Z_BYTES
 from entroformer_lib.weights.zoo import load_model, weights_digest
 
 CONTAINER_BYTES = 45  # about what surrounds the coded strings
-# Decoding takes 212, 244 and 384 bytes of memory a pixel with the tiny, study and base models, which have 64, 96 and
-# 192 channels inside g_s (data/results/latency_growth.json): so many for each pixel, and for each pixel and channel.
+# Decoding takes 244 and 384 bytes of memory a pixel with the parallel study and base models, of 96 and 192 channels
+# inside g_s (data/results/latency_growth.json), and 212 with tiny, of 64. So many a pixel, and a pixel and channel:
 BYTES_PER_PIXEL, BYTES_PER_CHANNEL = 130, 1.3
 
 

@@ -72,6 +72,9 @@ def _from_file(file: Path | BinaryIO, name: str) -> Image.Image:
         _scale_transparency(image, stored)
     except FileNotFoundError:
         raise DataError(f"There is no picture {file}.") from None
+    except Image.DecompressionBombError:
+        most = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+        raise DataError(f"{name} is too large: up to {most} million pixels can be read.") from None
     except UnidentifiedImageError:
         raise DataError(f"{name} is not a picture in a format that can be read.") from None
     except OSError as error:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from entroformer_lib.errors import WeightsError
 from entroformer_lib.exact.arithmetic import Exact
 from entroformer_lib.models.entropy_model import ToldTheRate
 from entroformer_lib.models.gain import Rate
@@ -33,8 +34,14 @@ SymbolsOf = Callable[[slice, Tensor, np.ndarray, np.ndarray], Tensor]
 
 
 def snap(means: Tensor, log_scales: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Means, and scales given by their logarithms, on their grids, as float64 arrays of the same shape."""
+    """Means, and scales given by their logarithms, on their grids, as float64 arrays of the same shape.
+
+    Raises:
+        WeightsError: a scale that is no number.
+    """
     steps = torch.round(log_scales * SCALE_STEPS).clamp(*SCALE_INDEX) - SCALE_INDEX[0]
+    if steps.isnan().any():
+        raise WeightsError("The entropy model predicts a scale that is not a finite number.")
     means = (torch.round(means * MEAN_STEPS) / MEAN_STEPS).double()
     return means.cpu().numpy(), _SCALES[steps.long().cpu().numpy()]
 

@@ -1,4 +1,4 @@
-"""Python's answers to what the explorer asks about one picture; `js/source.js` lists the questions.
+"""Python's answers to what the explorer asks about one picture; `js/explorer.js` lists the questions.
 
 The explorer's JavaScript owns the selection, the modes and the words. What it cannot know, it asks: the widget asks
 these answers through the kernel, an offline page was given them when it was written.
@@ -66,6 +66,7 @@ class Answers:
             "order": order,
             "cross": server.cross is not None,
             "channel_groups": [group.tolist() for group in server.channel_groups],
+            "hyperprior": server.config.hyperprior,
             "reference": server.reference_name,
             "z_bits": server.z_bits,
             "steps": [server.step(query) for query in range(server.n * server.slices)],

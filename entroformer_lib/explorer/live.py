@@ -15,10 +15,11 @@ import json
 from pathlib import Path
 from string import Template
 
+import torch
 from PIL import Image
 
 from entroformer_lib import __version__
-from entroformer_lib.codec.pictures import open_picture, to_rgb
+from entroformer_lib.codec.pictures import open_picture, to_rgb, within
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import AttentionError, UserError
@@ -34,7 +35,9 @@ VENDOR = HERE / "vendor"
 RUNTIME = {"runtime": "ort.wasm.bundle.min.mjs.gz", "wasm": "ort-wasm-simd-threaded.wasm.gz"}
 # each uses those before it
 SOURCES = ("live_numbers.js", "live_pictures.js", "live.js", "live_view.js", "live_page.js")
+REACH = 24  # steps of z; farther ones cost as much as the farthest here
 LARGEST_SIDE = 768  # pixels, as in live.js
+SMALLEST_SIDE = 16  # pixels, of the scaled picture
 LARGEST_PAGE = 25_000_000  # bytes
 
 
@@ -47,12 +50,16 @@ def live_page(model: Entroformer, picture=None, reference: Entroformer | None = 
         reference: a trained model without context behind the same transforms, which says what context saves.
 
     Raises:
-        AttentionError: another kind of model, or one that is too large.
+        AttentionError: another kind of model, or one that is too large; a picture that is too small.
         DataError: the picture cannot be read.
         UserError: the package onnx is missing, or the runtime's files are not those that belong here.
     """
     sample = picture is None  # small, so that the page has something to show soon
     first = sample_picture("coffee").resize((384, 256)) if sample else to_rgb(open_picture(picture))[0]
+    first = within(first, LARGEST_SIDE)  # as the page would scale it
+    if min(first.size) < SMALLEST_SIDE:
+        size = f"has {first.width} x {first.height} pixels once its longer side has at most {LARGEST_SIDE}"
+        raise AttentionError(f"The picture {size}; a live page takes {SMALLEST_SIDE} and more on each side.")
     graphs = live_graphs(model, reference)
     packed = {name: gzip.compress(data, 9, mtime=0) for name, data in graphs.items()} | runtime()
     packed["picture"] = gzip.compress(_png(first), 9, mtime=0)
@@ -84,11 +91,13 @@ def _facts(model: Entroformer, reference: Entroformer | None, graphs: list[str])
         "level": model.level,
         "downsampling": c.downsampling,
         "medians": facts(model)["medians"],
+        "z_bits": _bits_of_z(model),
         "likelihood_floor": float(model.gaussian.bound.bound),
         "M": c.M,
         "groups": GROUPS,
         "model": {
             "name": name_at(model, model.level),
+            "hyperprior": True,
             "layers": c.context_layers,
             "heads": c.heads,
             "own_k": own,
@@ -97,6 +106,15 @@ def _facts(model: Entroformer, reference: Entroformer | None, graphs: list[str])
             "reference": None if reference is None else name_at(reference, reference.level),
         },
     }
+
+
+def _bits_of_z(model: Entroformer) -> list[list[float]]:
+    """What each channel of z costs at -REACH to REACH steps from its median, in bits: [Z, 2 REACH + 1]."""
+    with torch.no_grad():
+        steps = torch.arange(-REACH, REACH + 1.0)
+        medians = torch.tensor(facts(model)["medians"])[None, :, None, None]
+        mass = model.z_prior.likelihood(medians + steps.expand(1, len(medians[0]), 1, -1))
+    return [[round(bits, 2) for bits in channel] for channel in (-mass.log2())[0, :, 0].tolist()]
 
 
 def runtime() -> dict[str, bytes]:
@@ -117,8 +135,6 @@ def runtime() -> dict[str, bytes]:
 
 
 def _png(picture: Image.Image) -> bytes:
-    """A picture as the page would scale it."""
-    picture, file = picture.copy(), io.BytesIO()
-    picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
     picture.save(file, "PNG")
     return file.getvalue()

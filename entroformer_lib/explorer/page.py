@@ -16,6 +16,7 @@ import base64
 import gzip
 import html
 import json
+import math
 import webbrowser
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -35,7 +36,7 @@ from entroformer_lib.inspection.panels import k_in_words, offered_ks, own_k, ran
 PAGE = Path(__file__).with_name("page.html")
 LARGEST_PAGE = 25_000_000  # bytes
 LARGEST_OWN = 25_000_000  # bytes before compression that the rows of the model's own k may take
-LARGEST_REST = 4_000_000  # the same for the other k
+LARGEST_REST = 16_000_000  # the same for the other k
 BYTES_PER_ENTRY = 3  # of a row: two for the position, one for the value
 
 Progress = Callable[[str, int, int], None]
@@ -80,6 +81,8 @@ def explorer_page(server, title: str = "", progress: Progress | None = None, **s
             name: answers.answer("picture", model=0, name=name)["url"] for name in ("reconstruction", "guess")
         },
     }
+    if {"row", "column"}.isdisjoint(selection):
+        selection |= _middle(server, some)
     meta = answers.meta() | {
         "costs": "own_k" if measured else False,
         "calculation": False,
@@ -99,6 +102,15 @@ def explorer_page(server, title: str = "", progress: Progress | None = None, **s
     if len(text.encode()) > LARGEST_PAGE:
         raise AttentionError(_too_large(server, f"the page would have {len(text) / 1e6:.0f} MB"))
     return Page(text, holds)
+
+
+def _middle(server, sites: Sequence[int]) -> dict[str, int]:
+    """The place nearest to the middle of which every view is held, and whose bits depend on context."""
+    last = server.slices - 1  # which has context wherever another has
+    seen = [divmod(site, server.width) for site in sites if server.has_context(site * server.slices + last)]
+    middle = (server.height / 2, server.width / 2)
+    row, column = min(seen or [divmod(sites[0], server.width)], key=lambda place: math.dist(place, middle))
+    return {"row": row, "column": column}
 
 
 def page_text(title: str, about: str, code: str, parts: dict[str, tuple[str, str]], begin: str) -> str:

@@ -10,8 +10,8 @@ from pathlib import Path
 FOLDER = Path(__file__).with_name("js")
 STYLE = FOLDER / "explorer.css"
 SHARED = (
-    *("words.js", "drawing.js", "selection.js", "numbers.js", "decoding.js", "tour.js", "keeping.js", "zoom.js"),
-    *("controls.js", "explorer.js"),
+    *("words.js", "drawing.js", "selection.js", "numbers.js", "decoding.js", "tour.js", "keeping.js", "sheet.js"),
+    *("zoom.js", "controls.js", "explorer.js"),
 )
 IMPORT = re.compile(r'^import [^;]*? from "\./[\w.]+";\n', re.M)
 

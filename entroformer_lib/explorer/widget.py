@@ -15,9 +15,10 @@ from entroformer_lib.errors import UserError
 from entroformer_lib.explorer.answers import Answers, packed
 from entroformer_lib.explorer.script import STYLE, script
 
-# JupyterLab shows the widget where it is alive, else the still picture above it; a dead widget has no elements inside.
+# JupyterLab shows the widget once it has drawn, else the still picture above it: without a kernel it draws nothing, and
+# a dead widget has no elements inside.
 ONE_OF_BOTH = """<style>
-.jp-OutputArea-child:has(.ef-still):has(+ .jp-OutputArea-child .ef-explorer) { display: none; }
+.jp-OutputArea-child:has(.ef-still):has(+ .jp-OutputArea-child .ef-explorer canvas) { display: none; }
 .jp-OutputArea-child:has(.ef-still) + .jp-OutputArea-child:has(> .jupyter-widgets:not(:has(*))) { display: none; }
 </style>"""
 
@@ -55,11 +56,16 @@ class Explorer(anywidget.AnyWidget):
         self.selection = {**self.selection, **parts}
 
     def _reply(self, widget, content: dict, buffers: list) -> None:
+        answer, buffers = {}, []
         try:
             answer, buffers = packed(self.answers.answer(content["question"], **content["arguments"]))
         except UserError as error:
-            answer, buffers = {"error": str(error)}, []
-        self.send({"number": content["number"], "answer": answer}, buffers=buffers)
+            answer = {"error": str(error)}
+        except BaseException as error:  # else the browser would wait for an answer
+            answer = {"error": f"An error that nobody expected: {type(error).__name__}: {error}"}
+            raise
+        finally:
+            self.send({"number": content["number"], "answer": answer}, buffers=buffers)
 
     @traitlets.observe("still")
     def _show_still(self, change) -> None:
@@ -77,7 +83,6 @@ class Explorer(anywidget.AnyWidget):
         return " and ".join(server.name for server in self.answers.servers)
 
     def _repr_mimebundle_(self, **keywords):
-        if self._stills is None:
-            self._stills = display(HTML(self._still_in_html()), display_id=self._name)
+        self._stills = display(HTML(self._still_in_html()), display_id=self._name)  # one handle for all of them
         data, metadata = super()._repr_mimebundle_(**keywords)
         return {**data, "text/plain": f"Attention explorer of {self._models()}"}, metadata

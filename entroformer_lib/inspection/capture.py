@@ -218,6 +218,8 @@ class _Intervention(_Tiles):
             shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise AttentionError(f"The function for '{self.name}' gave {shape} for a tile of {list(tile.shape)}.")
         nothing = -torch.inf
-        if found.isnan().any() or ((found == nothing).all(-1) & (tile > nothing).any(-1)).any():
+        whole = self.name.endswith((".probs", f".{OUTPUTS}"))  # no key is hidden here by an infinite number
+        wrong = ~found.isfinite() if whole else found.isnan() | (found == torch.inf)
+        if wrong.any() or ((found == nothing).all(-1) & (tile > nothing).any(-1)).any():
             raise AttentionError(f"The function for '{self.name}' gave numbers that are none, or left a query no key.")
         return found.to(tile)

@@ -121,11 +121,14 @@ def load_model(name_or_path: str | os.PathLike, device: str = "auto", name: str 
 
 def reference_of(model: Entroformer) -> Entroformer | None:
     """The hyperprior-only model behind the same transforms, at the same level: what the context saves is the difference
-    between the two.  ->  the one whose hyperprior is of the model's kind, else another; None where there is none
+    between the two.  ->  the one whose hyperprior is of the model's kind, else another; None where there is none, and
+    for a model without hyperprior, which does not differ from it by its context alone
 
     Only the headers of weights are read, and g_a, g_s and gains of those without context that may fit.
     """
     c, digest = model.config, shared_digest(model.state_dict())
+    if not c.hyperprior:
+        return None
     found = []
     for path in _files().values():
         try:

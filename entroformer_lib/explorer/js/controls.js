@@ -1,6 +1,7 @@
 // What the user moves: buttons, sliders, the picture itself, the tour, and what can be kept.
-import { asCsv, asPython, asSvg, download } from "./keeping.js";
-import { ksOf, modesOf, nearestPredicted, siteOfGroup } from "./selection.js";
+import { asCsv, asPython, download } from "./keeping.js";
+import { isPadding, ksOf, modesOf, nearestPredicted, siteOfGroup } from "./selection.js";
+import { asSvg } from "./sheet.js";
 import { stopsOf } from "./tour.js";
 import { BACKDROPS, MEAN, MODES, TERMS, escape, kInWords, number, percent } from "./words.js";
 
@@ -11,12 +12,12 @@ function offersOf(meta) {
   const most = (name) => Math.max(...meta.models.map((model) => model[name]));
   const count = (length) => [...Array(length).keys()];
   const owners = (k) => meta.models.filter((m) => m.own_k === k).map((m) => m.name);
-  const own = (k) => (owners(k).length === meta.models.length ? " (its own)" : owners(k).map((name) => ` (${name}'s own)`).join(""));
-  const of = (length) => ({ values: count(length), words: (v) => `${v} of 0 to ${length - 1}` });
+  const own = (k) => (owners(k).length === meta.models.length ? " (as trained)" : owners(k).map((name) => ` (${name}'s own)`).join(""));
+  const of = (length) => ({ values: count(length), words: (v) => `${v} (0 to ${length - 1})` });
   const ks = { values: ksOf(meta), words: (k) => kInWords(k) + own(k) };
   return {
     layer: of(most("layers")),
-    head: { values: [MEAN, ...count(most("heads"))], words: (v) => (v === MEAN ? "mean of all" : `${v} of 0 to ${most("heads") - 1}`) },
+    head: { values: [MEAN, ...count(most("heads"))], words: (v) => (v === MEAN ? "mean of all" : `${v} (0 to ${most("heads") - 1})`) },
     k: ks,
     other_k: ks,
     slice: of(most("slices")),
@@ -41,27 +42,42 @@ export function addControls(explorer) {
   for (const mode of modesOf(meta)) {
     const button = Object.assign(document.createElement("button"), { textContent: MODES[mode][0], title: MODES[mode][1], type: "button" });
     button.dataset.mode = mode;
-    button.addEventListener("click", () => explorer.choose({ mode }));
+    button.addEventListener("click", () => {
+      find(".ef-stop").hidden = true; // a tour's words belong to its place and mode
+      explorer.choose({ mode });
+    });
     find(".ef-modes").append(button);
   }
   const when = (name, event, action) => find(name).addEventListener(event, action);
   for (const name of ["backdrop", "overlay", "part"]) when(`.ef-${name}`, "input", (event) => explorer.choose({ [name]: event.target.valueAsNumber }));
   when(".ef-dim", "change", (event) => explorer.choose({ dim: event.target.checked }));
-  when(".ef-tour", "click", () => tour(explorer, 0));
+  when(".ef-tour", "click", () => {
+    explorer.home = { ...explorer.selection };
+    tour(explorer, 0);
+  });
   when(".ef-play button", "click", () => play(explorer));
   const others = () => explorer.selection.off.filter((pair) => String(pair) !== String(headOf(explorer.selection)));
   when(".ef-head-off", "change", (event) => explorer.choose({ off: event.target.checked ? [...others(), headOf(explorer.selection)] : others() }));
   when(".ef-no-position", "change", (event) => explorer.choose({ position: !event.target.checked }));
-  when(".ef-as-it-was", "click", () => explorer.choose({ hidden: [], off: [], position: true }));
+  when(".ef-as-it-was", "click", () => {
+    find(".ef-hiding").checked = false;
+    explorer.choose({ hidden: [], off: [], position: true });
+  });
   for (const button of root.querySelectorAll("[data-zoom]")) button.addEventListener("click", () => explorer.zoom.by(Number(button.dataset.zoom)));
   for (const button of root.querySelectorAll("[data-keep]")) button.addEventListener("click", () => keep(explorer, button));
   when(".ef-side", "click", (event) => {
-    if (event.target.matches(".ef-nearest")) explorer.choose({ ...nearestPredicted(meta, meta.models[0].steps, explorer.selection), gathers: false });
+    if (event.target.matches(".ef-nearest")) explorer.choose({ ...nearestPredicted(meta, meta.models[event.target.dataset.model].steps, explorer.selection), gathers: false });
   });
   when(".ef-side", "change", (event) => event.target.matches(".ef-gathers") && explorer.choose({ gathers: event.target.checked }));
   root.addEventListener("keydown", (event) => {
     if (/^(Arrow|Page|Home|End)/.test(event.key)) event.stopPropagation(); // else JupyterLab takes them
   });
+}
+
+/** Says beside a slider, and to screen readers, what its place means. */
+function tell(slider, words) {
+  slider.nextElementSibling.textContent = words;
+  slider.setAttribute("aria-valuetext", words);
 }
 
 /** Sets the controls to a selection. */
@@ -76,12 +92,13 @@ export function showControls(explorer, s) {
   for (const [name, { values, words }] of Object.entries(explorer.offers)) {
     const slider = find(`.ef-${name}`);
     slider.value = values.indexOf(s[name]);
-    slider.nextElementSibling.textContent = words(s[name]);
+    tell(slider, words(s[name]));
     slider.parentElement.hidden = values.length < 2 || !shown[name];
   }
   for (const button of find(".ef-modes").children) button.setAttribute("aria-pressed", button.dataset.mode === s.mode);
   for (const name of ["backdrop", "overlay", "part"]) find(`.ef-${name}`).value = s[name];
-  find(".ef-backdrop").nextElementSibling.textContent = BACKDROPS[Math.round(s.backdrop)];
+  tell(find(".ef-backdrop"), BACKDROPS[Math.round(s.backdrop)]);
+  for (const name of ["overlay", "part"]) find(`.ef-${name}`).setAttribute("aria-valuetext", percent(s[name]));
   find(".ef-dim").checked = s.dim;
   find(".ef-play").hidden = !decoding;
   for (const name of ["overlay", "dim", "backdrop"]) find(`.ef-${name}`).parentElement.hidden = decoding;
@@ -98,18 +115,19 @@ export function figureOf(explorer, index) {
   figure.innerHTML = `<figcaption></figcaption><div class="ef-view"><canvas tabindex="0" role="img"></canvas></div>`;
   const [view, canvas] = [figure.querySelector(".ef-view"), figure.querySelector("canvas")];
   const place = (u, v) => [v * meta.height, u * meta.width].map(Math.floor);
-  const tap = (u, v) => {
+  const tap = (u, v, event) => {
     const map = explorer.maps[index];
     if (map.kind === "groups") {
       const row = Math.floor((v - canvas.table.pad) / canvas.table.cell);
       const model = meta.models[map.model];
-      if (row >= 0 && row < model.order.length) explorer.choose(siteOfGroup(model, explorer.selection, row));
+      if (row >= 0 && row < model.order.length) explorer.choose(siteOfGroup(model, meta, explorer.selection, row));
       return;
     }
     const [row, column] = place(u, v);
     const site = row * meta.width + column;
     const { hidden } = explorer.selection;
-    if (!find(".ef-hiding").checked) explorer.choose({ row, column });
+    if (!find(".ef-hiding").checked) explorer.choose(touched(explorer, map, { row, column }, event));
+    else if (row === map.query[0] && column === map.query[1]) return; // it does not look at itself as at others
     else explorer.choose({ hidden: hidden.includes(site) ? hidden.filter((other) => other !== site) : [...hidden, site] });
   };
   const hover = (u, v, event) => {
@@ -133,15 +151,24 @@ export function figureOf(explorer, index) {
   return figure;
 }
 
+/** The block that is meant: a finger is wider than a block, so it means one that has something to show. */
+function touched({ meta }, map, place, event) {
+  const { kind, steps } = meta.models[map.model];
+  if (event?.pointerType !== "touch" || kind !== "parallel" || steps[place.row * meta.width + place.column]) return place;
+  return nearestPredicted(meta, steps, place) ?? place;
+}
+
 /** What stands at the pointer. */
 function hoverInWords(explorer, map, row, column) {
   const site = row * explorer.meta.width + column;
   const words = [`row ${row}, column ${column}`];
   const distance = Math.abs(row - map.query[0]) + Math.abs(column - map.query[1]);
   words.push(distance ? `${distance} block${distance > 1 ? "s" : ""} away` : "the chosen block");
-  if (map.values) words.push(map.kind === "cost" ? `hiding it: ${map.values[site] > 0 ? "+" : ""}${number(map.values[site])} bits` : `${percent(map.values[site])} of the attention`);
+  if (isPadding(explorer.meta, { row, column })) words.push("padding");
+  if (map.kind === "cost" && map.values) words.push(map.selected(site) ? `hiding it: ${map.values[site] > 0 ? "+" : ""}${number(map.values[site])} bits` : "no head looks at it");
+  else if (map.values) words.push(map.values[site] || map.decoded(site) ? `${percent(map.values[site])} of the attention` : "not decoded yet");
   const overview = explorer.overviews[map.model];
-  if (overview) words.push(`${number(explorer.perSite(map.model, overview.bits)[site])} bits`);
+  if (overview) words.push(`costs ${number(explorer.perSite(map.model, overview.bits)[site])} bits`);
   return words.join(" · ");
 }
 
@@ -151,12 +178,20 @@ async function tour(explorer, number) {
   const stops = stopsOf(meta, await explorer.overview(0));
   const stop = stops[number];
   const box = find(".ef-stop");
+  const focused = document.activeElement?.className;
   box.hidden = false;
   box.innerHTML =
     `<b>${number + 1} of ${stops.length}: ${escape(stop.title)}.</b> ${escape(stop.text)} <span>` +
     `<button type="button" class="ef-before" ${number ? "" : "disabled"}>Back</button><button type="button" class="ef-next">${number + 1 < stops.length ? "Next" : "End"}</button></span>`;
-  box.querySelector(".ef-before").addEventListener("click", () => tour(explorer, number - 1));
-  box.querySelector(".ef-next").addEventListener("click", () => (number + 1 < stops.length ? tour(explorer, number + 1) : (box.hidden = true)));
+  const [before, next] = [".ef-before", ".ef-next"].map((name) => box.querySelector(name));
+  before.addEventListener("click", () => tour(explorer, number - 1));
+  next.addEventListener("click", () => (number + 1 < stops.length ? tour(explorer, number + 1) : end()));
+  (focused === "ef-before" && number ? before : next).focus({ preventScroll: true }); // the buttons are new, the keys go on
+  const end = () => {
+    box.hidden = true;
+    explorer.choose(explorer.home);
+    find(".ef-tour").focus({ preventScroll: true });
+  };
   explorer.choose(stop.selection);
 }
 
@@ -187,17 +222,21 @@ function play(explorer) {
 async function keep(explorer, button) {
   const { meta, maps, words, selection } = explorer;
   const name = `attention-row${selection.row}-column${selection.column}`;
-  const map = maps.find(({ kind }) => kind !== "groups");
+  const view = { backdrops: explorer.backdropsNow, position: selection.backdrop, overlay: selection.overlay, dim: selection.dim, large: maps.length < 3 };
   const copied = async (text) => {
-    await navigator.clipboard.writeText(text);
+    try {
+      await navigator.clipboard.writeText(text);
+    } catch {
+      return explorer.trouble(`This browser does not let the page copy. Copy this by hand: ${text}`);
+    }
     const before = button.textContent;
     button.textContent = "Copied";
     setTimeout(() => (button.textContent = before), 1500);
   };
   switch (button.dataset.keep) {
     case "png": return explorer.sheet().toBlob((blob) => download(`${name}.png`, blob));
-    case "svg": return download(`${name}.svg`, new Blob([asSvg(meta, map, words)], { type: "image/svg+xml" }));
-    case "csv": return download(`${name}.csv`, new Blob([asCsv(meta, maps.filter(({ kind }) => kind !== "groups"), words)], { type: "text/csv" }));
+    case "svg": return download(`${name}.svg`, new Blob([asSvg(meta, explorer.panels(), explorer.columns, words, view)], { type: "image/svg+xml" }));
+    case "csv": return download(`${name}.csv`, new Blob([asCsv(meta, maps, words, explorer.overviews)], { type: "text/csv" }));
     case "python": return copied(asPython(meta, selection));
     default: return copied(explorer.source.hash ? location.href : asPython(meta, selection));
   }

@@ -4,8 +4,9 @@ import { MEAN } from "./words.js";
 export const ATTENTION = [255, 0, 190]; // a hue that photographs seldom have
 export const DEARER = [213, 94, 0]; // orange and blue of Okabe and Ito
 export const CHEAPER = [0, 114, 178];
-const QUERY = "#D55E00";
-const ORIGIN = "#56B4E9";
+export const DIAMOND = "#ffe600"; // told apart from the white frames
+export const QUERY = "#D55E00";
+export const ORIGIN = "#56B4E9";
 // matplotlib's cividis at 16 places
 const CIVIDIS = "00224e002e6c1e3a6f35456c47516c575d6d666970757575848279948e77a59c74b7a96ec8b866dbc75aeed649fee838".match(/../g).map((pair) => parseInt(pair, 16));
 
@@ -53,13 +54,14 @@ export function cells(meta, colour) {
   return canvas;
 }
 
-/** Bits spent on each block, or saved by context, as a canvas of one pixel a block, and the largest value. */
+/** Bits spent on each block, or saved by context, as a canvas of one pixel a block, and the largest value. What is no
+ * number has no context. */
 export function bitsMap(meta, kind, values) {
-  const most = largest(values);
+  const most = largest(values.map((v) => v || 0));
   if (kind === "spent") return { most, canvas: cells(meta, (i) => [...cividis(values[i] / (most || 1)), 1]) };
   const white = (colour, t) => colour.map((c) => Math.round(255 + (c - 255) * t));
   const shade = (v) => white(v > 0 ? CHEAPER : DEARER, Math.sqrt(Math.abs(v) / (most || 1)));
-  return { most, canvas: cells(meta, (i) => [...shade(values[i]), 1]) };
+  return { most, canvas: cells(meta, (i) => (Number.isNaN(values[i]) ? [150, 150, 150, 1] : [...shade(values[i]), 1])) };
 }
 
 const line = (g, x0, y0, x1, y1) => (g.moveTo(x0, y0), g.lineTo(x1, y1));
@@ -69,6 +71,13 @@ function stroke(g, colour, width, path) {
   g.beginPath();
   path();
   g.stroke();
+}
+
+/** The backdrop alone, as a canvas. */
+export function backdropCanvas(width, height, { backdrops, position }) {
+  const canvas = document.createElement("canvas");
+  drawBackdrop(sized(canvas, width, height), backdrops, position);
+  return canvas;
 }
 
 /** Draws a backdrop between two of the pictures: position 1.3 is mostly the second and a little of the third. */
@@ -131,17 +140,37 @@ export function drawMap(canvas, meta, view) {
       });
     }
   }
-  stroke(g, "#000", Math.max(2, cell / 8), () => {
-    for (const site of view.hidden) {
-      const [x, y] = [(site % meta.width) * cell, Math.floor(site / meta.width) * cell];
-      line(g, x, y, x + cell, y + cell);
-      line(g, x, y + cell, x + cell, y);
-    }
-  });
+  for (const [colour, width] of [["#fff", Math.max(4, cell / 4)], ["#000", Math.max(2, cell / 8)]]) {
+    stroke(g, colour, width, () => {
+      for (const site of view.hidden) {
+        const [x, y] = [(site % meta.width) * cell, Math.floor(site / meta.width) * cell];
+        line(g, x, y, x + cell, y + cell);
+        line(g, x, y + cell, x + cell, y);
+      }
+    });
+  }
+  if (view.values && view.large && view.overlay) writeValues(g, meta, view, cell);
   drawPadding(g, meta);
   if (view.values && view.radius) drawDiamond(g, view.origin, view.radius, cell);
   if (String(view.origin) !== String(view.query)) frame(g, view.origin, cell, ORIGIN);
   frame(g, view.query, cell, QUERY);
+}
+
+/** The strongest blocks in numbers, so that the map is read without its colours: percent of the attention, or bits.
+ * ->  [[site, words]] */
+export function strongest({ values, kind }) {
+  const order = [...values.keys()].filter((i) => values[i]).sort((a, b) => Math.abs(values[b]) - Math.abs(values[a]));
+  const bits = (v) => `${v > 0 ? "+" : "−"}${Math.abs(v).toFixed(Math.abs(v) < 10 ? 1 : 0)}`;
+  return order.slice(0, 5).map((i) => [i, kind === "cost" ? bits(values[i]) : String(Math.round(100 * values[i]))]);
+}
+
+function writeValues(g, meta, view, cell) {
+  Object.assign(g, { font: `600 ${Math.max(9, Math.round(cell * 0.42))}px system-ui, sans-serif`, textAlign: "center", textBaseline: "middle", lineWidth: 3, strokeStyle: "rgba(0,0,0,0.65)", fillStyle: "#fff" });
+  for (const [i, words] of strongest(view)) {
+    const [x, y] = [((i % meta.width) + 0.5) * cell, (Math.floor(i / meta.width) + 0.5) * cell];
+    g.strokeText(words, x, y);
+    g.fillText(words, x, y);
+  }
 }
 
 function frame(g, [row, column], cell, colour) {
@@ -152,22 +181,28 @@ function frame(g, [row, column], cell, colour) {
   }
 }
 
+/** Edges of the diamond around a block, in blocks: [[x0, y0, x1, y1]]. */
+export function diamond(radius) {
+  const edges = [];
+  for (let dy = -radius; dy <= radius; dy++) {
+    const reach = radius - Math.abs(dy);
+    const [left, right] = [-reach, reach + 1];
+    for (const x of [left, right]) edges.push([x, dy, x, dy + 1]);
+    for (const [y, outer, there] of [[dy, -radius, dy <= 0], [dy + 1, radius, dy >= 0]]) {
+      if (!there) continue;
+      if (dy === outer) edges.push([left, y, right, y]);
+      else for (const x of [left, right - 1]) edges.push([x, y, x + 1, y]);
+    }
+  }
+  return edges;
+}
+
 /** The dashed border of the neighbours whose exact offset the model knows. */
 function drawDiamond(g, [row, column], radius, cell) {
-  for (const [colour, width] of [["rgba(0,0,0,0.5)", 4], ["#fff", 2]]) {
+  for (const [colour, width] of [["rgba(0,0,0,0.6)", 5], [DIAMOND, 3]]) {
     g.setLineDash([cell / 3, cell / 4]);
     stroke(g, colour, Math.min(Math.max(1, (width * cell) / 24), width), () => {
-      for (let dy = -radius; dy <= radius; dy++) {
-        const reach = radius - Math.abs(dy);
-        const [left, right] = [(column - reach) * cell, (column + reach + 1) * cell];
-        const [top, bottom] = [(row + dy) * cell, (row + dy + 1) * cell];
-        for (const x of [left, right]) line(g, x, top, x, bottom);
-        for (const [edge, outer, there] of [[top, -radius, dy <= 0], [bottom, radius, dy >= 0]]) {
-          if (!there) continue;
-          if (dy === outer) line(g, left, edge, right, edge);
-          else for (const x of [left, right - cell]) line(g, x, edge, x + cell, edge);
-        }
-      }
+      for (const [x0, y0, x1, y1] of diamond(radius)) line(g, (column + x0) * cell, (row + y0) * cell, (column + x1) * cell, (row + y1) * cell);
     });
   }
   g.setLineDash([]);

@@ -14,37 +14,40 @@
 //   calculation(model, query, k, change, layer, head, channel)   see numbers.js
 //   picture(model, name)         URL or null; name: "reconstruction", or "guess": every latent at its mean without context
 //   held(mode, k)                sites that can be answered, or null for all
-//   begin                        the selection to begin with; keep(selection, still), listen(adopt): optional
+//   begin                        the selection to begin with; chosen(selection), keep(still), listen(adopt): optional
 import { Arrival } from "./decoding.js";
 import { bitsMap, drawDecoding, drawGroups, drawMap, largest, ofHead } from "./drawing.js";
 import { addControls, figureOf, showControls } from "./controls.js";
-import { fromHash, toHash, withCaption } from "./keeping.js";
+import { fromHash, keepInAddress } from "./keeping.js";
 import { calculation, channelTable, legend, scatter, verdict, wholePicture } from "./numbers.js";
-import { changeOf, mapsOf, queryOf, settled } from "./selection.js";
+import { asCanvas } from "./sheet.js";
+import { changeOf, isPadding, mapsOf, queryOf, settled } from "./selection.js";
 import { DENSE, MEAN, MODES, about, caption, escape, kInWords, number, percent } from "./words.js";
 import { Zoom } from "./zoom.js";
 
 const HTML = `<div class="ef-explorer" role="region" aria-label="attention explorer">
 <div class="ef-bar"><span class="ef-modes" role="group" aria-label="what to show"></span><button type="button" class="ef-tour">Tour</button>
-<details class="ef-keep"><summary>Keep</summary><div>
+<details class="ef-keep"><summary>Save, share</summary><div>
 <button type="button" data-keep="png">Picture (PNG)</button><button type="button" data-keep="svg">Drawing (SVG)</button>
 <button type="button" data-keep="csv">Table (CSV)</button><button type="button" data-keep="python">Copy as Python</button><button type="button" data-keep="link">Copy link</button></div></details></div>
 <div class="ef-bar ef-choices"></div><p class="ef-note"></p><div class="ef-stop" hidden></div><p class="ef-trouble" role="alert" hidden></p>
 <div class="ef-body"><div class="ef-main"><div class="ef-panels"></div>
 <div class="ef-bar ef-under"><label>background <input type="range" class="ef-backdrop" min="0" max="3" step="0.05" aria-label="background"><output></output></label>
-<label>attention <input type="range" class="ef-overlay" min="0" max="1" step="0.05" aria-label="strength of the overlay"></label>
-<label class="ef-check"><input type="checkbox" class="ef-dim"> dim what is not decoded yet</label>
+<label>strength <input type="range" class="ef-overlay" min="0" max="1" step="0.05" aria-label="strength of the overlay"></label>
+<label class="ef-check"><input type="checkbox" class="ef-dim"> darken what is not decoded yet</label>
 <span class="ef-zoom"><button type="button" data-zoom="0.5" aria-label="smaller">−</button><button type="button" data-zoom="2" aria-label="larger">+</button></span>
 <span class="ef-play" hidden><button type="button">Play</button><input type="range" class="ef-part" min="0" max="1" step="0.002" aria-label="bytes that have arrived"></span></div>
 <div class="ef-bar ef-whatif" hidden><b>What if</b><label class="ef-check"><input type="checkbox" class="ef-head-off"> this head is switched off</label>
-<label class="ef-check"><input type="checkbox" class="ef-no-position"> positions have no say</label><label class="ef-check"><input type="checkbox" class="ef-hiding"> a click hides a block</label><button type="button" class="ef-as-it-was">As it was</button></div>
+<label class="ef-check"><input type="checkbox" class="ef-no-position"> it ignores positions</label><label class="ef-check"><input type="checkbox" class="ef-hiding"> a click hides a block from all others</label><button type="button" class="ef-as-it-was">Reset</button></div>
 <div class="ef-caption" aria-live="polite"></div></div>
 <aside class="ef-side"><div class="ef-costs"></div><div class="ef-whole-picture"></div><div class="ef-legend"></div><div class="ef-more"></div></aside></div>
 <details class="ef-about"><summary>What is shown here</summary><div></div></details><div class="ef-tip" hidden></div></div>`;
 
-/** Puts an explorer into `root`.  ->  the Explorer */
-export function mount(root, source) {
+/** Puts an explorer into a place of the page, instead of what is there.  ->  the Explorer */
+export function mount(place, source) {
+  const root = document.createElement("div"); // its own, so that one that is replaced is no longer connected
   root.innerHTML = HTML;
+  place.replaceChildren(root);
   const explorer = new Explorer(root, source);
   explorer.choose({ ...source.begin, ...(source.hash ? fromHash(location.hash) : {}) });
   return explorer;
@@ -58,8 +61,8 @@ class Explorer {
     this.find(".ef-about div").innerHTML = about(this.meta);
     this.when = this.meta.models.map(({ steps, slices }) => Float64Array.from({ length: steps.length / slices }, (_, i) => Math.min(...steps.slice(i * slices, (i + 1) * slices))));
     addControls(this);
-    source.listen?.((selection) => this.choose(selection));
-    if (source.hash) addEventListener("hashchange", () => this.choose(fromHash(location.hash)));
+    source.listen?.((selection) => this.adopt(selection));
+    if (source.hash) addEventListener("hashchange", () => root.isConnected && this.adopt(fromHash(location.hash)));
   }
 
   // ---- selection ----
@@ -67,9 +70,16 @@ class Explorer {
   /** Changes parts of the selection and shows what belongs to it. */
   choose(parts) {
     const before = this.selection;
-    this.selection = settled(this.meta, { ...before, ...parts });
+    this.selection = settled(this.meta, parts, { ...before, ...this.place });
+    const { row, column } = this.selection;
+    if (!before || "row" in parts || "column" in parts) this.place = { row, column }; // where a view that holds less came from
     this.snap(before);
     if (JSON.stringify(before) !== JSON.stringify(this.selection)) return this.refresh();
+  }
+
+  /** Chooses what came from outside; where that changes nothing, what it became goes back. */
+  adopt(parts) {
+    this.choose(parts) ?? (this.shownNow && this.keep(this.shownNow));
   }
 
   /** Where the source holds only some sites, takes the nearest one, in the direction of a step. */
@@ -125,7 +135,8 @@ class Explorer {
     const flat = shown.flat();
     const maps = await Promise.all(mapsOf(meta, s).map((map) => this.filled(map, s, change)));
     const main = flat[0];
-    const c = s.mode === "calculation" && main.step ? await this.ask("calculation", 0, main.query, s.k, change, s.layer, s.head, s.channel) : null;
+    const { layer, head } = maps[0];
+    const c = s.mode === "calculation" && main.step ? await this.ask("calculation", 0, main.query, s.k, change, layer, head, s.channel) : null;
     return { maps, shown: flat, c };
   }
 
@@ -136,7 +147,9 @@ class Explorer {
     const query = queryOf(meta, model, s);
     const [step, n, when] = [model.steps[query], meta.height * meta.width, this.when[map.model]];
     const at = (site) => [Math.floor(site / meta.width), site % meta.width];
-    Object.assign(map, { hidden: s.hidden, step, query: [s.row, s.column], origin: at(model.origins[query]), radius: model.radius, decoded: (i) => when[i] < step, selected: () => false, values: null });
+    const off = change?.off.some(([l, h]) => l === map.layer && h === map.head);
+    if (off && map.kind === "attention") map.title += " (switched off: its attention has no effect)";
+    Object.assign(map, { hidden: s.hidden, step, query: [s.row, s.column], origin: at(model.origins[query]), radius: change && !change.position ? 0 : model.radius, decoded: (i) => when[i] < step, selected: () => false, values: null });
     if (map.kind === "decoding") return map;
     if (map.kind === "groups") {
       const { probs } = await this.ask("cross", map.model, query);
@@ -171,6 +184,7 @@ class Explorer {
       if (turn !== this.latest) return; // something else was chosen meanwhile
       Object.assign(this, { maps, shown, backdropsNow: backdrops });
       this.trouble("");
+      this.find(".ef-tip").hidden = true; // its words are those of the selection before
       await this.draw(s);
       this.say(s, c);
       showControls(this, s);
@@ -195,7 +209,9 @@ class Explorer {
       if (place === 0) return this.image(this.meta.picture);
       if (place === 1) return this.image(await this.ask("picture", 0, "reconstruction").then(({ url }) => url));
       const { bits, alone } = await this.overview(0);
-      const sites = this.perSite(0, place === 2 ? bits : alone && bits.map((b, i) => alone[i] - b));
+      const { steps, kind } = this.meta.models[0];
+      const saved = (b, query) => (kind === "parallel" && !steps[query] ? NaN : alone[query] - b);
+      const sites = this.perSite(0, place === 2 ? bits : alone && bits.map(saved));
       if (!sites) return null;
       const { canvas, most } = bitsMap(this.meta, place === 2 ? "spent" : "saved", sites);
       this.backdropMost = most;
@@ -217,6 +233,7 @@ class Explorer {
     const each = Math.max(...meta.models.map((_, m) => maps.filter((p) => p.model === m).length));
     const beside = maps.length === 2 && maps[0].kind !== "groups" && maps[1].kind === "groups";
     const columns = maps.length <= 4 ? Math.min(2, maps.length) : each <= 4 ? each : 3;
+    this.columns = columns;
     box.style.gridTemplateColumns = beside ? "minmax(0, 5fr) minmax(0, 3fr)" : `repeat(${columns}, minmax(0, 1fr))`;
     box.style.setProperty("--ef-aspect", meta.width / meta.height);
     box.style.setProperty("--ef-columns", columns);
@@ -241,55 +258,72 @@ class Explorer {
   async drawArrival(canvas, map, arrivals, s) {
     const received = s.part * Math.max(...arrivals.map(({ total }) => total));
     const [guess, decoded] = await Promise.all(["guess", "reconstruction"].map(async (name) => this.image((await this.ask("picture", map.model, name)).url)));
-    const shares = arrivals[map.model].shares(received, this.meta.height * this.meta.width);
-    drawDecoding(canvas, this.meta, { guess, decoded, shares, query: map.query });
+    const arrival = arrivals[map.model];
+    const shares = arrival.shares(received, this.meta.height * this.meta.width);
+    drawDecoding(canvas, this.meta, { guess: received >= arrival.z_bits ? guess : null, decoded, shares, query: map.query });
     return ` – ${arrivals[map.model].inWords(received)}`;
   }
 
   say(s, c) {
     const { meta, maps, shown } = this;
     const several = meta.models.length > 1;
-    const words = caption(meta, s, several || s.mode === "pair" ? shown.filter(({ model }, i) => shown.findIndex((o) => o.model === model) === i) : shown);
+    const words = caption(meta, { ...s, padding: isPadding(meta, s) }, several || s.mode === "pair" ? shown.filter(({ model }, i) => shown.findIndex((o) => o.model === model) === i) : shown);
     const held = this.source.held?.(s.mode, s.mode === "pair" ? [s.k, s.other_k] : [s.k]);
-    this.words = words + (held ? ` For this view the page holds ${held.length} of ${meta.height * meta.width} blocks and takes the nearest.` : "");
+    const few = held ? ` This view is stored for ${held.length} of ${meta.height * meta.width} blocks; the nearest is shown.` : "";
+    this.words = words;
     this.find(".ef-caption").textContent = this.words;
-    this.find(".ef-note").textContent = `${MODES[s.mode][1]} Click another block to choose it.`;
-    this.find(".ef-costs").innerHTML = shown.map((one) => verdict(one, several, one.label)).join("");
-    this.find(".ef-whole-picture").innerHTML = this.overviews[0] ? meta.models.map((m, i) => (this.overviews[i] ? wholePicture(m, this.overviews[i]) : "")).join("") : "";
+    const silent = maps.some((one) => one.silent) && !s.gathers;
+    const what = silent ? "No attention to show: this block is predicted without context." : s.head === MEAN && s.mode === "head" ? MODES.head[1].replace("one attention head looks at", "all heads of a layer look at, on average,") : MODES[s.mode][1];
+    this.find(".ef-note").textContent = `${what} Click another block to choose it.${few}`;
+    const focused = this.find(".ef-side :focus")?.className; // it is made anew
+    this.find(".ef-costs").innerHTML = shown.map((one) => verdict(one, several, one.label)).join("") + (isPadding(meta, s) ? "<p>It lies in the <b>padding</b>: around the picture its border is repeated, because the model takes only some sizes.</p>" : "");
+    if (s.hidden.some((site) => meta.models[0].steps[site])) this.find(".ef-costs").insertAdjacentHTML("beforeend", "<p>A hidden block of the second pass changes nothing: no other block looks at it.</p>");
+    this.sayWhole();
     const map = maps.find(({ kind }) => kind !== "groups");
     const alone = maps.filter(({ kind }) => kind === "attention").length < 2;
     const [, , width, height] = meta.inside;
     const padding = width < 16 * meta.width || height < 16 * meta.height;
     const own = map && meta.models[map.model];
-    const selected = map && map.values && own.kind !== "grouped" && map.k !== DENSE && (map.head !== MEAN || map.kind === "cost") && `the ${s.mode === "ks" || s.mode === "pair" ? "k" : map.k} best-matching blocks, which take part`;
-    this.find(".ef-legend").innerHTML = legend(map && map.values ? { ...map, kind: maps.some(({ kind }) => kind === "cost") ? "cost" : map.kind, most: (maps.find(({ kind }) => kind === "cost") ?? map).most, backdrop: Math.round(s.backdrop), backdropMost: this.backdropMost ?? 0, alone, origin: String(map.origin) !== String(map.query), selected, padding } : { padding, backdrop: Math.round(s.backdrop), backdropMost: this.backdropMost ?? 0 });
+    const selected = map && map.values && own.kind !== "grouped" && map.k !== DENSE && (map.head !== MEAN || map.kind === "cost") && `the ${s.mode === "ks" || s.mode === "pair" ? "k" : map.k} blocks with the highest scores; only these are used`;
+    this.find(".ef-legend").innerHTML = legend(map && map.values ? { ...map, kind: maps.some(({ kind }) => kind === "cost") ? "cost" : map.kind, most: (maps.find(({ kind }) => kind === "cost") ?? map).most, backdrop: Math.round(s.backdrop), backdropMost: this.backdropMost ?? 0, alone, hidden: s.hidden.length, origin: maps.some((one) => one.kind !== "groups" && one.values && String(one.origin) !== String(one.query)), selected, padding } : { padding, backdrop: Math.round(s.backdrop), backdropMost: this.backdropMost ?? 0 });
     const scatters = maps.filter((m) => m.scatter).map((m) => scatter(m.scatter));
-    const opened = s.mode === "calculation" ? calculation(meta, s, c, shown[0].step) : "";
-    const tables = shown.map((one) => `<details class="ef-channels"><summary>${several || one.label ? escape(one.label || one.model.name) + ": " : ""}Values and predictions by channel</summary>${channelTable(one, one.model.order ? [...Array(one.model.slices).keys()].map((i) => one.model.steps[one.query - (one.query % one.model.slices) + i]) : null)}</details>`);
+    const opened = s.mode === "calculation" ? calculation(meta, { ...s, layer: map.layer, head: map.head }, c) : "";
+    const tables = shown.map((one) => `<details class="ef-channels"><summary>${several || one.label ? escape(one.label || one.model.name) + ": " : ""}Values and predictions by group of channels</summary>${channelTable(one, one.model.order ? [...Array(one.model.slices).keys()].map((i) => one.model.steps[one.query - (one.query % one.model.slices) + i]) : null)}</details>`);
     const open = this.find(".ef-channels")?.open;
     this.find(".ef-more").innerHTML = opened + scatters.join("") + tables.join("");
     if (open) this.root.querySelectorAll(".ef-channels").forEach((details) => (details.open = true));
-    const gathers = this.find(".ef-gathers");
-    if (gathers) gathers.checked = s.gathers;
+    for (const gathers of this.root.querySelectorAll(".ef-gathers")) gathers.checked = s.gathers;
+    if (focused) this.find(`.${focused}`)?.focus({ preventScroll: true });
+  }
+
+  /** What context saves in the whole picture, for models of which that is known. */
+  sayWhole() {
+    const { models } = this.meta;
+    this.find(".ef-whole-picture").innerHTML = models.map((model, i) => (this.overviews[i] ? wholePicture(model, this.overviews[i], models.length > 1) : "<p>Whole picture: …</p>")).join("");
   }
 
   /** Tells the source and the address what is shown; the overview comes when there is time. */
   keep(s) {
-    if (this.source.hash) history.replaceState(null, "", `#${toHash(s)}`);
+    if (this.source.hash) keepInAddress(s);
+    this.source.chosen?.(s);
     clearTimeout(this.later);
     this.later = setTimeout(async () => {
       if (!this.root.isConnected || this.shownNow !== s) return;
-      this.source.keep?.(s, () => ({ picture: this.sheet(640, "").toDataURL("image/jpeg", 0.85), caption: this.words }));
+      this.source.keep?.({ picture: this.sheet(640, "").toDataURL("image/jpeg", 0.85), caption: this.words });
       if (this.overviews[0]) return;
       await Promise.all(this.meta.models.map((_, i) => this.overview(i))).catch(() => {});
-      const whole = this.meta.models.map((m, i) => (this.overviews[i] ? wholePicture(m, this.overviews[i]) : ""));
-      this.find(".ef-whole-picture").innerHTML = whole.join("");
+      this.sayWhole();
     }, 600);
+  }
+
+  /** What is on the screen: of each map its canvas and title. */
+  panels() {
+    return [...this.root.querySelectorAll(".ef-panel")].map((figure, i) => ({ canvas: figure.querySelector("canvas"), title: figure.querySelector("figcaption").textContent, map: this.maps[i] }));
   }
 
   /** What is on the screen with words below, as a canvas; no wider than `most`. */
   sheet(most = Infinity, words = this.words) {
-    const whole = withCaption([...this.root.querySelectorAll(".ef-panels canvas")], words);
+    const whole = asCanvas(this.panels(), this.columns, words);
     if (whole.width <= most) return whole;
     const small = Object.assign(document.createElement("canvas"), { width: most, height: Math.round((whole.height * most) / whole.width) });
     small.getContext("2d").drawImage(whole, 0, 0, small.width, small.height);

@@ -67,9 +67,13 @@ export class LiveSource {
     await tell("hyperprior", 0.6);
     const sites = z.dims[2] * z.dims[3];
     const medians = Float32Array.from(facts.medians);
+    let zBits = 0;
     const zHat = z.data.map((v, i) => {
-      const median = medians[Math.floor(i / sites)];
-      return Math.floor(Math.fround(Math.fround(v - median) + 0.5)) + median;
+      const channel = Math.floor(i / sites);
+      const step = Math.floor(Math.fround(Math.fround(v - medians[channel]) + 0.5));
+      const costs = facts.z_bits[channel];
+      zBits += costs[Math.min(Math.max(step + (costs.length - 1) / 2, 0), costs.length - 1)];
+      return step + medians[channel];
     });
     this.#hyper = (await this.#run("hyper_synthesis", { z_hat: this.#floats(zHat, z.dims) })).hyper;
     if (this.#sessions.reference) this.#reference = await this.#run("reference", { y });
@@ -82,7 +86,7 @@ export class LiveSource {
       picture: canvasOf(pixels, width, height).toDataURL(),
       reconstruction: canvasOf(rebuilt.data, width, height).toDataURL(),
       note: canvas.note,
-      models: [{ ...facts.model, ...this.#grid.said, kind: "parallel", slices: 1, counts: null, order: null, cross: false, channel_groups: this.#channels }],
+      models: [{ ...facts.model, ...this.#grid.said, z_bits: zBits, hyperprior: true, kind: "parallel", slices: 1, counts: null, order: null, cross: false, channel_groups: this.#channels }],
       costs: true,
       whatif: true,
       calculation: true,

@@ -5,6 +5,9 @@ import { TERMS, aloneInWords, escape, headInWords, kInWords, number, percent } f
 const term = (words, name) => `<abbr title="${TERMS[name]}">${words}</abbr>`;
 const bar = (share, name) => `<div class="ef-length ${name}" style="width:${(100 * Math.max(share, 0)).toFixed(1)}%"></div>`;
 
+/** What `alone` is measured with; its name where the pointer rests. */
+const withTitle = (model) => (model.reference ? `<abbr title="${escape(model.reference)}">${aloneInWords(model)}</abbr>` : aloneInWords(model));
+
 /** The sentence that a reader sees first, and two bars under it. one: {model, query, step, facts} */
 export function verdict(one, several, label = "") {
   const { model, facts, step, before } = one;
@@ -13,9 +16,9 @@ export function verdict(one, several, label = "") {
   const cost = `<p class="ef-verdict">This ${term("block", "block")} costs <b>${number(facts.bits)} bits</b>.</p>` + (before === undefined ? "" : `<p><b>Changed:</b> it was ${number(before)} bits.</p>`);
   if (model.kind === "parallel" && !step) {
     return (
-      `<section>${title}${cost}<p>It belongs to the <b>first pass</b>: it is predicted from the ${term("hyperprior", "hyperprior")} alone, and no attention takes part.</p>` +
-      `<p><button type="button" class="ef-nearest">Nearest block of the second pass</button></p>` +
-      `<label class="ef-check"><input type="checkbox" class="ef-gathers"> show what its token gathers for others</label></section>`
+      `<section>${title}${cost}<p>It belongs to the <b>first pass</b>: it is predicted ${model.hyperprior ? `from the ${term("hyperprior", "hyperprior")} alone` : "without context"}, and no attention takes part in that.</p>` +
+      `<p><button type="button" class="ef-nearest" data-model="${one.number}">Nearest block of the second pass</button></p>` +
+      `<label class="ef-check"><input type="checkbox" class="ef-gathers"> show where it looks for the sake of others</label></section>`
     );
   }
   if (facts.alone === null || facts.alone === undefined) {
@@ -26,16 +29,24 @@ export function verdict(one, several, label = "") {
   const most = Math.max(facts.alone, facts.bits, 1e-9);
   const share = facts.alone > 0 ? ` (${percent(Math.abs(saved) / facts.alone)})` : "";
   return (
-    `<section>${title}${cost}<p>${term("Context", "context")} ${saved >= 0 ? "saves" : "costs"} <b>${number(Math.abs(saved))} bits</b>${share}: with ${escape(aloneInWords(model))} it would be ${number(facts.alone)}.</p>` +
+    `<section>${title}${cost}<p>${term("Context", "context")} ${saved >= 0 ? "saves" : "makes it worse by"} <b>${number(Math.abs(saved))} bits</b>${share}: ${withTitle(model)} needs ${number(facts.alone)}.</p>` +
     `<div class="ef-bits"><span>with context</span><b>${number(facts.bits)}</b>${bar(facts.bits / most, "")}<span>without</span><b>${number(facts.alone)}</b>${bar(facts.alone / most, "alone")}</div></section>`
   );
 }
 
 /** What context saves in the whole picture, once all blocks are known. */
-export function wholePicture(model, { bits, alone }) {
+export function wholePicture(model, { bits, alone }, several) {
   if (!alone) return "";
-  const [spent, without] = [bits, alone].map((values) => values.reduce((sum, v) => sum + v, 0));
-  return `<p class="ef-whole">Whole picture: ${(spent / 8000).toFixed(1)} kB of latents; ${(without / 8000).toFixed(1)} kB with ${escape(aloneInWords(model))}. Context ${spent <= without ? "saves" : "costs"} <b>${percent(Math.abs(1 - spent / without))}</b>.</p>`;
+  const sum = (values, there = () => true) => values.reduce((total, v, query) => total + (there(model.steps[query]) ? v : 0), 0);
+  const kB = (b) => `${(b / 8000).toFixed(1)} kB`;
+  const [spent, without] = [sum(bits), sum(alone)];
+  const change = (a, b) => `context ${a <= b ? "saves" : "costs"} <b>${percent(Math.abs(1 - a / b))}</b>`;
+  const passes = () => {
+    const [first, second, other] = [sum(bits, (step) => !step), sum(bits, (step) => step), sum(alone, (step) => step)];
+    return ` The second pass, ${kB(second)} instead of ${kB(other)}: ${change(second, other)}. The first pass, ${kB(first)}, has no context.`;
+  };
+  const side = model.z_bits ? ` and ${kB(model.z_bits)} of side file` : "";
+  return `<p class="ef-whole">Whole picture${several ? ` by ${escape(model.name)}` : ""}: ${kB(spent)} for all blocks${side}; ${withTitle(model)} needs ${kB(without)} for the blocks: ${change(spent, without)}.${model.kind === "parallel" ? passes() : ""}</p>`;
 }
 
 /** Values and predictions of the groups of channels. */
@@ -60,27 +71,28 @@ export function legend(shown) {
   const ramp = (stops) => `<i class="ef-ramp" style="background:linear-gradient(90deg,${stops.join()})"></i>`;
   const at = [0, 0.25, 0.5, 0.75, 1];
   const entries = [];
-  if (shown.kind === "attention") entries.push(`<div>0 ${ramp(at.map((t) => rgba(ATTENTION, 0.9 * t)))} ${shown.alone ? `${percent(shown.most)} of the attention` : "the largest attention in a map"} <small>(square-root scale)</small></div>`);
-  if (shown.kind === "cost") entries.push(`<div>cheaper ${ramp([-1, -0.5, 0, 0.5, 1].map((t) => rgba(t > 0 ? DEARER : CHEAPER, Math.abs(t))))} dearer when hidden, up to ${number(shown.most)} bits</div>`);
-  if (shown.backdrop === 2) entries.push(`<div>0 ${ramp(at.map((t) => rgba(cividis(t))))} ${number(shown.backdropMost)} bits spent</div>`);
-  if (shown.backdrop === 3) entries.push(`<div>costs ${ramp([rgba(DEARER), "#fff", rgba(CHEAPER)])} saves, up to ${number(shown.backdropMost)} bits</div>`);
+  if (shown.kind === "attention") entries.push(`<div>0 ${ramp(at.map((t) => rgba(ATTENTION, 0.9 * t)))} ${shown.alone ? `strongest block: ${percent(shown.most)} of the attention` : "strongest block of each map"} <small>(square-root scale)</small></div>`);
+  if (shown.kind === "cost") entries.push(`<div>fewer bits ${ramp([-1, -0.5, 0, 0.5, 1].map((t) => rgba(t > 0 ? DEARER : CHEAPER, Math.abs(t))))} more bits if hidden, up to ${number(shown.most)} <small>(square-root scale)</small></div>`);
+  if (shown.backdrop === 2) entries.push(`<div>0 ${ramp(at.map((t) => rgba(cividis(t))))} ${number(shown.backdropMost)} bits spent <small>(even scale)</small></div>`);
+  if (shown.backdrop === 3) entries.push(`<div>costs ${ramp([rgba(DEARER), "#fff", rgba(CHEAPER)])} saves, up to ${number(shown.backdropMost)} bits <small>(square-root scale); grey: no context</small></div>`);
   entries.push(`<div><i class="ef-key ef-query"></i>the block that is predicted</div>`);
   if (shown.origin) entries.push(`<div><i class="ef-key ef-origin"></i>the block whose token predicts it</div>`);
   if (shown.selected) entries.push(`<div><i class="ef-key ef-taken"></i>${shown.kind === "cost" ? "hidden to measure its cost" : shown.selected}</div>`);
-  if (shown.radius) entries.push(`<div><i class="ef-key ef-diamond"></i>neighbours whose exact offset the model knows</div>`);
+  if (shown.radius) entries.push(`<div><i class="ef-key ef-diamond"></i>near blocks: the model knows their exact place</div>`);
+  if (shown.hidden) entries.push(`<div><i class="ef-key ef-hidden">×</i>hidden from all others</div>`);
   if (shown.padding) entries.push(`<div><i class="ef-key ef-pad"></i>padding, outside of the picture</div>`);
   return entries.join("");
 }
 
 /** Attention against measured cost, as a scatter plot. */
 export function scatter({ attention, bits, rho }) {
-  if (!attention.length) return "<p>This block is coded without context, so there is nothing to hide.</p>";
+  if (!attention.length) return "<p>No other block takes part, so there is nothing to hide.</p>";
   const [w, h, pad] = [300, 210, 42];
   const [top, reach] = [Math.max(...attention, 1e-9), Math.max(...bits.map(Math.abs), 1e-9)];
   const x = (v) => pad + (w - pad - 8) * Math.sqrt(v / top);
   const y = (v) => h / 2 - 8 - (h / 2 - 22) * Math.sign(v) * Math.sqrt(Math.abs(v) / reach);
   const dots = attention.map((a, i) => `<circle cx="${x(a).toFixed(1)}" cy="${y(bits[i]).toFixed(1)}" r="3" fill="${rgba(bits[i] > 0 ? DEARER : CHEAPER, 0.6)}"/>`);
-  const words = Number.isNaN(rho) ? "no rank correlation, one of the two does not vary" : `Spearman's rank correlation ${rho.toFixed(2)}`;
+  const words = Number.isNaN(rho) ? "no rank correlation, one of the two does not vary" : `Spearman's rank correlation ${rho.toFixed(2).replace(/^-(0\.00)$/, "$1")}`;
   const text = (at, words, more = "") => `<text x="${at[0]}" y="${at[1]}" fill="currentColor" ${more}>${words}</text>`;
   return (
     `<h3>Attention against cost</h3><svg class="ef-scatter" viewBox="0 0 ${w} ${h}" width="100%" role="img" aria-label="${words}" font-size="11">` +
@@ -93,8 +105,9 @@ export function scatter({ attention, bits, rho }) {
 }
 
 /** One head's calculation opened, from scores to bits. c: the source's answer; s: the selection. */
-export function calculation(meta, s, c, step) {
-  if (!c) return `<p>${step ? "" : "This block is coded without context, so there is no calculation to open."}</p>`;
+export function calculation(meta, s, c) {
+  const who = meta.models.length > 1 ? `${escape(meta.models[0].name)}: ` : "";
+  if (!c) return `<p>${who}This block is coded without context, so there is no calculation to open.</p>`;
   const keys = [...c.probs.keys()].filter((i) => c.selected[i]).sort((a, b) => c.probs[b] - c.probs[a]);
   const rows = keys.slice(0, 12).map((i) => {
     const [row, column] = [Math.floor(i / meta.width), i % meta.width];
@@ -109,13 +122,13 @@ export function calculation(meta, s, c, step) {
   });
   const p = 2 ** -c.bits;
   return (
-    `<h3>Layer ${s.layer}, ${headInWords(s.head)}, channel ${s.channel}</h3><ol class="ef-steps">` +
-    `<li><b>Scores.</b> The query meets the key of each of ${visible} blocks that it may see: a product of contents, and a term for the position.</li>` +
+    `<h3>${who}Layer ${s.layer}, ${headInWords(s.head)}, channel ${s.channel}</h3><ol class="ef-steps">` +
+    `<li><b>Scores.</b> The block is compared with each of the ${visible} that it may see, itself among them: a product of contents, and a term for the position.</li>` +
     `<li><b>Top k.</b> The ${keys.length} highest scores take part (${kInWords(s.k)}). <b>Softmax</b> turns them into shares.</li></ol>` +
     `<table class="ef-keys"><thead><tr><th>row, column</th><th>content</th><th>position</th><th>score</th><th>share</th><th></th></tr></thead><tbody>${rows.join("")}</tbody></table>` +
     (keys.length > 12 ? `<small>The first 12 of ${keys.length}.</small>` : "") +
-    `<ol class="ef-steps" start="3"><li><b>Prediction.</b> After all layers, with the hyperprior: mean ${number(c.mean)}, scale ${number(c.scale)}.</li>` +
-    `<li><b>Probability.</b> The mass of that Gaussian over each integer; the true value is <b>${c.value}</b>, with ${percent(p)}.</li>` +
+    `<ol class="ef-steps" start="3"><li><b>Prediction.</b> After all layers${meta.models[0].hyperprior ? ", with the hyperprior" : ""}: mean ${number(c.mean)}, scale ${number(c.scale)}.</li>` +
+    `<li><b>Probability.</b> The probability of each integer from that bell curve; the true value is <b>${c.value}</b>, with ${percent(p)}.</li>` +
     `<li><b>Bits.</b> -log2 ${p.toPrecision(3)} = <b>${c.bits.toFixed(2)} bits</b> for this channel.</li></ol>` +
     `<div class="ef-bins" role="img" aria-label="probability of each integer from ${c.first} on">${bins.join("")}</div><div class="ef-ends"><span>${c.first}</span><span>${c.first + bins.length - 1}</span></div>`
   );

@@ -2,20 +2,23 @@
 import { mount } from "./explorer.js";
 
 const ARRAYS = { f4: Float32Array, u2: Uint16Array, u1: Uint8Array };
-const PATIENCE = 20_000; // milliseconds without an answer
+const PATIENCE = 10_000; // milliseconds without an answer
+const BUSY = "Python has not answered yet: it is busy, or its kernel was restarted. In that case run the cell again; what is shown here stays.";
 const GONE = "Python does not answer: its kernel was restarted or has ended. Run the cell again; what is shown here stays.";
 
 /** Questions and answers over a widget's messages. */
 class KernelSource {
   constructor(model) {
-    Object.assign(this, { model, meta: model.get("meta"), begin: model.get("selection"), waiting: new Map(), count: 0 });
+    Object.assign(this, { model, meta: model.get("meta"), begin: model.get("selection"), waiting: new Map(), count: 0, view: crypto.getRandomValues(new Uint32Array(1))[0] });
     this.received = (message, buffers) => {
       const { number, answer } = message;
-      const { resolve, reject } = this.waiting.get(number) ?? {};
+      const { resolve, reject } = this.waiting.get(number) ?? {}; // another view of the widget may have asked
       this.waiting.delete(number);
+      this.late(false);
       if (answer.error) reject?.(new Error(answer.error));
       else resolve?.(unpacked(answer, buffers));
     };
+    this.late = () => {}; // says that no answer comes, or that one has come
     model.on("msg:custom", this.received);
     for (const question of ["overview", "rows", "costs", "cross", "calculation", "picture"]) this[question] = (...args) => this.ask(question, args);
   }
@@ -23,18 +26,25 @@ class KernelSource {
   ask(question, args) {
     const names = { overview: ["model"], rows: ["model", "query", "k"], costs: ["model", "query", "k"], cross: ["model", "query"], picture: ["model", "name"], calculation: ["model", "query", "k", "change", "layer", "head", "channel"] }[question];
     const parts = names.map((name, i) => [name, args[i]]).filter(([name]) => name !== "change");
-    const number = ++this.count;
+    const number = `${this.view}.${++this.count}`;
     return new Promise((resolve, reject) => {
       this.waiting.set(number, { resolve, reject });
-      setTimeout(() => this.waiting.delete(number) && reject(new Error(GONE)), PATIENCE);
+      setTimeout(() => this.waiting.has(number) && this.late(true), PATIENCE);
       this.model.send({ number, question, arguments: Object.fromEntries(parts) });
     });
   }
 
-  keep(selection, still) {
+  chosen(selection) {
+    this.tell("selection", selection); // at once: what Python chooses before it knows would be lost
+  }
+
+  keep(still) {
+    this.tell("still", still);
+  }
+
+  tell(name, value) {
     this.keeping = true; // our own change is no news
-    this.model.set("selection", selection);
-    this.model.set("still", still());
+    this.model.set(name, value);
     this.model.save_changes();
     this.keeping = false;
   }
@@ -62,8 +72,11 @@ function unpacked(answer, buffers) {
 function render({ model, el }) {
   const source = new KernelSource(model);
   const explorer = mount(el, source);
-  model.on("comm_live_update", () => explorer.trouble(GONE)); // the next answer takes the words away
-  return () => source.stop();
+  const said = (words) => explorer.find(".ef-trouble").textContent === words;
+  source.late = (late) => (late ? said(GONE) || explorer.trouble(BUSY) : said(BUSY) && explorer.trouble(""));
+  const lost = () => explorer.trouble(GONE);
+  model.on("comm_live_update", lost);
+  return () => (source.stop(), model.off("comm_live_update", lost));
 }
 
 export default { render };

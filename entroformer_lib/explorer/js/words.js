@@ -5,14 +5,14 @@ export const DENSE = 0; // as k: dense attention
 
 /** Modes in the order of their buttons: name, what it shows. */
 export const MODES = {
-  head: ["One head", "Pink: where one attention head looks to predict the orange block."],
+  head: ["One head", "Pink: the known blocks that one attention head looks at to predict the orange one, whose bits are the work of all heads."],
   heads: ["All heads", "Every head of the layer, and their mean, last. Each map has its own scale."],
   ks: ["Several k", "The same head when only the k best-matching positions may take part. The model was trained with its own k alone."],
   pair: ["Two k", "The same head with two values of k. Each map has its own scale."],
   groups: ["All cross mixers", "How much each group looks at the groups before it, at this place, in every head of the cross mixer. Click a row to choose its group."],
-  cost: ["Attention and cost", "Left: attention. Right: what it costs in bits when a position is hidden from this block, in all layers and heads at once."],
+  cost: ["Attention and cost", "First map: attention. Second map: how many bits more the orange block costs when another block is hidden from it alone, in all layers and heads."],
   calculation: ["One calculation", "Every number between the scores of one head and the bits of one channel."],
-  decoding: ["Decoding", "What the decoder knows as the bytes arrive."],
+  decoding: ["Decoding", "What the decoder knows as the bytes arrive: first the side file, then block by block. Blocks that are not there yet are shown as they are expected without context."],
 };
 
 export const BACKDROPS = ["photograph", "decoded picture", "bits spent", "bits saved by context"];
@@ -21,7 +21,7 @@ export const TERMS = {
   block: "A latent: a list of integers that stands for one block of 16 x 16 pixels.",
   layer: "The transformer has several layers, one after the other.",
   head: "In each layer several heads look at different things.",
-  k: "Only the k best-matching positions take part.",
+  k: "Only the k blocks with the highest scores are used.",
   other_k: "The k of the map on the right.",
   slice: "GroupedMixer codes the channels of a block in slices.",
   channel: "One of the integers of the block.",
@@ -42,7 +42,7 @@ export const percent = (share) => (share === 0 ? "0%" : share >= 0.0995 ? `${(10
 
 /** What `alone` is measured with: a trained model, or this one without its context. */
 export const aloneInWords = (model) =>
-  model.reference ? `the trained hyperprior-only model ${model.reference}` : "this model with its context switched off";
+  model.reference ? "a second model, trained without context," : "this model with its context switched off";
 
 /** When a query is coded, and what it may look at. */
 export function whenInWords(model, query, step) {
@@ -53,7 +53,7 @@ export function whenInWords(model, query, step) {
 }
 
 const KINDS = {
-  parallel: "decodes in <b>two passes</b>, like the two colours of a chessboard. The first pass is predicted from the hyperprior alone. The second sees all of the first.",
+  parallel: "decodes in <b>two passes</b>, like the two colours of a chessboard. The first pass is predicted without context. The second sees all of the first.",
   serial: "decodes <b>one block after the other</b>, row by row. The attention shown is that of the block just before (blue frame), which predicts the chosen one.",
   grouped: "is a GroupedMixer. It decodes <b>group after group</b>: the channels are cut into slices, the blocks into interleaved phases. The <b>inner mixer</b> looks around inside a group, the <b>cross mixer</b> looks at earlier groups at its own place. The blue frame is the block whose token predicts the chosen one.",
 };
@@ -63,7 +63,7 @@ export function about(meta) {
   const models = meta.models.map((m) => `<p>${meta.models.length > 1 ? `The model ${escape(m.name)}` : "This model"} ${KINDS[m.kind]}</p>`).join("");
   return (
     `<p>A learned codec turns the picture into blocks of integers and stores them in few bits, because it can <b>predict</b> them. ` +
-    `It has two sources: a small side file about the whole picture (the <b>hyperprior</b>), and the blocks that the decoder already knows (the <b>context</b>). ` +
+    `${meta.models.some(({ hyperprior }) => hyperprior) ? "It has two sources: a small side file about the whole picture (the <b>hyperprior</b>), and" : "It predicts them from"} the blocks that the decoder already knows (the <b>context</b>). ` +
     `A transformer reads the context. Its <b>attention</b> says how much each known block counts in the prediction.</p>${models}` +
     `<p>Keys: arrow keys move the chosen block after a click on the picture. Two fingers, or Ctrl and the wheel, zoom; dragging moves the enlarged picture.</p>`
   );
@@ -71,7 +71,7 @@ export function about(meta) {
 
 /** One line on the selection, for the reader of the picture and for screen readers. */
 export function caption(meta, s, shown) {
-  const where = `Block in row ${s.row}, column ${s.column}.`;
+  const where = `Block in row ${s.row}, column ${s.column}${s.padding ? ", in the padding outside of the picture" : ""}.`;
   const what = { heads: `Layer ${s.layer}, every head`, groups: `Layer ${s.layer}, every cross mixer`, ks: `Layer ${s.layer}, ${headInWords(s.head)}, every k` }[s.mode];
   const grouped = meta.models.every((m) => m.kind === "grouped");
   const usual = `Layer ${s.layer}, ${headInWords(s.head)}`;
@@ -86,5 +86,5 @@ export function caption(meta, s, shown) {
 function bitsInWords(model, facts, step) {
   if (!facts) return "";
   if (facts.alone === null || facts.alone === undefined || (model.kind === "parallel" && !step)) return `${number(facts.bits)} bits.`;
-  return `${number(facts.bits)} bits; ${number(facts.alone)} bits with ${aloneInWords(model)}.`;
+  return `${number(facts.bits)} bits; ${aloneInWords(model).replace(/,$/, "")}: ${number(facts.alone)} bits.`;
 }

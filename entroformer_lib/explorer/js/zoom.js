@@ -18,6 +18,7 @@ export class Zoom {
       return [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
     };
     view.addEventListener("pointerdown", (event) => {
+      if (event.button) return; // the right button opens the browser's menu
       pointers.set(event.pointerId, event);
       [moved, several] = pointers.size > 1 ? [moved, true] : [0, false];
       if (this.scale > 1 || pointers.size > 1) view.setPointerCapture(event.pointerId);
@@ -42,10 +43,13 @@ export class Zoom {
     view.addEventListener("pointerup", (event) => {
       const alone = pointers.has(event.pointerId) && !several && moved <= STILL;
       leave(event);
-      if (alone) tap(...place(event));
+      if (alone) tap(...place(event), event);
     });
     view.addEventListener("pointercancel", leave);
-    view.addEventListener("pointerleave", () => hover(null));
+    view.addEventListener("pointerleave", (event) => {
+      leave(event); // whoever lets go outside is not seen
+      hover(null);
+    });
     view.addEventListener("wheel", (event) => {
       if (!event.ctrlKey) return;
       event.preventDefault();
