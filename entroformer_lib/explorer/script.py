@@ -11,7 +11,7 @@ FOLDER = Path(__file__).with_name("js")
 STYLE = FOLDER / "explorer.css"
 SHARED = (
     *("words.js", "drawing.js", "selection.js", "numbers.js", "decoding.js", "tour.js", "keeping.js", "sheet.js"),
-    *("zoom.js", "controls.js", "explorer.js"),
+    *("zoom.js", "controls.js", "answers.js", "explorer.js"),
 )
 IMPORT = re.compile(r'^import [^;]*? from "\./[\w.]+";\n', re.M)
 

@@ -5,19 +5,34 @@ import { asSvg } from "./sheet.js";
 import { stopsOf } from "./tour.js";
 import { BACKDROPS, MEAN, MODES, TERMS, escape, kInWords, number, percent } from "./words.js";
 
-const SLIDERS = { layer: "layer", head: "head", k: "k", other_k: "k on the right", slice: "channel slice", channel: "channel" };
+const SLIDERS = {
+  layer: "layer",
+  head: "head",
+  k: "k",
+  other_k: "k on the right",
+  slice: "channel slice",
+  channel: "channel",
+};
 
 /** Values that a slider offers, and what is said of one. */
 function offersOf(meta) {
   const most = (name) => Math.max(...meta.models.map((model) => model[name]));
   const count = (length) => [...Array(length).keys()];
   const owners = (k) => meta.models.filter((m) => m.own_k === k).map((m) => m.name);
-  const own = (k) => (owners(k).length === meta.models.length ? " (as trained)" : owners(k).map((name) => ` (${name}'s own)`).join(""));
+  const own = (k) =>
+    owners(k).length === meta.models.length
+      ? " (as trained)"
+      : owners(k)
+          .map((name) => ` (${name}'s own)`)
+          .join("");
   const of = (length) => ({ values: count(length), words: (v) => `${v} (0 to ${length - 1})` });
   const ks = { values: ksOf(meta), words: (k) => kInWords(k) + own(k) };
   return {
     layer: of(most("layers")),
-    head: { values: [MEAN, ...count(most("heads"))], words: (v) => (v === MEAN ? "mean of all" : `${v} (0 to ${most("heads") - 1})`) },
+    head: {
+      values: [MEAN, ...count(most("heads"))],
+      words: (v) => (v === MEAN ? "mean of all" : `${v} (0 to ${most("heads") - 1})`),
+    },
     k: ks,
     other_k: ks,
     slice: of(most("slices")),
@@ -32,7 +47,10 @@ export function addControls(explorer) {
   const { root, meta, find } = explorer;
   explorer.offers = offersOf(meta);
   find(".ef-choices").innerHTML = Object.entries(SLIDERS)
-    .map(([name, words]) => `<label title="${TERMS[name]}">${words} <input type="range" class="ef-${name}" min="0" step="1" aria-label="${words}"><output></output></label>`)
+    .map(
+      ([name, words]) =>
+        `<label title="${TERMS[name]}">${words} <input type="range" class="ef-${name}" min="0" step="1" aria-label="${words}"><output></output></label>`,
+    )
     .join("");
   for (const [name, { values }] of Object.entries(explorer.offers)) {
     const slider = find(`.ef-${name}`);
@@ -40,7 +58,11 @@ export function addControls(explorer) {
     slider.addEventListener("input", () => explorer.choose({ [name]: values[slider.valueAsNumber] }));
   }
   for (const mode of modesOf(meta)) {
-    const button = Object.assign(document.createElement("button"), { textContent: MODES[mode][0], title: MODES[mode][1], type: "button" });
+    const button = Object.assign(document.createElement("button"), {
+      textContent: MODES[mode][0],
+      title: MODES[mode][1],
+      type: "button",
+    });
     button.dataset.mode = mode;
     button.addEventListener("click", () => {
       find(".ef-stop").hidden = true; // a tour's words belong to its place and mode
@@ -49,7 +71,8 @@ export function addControls(explorer) {
     find(".ef-modes").append(button);
   }
   const when = (name, event, action) => find(name).addEventListener(event, action);
-  for (const name of ["backdrop", "overlay", "part"]) when(`.ef-${name}`, "input", (event) => explorer.choose({ [name]: event.target.valueAsNumber }));
+  for (const name of ["backdrop", "overlay", "part"])
+    when(`.ef-${name}`, "input", (event) => explorer.choose({ [name]: event.target.valueAsNumber }));
   when(".ef-dim", "change", (event) => explorer.choose({ dim: event.target.checked }));
   when(".ef-tour", "click", () => {
     explorer.home = { ...explorer.selection };
@@ -57,18 +80,30 @@ export function addControls(explorer) {
   });
   when(".ef-play button", "click", () => play(explorer));
   const others = () => explorer.selection.off.filter((pair) => String(pair) !== String(headOf(explorer.selection)));
-  when(".ef-head-off", "change", (event) => explorer.choose({ off: event.target.checked ? [...others(), headOf(explorer.selection)] : others() }));
+  when(".ef-head-off", "change", (event) =>
+    explorer.choose({ off: event.target.checked ? [...others(), headOf(explorer.selection)] : others() }),
+  );
   when(".ef-no-position", "change", (event) => explorer.choose({ position: !event.target.checked }));
   when(".ef-as-it-was", "click", () => {
     find(".ef-hiding").checked = false;
     explorer.choose({ hidden: [], off: [], position: true });
   });
-  for (const button of root.querySelectorAll("[data-zoom]")) button.addEventListener("click", () => explorer.zoom.by(Number(button.dataset.zoom)));
-  for (const button of root.querySelectorAll("[data-keep]")) button.addEventListener("click", () => keep(explorer, button));
+  for (const button of root.querySelectorAll("[data-zoom]"))
+    button.addEventListener("click", () => explorer.zoom.by(Number(button.dataset.zoom)));
+  for (const button of root.querySelectorAll("[data-keep]"))
+    button.addEventListener("click", () => keep(explorer, button));
   when(".ef-side", "click", (event) => {
-    if (event.target.matches(".ef-nearest")) explorer.choose({ ...nearestPredicted(meta, meta.models[event.target.dataset.model].steps, explorer.selection), gathers: false });
+    if (event.target.matches(".ef-nearest"))
+      explorer.choose({
+        ...nearestPredicted(meta, meta.models[event.target.dataset.model].steps, explorer.selection),
+        gathers: false,
+      });
   });
-  when(".ef-side", "change", (event) => event.target.matches(".ef-gathers") && explorer.choose({ gathers: event.target.checked }));
+  when(
+    ".ef-side",
+    "change",
+    (event) => event.target.matches(".ef-gathers") && explorer.choose({ gathers: event.target.checked }),
+  );
   root.addEventListener("keydown", (event) => {
     if (/^(Arrow|Page|Home|End)/.test(event.key)) event.stopPropagation(); // else JupyterLab takes them
   });
@@ -86,8 +121,12 @@ export function showControls(explorer, s) {
   const rows = meta.models.some(({ kind }) => kind !== "grouped");
   const decoding = s.mode === "decoding";
   const shown = {
-    layer: !decoding, head: !decoding && s.mode !== "heads" && s.mode !== "groups", k: rows && s.mode !== "ks" && !decoding,
-    other_k: s.mode === "pair", slice: meta.models.some(({ slices }) => slices > 1) && !decoding, channel: s.mode === "calculation",
+    layer: !decoding,
+    head: !decoding && s.mode !== "heads" && s.mode !== "groups",
+    k: rows && s.mode !== "ks" && !decoding,
+    other_k: s.mode === "pair",
+    slice: meta.models.some(({ slices }) => slices > 1) && !decoding,
+    channel: s.mode === "calculation",
   };
   for (const [name, { values, words }] of Object.entries(explorer.offers)) {
     const slider = find(`.ef-${name}`);
@@ -127,13 +166,24 @@ export function figureOf(explorer, index) {
     const site = row * meta.width + column;
     const { hidden } = explorer.selection;
     if (!find(".ef-hiding").checked) explorer.choose(touched(explorer, map, { row, column }, event));
-    else if (row === map.query[0] && column === map.query[1]) return; // it does not look at itself as at others
-    else explorer.choose({ hidden: hidden.includes(site) ? hidden.filter((other) => other !== site) : [...hidden, site] });
+    else if (row === map.query[0] && column === map.query[1])
+      return; // it does not look at itself as at others
+    else
+      explorer.choose({ hidden: hidden.includes(site) ? hidden.filter((other) => other !== site) : [...hidden, site] });
   };
   const hover = (u, v, event) => {
     const tip = find(".ef-tip");
     const map = explorer.maps[index];
-    tip.hidden = u === null || event.pointerType === "touch" || !map || map.kind === "groups" || map.kind === "decoding" || u < 0 || v < 0 || u >= 1 || v >= 1;
+    tip.hidden =
+      u === null ||
+      event.pointerType === "touch" ||
+      !map ||
+      map.kind === "groups" ||
+      map.kind === "decoding" ||
+      u < 0 ||
+      v < 0 ||
+      u >= 1 ||
+      v >= 1;
     if (tip.hidden) return;
     tip.textContent = hoverInWords(explorer, map, ...place(u, v));
     const box = explorer.root.getBoundingClientRect();
@@ -154,7 +204,8 @@ export function figureOf(explorer, index) {
 /** The block that is meant: a finger is wider than a block, so it means one that has something to show. */
 function touched({ meta }, map, place, event) {
   const { kind, steps } = meta.models[map.model];
-  if (event?.pointerType !== "touch" || kind !== "parallel" || steps[place.row * meta.width + place.column]) return place;
+  if (event?.pointerType !== "touch" || kind !== "parallel" || steps[place.row * meta.width + place.column])
+    return place;
   return nearestPredicted(meta, steps, place) ?? place;
 }
 
@@ -165,17 +216,25 @@ function hoverInWords(explorer, map, row, column) {
   const distance = Math.abs(row - map.query[0]) + Math.abs(column - map.query[1]);
   words.push(distance ? `${distance} block${distance > 1 ? "s" : ""} away` : "the chosen block");
   if (isPadding(explorer.meta, { row, column })) words.push("padding");
-  if (map.kind === "cost" && map.values) words.push(map.selected(site) ? `hiding it: ${map.values[site] > 0 ? "+" : ""}${number(map.values[site])} bits` : "no head looks at it");
-  else if (map.values) words.push(map.values[site] || map.decoded(site) ? `${percent(map.values[site])} of the attention` : "not decoded yet");
-  const overview = explorer.overviews[map.model];
-  if (overview) words.push(`costs ${number(explorer.perSite(map.model, overview.bits)[site])} bits`);
+  if (map.kind === "cost" && map.values)
+    words.push(
+      map.selected(site)
+        ? `hiding it: ${map.values[site] > 0 ? "+" : ""}${number(map.values[site])} bits`
+        : "no head looks at it",
+    );
+  else if (map.values)
+    words.push(
+      map.values[site] || map.decoded(site) ? `${percent(map.values[site])} of the attention` : "not decoded yet",
+    );
+  const overview = explorer.answers.overviews[map.model];
+  if (overview) words.push(`costs ${number(explorer.answers.perSite(map.model, overview.bits)[site])} bits`);
   return words.join(" · ");
 }
 
 /** Shows a stop of the tour. */
 async function tour(explorer, number) {
   const { meta, find } = explorer;
-  const stops = stopsOf(meta, await explorer.overview(0));
+  const stops = stopsOf(meta, await explorer.answers.overview(0));
   const stop = stops[number];
   const box = find(".ef-stop");
   const focused = document.activeElement?.className;
@@ -222,7 +281,13 @@ function play(explorer) {
 async function keep(explorer, button) {
   const { meta, maps, words, selection } = explorer;
   const name = `attention-row${selection.row}-column${selection.column}`;
-  const view = { backdrops: explorer.backdropsNow, position: selection.backdrop, overlay: selection.overlay, dim: selection.dim, large: maps.length < 3 };
+  const view = {
+    backdrops: explorer.backdropsNow,
+    position: selection.backdrop,
+    overlay: selection.overlay,
+    dim: selection.dim,
+    large: maps.length < 3,
+  };
   const copied = async (text) => {
     try {
       await navigator.clipboard.writeText(text);
@@ -234,10 +299,21 @@ async function keep(explorer, button) {
     setTimeout(() => (button.textContent = before), 1500);
   };
   switch (button.dataset.keep) {
-    case "png": return explorer.sheet().toBlob((blob) => download(`${name}.png`, blob));
-    case "svg": return download(`${name}.svg`, new Blob([asSvg(meta, explorer.panels(), explorer.columns, words, view)], { type: "image/svg+xml" }));
-    case "csv": return download(`${name}.csv`, new Blob([asCsv(meta, maps, words, explorer.overviews)], { type: "text/csv" }));
-    case "python": return copied(asPython(meta, selection));
-    default: return copied(explorer.source.hash ? location.href : asPython(meta, selection));
+    case "png":
+      return explorer.sheet().toBlob((blob) => download(`${name}.png`, blob));
+    case "svg":
+      return download(
+        `${name}.svg`,
+        new Blob([asSvg(meta, explorer.panels(), explorer.columns, words, view)], { type: "image/svg+xml" }),
+      );
+    case "csv":
+      return download(
+        `${name}.csv`,
+        new Blob([asCsv(meta, maps, words, explorer.answers.overviews)], { type: "text/csv" }),
+      );
+    case "python":
+      return copied(asPython(meta, selection));
+    default:
+      return copied(explorer.source.hash ? location.href : asPython(meta, selection));
   }
 }

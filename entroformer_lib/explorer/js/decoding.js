@@ -39,7 +39,9 @@ export class Arrival {
     if (known === this.order.length) return `${of}: complete.`;
     const step = this.steps[this.order[known]];
     const count = Math.max(...this.steps) + 1;
-    const name = { parallel: `pass ${step + 1} of 2`, grouped: `group ${step} of 0 to ${count - 1}` }[this.model.kind] ?? `block ${step + 1} of ${count}`;
+    const name =
+      { parallel: `pass ${step + 1} of 2`, grouped: `group ${step} of 0 to ${count - 1}` }[this.model.kind] ??
+      `block ${step + 1} of ${count}`;
     return `${of}: ${name}.`;
   }
 }

@@ -8,7 +8,9 @@ export const DIAMOND = "#ffe600"; // told apart from the white frames
 export const QUERY = "#D55E00";
 export const ORIGIN = "#56B4E9";
 // matplotlib's cividis at 16 places
-const CIVIDIS = "00224e002e6c1e3a6f35456c47516c575d6d666970757575848279948e77a59c74b7a96ec8b866dbc75aeed649fee838".match(/../g).map((pair) => parseInt(pair, 16));
+const CIVIDIS = "00224e002e6c1e3a6f35456c47516c575d6d666970757575848279948e77a59c74b7a96ec8b866dbc75aeed649fee838"
+  .match(/../g)
+  .map((pair) => parseInt(pair, 16));
 
 export const largest = (values) => values.reduce((most, v) => Math.max(most, Math.abs(v)), 0);
 export const rgba = (colour, alpha = 1) => `rgba(${colour.join()},${alpha})`;
@@ -16,7 +18,9 @@ export const rgba = (colour, alpha = 1) => `rgba(${colour.join()},${alpha})`;
 export function cividis(t) {
   const place = Math.min(Math.max(t, 0), 1) * 15;
   const i = Math.min(Math.floor(place), 14);
-  return [0, 1, 2].map((c) => Math.round(CIVIDIS[3 * i + c] + (CIVIDIS[3 * i + 3 + c] - CIVIDIS[3 * i + c]) * (place - i)));
+  return [0, 1, 2].map((c) =>
+    Math.round(CIVIDIS[3 * i + c] + (CIVIDIS[3 * i + 3 + c] - CIVIDIS[3 * i + c]) * (place - i)),
+  );
 }
 
 /** Red, green, blue, alpha of a value of a map whose largest value is `most`; null where nothing is painted. */
@@ -61,7 +65,10 @@ export function bitsMap(meta, kind, values) {
   if (kind === "spent") return { most, canvas: cells(meta, (i) => [...cividis(values[i] / (most || 1)), 1]) };
   const white = (colour, t) => colour.map((c) => Math.round(255 + (c - 255) * t));
   const shade = (v) => white(v > 0 ? CHEAPER : DEARER, Math.sqrt(Math.abs(v) / (most || 1)));
-  return { most, canvas: cells(meta, (i) => (Number.isNaN(values[i]) ? [150, 150, 150, 1] : [...shade(values[i]), 1])) };
+  return {
+    most,
+    canvas: cells(meta, (i) => (Number.isNaN(values[i]) ? [150, 150, 150, 1] : [...shade(values[i]), 1])),
+  };
 }
 
 const line = (g, x0, y0, x1, y1) => (g.moveTo(x0, y0), g.lineTo(x1, y1));
@@ -83,7 +90,10 @@ export function backdropCanvas(width, height, { backdrops, position }) {
 /** Draws a backdrop between two of the pictures: position 1.3 is mostly the second and a little of the third. */
 function drawBackdrop(g, backdrops, position) {
   const low = Math.min(Math.floor(position), backdrops.length - 1);
-  const shown = [[backdrops[low], 1], [backdrops[low + 1], position - low]];
+  const shown = [
+    [backdrops[low], 1],
+    [backdrops[low + 1], position - low],
+  ];
   for (const [picture, alpha] of shown) {
     if (!picture || alpha <= 0) continue;
     g.globalAlpha = alpha;
@@ -124,7 +134,10 @@ export function drawMap(canvas, meta, view) {
     g.globalAlpha = 1;
   };
   if (view.dim) {
-    paint(cells(meta, (i) => (view.decoded(i) ? null : [0, 0, 0, 0.55])), 1);
+    paint(
+      cells(meta, (i) => (view.decoded(i) ? null : [0, 0, 0, 0.55])),
+      1,
+    );
     stroke(g, "rgba(255,255,255,0.45)", Math.max(1, cell / 20), () => {
       for (let i = 0; i < meta.width * meta.height; i++) {
         const [x, y] = [(i % meta.width) * cell, Math.floor(i / meta.width) * cell];
@@ -132,15 +145,32 @@ export function drawMap(canvas, meta, view) {
       }
     });
   }
-  if (view.values) paint(cells(meta, (i) => colourOf(view.kind, view.values[i], view.most)), view.overlay);
+  if (view.values)
+    paint(
+      cells(meta, (i) => colourOf(view.kind, view.values[i], view.most)),
+      view.overlay,
+    );
   if (view.values && view.overlay) {
-    for (const [colour, width, inset] of [["rgba(0,0,0,0.55)", Math.min(Math.max(2, cell / 8), 5), 1], ["#fff", Math.min(Math.max(1, cell / 14), 3), 1]]) {
+    for (const [colour, width, inset] of [
+      ["rgba(0,0,0,0.55)", Math.min(Math.max(2, cell / 8), 5), 1],
+      ["#fff", Math.min(Math.max(1, cell / 14), 3), 1],
+    ]) {
       stroke(g, colour, width, () => {
-        for (let i = 0; i < view.values.length; i++) if (view.selected(i)) g.rect((i % meta.width) * cell + inset, Math.floor(i / meta.width) * cell + inset, cell - 2 * inset, cell - 2 * inset);
+        for (let i = 0; i < view.values.length; i++)
+          if (view.selected(i))
+            g.rect(
+              (i % meta.width) * cell + inset,
+              Math.floor(i / meta.width) * cell + inset,
+              cell - 2 * inset,
+              cell - 2 * inset,
+            );
       });
     }
   }
-  for (const [colour, width] of [["#fff", Math.max(4, cell / 4)], ["#000", Math.max(2, cell / 8)]]) {
+  for (const [colour, width] of [
+    ["#fff", Math.max(4, cell / 4)],
+    ["#000", Math.max(2, cell / 8)],
+  ]) {
     stroke(g, colour, width, () => {
       for (const site of view.hidden) {
         const [x, y] = [(site % meta.width) * cell, Math.floor(site / meta.width) * cell];
@@ -165,7 +195,14 @@ export function strongest({ values, kind }) {
 }
 
 function writeValues(g, meta, view, cell) {
-  Object.assign(g, { font: `600 ${Math.max(9, Math.round(cell * 0.42))}px system-ui, sans-serif`, textAlign: "center", textBaseline: "middle", lineWidth: 3, strokeStyle: "rgba(0,0,0,0.65)", fillStyle: "#fff" });
+  Object.assign(g, {
+    font: `600 ${Math.max(9, Math.round(cell * 0.42))}px system-ui, sans-serif`,
+    textAlign: "center",
+    textBaseline: "middle",
+    lineWidth: 3,
+    strokeStyle: "rgba(0,0,0,0.65)",
+    fillStyle: "#fff",
+  });
   for (const [i, words] of strongest(view)) {
     const [x, y] = [((i % meta.width) + 0.5) * cell, (Math.floor(i / meta.width) + 0.5) * cell];
     g.strokeText(words, x, y);
@@ -175,7 +212,10 @@ function writeValues(g, meta, view, cell) {
 
 function frame(g, [row, column], cell, colour) {
   const thick = Math.min(cell, 26);
-  for (const [edge, width] of [["#fff", thick / 2.6], [colour, thick / 4.5]]) {
+  for (const [edge, width] of [
+    ["#fff", thick / 2.6],
+    [colour, thick / 4.5],
+  ]) {
     Object.assign(g, { strokeStyle: edge, lineWidth: Math.max(2, width) });
     g.strokeRect(column * cell, row * cell, cell, cell);
   }
@@ -188,7 +228,10 @@ export function diamond(radius) {
     const reach = radius - Math.abs(dy);
     const [left, right] = [-reach, reach + 1];
     for (const x of [left, right]) edges.push([x, dy, x, dy + 1]);
-    for (const [y, outer, there] of [[dy, -radius, dy <= 0], [dy + 1, radius, dy >= 0]]) {
+    for (const [y, outer, there] of [
+      [dy, -radius, dy <= 0],
+      [dy + 1, radius, dy >= 0],
+    ]) {
       if (!there) continue;
       if (dy === outer) edges.push([left, y, right, y]);
       else for (const x of [left, right - 1]) edges.push([x, y, x + 1, y]);
@@ -199,10 +242,14 @@ export function diamond(radius) {
 
 /** The dashed border of the neighbours whose exact offset the model knows. */
 function drawDiamond(g, [row, column], radius, cell) {
-  for (const [colour, width] of [["rgba(0,0,0,0.6)", 5], [DIAMOND, 3]]) {
+  for (const [colour, width] of [
+    ["rgba(0,0,0,0.6)", 5],
+    [DIAMOND, 3],
+  ]) {
     g.setLineDash([cell / 3, cell / 4]);
     stroke(g, colour, Math.min(Math.max(1, (width * cell) / 24), width), () => {
-      for (const [x0, y0, x1, y1] of diamond(radius)) line(g, (column + x0) * cell, (row + y0) * cell, (column + x1) * cell, (row + y1) * cell);
+      for (const [x0, y0, x1, y1] of diamond(radius))
+        line(g, (column + x0) * cell, (row + y0) * cell, (column + x1) * cell, (row + y1) * cell);
     });
   }
   g.setLineDash([]);
@@ -220,7 +267,13 @@ export function drawDecoding(canvas, meta, { guess, decoded, shares, query }) {
     const layer = document.createElement("canvas");
     const over = sized(layer, w, h);
     over.imageSmoothingEnabled = false;
-    over.drawImage(cells(meta, (i) => [0, 0, 0, shares[i]]), 0, 0, w, h);
+    over.drawImage(
+      cells(meta, (i) => [0, 0, 0, shares[i]]),
+      0,
+      0,
+      w,
+      h,
+    );
     over.globalCompositeOperation = "source-in";
     over.drawImage(decoded, 0, 0, w, h);
     g.drawImage(layer, 0, 0);
@@ -258,7 +311,10 @@ export function drawGroups(canvas, order, values, chosen) {
   g.rotate(-Math.PI / 2);
   g.fillText("predicted group", 0, 0);
   g.restore();
-  for (const [edge, width] of [["#fff", 6], [QUERY, 3]]) {
+  for (const [edge, width] of [
+    ["#fff", 6],
+    [QUERY, 3],
+  ]) {
     Object.assign(g, { strokeStyle: edge, lineWidth: width });
     g.strokeRect(pad, pad + chosen * cell, (chosen + 1) * cell, cell);
   }

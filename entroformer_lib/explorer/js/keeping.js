@@ -1,6 +1,19 @@
 // What can be taken away from a view: its address, a table, a line of Python. Pictures are made in sheet.js.
 
-const KEPT = ["row", "column", "slice", "layer", "head", "k", "other_k", "mode", "channel", "backdrop", "dim", "gathers"];
+const KEPT = [
+  "row",
+  "column",
+  "slice",
+  "layer",
+  "head",
+  "k",
+  "other_k",
+  "mode",
+  "channel",
+  "backdrop",
+  "dim",
+  "gathers",
+];
 
 /** The selection as the part of an address behind #. */
 export const toHash = (s) => new URLSearchParams(KEPT.map((name) => [name, String(s[name])])).toString();
@@ -30,8 +43,10 @@ function fromText(text) {
 export function asPython(meta, s) {
   const [, , width, height] = meta.inside;
   const referenced = meta.models.some(({ reference }) => reference);
-  const server = ({ name, reference }) => `    server_of(load_model("${name}"), picture${reference ? `, reference_of(load_model("${name}"))` : ""}),`;
-  const inPython = (value) => (typeof value === "string" ? `"${value}"` : typeof value === "boolean" ? (value ? "True" : "False") : value);
+  const server = ({ name, reference }) =>
+    `    server_of(load_model("${name}"), picture${reference ? `, reference_of(load_model("${name}"))` : ""}),`;
+  const inPython = (value) =>
+    typeof value === "string" ? `"${value}"` : typeof value === "boolean" ? (value ? "True" : "False") : value;
   const parts = KEPT.filter((name) => s[name] !== false).map((name) => `${name}=${inPython(s[name])}`);
   return [
     "from entroformer_lib import load_model",
@@ -55,12 +70,31 @@ export function asCsv(meta, maps, words, overviews) {
   const at = (i, width) => [Math.floor(i / width), i % width];
   const onGrid = maps.filter(({ kind, values }) => kind !== "groups" && values);
   const tables = {
-    maps: ["map,row,column,value,taken_part,decoded", onGrid.map((map) => [...map.values].map((v, i) => named(map, ...at(i, meta.width), v.toPrecision(6), Number(map.selected(i)), Number(map.decoded(i)))))],
-    groups: ["map,predicted_group,slot_seen,value", maps.map((map) => [...(map.values ?? [])].map((v, i) => named(map, ...at(i, meta.models[map.model].order?.length), v.toPrecision(6))))],
-    decoding: ["map,row,column,slice,step,bits", maps.map((map) => {
-      const { slices, steps } = meta.models[map.model];
-      return [...(overviews[map.model]?.bits ?? [])].map((bits, query) => named(map, ...at(Math.floor(query / slices), meta.width), query % slices, steps[query], bits.toPrecision(6)));
-    })],
+    maps: [
+      "map,row,column,value,taken_part,decoded",
+      onGrid.map((map) =>
+        [...map.values].map((v, i) =>
+          named(map, ...at(i, meta.width), v.toPrecision(6), Number(map.selected(i)), Number(map.decoded(i))),
+        ),
+      ),
+    ],
+    groups: [
+      "map,predicted_group,slot_seen,value",
+      maps.map((map) =>
+        [...(map.values ?? [])].map((v, i) =>
+          named(map, ...at(i, meta.models[map.model].order?.length), v.toPrecision(6)),
+        ),
+      ),
+    ],
+    decoding: [
+      "map,row,column,slice,step,bits",
+      maps.map((map) => {
+        const { slices, steps } = meta.models[map.model];
+        return [...(overviews[map.model]?.bits ?? [])].map((bits, query) =>
+          named(map, ...at(Math.floor(query / slices), meta.width), query % slices, steps[query], bits.toPrecision(6)),
+        );
+      }),
+    ],
   };
   const [head, rows] = tables[onGrid.length ? "maps" : maps[0].kind] ?? tables.maps;
   return [`# ${words.replace(/\n/g, " ")}`, head, ...rows.flat()].join("\n") + "\n";

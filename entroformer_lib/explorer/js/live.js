@@ -63,7 +63,10 @@ export class LiveSource {
     const { y, z } = await this.#run("analysis", { x: this.#floats(pixels, [1, 3, height, width]) });
     const [rows, columns] = y.dims.slice(2);
     this.#grid = gridOf(rows, columns);
-    this.#yHat = this.#floats(y.data.map((v) => Math.floor(Math.fround(v + 0.5))), y.dims);
+    this.#yHat = this.#floats(
+      y.data.map((v) => Math.floor(Math.fround(v + 0.5))),
+      y.dims,
+    );
     await tell("hyperprior", 0.6);
     const sites = z.dims[2] * z.dims[3];
     const medians = Float32Array.from(facts.medians);
@@ -86,7 +89,20 @@ export class LiveSource {
       picture: canvasOf(pixels, width, height).toDataURL(),
       reconstruction: canvasOf(rebuilt.data, width, height).toDataURL(),
       note: canvas.note,
-      models: [{ ...facts.model, ...this.#grid.said, z_bits: zBits, hyperprior: true, kind: "parallel", slices: 1, counts: null, order: null, cross: false, channel_groups: this.#channels }],
+      models: [
+        {
+          ...facts.model,
+          ...this.#grid.said,
+          z_bits: zBits,
+          hyperprior: true,
+          kind: "parallel",
+          slices: 1,
+          counts: null,
+          order: null,
+          cross: false,
+          channel_groups: this.#channels,
+        },
+      ],
       costs: true,
       whatif: true,
       calculation: true,
@@ -104,7 +120,9 @@ export class LiveSource {
     const { M } = this.#facts;
     const latents = new Float32Array(M * n);
     for (const [, part] of stretches(Uint16Array.from(Array(n).keys()))) {
-      const seen = this.#reference ? null : await this.#look(part, this.#facts.model.own_k, null, ["means_alone", "scales_alone"]);
+      const seen = this.#reference
+        ? null
+        : await this.#look(part, this.#facts.model.own_k, null, ["means_alone", "scales_alone"]);
       part.forEach((query, i) => this.#alone(query, seen, i)[0].forEach((mean, m) => (latents[m * n + query] = mean)));
     }
     const { data, dims } = (await this.#run("synthesis", { y_hat: this.#floats(latents, this.#yHat.dims) })).x_hat;
@@ -138,12 +156,19 @@ export class LiveSource {
     }
     const usual = await this.#look([query], k, null, ["means", "scales", "probs"]);
     const rows = this.#onGrid(usual.probs, 0, [query], 0);
-    const attended = (site) => site !== query && Array.from({ length: layers * heads }, (_, i) => i * n + site).some((i) => rows[i] > 0);
+    const attended = (site) =>
+      site !== query && Array.from({ length: layers * heads }, (_, i) => i * n + site).some((i) => rows[i] > 0);
     const positions = Uint16Array.from(Array(n).keys()).filter(attended);
     const before = this.#sum(query, usual, 0);
     const bits = new Float32Array(positions.length);
     for (const [start, part] of stretches(positions)) {
-      const seen = await this.#look(part.map(() => query), k, null, ["means", "scales"], part);
+      const seen = await this.#look(
+        part.map(() => query),
+        k,
+        null,
+        ["means", "scales"],
+        part,
+      );
       part.forEach((_, i) => (bits[start + i] = this.#sum(query, seen, i) - before));
     }
     return { positions, bits, rho: correlations(rows, positions, bits, layers, heads, n) };
@@ -163,7 +188,10 @@ export class LiveSource {
     for (let j = 0; j < n; j++) {
       if (found.scores[j] === -Infinity) for (const part of parts) found[part][j] = NaN; // hidden from this query
     }
-    const scores = found.scores.filter((s) => !Number.isNaN(s)).sort().reverse(); // typed arrays sort as numbers
+    const scores = found.scores
+      .filter((s) => !Number.isNaN(s))
+      .sort()
+      .reverse(); // typed arrays sort as numbers
     const least = scores[Math.min(k || scores.length, scores.length) - 1];
     const value = this.#yHat.data[channel * n + query];
     const [mean, scale] = [seen.means.data[channel], seen.scales.data[channel]];
@@ -326,7 +354,9 @@ function gridOf(rows, columns) {
 
 // Channels by their mean size, the largest first, in `count` groups as equal as can be.
 function channelGroups(values, M, n, count) {
-  const size = Array.from({ length: M }, (_, m) => values.subarray(m * n, (m + 1) * n).reduce((s, v) => s + Math.abs(v), 0));
+  const size = Array.from({ length: M }, (_, m) =>
+    values.subarray(m * n, (m + 1) * n).reduce((s, v) => s + Math.abs(v), 0),
+  );
   const order = Array.from(size.keys()).sort((a, b) => size[b] - size[a] || a - b);
   const [small, more] = [Math.floor(M / count), M % count];
   const ends = Array.from({ length: count + 1 }, (_, i) => i * small + Math.min(i, more));

@@ -42,7 +42,7 @@ export function probabilities(value, mean, scale) {
 function ranks(values) {
   const order = Array.from(values.keys()).sort((a, b) => values[a] - values[b]);
   const found = new Float64Array(values.length);
-  for (let i = 0; i < order.length; ) {
+  for (let i = 0; i < order.length;) {
     let j = i;
     while (j < order.length && values[order[j]] === values[order[i]]) j++;
     for (let m = i; m < j; m++) found[order[m]] = (i + j + 1) / 2;

@@ -11,13 +11,16 @@ export class PictureError extends Error {}
 export function drawn(image) {
   const [width, height] = [image.naturalWidth ?? image.width, image.naturalHeight ?? image.height];
   const size = `The picture has ${width} x ${height} pixels`;
-  if (Math.max(width, height) > LARGEST_READ) throw new PictureError(`${size}; up to ${LARGEST_READ} on a side can be read.`);
+  if (Math.max(width, height) > LARGEST_READ)
+    throw new PictureError(`${size}; up to ${LARGEST_READ} on a side can be read.`);
   const scale = Math.min(1, LARGEST / Math.max(width, height));
   const canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [width, height].map((side) => Math.round(side * scale));
   if (Math.min(canvas.width, canvas.height) < SMALLEST) {
     const after = scale < 1 ? `, and ${canvas.width} x ${canvas.height} when it is scaled to ${LARGEST}` : "";
-    throw new PictureError(`${size}${after}; a latent stands for ${SMALLEST} x ${SMALLEST} pixels, so it is too small.`);
+    throw new PictureError(
+      `${size}${after}; a latent stands for ${SMALLEST} x ${SMALLEST} pixels, so it is too small.`,
+    );
   }
   const context = canvas.getContext("2d", { willReadFrequently: true });
   context.fillStyle = "white";

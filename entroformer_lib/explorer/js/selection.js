@@ -14,18 +14,34 @@ export function modesOf(meta) {
 }
 
 /** All k that some model offers, dense last. */
-export const ksOf = (meta) => [...new Set(meta.models.flatMap(({ ks }) => ks))].sort((a, b) => (a || Infinity) - (b || Infinity));
+export const ksOf = (meta) =>
+  [...new Set(meta.models.flatMap(({ ks }) => ks))].sort((a, b) => (a || Infinity) - (b || Infinity));
 
 /** The selection before, with what is wanted; what nobody has chosen gets its usual value. What is too high or too low
  * becomes the nearest, and what makes no sense is passed over. */
 export function settled(meta, wanted, before) {
   const [first] = meta.models;
   const usual = {
-    row: Math.floor(meta.height / 2), column: Math.floor(meta.width / 2), slice: 1, layer: first.layers - 1, head: 0, channel: first.channel_groups[0][0],
-    k: first.own_k, other_k: DENSE, mode: "head", backdrop: 0, overlay: 1, dim: false, gathers: false, part: 0.4,
-    hidden: [], off: [], position: true,
+    row: Math.floor(meta.height / 2),
+    column: Math.floor(meta.width / 2),
+    slice: 1,
+    layer: first.layers - 1,
+    head: 0,
+    channel: first.channel_groups[0][0],
+    k: first.own_k,
+    other_k: DENSE,
+    mode: "head",
+    backdrop: 0,
+    overlay: 1,
+    dim: false,
+    gathers: false,
+    part: 0.4,
+    hidden: [],
+    off: [],
+    position: true,
   };
-  if (first.kind === "parallel" && (usual.row + usual.column) % 2) usual.column += usual.column + 1 < meta.width ? 1 : -1;
+  if (first.kind === "parallel" && (usual.row + usual.column) % 2)
+    usual.column += usual.column + 1 < meta.width ? 1 : -1;
   const s = { ...usual, ...before };
   for (const [name, value] of Object.entries(wanted)) if (name in usual && alike(value, usual[name])) s[name] = value;
   s.row = clip(s.row, 0, meta.height - 1);
@@ -59,7 +75,8 @@ export function isPadding({ inside: [left, top, width, height] }, { row, column 
 }
 
 /** What a selection asks of a model: the site, or of a GroupedMixer this site's channel slice. */
-export const queryOf = (meta, model, s) => (s.row * meta.width + s.column) * model.slices + Math.min(s.slice, model.slices - 1);
+export const queryOf = (meta, model, s) =>
+  (s.row * meta.width + s.column) * model.slices + Math.min(s.slice, model.slices - 1);
 
 /** The what-if of a selection, null where nothing is changed. */
 export function changeOf(s) {
@@ -73,17 +90,27 @@ export function mapsOf(meta, s) {
     const grouped = model.kind === "grouped";
     const who = meta.models.length > 1 ? `${model.name}: ` : "";
     const map = (more) => ({ model: number, kind: "attention", layer, head, k: grouped ? DENSE : s.k, ...more });
-    const every = (kind) => [...Array(model.heads).keys(), MEAN].map((h) => map({ kind, head: h, title: who + headInWords(h) }));
+    const every = (kind) =>
+      [...Array(model.heads).keys(), MEAN].map((h) => map({ kind, head: h, title: who + headInWords(h) }));
     const usual = `${who}${grouped ? "inner mixer, " : ""}layer ${layer}, ${headInWords(head)}${grouped ? "" : `, ${kInWords(s.k)}`}`;
     const one = map({ title: usual });
     switch (s.mode) {
-      case "heads": return every("attention");
-      case "groups": return every("groups");
-      case "ks": return model.ks.map((k) => map({ k, title: who + kInWords(k) }));
-      case "pair": return [s.k, s.other_k].map((k) => map({ k, title: who + kInWords(k) }));
-      case "cost": return [one, map({ kind: "cost", title: `${who}extra bits if a block is hidden` })];
-      case "decoding": return [map({ kind: "decoding", title: model.name })];
-      default: return grouped && model.cross && s.mode === "head" ? [one, map({ kind: "groups", title: `${who}cross mixer, layer ${layer}, ${headInWords(head)}` })] : [one];
+      case "heads":
+        return every("attention");
+      case "groups":
+        return every("groups");
+      case "ks":
+        return model.ks.map((k) => map({ k, title: who + kInWords(k) }));
+      case "pair":
+        return [s.k, s.other_k].map((k) => map({ k, title: who + kInWords(k) }));
+      case "cost":
+        return [one, map({ kind: "cost", title: `${who}extra bits if a block is hidden` })];
+      case "decoding":
+        return [map({ kind: "decoding", title: model.name })];
+      default:
+        return grouped && model.cross && s.mode === "head"
+          ? [one, map({ kind: "groups", title: `${who}cross mixer, layer ${layer}, ${headInWords(head)}` })]
+          : [one];
     }
   });
 }

@@ -33,7 +33,11 @@ export class StoredSource {
     this.hidden = stored.costs && new Costs(stored.costs, model, buffer);
     if (stored.cross) {
       this.place = new Uint16Array(buffer, stored.cross.place, this.n);
-      this.between = new Uint8Array(buffer, stored.cross.bytes, stored.cross.count * model.layers * model.heads * model.order.length ** 2);
+      this.between = new Uint8Array(
+        buffer,
+        stored.cross.bytes,
+        stored.cross.count * model.layers * model.heads * model.order.length ** 2,
+      );
     }
   }
 
@@ -59,7 +63,8 @@ export class StoredSource {
   }
 
   async costs(model, query, k) {
-    if (k !== this.meta.models[0].own_k) throw new Error("The page holds costs for the model's own k only. Choose that k.");
+    if (k !== this.meta.models[0].own_k)
+      throw new Error("The page holds costs for the model's own k only. Choose that k.");
     return this.hidden.of(query);
   }
 
@@ -96,7 +101,8 @@ class Section {
     const maps = this.model.layers * this.model.heads;
     const [out, first] = [new Float32Array(maps * this.n), this.at(query) * maps];
     for (let map = 0; map < maps; map++) {
-      for (let i = this.starts[first + map]; i < this.starts[first + map + 1]; i++) out[map * this.n + this.positions[i]] = ofByte(this.bytes[i]);
+      for (let i = this.starts[first + map]; i < this.starts[first + map + 1]; i++)
+        out[map * this.n + this.positions[i]] = ofByte(this.bytes[i]);
     }
     return out;
   }
@@ -126,7 +132,11 @@ class Costs {
   of(site) {
     const i = this.sites.indexOf(site);
     const part = (array) => array.subarray(this.starts[i], this.starts[i + 1]);
-    return { positions: part(this.positions), bits: part(this.bits), rho: this.rho.subarray(i * this.size, (i + 1) * this.size) };
+    return {
+      positions: part(this.positions),
+      bits: part(this.bits),
+      rho: this.rho.subarray(i * this.size, (i + 1) * this.size),
+    };
   }
 }
 

@@ -3,13 +3,22 @@ import { mount } from "./explorer.js";
 
 const ARRAYS = { f4: Float32Array, u2: Uint16Array, u1: Uint8Array };
 const PATIENCE = 10_000; // milliseconds without an answer
-const BUSY = "Python has not answered yet: it is busy, or its kernel was restarted. In that case run the cell again; what is shown here stays.";
-const GONE = "Python does not answer: its kernel was restarted or has ended. Run the cell again; what is shown here stays.";
+const BUSY =
+  "Python has not answered yet: it is busy, or its kernel was restarted. In that case run the cell again; what is shown here stays.";
+const GONE =
+  "Python does not answer: its kernel was restarted or has ended. Run the cell again; what is shown here stays.";
 
 /** Questions and answers over a widget's messages. */
 class KernelSource {
   constructor(model) {
-    Object.assign(this, { model, meta: model.get("meta"), begin: model.get("selection"), waiting: new Map(), count: 0, view: crypto.getRandomValues(new Uint32Array(1))[0] });
+    Object.assign(this, {
+      model,
+      meta: model.get("meta"),
+      begin: model.get("selection"),
+      waiting: new Map(),
+      count: 0,
+      view: crypto.getRandomValues(new Uint32Array(1))[0],
+    });
     this.received = (message, buffers) => {
       const { number, answer } = message;
       const { resolve, reject } = this.waiting.get(number) ?? {}; // another view of the widget may have asked
@@ -20,11 +29,19 @@ class KernelSource {
     };
     this.late = () => {}; // says that no answer comes, or that one has come
     model.on("msg:custom", this.received);
-    for (const question of ["overview", "rows", "costs", "cross", "calculation", "picture"]) this[question] = (...args) => this.ask(question, args);
+    for (const question of ["overview", "rows", "costs", "cross", "calculation", "picture"])
+      this[question] = (...args) => this.ask(question, args);
   }
 
   ask(question, args) {
-    const names = { overview: ["model"], rows: ["model", "query", "k"], costs: ["model", "query", "k"], cross: ["model", "query"], picture: ["model", "name"], calculation: ["model", "query", "k", "change", "layer", "head", "channel"] }[question];
+    const names = {
+      overview: ["model"],
+      rows: ["model", "query", "k"],
+      costs: ["model", "query", "k"],
+      cross: ["model", "query"],
+      picture: ["model", "name"],
+      calculation: ["model", "query", "k", "change", "layer", "head", "channel"],
+    }[question];
     const parts = names.map((name, i) => [name, args[i]]).filter(([name]) => name !== "change");
     const number = `${this.view}.${++this.count}`;
     return new Promise((resolve, reject) => {

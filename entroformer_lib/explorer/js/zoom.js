@@ -32,7 +32,10 @@ export class Zoom {
       const others = [...pointers.values()].filter((p) => p.pointerId !== event.pointerId);
       if (others.length) {
         const distance = (p) => Math.hypot(p.clientX - others[0].clientX, p.clientY - others[0].clientY);
-        const middle = [(event.clientX + others[0].clientX) / 2 - box.left, (event.clientY + others[0].clientY) / 2 - box.top];
+        const middle = [
+          (event.clientX + others[0].clientX) / 2 - box.left,
+          (event.clientY + others[0].clientY) / 2 - box.top,
+        ];
         this.by(distance(event) / Math.max(distance(before), 1), middle[0] / box.width, middle[1] / box.height);
       } else if (this.scale > 1 && moved > STILL) {
         this.to(this.scale, this.x + dx / box.width, this.y + dy / box.height);
@@ -50,12 +53,20 @@ export class Zoom {
       leave(event); // whoever lets go outside is not seen
       hover(null);
     });
-    view.addEventListener("wheel", (event) => {
-      if (!event.ctrlKey) return;
-      event.preventDefault();
-      const box = view.getBoundingClientRect();
-      this.by(Math.exp(-event.deltaY / 200), (event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height);
-    }, { passive: false });
+    view.addEventListener(
+      "wheel",
+      (event) => {
+        if (!event.ctrlKey) return;
+        event.preventDefault();
+        const box = view.getBoundingClientRect();
+        this.by(
+          Math.exp(-event.deltaY / 200),
+          (event.clientX - box.left) / box.width,
+          (event.clientY - box.top) / box.height,
+        );
+      },
+      { passive: false },
+    );
     this.apply();
   }
 
@@ -74,7 +85,8 @@ export class Zoom {
 
   apply() {
     for (const canvas of this.canvases) {
-      canvas.style.transform = this.scale === 1 ? "" : `translate(${100 * this.x}%, ${100 * this.y}%) scale(${this.scale})`;
+      canvas.style.transform =
+        this.scale === 1 ? "" : `translate(${100 * this.x}%, ${100 * this.y}%) scale(${this.scale})`;
       canvas.parentElement.style.touchAction = this.scale === 1 ? "pan-x pan-y" : "none";
     }
   }
