@@ -6,9 +6,10 @@ import time
 from entroformer_lib.explorer import page
 from entroformer_lib.explorer.answers import data_url
 from entroformer_lib.inspection.panels import offered_ks, own_k
+from entroformer_lib.inspection.picture_server import QUERIES_AT_ONCE
 
-SAMPLE = 8  # latents of each k
-SAMPLE_COSTS = 2  # latents whose attended positions are hidden
+SAMPLE = 16  # latents of each k
+SAMPLE_COSTS = 12  # latents whose attended positions are hidden
 AROUND = 0.1  # MB that the script takes
 PICTURES = 3  # of about the same size
 
@@ -24,19 +25,26 @@ def effort(server) -> tuple[float, float]:
     seconds, size = 0.0, AROUND + PICTURES * len(data_url(server.picture)) / 1e6
     for k in offered_ks(server):
         sites = every if k == own and server.row_entries else some
-        one, stored = _measured(page._section, server, sites, k, SAMPLE)
-        seconds, size = seconds + one * len(sites), size + stored * len(sites)
+        taken = _measured(page._section, server, sites, k, SAMPLE)
+        seconds, size = seconds + taken[0], size + taken[1]
     if server.family == "rows":
-        one, stored = _measured(page._costs, server, some, own, SAMPLE_COSTS)
-        seconds, size = seconds + one * len(some), size + stored * len(some)
+        taken = _measured(page._costs, server, some, own, SAMPLE_COSTS)
+        seconds, size = seconds + taken[0], size + taken[1]
     return seconds, size
 
 
 def _measured(make, server, sites, k: int, count: int) -> tuple[float, float]:
-    """Seconds and MB of the page that one site takes, by a few of them."""
+    """Seconds and MB of the page that some sites take, judged by one of them and by a few: a batch has a price of its
+    own, which many sites share."""
     few = list(dict.fromkeys(sites[i * len(sites) // count] for i in range(count)))
     make(server, few[:1], k, page._Blob(), lambda done: None)  # keys and values of this k, which are kept
-    blob, start = page._Blob(), time.perf_counter()
-    make(server, few, k, blob, lambda done: None)
+    times, blob = [], page._Blob()
+    for part in (few[:1], few):
+        blob, start = page._Blob(), time.perf_counter()
+        make(server, part, k, blob, lambda done: None)
+        times.append(time.perf_counter() - start)
+    each = max(times[1] - times[0], 0) / max(len(few) - 1, 1)
+    batch = max(times[0] - each, 0)
     base64 = 4 / 3
-    return (time.perf_counter() - start) / len(few), base64 * len(gzip.compress(blob.bytes())) / len(few) / 1e6
+    stored = base64 * len(gzip.compress(blob.bytes())) / len(few) / 1e6
+    return each * len(sites) + batch * -(-len(sites) // QUERIES_AT_ONCE), stored * len(sites)
