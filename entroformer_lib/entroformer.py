@@ -223,6 +223,8 @@ class Entroformer(Network):
         if config.least_weights() > sum(tensor.numel() for tensor in state_dict.values()):
             raise WeightsError("These weights do not fit their config, which describes a larger network.")
         model = cls(config, name=name, card=card).eval()
+        if unknown := sorted(state_dict.keys() - model.state_dict().keys()):
+            raise WeightsError(f"These weights do not fit their config: it describes no {unknown[0]!r}.")
         try:
             model.load_state_dict(state_dict)
         except RuntimeError as error:

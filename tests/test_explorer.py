@@ -2,6 +2,7 @@
 
 import base64
 import gzip
+import io
 import json
 import re
 import sys
@@ -143,6 +144,15 @@ def test_a_widget_that_is_shown_twice_has_two_still_pictures(server, monkeypatch
     for _ in range(2):
         widget._repr_mimebundle_()
     assert len(shown) == 2 and len(set(shown)) == 1  # under one name, so both follow
+
+
+@pytest.mark.parametrize("selection", [{}, {"row": -4, "column": 2, "head": -1, "k": 0}, {"layer": "x", "k": 7.5}])
+def test_a_notebook_that_ran_without_a_browser_shows_the_first_view(server, monkeypatch, selection):
+    shown = []
+    monkeypatch.setattr("entroformer_lib.explorer.widget.display", lambda still, display_id: shown.append(still.data))
+    Explorer(server, **selection)._repr_mimebundle_()
+    picture = Image.open(io.BytesIO(base64.b64decode(re.search(r'src="data:image/png;base64,([^"]+)"', shown[0])[1])))
+    assert picture.width > 300 and np.asarray(picture.convert("RGB")).std() > 10
 
 
 def test_modules_are_short_and_make_one_script():

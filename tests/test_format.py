@@ -275,7 +275,7 @@ def test_tables_that_make_no_sense(model, spoil):
 
 @pytest.mark.parametrize("name", ["n" * 256, "n\udce4"])
 def test_names_that_no_file_can_hold(name):
-    with pytest.raises(WeightsError, match="name is text of up to 255 bytes"):
+    with pytest.raises(WeightsError, match="name is printable text of up to 255 bytes"):
         codec.encode(micro_model("parallel", name=name), sample_picture("chelsea").crop((0, 0, 16, 16)))
 
 

@@ -4,6 +4,8 @@ import json
 import pickle
 import struct
 import zipfile
+import zlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from benchmarks import fuzz
 from entroformer_lib.codec import codec
 from entroformer_lib.codec.container import Container
 from entroformer_lib.entroformer import Entroformer
-from entroformer_lib.errors import ConfigError, WeightsError
+from entroformer_lib.errors import BitstreamError, ConfigError, WeightsError
 from entroformer_lib.exact.coder import snap
 from entroformer_lib.models.config import EntroformerConfig, named_config
 from entroformer_lib.rangecoder import SymbolDecoder
@@ -133,6 +135,25 @@ def test_tables_that_are_missing():
     del tensors["z_prior._quantized_cdf"]
     with pytest.raises(WeightsError, match="lack z_prior._quantized_cdf"):
         Entroformer.from_state_dict(tensors)
+
+
+@pytest.mark.parametrize("name", ["z_prior", "z_priorx.quantiles", "h_s.more\n"])  # the first two trip CompressAI
+def test_tensors_that_nobody_knows(name):
+    tensors = micro_model("parallel").state_dict() | {name: torch.zeros(1)}
+    with pytest.raises(WeightsError, match="describes no '") as caught:
+        Entroformer.from_state_dict(tensors)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["U\nh", "\x1b[31mred", "a\u202eb"])
+def test_names_that_would_change_what_a_terminal_shows(name):
+    whole = Container.unpack((FOLDER / "parallel.ef").read_bytes())
+    with pytest.raises(WeightsError, match="printable"):
+        replace(whole, model=name).pack()
+    good = replace(whole, model="x" * len(name.encode())).pack()[:-4]
+    data = good.replace(b"x" * len(name.encode()), name.encode(), 1)
+    with pytest.raises(BitstreamError):
+        Container.unpack(data + struct.pack("<I", zlib.crc32(data)))
 
 
 def test_a_scale_that_is_no_number():

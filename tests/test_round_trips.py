@@ -91,7 +91,7 @@ containers = st.builds(
     width=st.integers(1, LARGEST_SIDE),
     height=st.integers(1, LARGEST_SIDE),
     grey=st.booleans(),
-    model=st.text(max_size=300).filter(lambda name: len(name.encode()) <= LARGEST_NAME),
+    model=st.text(max_size=300).filter(lambda name: name.isprintable() and len(name.encode()) <= LARGEST_NAME),
     weights=st.binary(min_size=4, max_size=4),
     latents_crc=st.integers(0, 2**32 - 1),
     z_string=st.binary(max_size=300),

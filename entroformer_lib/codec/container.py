@@ -51,8 +51,9 @@ class Container:
     def pack(self) -> bytes:
         """Raises WeightsError for a model's name that no file can hold."""
         name = self.model.encode(errors="surrogateescape")  # bytes of a file's name that are no text stay what they are
-        if len(name) > LARGEST_NAME or name != name.decode(errors="ignore").encode():
-            raise WeightsError(f"A model's name is text of up to {LARGEST_NAME} bytes in an .ef file; {name} is not.")
+        if len(name) > LARGEST_NAME or name != name.decode(errors="ignore").encode() or not self.model.isprintable():
+            kind = f"printable text of up to {LARGEST_NAME} bytes"
+            raise WeightsError(f"A model's name is {kind} in an .ef file; {name} is not.")
         data = b"".join(
             [
                 MAGIC,
@@ -95,6 +96,8 @@ class Container:
             name = _take(body, length).decode()
         except UnicodeDecodeError:
             raise BitstreamError(NONSENSE) from None
+        if not name.isprintable():  # it is shown, and ends up in sentences
+            raise BitstreamError(NONSENSE)
         weights, (crc,) = _take(body, 4), _U32.unpack(_take(body, 4))
         z_string = _take(body, _take_varint(body))
         return cls(width, height, bool(flags & 1), name, weights, crc, z_string, body.read(), level)

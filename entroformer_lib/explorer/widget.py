@@ -4,6 +4,7 @@ server = RowServer(load_model("tiny-parallel"), "photo.png")
 Explorer(server, row=12, column=20)
 """
 
+import base64
 import html
 import uuid
 
@@ -14,6 +15,7 @@ from IPython.display import HTML, display
 from entroformer_lib.errors import UserError
 from entroformer_lib.explorer.answers import Answers, packed
 from entroformer_lib.explorer.script import STYLE, script
+from entroformer_lib.inspection.panels import attention_panel, offered_ks, own_k
 
 # JupyterLab shows the widget once it has drawn, else the still picture above it: without a kernel it draws nothing, and
 # a dead widget has no elements inside.
@@ -27,7 +29,8 @@ class Explorer(anywidget.AnyWidget):
     """Shows one picture through one or two models.
 
     `explorer.selection` is what is chosen; setting it, or `explorer.select(row=3, column=4)`, moves the widget. Beside
-    the widget stands a still picture of its last view, which a saved notebook shows where no kernel runs.
+    the widget stands a still picture of its last view, or at first a figure of what it begins with; a saved notebook
+    shows that where no kernel runs.
 
     Args:
         server: of one picture and model, see `server_of`.
@@ -74,7 +77,7 @@ class Explorer(anywidget.AnyWidget):
 
     def _still_in_html(self) -> str:
         caption = self.still.get("caption", f"Attention explorer of {self._models()}; run this cell to see it.")
-        picture = self.still.get("picture", "")
+        picture = self.still.get("picture") or _first_view(self.answers.servers[0], self.selection)
         shown = f'<img src="{html.escape(picture)}" alt="{html.escape(caption)}" style="max-width:100%">'
         figure = f"{shown if picture else ''}<figcaption>{html.escape(caption)}</figcaption>"
         return f'{ONE_OF_BOTH}<figure class="ef-still" style="margin:0">{figure}</figure>'
@@ -86,3 +89,28 @@ class Explorer(anywidget.AnyWidget):
         self._stills = display(HTML(self._still_in_html()), display_id=self._name)  # one handle for all of them
         data, metadata = super()._repr_mimebundle_(**keywords)
         return {**data, "text/plain": f"Attention explorer of {self._models()}"}, metadata
+
+
+def _first_view(server, selection: dict) -> str:
+    """The map that the explorer begins with, as a data URL; empty where the block is coded without context.
+
+    selection: may hold anything; what does not exist is the nearest that does.
+    """
+    from entroformer_lib.views.attention_figures import attention_maps
+
+    def chosen(name: str, usual: int, count: int) -> int:
+        value = selection.get(name)
+        return min(max(value, 0), count - 1) if isinstance(value, int) else usual
+
+    row, column = server.height // 2, server.width // 2
+    if not server.has_context((row * server.width + column + 1) * server.slices - 1):
+        column += 1 if column + 1 < server.width else -1  # the other pass
+    row, column = chosen("row", row, server.height), chosen("column", column, server.width)
+    query = (row * server.width + column) * server.slices + chosen("slice", min(1, server.slices - 1), server.slices)
+    if not server.has_context(query):
+        return ""
+    layer = chosen("layer", server.layers - 1, server.layers)
+    head = -1 if selection.get("head") == -1 else chosen("head", 0, server.heads)
+    k = selection.get("k") if selection.get("k") in offered_ks(server) else own_k(server)
+    figure = attention_maps(server.picture, [attention_panel(server, query, layer, head, k)], columns=1)
+    return "data:image/png;base64," + base64.b64encode(figure._repr_png_()).decode()

@@ -43,7 +43,7 @@ def attention_maps(
     rows = -(-len(panels) // columns)
     height, width = panels[0].values.shape
     inches = TWO_COLUMNS / columns * height / width + 0.3
-    figure, axes = new_figure(TWO_COLUMNS, rows * inches + 0.8, rows, columns, squeeze=False)
+    figure, axes = new_figure(TWO_COLUMNS, 1.07 * rows * inches + 0.8, rows, columns, squeeze=False)  # 7% for the scale
     titles = titles or [panel.title for panel in panels]
     for axis, panel, title in zip(axes.flat, panels, titles, strict=False):
         draw = _table if panel.kind == "groups" else _map
