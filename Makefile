@@ -11,14 +11,15 @@ export ENTROFORMER_DATA
 # One more than there are cores: tests that start processes or browsers wait for them
 TEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 7 ? n + 1 : 8)))
 
-.PHONY: help setup figures test lint lock audit lab bench train-tiny clean
+.PHONY: help setup figures test lint lock audit lab pictures bench train-tiny clean
 
 help:
-	@echo "make figures     run every notebook on the shipped weights, draw the paper's figures, write figures/ and README.md's numbers"
+	@echo "make figures     run every notebook on the shipped weights, draw the paper's figures, write figures/ and the numbers on pages"
 	@echo "make test        lint and test (PINNED=1 sets up a new .venv with the versions of requirements.lock)"
 	@echo "make lock        write the versions of .venv to requirements.lock"
 	@echo "make audit       ask pip-audit for known weaknesses of these versions (needs a network)"
 	@echo "make lab         open JupyterLab on the notebooks"
+	@echo "make pictures    photograph the explorer and draw the overview for README.md (needs Chromium)"
 	@echo "make bench       time coding beside CompressAI's models, and a training step"
 	@echo "make train-tiny  train a model like the shipped one (set ENTROFORMER_DATA; takes hours on a CPU)"
 
@@ -59,6 +60,9 @@ audit: $(READY)
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_OPTIONS)
+
+pictures: $(READY)
+	$(BIN)/python benchmarks/readme_pictures.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/latency.py table --out data/results/latency.json

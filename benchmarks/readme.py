@@ -1,9 +1,9 @@
-"""Fills the marked blocks of README.md with tables and sentences from saved results.
+"""Fills the marked blocks of README.md and docs/results.md with tables and sentences from saved results.
 
     python benchmarks/readme.py
 
 A block begins with `<!-- NAME, by benchmarks/readme.py -->` and ends with `<!-- end -->`; a function of that name says
-what stands in it. A test checks that nothing would change.
+what stands in it. Links begin at docs/, but for the README's own block. A test checks that nothing would change.
 """
 
 import re
@@ -18,7 +18,8 @@ from entroformer_lib.studies.results import AUTHORS, LABELS, ablation, kodak, ko
 from entroformer_lib.views.paper_tables import markdown
 from entroformer_lib.views.rate_figures import groups_data, lines_beside
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 
 
 def filled(text: str) -> str:
@@ -28,6 +29,20 @@ def filled(text: str) -> str:
         return f"{match[1]}\n{BLOCKS[match[2]]()}\n<!-- end -->"
 
     return re.sub(r"(<!-- (\w+), by benchmarks/readme.py -->)\n.*?<!-- end -->", block, text, flags=re.S)
+
+
+def in_short() -> str:
+    """The README's one paragraph of numbers."""
+    jpeg, bpg = (_bd("tiny-rates", anchor, "psnr_db").rate_percent for anchor in ("JPEG", "BPG 4:4:4"))
+    points = kodak_means().dropna(subset="transforms")
+    models = points.drop_duplicates("variant").set_index("variant")["codec"]
+    serial, cnn = (bd.curve_of(points, models[variant]) for variant in ("serial", "minnen"))
+    return _paragraph(
+        f"On Kodak the shipped model needs {_fewer(jpeg)} than JPEG and {_fewer(bpg)} than BPG at equal PSNR "
+        "(BD-rate), after hours on a CPU; the authors trained for days on GPUs. Behind the same transforms a serial Entroformer "
+        f"needs {_fewer(bd.compare(serial, cnn).rate_percent, 1)} than the CNNs of Minnen et al. (2018); in the paper "
+        "it is 5.2%. All numbers, and what they come from: [results](docs/results.md)."
+    )
 
 
 def tiny_rates() -> str:
@@ -45,8 +60,8 @@ def tiny_rates_bd() -> str:
     return _paragraph(
         f"That is {jpeg.rate_percent:+.1f}% against JPEG and {bpg.rate_percent:+.1f}% against BPG 4:4:4 in BD-rate "
         f"({bd.METHOD}, over {jpeg.low:.1f} and {bpg.low:.1f} to {jpeg.high:.1f} dB, published anchors). "
-        "([card](data/weights/tiny-rates.md), [numbers per picture](data/results/tiny-rates-kodak.json), "
-        "[how it was trained](docs/training.md))"
+        "([card](../data/weights/tiny-rates.md), [numbers per picture](../data/results/tiny-rates-kodak.json), "
+        "[how it was trained](training.md))"
     )
 
 
@@ -58,7 +73,7 @@ def tiny_rates_msssim() -> str:
         f"MS-SSIM {jpeg.rate_percent:.1f}% against JPEG, {bpg.rate_percent:.1f}% against BPG 4:4:4 and "
         f"{vtm.rate_percent:.1f}% against VTM 9.1 ({bd.METHOD}, over {vtm.low:.1f} to {vtm.high:.1f} dB, published "
         "anchors, which are codecs that do not aim at MS-SSIM; models trained for it reach further). "
-        "([card](data/weights/tiny-rates-msssim.md), [figure](figures/figure12_ms_ssim_kodak.png))"
+        "([card](../data/weights/tiny-rates-msssim.md), [figure](../figures/figure12_ms_ssim_kodak.png))"
     )
 
 
@@ -74,7 +89,7 @@ def speed() -> str:
         f"the parallel model takes {parallel / decode['bmshj2018-hyperprior']:.1f} times as long as CompressAI's "
         f"bmshj2018-hyperprior, or {parallel / decode['bmshj2018-hyperprior + memory']:.1f} times when both keep freed "
         f"memory; the serial model takes {serial / decode['mbt2018']:.2f} times as long as mbt2018, whose context is a "
-        "convolution (both at quality 8; [all numbers](figures/table2_latency.md)), and encodes in "
+        "convolution (both at quality 8; [all numbers](../figures/table2_latency.md)), and encodes in "
         f"{seconds['encode', 'base-serial'] / serial:.0%} of the time that it decodes in. 3840x2160 pixels go through "
         f"the parallel model in {memory / 1000:.1f} GB, and from 256x256 to 4096x4096 the time grows with the pixels "
         f"to the power of {growth['exponents']['seconds']:.1f}."
@@ -92,7 +107,7 @@ def both_systems() -> str:
         "seconds to decode": table["decode_s"],
         "of these in the entropy model": table["context_s"],
         "parameters, million": table["parameters"].astype(float) / 1e6,
-        "source": "[" + table["model"] + "](" + table["source"] + ")",
+        "source": "[" + table["model"] + "](../" + table["source"] + ")",
     }
     return _table(pd.DataFrame(columns), ("{}", "{}", "{}", "{:.2f}", "{:.2f}", "{:.2f}", "{}"))
 
@@ -111,27 +126,32 @@ def both_systems_bd() -> str:
     change = 100 * (groups / lines_beside()[LABELS["parallel"]] - 1)
     steps = load("ablation-groups")["settings"]["steps"]
     return _paragraph(
-        "([what differs in training](docs/training.md#entropy-models-behind-the-same-transforms), "
-        "[figure](figures/figure05_variants.png), [trade-off of rate and time](figures/groupedmixer_tradeoff.png)). "
+        "([what differs in training](training.md#entropy-models-behind-the-same-transforms), "
+        "[figure](../figures/figure05_variants.png), "
+        "[trade-off of rate and time](../figures/groupedmixer_tradeoff.png)). "
         f"In BD-rate ({bd.METHOD}, {cnns.low:.1f} to {cnns.high:.1f} dB) the serial Entroformer is "
         f"{cnns.rate_percent:+.1f}% against CNNs throughout and {cnn.rate_percent:+.1f}% against the CNN context "
         f"behind the same hyperprior. Two passes instead of one by one cost {two:+.1f}% over the same range, "
         f"where the paper has about 1%, and {covered:+.1f}% without our lowest rate, which lies below the "
-        "authors' curve ([what they pay for](notebooks/04_rate_distortion.ipynb)). The number of groups matters: in "
+        "authors' curve ([what they pay for](../notebooks/04_rate_distortion.ipynb)). The number of groups matters: in "
         f"runs of {steps} steps GroupedMixer's rate is {change[2]:+.1f}% against the parallel model with 2 groups, "
         f"{change[12]:+.1f}% with the 12 of this table, and {change[32]:+.1f}% with 32 "
-        "([notebook 07](notebooks/07_groupedmixer.ipynb), `data/results/ablation-groups.json`)."
+        "([notebook 07](../notebooks/07_groupedmixer.ipynb), `data/results/ablation-groups.json`)."
     )
 
 
 BLOCKS = {
     block.__name__: block
-    for block in (tiny_rates, tiny_rates_bd, tiny_rates_msssim, speed, both_systems, both_systems_bd)
+    for block in (in_short, tiny_rates, tiny_rates_bd, tiny_rates_msssim, speed, both_systems, both_systems_bd)
 }
 
 
 def _bd(model: str, anchor: str, quality: str) -> bd.Bjontegaard:
     return bd.compare(bd.curve_of(kodak_means(), model, quality), bd.curve_of(published(), anchor, quality))
+
+
+def _fewer(percent: float, digits: int = 0) -> str:
+    return f"{abs(percent):.{digits}f}% {'fewer' if percent < 0 else 'more'} bits"
 
 
 def _paragraph(text: str) -> str:
@@ -145,4 +165,5 @@ def _table(data: pd.DataFrame, forms: tuple[str, ...]) -> str:
 
 
 if __name__ == "__main__":
-    write_bytes(README, filled(README.read_text()).encode())
+    for page in PAGES:
+        write_bytes(page, filled(page.read_text()).encode())

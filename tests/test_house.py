@@ -117,20 +117,39 @@ def test_notebooks_are_thin(path):
 
 
 def test_figures_come_from_make_figures_alone():
-    """Every committed figure is one that a notebook saves by name, or one of the paper's."""
+    """Every committed figure is one that a notebook saves by name, one of the paper's, or the README's."""
     from entroformer_lib.views.paper import ITEMS
 
     saved = set(re.findall(r'style\.save\(\w+, \\"(\w+)\\"', "".join(p.read_text() for p in NOTEBOOKS)))
     saved |= {item.name for item in ITEMS}
-    assert {p.stem for p in (ROOT / "figures").iterdir() if p.suffix in (".png", ".svg", ".csv")} <= saved
+    assert {p.stem for p in (ROOT / "figures").iterdir() if p.suffix in (".png", ".svg", ".csv")} <= saved | {
+        "overview"
+    }
 
 
-def test_numbers_in_the_readme_are_those_of_the_results():
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("figures/*.md"), *ROOT.glob("data/**/*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    """Links to files of the repository, and to headings of pages."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        name, _, heading = target.partition("#")
+        if "://" in name:
+            continue
+        path = page.parent / name if name else page
+        assert path.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", path.read_text(), re.M)
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, target
+
+
+def test_numbers_on_pages_are_those_of_the_results():
     """`python benchmarks/readme.py` would change nothing."""
-    from benchmarks.readme import filled
+    from benchmarks.readme import PAGES, filled
 
-    text = (ROOT / "README.md").read_text()
-    assert filled(text) == text
+    for page in PAGES:
+        assert filled(page.read_text()) == page.read_text(), page.name
 
 
 def test_cards_and_results_belong_to_the_shipped_weights():
