@@ -11,10 +11,13 @@ export ENTROFORMER_DATA
 # One more than there are cores: tests that start processes or browsers wait for them
 TEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 7 ? n + 1 : 8)))
 
-.PHONY: help setup figures test lint lock audit lab pictures bench train-tiny clean
+.PHONY: help setup figures course course-run course-zip test lint lock audit lab pictures bench train-tiny clean
 
 help:
 	@echo "make figures     run every notebook on the shipped weights, draw the paper's figures, write figures/ and the numbers on pages"
+	@echo "make course      write the lessons, for students and with solutions, from notebooks/course/source"
+	@echo "make course-run  run the lessons with solutions whole"
+	@echo "make course-zip  pack what students need into dist/entroformer-course.zip"
 	@echo "make test        lint and test (PINNED=1 sets up a new .venv with the versions of requirements.lock)"
 	@echo "make lock        write the versions of .venv to requirements.lock"
 	@echo "make audit       ask pip-audit for known weaknesses of these versions (needs a network)"
@@ -36,6 +39,15 @@ figures: $(READY)
 	$(BIN)/python notebooks/run_all.py
 	$(BIN)/python -m entroformer_lib.views.paper
 	$(BIN)/python benchmarks/readme.py
+
+course: $(READY)
+	$(BIN)/python notebooks/course/make_course.py
+
+course-zip: $(READY)
+	$(BIN)/python notebooks/course/make_course.py zip
+
+course-run: $(READY)
+	$(BIN)/python notebooks/course/make_course.py run
 
 test: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist worksteal

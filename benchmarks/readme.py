@@ -40,8 +40,8 @@ def in_short() -> str:
     return _paragraph(
         f"On Kodak the shipped model needs {_fewer(jpeg)} than JPEG and {_fewer(bpg)} than BPG at equal PSNR "
         "(BD-rate), after hours on a CPU; the authors trained for days on GPUs. Behind the same transforms a serial "
-        f"Entroformer needs {_fewer(bd.compare(serial, cnn).rate_percent, 1)} than the CNNs of Minnen et al. (2018); in "
-        "the paper it is 5.2%. All numbers, and what they come from: [results](docs/results.md)."
+        f"Entroformer needs {_fewer(bd.compare(serial, cnn).rate_percent, 1)} than the CNNs of Minnen et al. (2018); "
+        "in the paper it is 5.2%. All numbers, and what they come from: [results](docs/results.md)."
     )
 
 

@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "entroformer_lib"
+COURSE = ROOT / "notebooks" / "course"  # its lessons may define small classes and training loops
 NOTEBOOKS = [p for p in sorted((ROOT / "notebooks").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
 
 
@@ -71,6 +72,7 @@ ORDER = (
     ("studies",),
     ("views",),
     ("explorer",),
+    ("teaching",),
 )
 
 
@@ -103,7 +105,7 @@ def test_every_public_thing_has_a_docstring():
                 assert ast.get_docstring(node), f"{path.name}: {node.name}"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_notebooks_are_thin(path):
     notebook = json.loads(path.read_text())
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
@@ -112,7 +114,8 @@ def test_notebooks_are_thin(path):
         source = "".join(cell["source"])
         assert cell["outputs"] == [] and cell["execution_count"] is None
         assert len(source.splitlines()) <= 25
-        assert not re.search(r"^\s*(class |@)", source, re.M) and ".backward(" not in source
+        if COURSE not in path.parents:
+            assert not re.search(r"^\s*(class |@)", source, re.M) and ".backward(" not in source
     assert notebook["cells"][0]["cell_type"] == "markdown"
 
 

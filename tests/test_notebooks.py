@@ -2,15 +2,11 @@
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import warm
 from conftest import VARIANTS, micro_model
-from ipykernel.kernelapp import launch_new_instance
-from jupyter_client import BlockingKernelClient, write_connection_file
+from kernels import kernel
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
@@ -27,29 +23,6 @@ PARAMETERS: dict[str, dict] = {
 }
 
 
-def begin_kernel(connection: str) -> None:
-    """In a process of its own, which ends when the server of such processes does."""
-    launch_new_instance(["-f", connection, f"--IPKernelApp.parent_handle={os.getppid()}"])
-
-
-@contextmanager
-def kernel(folder: Path, environment: dict[str, str]) -> Iterator[BlockingKernelClient]:
-    """A kernel in a process of its own, working in the repository as `make figures` does."""
-    connection, _ = write_connection_file(str(folder / "kernel.json"))
-    given = dict(output=folder / "kernel.txt", environment=environment, folder=ROOT)
-    process = warm.start(begin_kernel, connection, **given)
-    client = BlockingKernelClient(connection_file=connection)
-    client.load_connection_file()
-    client.start_channels(hb=False)  # no beats are no death: it may take its time to begin
-    try:
-        client.wait_for_ready(timeout=300)
-        yield client
-    finally:
-        client.stop_channels()
-        process.kill()
-        process.join()
-
-
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")), ids=lambda p: p.stem)
 def test_notebook_runs(path, tmp_path):
     notebook, shown = load_notebook_node(str(path)), []
@@ -60,7 +33,7 @@ def test_notebook_runs(path, tmp_path):
 
     environment = {**os.environ, "ENTROFORMER_FIGURES": str(tmp_path / "figures")}
     environment.pop("ENTROFORMER_DATA", None)  # a reader may have no more than the sample pictures
-    with kernel(tmp_path, environment) as client:
+    with kernel(tmp_path, environment, ROOT) as client:
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 reply = client.execute_interactive(cell.source, timeout=600, output_hook=see)["content"]
