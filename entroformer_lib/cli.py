@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, arg
@@ -21,8 +21,9 @@ from entroformer_lib.training.config import TrainConfig
 
 ABOUT = "Learned image compression you can look inside."
 app = tyro.extras.SubcommandApp()
-studies = tyro.extras.SubcommandApp()
+studies, data = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
 app.command(studies, name="study", help="Run a study: entroformer study ablation --help shows one.")
+app.command(data, name="data", help="Pictures to test and to train on: entroformer data kodak fetches a test set.")
 
 Output = Annotated[Path | None, arg(aliases=["-o"], metavar="FILE")]
 OutputOrFolder = Annotated[str | None, arg(aliases=["-o"], metavar="FILE")]
@@ -392,23 +393,103 @@ def _explore_live(picture, output: Path | None, model: str, serve: bool) -> None
         serve_page(text)
 
 
-@app.command
-def data(name: Positional[str], to: Path | None = None) -> None:
-    """Fetch a set of test pictures, with checksums; a broken download is continued.
+TEST_PICTURES = {
+    "samples": "Write scikit-image's photographs; it takes no network.",
+    "kodak": "Fetch Kodak's 24 photographs, with checksums; a broken download is continued.",
+    "clic2020": "Fetch CLIC 2020's professional photographs, with a checksum; a broken download is continued.",
+}
 
-    Sets: samples (scikit-image's, no network needed), kodak, clic2020.
 
-    Example: entroformer data kodak --to pictures/kodak
+def _fetching(name: str) -> Callable[..., None]:
+    def command(to: Path | None = None) -> None:
+        from entroformer_lib.datasets import fetch
+
+        folder = to or Path("pictures") / name
+        paths = fetch(name, folder)
+        print(f"{len(paths)} pictures in {folder}")
+
+    command.__doc__ = f"""{TEST_PICTURES[name]}
+
+    Example: entroformer data {name} --to pictures/{name}
 
     Args:
-        name: Which set.
-        to: The folder; by default pictures/NAME.
+        to: The folder; by default pictures/{name}.
     """
-    from entroformer_lib.datasets import fetch
+    return command
 
-    folder = to or Path("pictures") / name
-    paths = fetch(name, folder)
-    print(f"{len(paths)} pictures in {folder}")
+
+for _name in TEST_PICTURES:
+    data.command(_fetching(_name), name=_name)
+
+
+@data.command
+def pack(
+    folder: Positional[Path],
+    out: Positional[Path],
+    min_side: int = 64,
+    per_shard: int = 500,
+    table: Path | None = None,
+    limit: int | None = None,
+    jobs: int | None = None,
+) -> None:
+    """Pack a folder of pictures into tar shards to train from, with a manifest. The same command goes on after a stop.
+
+    What is broken or too small is named and left out.
+
+    Example: entroformer data pack photos/ shards/ --min-side 400
+
+    Args:
+        folder: The pictures, with subfolders. A LICENCE file there is noted in the manifest.
+        out: The folder for the shards.
+        min_side: Pixels that a picture must have on its shorter side.
+        per_shard: Pictures in a shard.
+        table: A CSV with a column name or ImageID, and perhaps License: only its pictures, in its order.
+        limit: The most pictures.
+        jobs: Shards at a time, each on one core; default: as many as there are cores.
+    """
+    from tqdm import tqdm
+
+    from entroformer_lib.training.packing import pack as run
+
+    with tqdm(unit="shard", disable=None) as bar:
+
+        def tell(row: dict, shards: int) -> None:
+            bar.total = shards
+            bar.update()
+            for left in row["left_out"]:
+                bar.write(f"entroformer: left out {left['name']}: {left['reason']}", file=sys.stderr)
+
+        manifest = run(folder, out, min_side, per_shard, table, limit, jobs, tell)
+    words = f"{out}: {manifest['pictures']:,} pictures in {len(manifest['shards'])} shards"
+    print(f"{words}, {manifest['bytes'] / 1e6:.1f} MB; {len(manifest['left_out'])} left out")
+
+
+@data.command
+def openimages(
+    index: Positional[tuple[str, ...]],
+    to: Path,
+    count: int = 14_886,
+    spare: float = 1.0,
+    seed: int = 0,
+    subset: Literal["train", "validation", "test", "all"] = "train",
+) -> None:
+    """Write which pictures of Open Images to train on, as many as the paper has, and a plan to download them.
+
+    It fetches no picture. The folder gets list.csv, download.txt for aria2c, and README.txt with the commands.
+
+    Example: entroformer data openimages image_ids_and_rotation.csv --to openimages/
+
+    Args:
+        index: Open Images' CSV of ImageID, License and so on: files or addresses.
+        to: The folder for the plan.
+        count: Pictures that are wanted.
+        spare: Share of more to list, for pictures that are gone, or too small, which the index does not tell.
+        seed: Decides which.
+        subset: Which part of Open Images.
+    """
+    from entroformer_lib.training.openimages import plan_download
+
+    print(f"{to}: {plan_download(index, to, count, spare, seed, subset):,} pictures listed")
 
 
 @app.command(name="import-official")

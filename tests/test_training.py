@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -398,6 +399,28 @@ def test_a_config_that_is_none_is_named_and_kept(damage, finished):
     assert path.read_text() == before
 
 
+@pytest.fixture
+def unequal_shards(photo_folder, tmp_path) -> Path:
+    """The photographs as two shards."""
+    (tmp_path / "shards").mkdir()
+    first, *others = sorted(photo_folder.glob("*.png"))
+    for name, paths in (("a.tar", [first]), ("b.tar", others)):
+        with tarfile.open(tmp_path / "shards" / name, "w") as file:
+            for path in paths:
+                file.add(path, path.name)
+    return tmp_path / "shards"
+
+
+def test_a_streamed_run_resumes_exactly(config, unequal_shards, tmp_path):
+    config = replace(config, data=str(unequal_shards), preload=False, workers=1, steps=4)
+    train(config, progress=False)
+    cut = replace(config, out=str(tmp_path / "cut"), workers=0)
+    with pytest.raises(TrainingError, match="Stopped by a signal at step 3"):
+        train(cut, progress=False, watch=signal_at(3))
+    train(replace(cut, workers=2), progress=False)
+    assert_same_run(cut, config)
+
+
 class Keeping(torch.optim.Adam):
     """Adam, which lets its first process write down the gradients that it is given."""
 
@@ -416,6 +439,7 @@ def one_step(data: Path, out: Path, processes: int) -> None:
         patch.setattr(torch.optim, "Adam", Keeping)
         patch.setattr(Keeping, "path", out / "gradients.pt", raising=False)
         names = dict(data=str(data), out=str(out), preset="official", accelerator="cpu", devices=processes)
+        names |= dict(preload=False, workers=processes - 1)
         train(TrainConfig(**names, steps=1, batch=4, crop=64, clip=1e9, pretrain=1.0), progress=False)
 
 
@@ -427,18 +451,63 @@ def under_torchrun(data: Path, out: Path) -> None:
     elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, **here), one_step)(data, out, 2)
 
 
-def test_two_processes_give_the_gradients_of_one(photo_folder, tmp_path):
-    """torchrun with gloo: same crops, same noise, same masks, same k, shared between the processes."""
+def test_two_processes_give_the_gradients_of_one(unequal_shards, tmp_path):
+    """torchrun with gloo: same crops, same noise, same masks, same k, shared between the processes. The crops come from
+    shards of one and three pictures."""
     alone, both, said = tmp_path / "alone", tmp_path / "both", tmp_path / "said.txt"
     alone.mkdir(), both.mkdir()
-    process = warm.start(under_torchrun, photo_folder, both, output=said)
-    one_step(photo_folder, alone, 1)
+    process = warm.start(under_torchrun, unequal_shards, both, output=said)
+    one_step(unequal_shards, alone, 1)
     process.join(300)
     assert process.exitcode == 0, said.read_text()
     gradients = [torch.load(folder / "gradients.pt", weights_only=True) for folder in (alone, both)]
     assert len(gradients[0]) > 100
+    whole = [torch.cat([g.flatten() for g in one]) for one in gradients]
+    assert (whole[0] - whole[1]).norm() <= 1e-6 * whole[0].norm()
     for one, two in zip(*gradients, strict=True):
         torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4 * float(one.abs().max()) + 1e-9)
+
+
+class Dying(torch.optim.Adam):
+    """Adam, under which the second process is killed at its third step, when it runs for the first time."""
+
+    steps = 0
+
+    def step(self):
+        self.steps += 1
+        if self.steps == 3 and os.environ.get("RANK") == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step()
+
+
+def dying(config: TrainConfig) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model_config.SIZES, "tiny", MICRO)
+        patch.setattr(torch.optim, "Adam", Dying)
+        train(config, progress=False)
+
+
+def restarted(config: TrainConfig) -> None:
+    """torchrun --max-restarts 1, in two processes."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    here = dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="elastic", start_method="fork")
+    more = dict(max_restarts=1, monitor_interval=0.1)
+    elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, **here, **more), dying)(config)
+
+
+def test_a_killed_process_is_replaced_and_the_curve_goes_on(config, unequal_shards, tmp_path):
+    """From the checkpoint of the step before; the last step is taken by one process alone. As one process has it."""
+    more = dict(pretrain=0.0, pretrain_lmbda=None, schedule="constant", checkpoint_seconds=0.0, steps=5)
+    config = replace(config, data=str(unequal_shards), preload=False, workers=0, **more)
+    said, torn = tmp_path / "said.txt", replace(config, out=str(tmp_path / "torn"), devices=2)
+    process = warm.start(restarted, torn, output=said)
+    train(replace(config, steps=6), progress=False)
+    process.join(300)
+    assert process.exitcode == 0 and "SIGKILL" in said.read_text(), said.read_text()
+    train(replace(torn, steps=6, devices=1), progress=False)
+    assert [row["step"] for row in log_of(torn)] == [1, 2, 3, 4, 5, 6]
+    assert losses(torn) == pytest.approx(losses(config), rel=1e-5)
 
 
 # ---- held-out pictures, branches, drawn pictures --------------------------------------------------------------------

@@ -18,6 +18,7 @@ class Must(NamedTuple):
 
 Text = Annotated[str, Must("a word that is not empty", lambda s: s.strip() != "")]
 Count = Annotated[int, Must("a whole number of at least 1", lambda n: n >= 1)]
+Workers = Annotated[int, Must("a whole number of at least 0", lambda n: n >= 0)]
 Seed = Annotated[int, Must("a whole number of at least 0 and below 2^63", lambda n: 0 <= n < 2**63)]
 Side = Annotated[int, Must("a multiple of 64 pixels", lambda n: n >= 64 and n % 64 == 0)]
 Positive = Annotated[float, Must("a number above 0", lambda n: 0 < n < math.inf)]
@@ -38,7 +39,9 @@ class TrainConfig:
     """
 
     data: Text
-    """Pictures to train on: a folder, a .txt list, a .tar, a glob of tars. On latents: only a word for the card."""
+    """Pictures to train on: a folder, a .txt list, a .tar, a glob of tars, or the manifest.json of packed ones; the
+    last three also at an address: s3://, gs://, https://, hf:// (docs/scaling.md). On latents: only a word for the
+    card."""
     out: Text
     """Folder of the run. The same command again continues it."""
     model: Text = "tiny-parallel"
@@ -112,6 +115,16 @@ class TrainConfig:
     seed: Seed = 0
     preload: bool = True
     """Keep all pictures on the device; --no-preload streams them through worker processes."""
+    workers: Workers = 2
+    """Of pictures that are streamed, how many processes read and crop them, for each process that trains."""
+    cache: Text | None = None
+    """Folder for shards that are fetched; default: ~/.cache/entroformer/shards."""
+    cache_gb: Positive = 50.0
+    """How much it may hold. What was not used for longest is thrown away."""
+    check_shards: bool = False
+    """Compare every shard with the checksum in its manifest, when it is fetched or opened."""
+    pass_over_shards: bool = False
+    """Name a shard that is broken or cannot be fetched, and go on without it."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 is for layers, never for attention scores or likelihoods."""
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
@@ -206,4 +219,4 @@ def _in_words(hint) -> str:
 
 # These may differ when a run is continued. (With another batch it goes on, but not as if it had never stopped.)
 RUNTIME_FIELDS = {"out", "data", "latents", "batch", "accelerator", "devices", "checkpoint_seconds"}
-RUNTIME_FIELDS |= {"log_every", "held_out_every"}
+RUNTIME_FIELDS |= {"log_every", "held_out_every", "workers", "cache", "cache_gb", "check_shards", "pass_over_shards"}

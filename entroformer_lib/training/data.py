@@ -1,16 +1,14 @@
-"""Training pictures: from a folder, a list or WebDataset tars; random downscale and crop.
+"""Training pictures: from a folder, a list or WebDataset tars, here or at an address; random downscale and crop.
 
 Sample number g of a run, counted over all steps and processes, is a function of the seed and g alone (chance.py): which
 picture, and which crop of it.
 """
 
-import collections
+import functools
 import glob
-import io
 import itertools
 import os
 import re
-import tarfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,17 +17,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from entroformer_lib.codec.pictures import pixels_of
 from entroformer_lib.datasets import files_under, is_picture
 from entroformer_lib.errors import DataError, PassedOver
-from entroformer_lib.training.chance import DRAWN, HELD_OUT, SHARDS, generator, picture_number
+from entroformer_lib.training.chance import DRAWN, HELD_OUT, generator, picture_number
 from entroformer_lib.training.graphics import drawn
-
-SHUFFLED = 1000  # pictures of a stream that are held back, so that they come in another order
+from entroformer_lib.training.shard_cache import is_remote, matches
+from entroformer_lib.training.shards import READING, Reading, ShardedPictures, find_shards, open_shard, shard_names
 
 
 def find_sources(source: str | os.PathLike | list) -> tuple[list[Path], list[str]]:
@@ -37,7 +34,8 @@ def find_sources(source: str | os.PathLike | list) -> tuple[list[Path], list[str
 
     Args:
         source: a folder (searched for pictures and .tar files, subfolders too), a picture, a .txt list of paths (one a
-            line, relative to the list), a .tar, a glob of tars, a web address of a tar shard, or a list of these.
+            line, relative to the list), a .tar, a glob of tars, the manifest.json of packed shards, the address of a
+            shard, of a manifest or a glob of shards (s3://, gs://, https://, hf://), pipe:COMMAND, or a list of these.
 
     Raises:
         DataError: nothing there, or nothing usable in it.
@@ -47,8 +45,14 @@ def find_sources(source: str | os.PathLike | list) -> tuple[list[Path], list[str
         return [p for pictures, _ in found for p in pictures], [t for _, tars in found for t in tars]
     name = os.fspath(source)
     path = Path(name)
-    if "://" in name or name.startswith("pipe:"):
-        return [], [name]
+    if is_remote(name):
+        remote = not name.startswith("pipe:")
+        if remote and name.endswith(".json"):
+            return [], shard_names(name)
+        tars = matches(name) if remote and "*" in name else [name]
+        if not tars:
+            raise DataError(f"There is no shard at {name}.")
+        return [], tars
     if path.is_dir():
         files = files_under(path)
         pictures = [p for p in files if is_picture(p)]
@@ -64,6 +68,8 @@ def find_sources(source: str | os.PathLike | list) -> tuple[list[Path], list[str
             raise DataError(f"The list {name} {what}.")
         return pictures, []
     if path.is_file():
+        if path.suffix == ".json":
+            return [], shard_names(name)
         return ([], [name]) if path.suffix == ".tar" else ([path], [])
     tars = sorted(glob.glob(name))
     if tars:
@@ -71,13 +77,25 @@ def find_sources(source: str | os.PathLike | list) -> tuple[list[Path], list[str
     raise DataError(f"There are no training pictures at {name}.")
 
 
-def pictures_in(source, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[np.ndarray]:
+def pictures_in(
+    source, wanted: Callable[[str], bool] = lambda name: True, reading: Reading = READING
+) -> Iterator[np.ndarray]:
     """Every picture of a source whose file name is wanted, as uint8 [H, W, 3], in a fixed order. What cannot be read is
     named in a warning."""
     files, tars = find_sources(source)
-    for name, picture in itertools.chain(((str(path), path) for path in files), _tar_members(tars)):
-        if wanted(Path(name).name) and (pixels := _pixels(name, picture)) is not None:
+    here = ((str(path), path) for path in files if wanted(path.name))
+    for name, picture in itertools.chain(here, _members(tars, wanted, reading)):
+        if (pixels := _pixels(name, picture)) is not None:
             yield pixels
+
+
+def _members(tars: list[str], wanted: Callable[[str], bool], reading: Reading) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of every picture in the shards whose file name is wanted."""
+    for shard in find_shards(tars, 0, wanted, reading):
+        if len(shard.usable) and (opened := open_shard(shard, reading)) is not None:
+            for number in map(int, shard.usable):
+                yield opened.names[number], opened.read(number)
+            opened.close()
 
 
 def _pixels(name: str, picture: Path | bytes) -> np.ndarray | None:
@@ -110,53 +128,20 @@ def _lines(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def held_out_crops(source, names: frozenset[str], largest: int = 256) -> Tensor:
+def held_out_crops(source, names: frozenset[str], largest: int = 256, reading: Reading = READING) -> Tensor:
     """One crop of each named picture of a source, always the same, scaled as in training: [n, 3, crop, crop], where
     crop is as large as all of them are, in multiples of 64, and at most `largest`.
 
     Raises:
         DataError: a name that is not in the source, or a picture smaller than 64 pixels.
     """
-    pictures = [_channels_first(p) for p in pictures_in(source, names.__contains__)]
+    pictures = [_channels_first(p) for p in pictures_in(source, names.__contains__, reading)]
     if len(pictures) != len(names):
         raise DataError(f"Of {len(names)} held-out pictures {len(pictures)} are among the training data.")
     crop = min(largest, min(min(p.shape[1:]) for p in pictures) // 64 * 64)
     if not crop:
         raise DataError("A held-out picture is smaller than 64 pixels.")
     return torch.stack([crop_of(p, crop, 0.5, generator(HELD_OUT, i)) for i, p in enumerate(pictures)])
-
-
-def _tar_members(tars: list[str]) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of every picture in the shards.
-
-    Raises:
-        DataError: a shard that is missing, cut short or no tar.
-    """
-    if not tars:
-        return
-    from webdataset import gopen  # from disk, web or a pipe
-
-    for tar in tars:
-        try:
-            with tarfile.open(fileobj=gopen(tar), mode="r|*", tarinfo=_Header) as members:
-                for member in members:
-                    if member.isreg() and is_picture(member.name):
-                        yield member.name, members.extractfile(member).read()
-                    members.members = []  # it would keep them all
-        except (OSError, EOFError, tarfile.TarError) as error:
-            reason = (error.strerror or "fetching it failed") if isinstance(error, OSError) else error
-            raise DataError(f"The tar {tar} is damaged or cannot be read: {reason}.") from None
-
-
-class _Header(tarfile.TarInfo):
-    """A member's header. A damaged one is an error here; tarfile takes it for the end of the tar."""
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
-        try:
-            return super().fromtarfile(tar)
-        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
-            raise tarfile.ReadError(str(error)) from None
 
 
 def _channels_first(picture: np.ndarray) -> Tensor:
@@ -209,17 +194,18 @@ class PreloadedCrops:
         crop: side of a crop in pixels; the largest one, where `batches` is asked for several.
         seed: with the sample's number it decides everything random.
         left_out: names of pictures that are not to be trained on.
+        reading: how shards are read.
         more: fields of Sampling.
 
     Raises:
         DataError: no picture is at least `crop` pixels on both sides.
     """
 
-    def __init__(self, source, crop: int, seed: int = 0, device="cpu", left_out=frozenset(), **more):
+    def __init__(self, source, crop: int, seed: int = 0, device="cpu", left_out=frozenset(), reading=READING, **more):
         self.side, self.sampling = crop, Sampling(seed, **more)
         self.pictures: list[Tensor] = []
         small = 0
-        for picture in pictures_in(source, lambda name: name not in left_out):
+        for picture in pictures_in(source, lambda name: name not in left_out, reading):
             if min(picture.shape[:2]) < crop:
                 small += 1
             else:
@@ -243,11 +229,26 @@ class PreloadedCrops:
 class StreamedCrops:
     """Pictures read and cropped by worker processes as they are needed, for collections that do not fit in memory.
 
-    Files are read in any order; tar shards from front to back, through a shuffle buffer, by webdataset (from disk, web
-    or a pipe). Takes what PreloadedCrops takes; pictures that are too small or damaged are passed over, with a warning.
+    Every process of a run reads its own samples alone, and its workers share them batch by batch. Takes what
+    PreloadedCrops takes; pictures that are too small or damaged are passed over, with a warning.
+
+    Args:
+        workers: processes that read; 0: this one.
+        places: samples of a batch over all processes of the run, which share the shards by it (shards.py).
     """
 
-    def __init__(self, source, crop: int, seed: int = 0, device="cpu", left_out=frozenset(), workers: int = 2, **more):
+    def __init__(
+        self,
+        source,
+        crop: int,
+        seed: int = 0,
+        device="cpu",
+        left_out=frozenset(),
+        reading=READING,
+        workers: int = 2,
+        places: int = 1,
+        **more,
+    ):
         files, self.tars = find_sources(source)
         self.files = [path for path in files if path.name not in left_out]
         if self.files and self.tars:
@@ -255,109 +256,60 @@ class StreamedCrops:
                 "Streaming takes picture files or tar shards, not both at once; preload them, or choose one."
             )
         self.side, self.sampling, self.left_out = crop, Sampling(seed, **more), left_out
-        self.device, self.workers = device, workers
+        self.device, self.reading, self.workers, self.places = device, reading, workers, places
 
     def batches(self, ranges: Iterable[range], crop: int | None = None) -> Iterator[Tensor]:
-        """As PreloadedCrops.batches; the ranges must go up."""
-        crop = crop or self.side
-        if self.files:
-            dataset = _FileSamples(self.files, crop, self.sampling)
-            loader = DataLoader(dataset, batch_size=None, sampler=ranges, num_workers=self.workers)
-        else:
-            dataset = _TarSamples(self.tars, crop, self.sampling, self.left_out, ranges)
-            loader = DataLoader(dataset, batch_size=None, num_workers=min(1, self.workers))
-        for batch in loader:
+        """As PreloadedCrops.batches."""
+        dataset = _Samples(self.pictures, self.side, crop or self.side, self.sampling)
+        for batch in DataLoader(dataset, batch_size=None, sampler=ranges, num_workers=self.workers):
             if isinstance(batch, DataError):  # sent, not raised, by a worker process: torch would add its traceback
                 raise batch
             yield batch.to(self.device)
 
+    @functools.cached_property
+    def pictures(self) -> "_Files | ShardedPictures":
+        """What samples are taken from; of shards, their number is known only when they were looked at.
 
-class _FileSamples(Dataset):
-    def __init__(self, files: list[Path], side: int, sampling: Sampling):
-        self.files, self.side, self.sampling = files, side, sampling
+        Raises:
+            DataError: a shard that cannot be read, or no picture in any.
+        """
+        if self.files:
+            return _Files(self.files, self.sampling.seed)
+        shards = find_shards(self.tars, self.side, lambda name: name not in self.left_out, self.reading)
+        if not any(len(shard.usable) for shard in shards):
+            raise DataError(f"No picture in the tars is readable and at least {self.side} pixels on both sides.")
+        return ShardedPictures(shards, self.places, self.sampling.seed, self.reading)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Picture files, of which any can be read at any time."""
+
+    paths: list[Path]
+    seed: int
+
+    def candidates(self, g: int) -> Iterator[tuple[str, Path]]:
+        """Sample g's picture; then those that may take its place, where it cannot be used."""
+        first, count = picture_number(g, len(self.paths), self.seed), len(self.paths)
+        for i in range(count):
+            path = self.paths[(first + i) % count]
+            yield str(path), path
+
+
+class _Samples(Dataset):
+    """For each range of sample numbers its crops.  side: the smallest that a picture may have on any side."""
+
+    def __init__(self, pictures: _Files | ShardedPictures, side: int, crop: int, sampling: Sampling):
+        self.pictures, self.side, self.crop, self.sampling = pictures, side, crop, sampling
 
     def __getitem__(self, samples: range) -> Tensor | DataError:
         try:
-            return torch.stack([self.sampling.crop(g, self.side, lambda g=g: self._picture(g)) for g in samples])
+            return torch.stack([self.sampling.crop(g, self.crop, lambda g=g: self._picture(g)) for g in samples])
         except DataError as error:
             return error
 
     def _picture(self, g: int) -> Tensor:
-        first, count = picture_number(g, len(self.files), self.sampling.seed), len(self.files)
-        paths = (self.files[(first + i) % count] for i in range(count))
-        return _first_usable(((str(path), path) for path in paths), self.side)
-
-
-class _TarSamples(IterableDataset):
-    """The samples of all shards again and again; sample g is the g-th usable picture of that stream."""
-
-    def __init__(self, tars: list[str], side: int, sampling: Sampling, left_out, ranges: Iterable[range]):
-        self.tars, self.side, self.sampling, self.left_out, self.ranges = tars, side, sampling, left_out, list(ranges)
-
-    def __iter__(self) -> Iterator[Tensor | DataError]:
-        try:
-            yield from self._batches()
-        except DataError as error:
-            yield error
-
-    def _batches(self) -> Iterator[Tensor]:
-        stream, position = self._stream(), 0
-        ahead: collections.deque[tuple[str, bytes]] = collections.deque()  # of the stream, from `position` on
-
-        def candidates() -> Iterator[tuple[str, bytes]]:
-            """The picture of a sample, and those after it where only the header of a picture is whole."""
-            for i in range(SHUFFLED):
-                if i == len(ahead):
-                    ahead.append(next(stream))
-                yield ahead[i]
-
-        for samples in self.ranges:
-            batch = []
-            for g in samples:
-                while position < g:  # after a resume, or another process's share: passed over without decoding
-                    if ahead:
-                        ahead.popleft()
-                    else:
-                        next(stream)
-                    position += 1
-                batch.append(self.sampling.crop(g, self.side, lambda: _first_usable(candidates(), self.side)))
-            yield torch.stack(batch)
-
-    def _stream(self) -> Iterator[tuple[str, bytes]]:
-        for epoch in itertools.count():
-            rng = generator(self.sampling.seed, SHARDS, epoch)
-            shards = [self.tars[i] for i in rng.permutation(len(self.tars))]
-            members = _tar_members(shards)
-            usable = (m for m in members if Path(m[0]).name not in self.left_out and _is_usable(*m, self.side))
-            count = 0
-            for member in _shuffled(usable, rng):
-                count += 1
-                yield member
-            if not count:
-                raise DataError(f"No picture in the tars is readable and at least {self.side} pixels on both sides.")
-
-
-def _shuffled(stream: Iterator, rng: np.random.Generator) -> Iterator:
-    """Keeps SHUFFLED items back and hands out a random one of them; the rest at the end."""
-    held = []
-    for item in stream:
-        if len(held) < SHUFFLED:
-            held.append(item)
-            continue
-        i = rng.integers(SHUFFLED)
-        held[i], item = item, held[i]
-        yield item
-    for i in rng.permutation(len(held)):
-        yield held[i]
-
-
-def _is_usable(name: str, data: bytes, side: int) -> bool:
-    """Looks at a picture's header only."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return _is_large(image.size, side)
-    except Exception:  # a damaged header can raise anything; what it is the reader says
-        return _pixels(name, data) is not None
+        return _first_usable(self.pictures.candidates(g), self.side)
 
 
 def _is_large(size: tuple[int, ...], side: int) -> bool:

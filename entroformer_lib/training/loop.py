@@ -31,6 +31,8 @@ from entroformer_lib.training.interruptions import Signals, largest_that_fits
 from entroformer_lib.training.latents import LatentCrops, trained_lmbda
 from entroformer_lib.training.loss import RateStep, TrainingStep, rates_and_distortions
 from entroformer_lib.training.optimizer import Mean, build_optimizer, learning_rate_factor
+from entroformer_lib.training.shard_cache import ShardCache, default_folder
+from entroformer_lib.training.shards import Reading
 from entroformer_lib.weights.zoo import device_name, save_weights
 
 Crops = PreloadedCrops | StreamedCrops | LatentCrops
@@ -87,9 +89,17 @@ def crops_of(config: TrainConfig, model: Entroformer, device: torch.device) -> C
         return LatentCrops(Path(config.latents), model, config.crop, config.seed, device)
     largest = max(crop for _, crop in config.crops)
     left_out = read_names(config.held_out) if config.held_out else frozenset()
-    kind = PreloadedCrops if config.preload else StreamedCrops
-    more = dict(left_out=left_out, graphics=config.graphics, permuted=config.permuted)
-    return kind(config.data, largest, config.seed, device, **more)
+    more = dict(left_out=left_out, reading=reading_of(config), graphics=config.graphics, permuted=config.permuted)
+    if config.preload:
+        return PreloadedCrops(config.data, largest, config.seed, device, **more)
+    streaming = dict(workers=config.workers, places=config.batch)
+    return StreamedCrops(config.data, largest, config.seed, device, **streaming, **more)
+
+
+def reading_of(config: TrainConfig) -> Reading:
+    """How a run reads shards."""
+    cache = ShardCache(Path(config.cache) if config.cache else default_folder(), config.cache_gb)
+    return Reading(cache, config.check_shards, config.pass_over_shards)
 
 
 class Run:
@@ -110,7 +120,8 @@ class Run:
         self.seconds = 0.0  # of training, over all starts
         self.first_sample = 0  # a branch goes on where its trunk's samples end
         if config.held_out and fabric.is_global_zero:
-            self.held_out = held_out_crops(config.data, read_names(config.held_out)).to(fabric.device)
+            names = read_names(config.held_out)
+            self.held_out = held_out_crops(config.data, names, reading=reading_of(config)).to(fabric.device)
 
     def go(self, crops: Crops, first: int, progress: bool, watch: Watch | None = None) -> Path:
         """All steps from `first` on, with log and checkpoints.  ->  path of the weights"""
