@@ -77,7 +77,7 @@ def test_strips_bound_the_gates_of_a_block(monkeypatch):
 
 
 def test_a_block_is_what_its_formula_says():
-    block, x = transforms.ConvBlock(4).double(), torch.rand(1, 4, 5, 6, dtype=torch.float64)
+    block, x = transforms.ConvBlock(4).double(), 40 * torch.randn(1, 4, 5, 6, dtype=torch.float64)
 
     def pointwise(layer, v):
         return torch.einsum("oi,bihw->bohw", layer.weight[..., 0, 0], v) + layer.bias[:, None, None]
@@ -92,8 +92,9 @@ def test_a_block_is_what_its_formula_says():
     )
     between = x + pointwise(block.leave, seen + block.depthwise.bias[:, None, None])
     gates = pointwise(block.gates, between)
-    expected = between + pointwise(block.mix, gates[:, :4].clamp(0, 6) * gates[:, 4:])
-    torch.testing.assert_close(block(x), expected)
+    product = gates[:, :4].clamp(0, 6) * gates[:, 4:].clamp(-3, 3)
+    assert product.abs().max() == 18  # the limits are met
+    torch.testing.assert_close(block(x), between + pointwise(block.mix, product))
 
 
 def test_large_inputs_grow_no_faster_than_themselves():
@@ -102,6 +103,16 @@ def test_large_inputs_grow_no_faster_than_themselves():
     x = 1e6 * torch.rand(1, 8, 4, 4, dtype=torch.float64)
     with torch.no_grad():
         assert blocks(10 * x).abs().max() < 11 * blocks(x).abs().max()
+
+
+def test_gates_multiply_nothing_without_limit():
+    """With gates of any weights, a block adds a bounded number to what its linear half gives."""
+    block, x = transforms.ConvBlock(8).double(), 1e6 * torch.randn(1, 8, 4, 4, dtype=torch.float64)
+    with torch.no_grad():
+        block.gates.weight.mul_(1e3)
+        linear = x + block.leave(block.depthwise(torch.nn.functional.leaky_relu(block.enter(x), 0.1)))
+        most = 18 * block.mix.weight.abs().sum(1).max() + block.mix.bias.abs().max()
+        assert (block(x) - linear).abs().max() <= most * (1 + 1e-9)
 
 
 def test_dct_is_orthonormal_and_begins_with_the_means_of_brightness_and_colours():

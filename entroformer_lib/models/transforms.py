@@ -82,13 +82,17 @@ def convolved(x: Tensor, convolution: nn.Module, norm: nn.Module | None) -> Tens
 # ---- blocks on coarse grids -----------------------------------------------------------------------------------------
 
 
+LIMIT = 3.0  # of what a gate lets through
+
+
 class ConvBlock(nn.Module):
     """Looks at the 3x3 neighbours channel by channel, then mixes the channels of each site by a gated unit.
 
-        x + C(D(leaky(C(x)))),  then  x + C(relu6(a) b)  with  a, b = C(x)
+        x + C(D(leaky(C(x)))),  then  x + C(relu6(a) limited(b))  with  a, b = C(x)
 
-    where C is a 1x1 convolution and D a depthwise 3x3 one. 5 N^2 + 9 N multiplications a site. The gate ends at 6:
-    without that limit the product of two activations could square the magnitude in every block, and overflow.
+    where C is a 1x1 convolution and D a depthwise 3x3 one. 5 N^2 + 9 N multiplications a site. The gate ends at 6, and b
+    at -3 and 3, which a photograph's features hardly reach. Without these limits every block could multiply what it is
+    given, and a graphic of saturated colours would leave six of them a million times too large.
 
     x: [B, N, h, w]  ->  [B, N, h, w]
     """
@@ -108,7 +112,7 @@ def block_of(x: Tensor, block: ConvBlock) -> Tensor:
     """What a ConvBlock does; `replaceable`, so that it can be done strip by strip."""
     x = x + block.leave(block.depthwise(F.leaky_relu(block.enter(x), 0.1)))
     a, b = block.gates(x).chunk(2, dim=1)  # [B, N, h, w] each
-    return x + block.mix(F.relu6(a) * b)
+    return x + block.mix(F.relu6(a) * b.clamp(-LIMIT, LIMIT))
 
 
 Stages = tuple[tuple[int, int, int], ...]
