@@ -488,8 +488,8 @@ window.model = {
   save_changes() {}, off() {}, on(name, one) { (heard[name] ??= []).push(one); },
   async send(message) {
     while (window.busy) await new Promise(requestAnimationFrame);
-    const { number, answer, buffers } = await reply(message);
-    fire("msg:custom", { number, answer }, buffers.map(bytes));
+    const { answered, buffers } = await reply(message);
+    fire("msg:custom", { answered }, buffers.map(bytes));
   },
 };
 window.views = ["one", "two"].map((name) => document.getElementById(name));

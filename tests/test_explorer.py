@@ -94,7 +94,8 @@ def test_answers_are_the_servers(server):
     np.testing.assert_allclose(overview["alone"][[0, 1, site]], [f["alone"] for f in facts], rtol=1e-5)
     costs = answers.answer("costs", model=0, query=site, k=DENSE)
     assert np.array_equal(costs["positions"], server.costs(site, None)[0])
-    plain, buffers = packed(rows)
+    buffers = [b"those of another answer"]
+    plain = packed(rows, buffers)
     json.dumps(plain)
     assert np.array_equal(np.frombuffer(buffers[plain["probs"]["array"]], plain["probs"]["dtype"]), rows["probs"])
     with pytest.raises(AttentionError, match="no question"):
@@ -120,19 +121,35 @@ def test_two_models_need_the_same_grid(photo, server):
         Answers(server, RowServer(micro_model("serial"), photo.crop((0, 0, 64, 64))))
 
 
-def test_widget_answers_by_number(server):
+def test_widget_answers_by_number(server, capsys):
     widget, sent = Explorer(server, row=3), []
     assert widget.selection == {"row": 3} and widget.meta["picture"].startswith("data:image/jpeg")
     widget.send = lambda content, buffers: sent.append((content, buffers))
-    question = {"number": 7, "question": "rows", "arguments": {"model": 0, "query": 54, "k": 6}}
-    widget._handle_custom_msg(question, [])  # as ipywidgets does with a message from the browser
-    widget._handle_custom_msg({**question, "arguments": {"model": 0, "query": 10**6, "k": 6}}, [])
-    (answer, buffers), (wrong, _) = sent
-    assert answer["number"] == 7 and np.frombuffer(buffers[0], "<f4").size == 4 * server.n
-    assert "no latent" in wrong["answer"]["error"]
-    with pytest.raises(TypeError):  # whatever goes wrong, the browser does not wait for an answer
-        widget._reply(widget, {**question, "arguments": {"model": 0}}, [])
-    assert "nobody expected: TypeError" in sent[-1][0]["answer"]["error"]
+    good = {"number": 7, "question": "rows", "arguments": {"model": 0, "query": 54, "k": 6}}
+    no_latent = {**good, "number": 8, "arguments": {"model": 0, "query": 10**6, "k": 6}}
+    unexpected = {**good, "number": 9, "arguments": {"model": 0}}
+    asked = [good, no_latent, unexpected, {**good, "number": 10}]
+    widget._handle_custom_msg({"asked": asked}, [])  # as ipywidgets does with a message from the browser
+    ((content, buffers),) = sent
+    answers = {row["number"]: row["answer"] for row in content["answered"]}
+    for number in (7, 10):
+        assert np.frombuffer(buffers[answers[number]["probs"]["array"]], "<f4").size == 4 * server.n
+    assert "no latent" in answers[8]["error"]
+    assert "nobody expected: TypeError" in answers[9]["error"]  # whatever goes wrong, the browser does not wait
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_widget_that_is_interrupted_says_so_to_all_who_wait(server, monkeypatch):
+    widget, sent = Explorer(server), []
+    widget.send = lambda content, buffers: sent.append(content)
+    monkeypatch.setattr(widget.answers, "answer", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        widget._reply(widget, {"asked": [{"number": n, "question": "rows", "arguments": {}} for n in (1, 2)]}, [])
+    assert [row["answer"]["error"] for row in sent[0]["answered"]] == ["Python was interrupted."] * 2
+
+
+def test_widget_selection(server):
+    widget = Explorer(server, row=3)
     widget.select(layer=1)
     assert widget.selection == {"row": 3, "layer": 1}
 

@@ -135,17 +135,17 @@ class Answers:
         return {"url": None if latents is None else data_url(server.reconstruct(latents))}
 
 
-def packed(answer: dict) -> tuple[dict, list[bytes]]:
-    """An answer for the way to the browser: arrays become buffers, and {"array": number, "dtype": numpy's name} stands
-    in their place."""
-    buffers, plain = [], {}
+def packed(answer: dict, buffers: list[bytes]) -> dict:
+    """An answer for the way to the browser: arrays go to the end of the buffers, and {"array": number, "dtype": numpy's
+    name} stands in their place."""
+    plain = {}
     for name, value in answer.items():
         if isinstance(value, np.ndarray):
             plain[name] = {"array": len(buffers), "dtype": value.dtype.str.lstrip("<|")}
             buffers.append(value.tobytes())
         else:
             plain[name] = value
-    return plain, buffers
+    return plain
 
 
 def data_url(picture) -> str:

@@ -8,8 +8,8 @@ from entroformer_lib.explorer.answers import data_url
 from entroformer_lib.inspection.panels import offered_ks, own_k
 from entroformer_lib.inspection.picture_server import QUERIES_AT_ONCE
 
-SAMPLE = 16  # latents of each k
-SAMPLE_COSTS = 12  # latents whose attended positions are hidden
+SAMPLE = 8  # latents of each k
+SAMPLE_COSTS = 8  # latents whose attended positions are hidden
 AROUND = 0.1  # MB that the script takes
 PICTURES = 3  # of about the same size
 

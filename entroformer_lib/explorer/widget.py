@@ -6,6 +6,7 @@ Explorer(server, row=12, column=20)
 
 import base64
 import html
+import traceback
 import uuid
 
 import anywidget
@@ -59,16 +60,23 @@ class Explorer(anywidget.AnyWidget):
         self.selection = {**self.selection, **parts}
 
     def _reply(self, widget, content: dict, buffers: list) -> None:
-        answer, buffers = {}, []
+        """Answers a message: several questions of one view, each by its number."""
+        buffers, interrupted = [], {"error": "Python was interrupted."}
+        answered = [{"number": asked["number"], "answer": interrupted} for asked in content["asked"]]
         try:
-            answer, buffers = packed(self.answers.answer(content["question"], **content["arguments"]))
-        except UserError as error:
-            answer = {"error": str(error)}
-        except BaseException as error:  # else the browser would wait for an answer
-            answer = {"error": f"An error that nobody expected: {type(error).__name__}: {error}"}
-            raise
+            for row, asked in zip(answered, content["asked"], strict=True):
+                row["answer"] = self._answer(asked, buffers)
         finally:
-            self.send({"number": content["number"], "answer": answer}, buffers=buffers)
+            self.send({"answered": answered}, buffers=buffers)
+
+    def _answer(self, asked: dict, buffers: list[bytes]) -> dict:
+        try:
+            return packed(self.answers.answer(asked["question"], **asked["arguments"]), buffers)
+        except UserError as error:
+            return {"error": str(error)}
+        except Exception as error:  # else the browser would wait for an answer
+            traceback.print_exc()
+            return {"error": f"An error that nobody expected: {type(error).__name__}: {error}"}
 
     @traitlets.observe("still")
     def _show_still(self, change) -> None:

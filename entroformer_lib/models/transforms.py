@@ -90,9 +90,9 @@ class ConvBlock(nn.Module):
 
         x + C(D(leaky(C(x)))),  then  x + C(relu6(a) limited(b))  with  a, b = C(x)
 
-    where C is a 1x1 convolution and D a depthwise 3x3 one. 5 N^2 + 9 N multiplications a site. The gate ends at 6, and b
-    at -3 and 3, which a photograph's features hardly reach. Without these limits every block could multiply what it is
-    given, and a graphic of saturated colours would leave six of them a million times too large.
+    where C is a 1x1 convolution and D a depthwise 3x3 one. 5 N^2 + 9 N multiplications a site. The gate ends at 6, and
+    b at -3 and 3, which a photograph's features hardly reach. Without these limits every block could multiply what it
+    is given, and a graphic of saturated colours would leave six of them a million times too large.
 
     x: [B, N, h, w]  ->  [B, N, h, w]
     """

@@ -16,16 +16,18 @@ class KernelSource {
       meta: model.get("meta"),
       begin: model.get("selection"),
       waiting: new Map(),
+      asked: [], // what goes with the next message: a view asks several things at a time
       count: 0,
       view: crypto.getRandomValues(new Uint32Array(1))[0],
     });
-    this.received = (message, buffers) => {
-      const { number, answer } = message;
-      const { resolve, reject } = this.waiting.get(number) ?? {}; // another view of the widget may have asked
-      this.waiting.delete(number);
+    this.received = ({ answered }, buffers) => {
       this.late(false);
-      if (answer.error) reject?.(new Error(answer.error));
-      else resolve?.(unpacked(answer, buffers));
+      for (const { number, answer } of answered) {
+        const { resolve, reject } = this.waiting.get(number) ?? {}; // another view of the widget may have asked
+        this.waiting.delete(number);
+        if (answer.error) reject?.(new Error(answer.error));
+        else resolve?.(unpacked(answer, buffers));
+      }
     };
     this.late = () => {}; // says that no answer comes, or that one has come
     model.on("msg:custom", this.received);
@@ -47,7 +49,8 @@ class KernelSource {
     return new Promise((resolve, reject) => {
       this.waiting.set(number, { resolve, reject });
       setTimeout(() => this.waiting.has(number) && this.late(true), PATIENCE);
-      this.model.send({ number, question, arguments: Object.fromEntries(parts) });
+      if (this.asked.push({ number, question, arguments: Object.fromEntries(parts) }) === 1)
+        setTimeout(() => this.model.send({ asked: this.asked.splice(0) }));
     });
   }
 
