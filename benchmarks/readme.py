@@ -1,4 +1,4 @@
-"""Fills the marked blocks of README.md and docs/results.md with tables and sentences from saved results.
+"""Fills the marked blocks of README.md, docs/results.md and docs/reliability.md from saved results.
 
     python benchmarks/readme.py
 
@@ -8,6 +8,7 @@ what stands in it. Links begin at docs/, but for the README's own block. A test 
 
 import re
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +20,7 @@ from entroformer_lib.views.paper_tables import markdown
 from entroformer_lib.views.rate_figures import groups_data, lines_beside
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "reliability")))
 
 
 def filled(text: str) -> str:
@@ -140,9 +141,100 @@ def both_systems_bd() -> str:
     )
 
 
+def reliability() -> str:
+    """What was tried, in two lines; of what has no result yet nothing is said."""
+    parts = []
+    if matrix := load("matrix"):
+        rows = pd.DataFrame(matrix["rows"])
+        wrong = _no(rows["wrong"].sum())
+        parts.append(f"{rows['pairs'].sum():,} pairs of a picture and a configuration gave {wrong} wrong latents")
+    if fuzz := load("fuzz"):
+        parts.append(f"{fuzz['count']:,} damaged files {_no(_outcomes(fuzz)['wrong'])} wrong picture")
+    if kills := load("kills"):
+        rows = pd.DataFrame(kills["rows"])
+        parts.append(f"{rows['kills'].sum():,} kills {_no(rows['half_written'].sum())} half-written file")
+    return _paragraph(f"{', '.join(parts)}: [what was tried, and what that does not show](docs/reliability.md).")
+
+
+def tried() -> str:
+    """What was tried, how often, what happened, and the command that repeats it."""
+    rows = []
+    if matrix := load("matrix"):
+        table = pd.DataFrame(matrix["rows"])
+        counts = table[["right", "refused", "wrong", "error"]].sum()
+        happened = ", ".join(f"{n:,} {what}" for what, n in counts.items())
+        what = f"coded under one of {table['configuration'].nunique()} configurations, decoded under another"
+        rows.append((what, f"{table['pairs'].sum():,} pairs", happened, "python benchmarks/matrix.py"))
+    rows.append(("the same, a small part", "in every test run", "all right", "pytest tests/test_matrix.py"))
+    vectors = len(list((ROOT / "tests" / "vectors").glob("*.ef")))
+    rows.append(("test vectors of the format", f"{vectors} files", "the stored latents", "pytest tests/test_format.py"))
+    if fuzz := load("fuzz"):
+        counts = _outcomes(fuzz)
+        kept = ("same", "claims", "refused", "accepted", "wrong", "traceback", "slow")
+        happened = ", ".join(f"{counts[what]:,} {what}" for what in kept)
+        how_often = f"{fuzz['count']:,} files in {fuzz['seconds'] / 60:.0f} minutes"
+        rows.append(("damaged and hostile files", how_often, happened, _command(fuzz)))
+    rows.append(("the same, the first of them", "in every test run", "none found", "pytest tests/test_fuzz.py"))
+    if kills := load("kills"):
+        table = pd.DataFrame(kills["rows"])
+        disks = pd.DataFrame([row for row in table["full_disks"] if row])
+        happened = (
+            f"{table['half_written'].sum()} half-written, {table['failed_resumes'].sum()} of {table['resumes'].sum()} "
+            f"that could not go on, {table['left_processes'].sum()} processes left"
+        )
+        how_often = f"{table['kills'].sum():,} kills of {len(table)} commands"
+        rows.append(("work that is killed", how_often, happened, _command(kills)))
+        if len(disks):
+            happened = (
+                f"{disks['refused'].sum()} refused, {disks['without_sentence'].sum()} of them without a sentence, "
+                f"{disks['half_written'].sum()} half-written"
+            )
+            rows.append(("disks that fill up", f"{disks['fills'].sum():,}", happened, _command(kills)))
+    if many := load("many_files"):
+        last = many["rows"][-1]
+        happened = f"the peak of memory grew by {many['growth']:.1%} after the first {many['rows'][0]['files']}"
+        rows.append(("many files, one process", f"{last['files']:,} there and back", happened, _command(many)))
+    limits = "pytest tests/test_format.py -k 'hostile or limited or claim'"
+    rows.append(("limits before memory is taken", "in every test run", "less than 16 MB for a refused file", limits))
+    table = pd.DataFrame(rows, columns=["what", "how often", "what happened", "repeated by"])
+    table["repeated by"] = "`" + table["repeated by"] + "`"
+    return markdown(table)
+
+
+def matrix() -> str:
+    """A row for each configuration of the matrix."""
+    if not (result := load("matrix")):
+        return "There is no data/results/matrix.json yet."
+    rows = pd.DataFrame(result["rows"])
+    pairs = rows.pivot(index="configuration", columns="direction", values="pairs").astype("Int64")
+    sums = rows.groupby("configuration")[["right", "refused", "wrong", "error"]].sum()
+    first = rows.drop_duplicates("configuration").set_index("configuration")
+    on = "Python " + first["python"] + ", torch " + first["torch"] + " (" + first["torch_vectors"] + "), numpy "
+    on += first["numpy"] + ", " + first["machine"]
+    table = pairs.join(sums).join(on.rename("ran on")).loc[first.index].reset_index()
+    heads = {"decoded": "pairs decoded there", "encoded": "pairs encoded there"}
+    return markdown(table.rename(columns=heads).astype(object).where(table.notna().to_numpy(), "–").astype(str))
+
+
+def _outcomes(fuzz: dict) -> Counter:
+    """The outcomes of damaged files of all kinds together."""
+    return sum((Counter(counts) for counts in fuzz["outcomes"].values()), Counter())
+
+
+def _no(number: int) -> str:
+    return f"{number:,}" if number else "no"
+
+
+def _command(result: dict) -> str:
+    return "python " + result["provenance"]["command"]
+
+
 BLOCKS = {
     block.__name__: block
-    for block in (in_short, tiny_rates, tiny_rates_bd, tiny_rates_msssim, speed, both_systems, both_systems_bd)
+    for block in (
+        *(in_short, tiny_rates, tiny_rates_bd, tiny_rates_msssim, speed, both_systems, both_systems_bd),
+        *(reliability, tried, matrix),
+    )
 }
 
 

@@ -7,6 +7,7 @@ symbol between those two a probability, however unlikely the Gaussian finds it, 
 
 import struct
 from bisect import bisect_right
+from decimal import Context, Decimal
 
 import constriction
 import numpy as np
@@ -14,9 +15,16 @@ import numpy as np
 from entroformer_lib.errors import BitstreamError, WeightsError
 
 _RANGE = struct.Struct("<hh")
+_FORTY_DIGITS = Context(prec=40, traps=[])
 LARGEST = 2**15 - 1  # symbols and range are int16
 # No honest string is longer: a symbol of y costs up to 24 bits, one of z up to 16 and 9 groups of 4 bits
 Y_BYTES, Z_BYTES, MORE_BYTES = 4, 8, 16  # for each symbol; and for each string
+
+
+def scale_of(log_scale: float) -> float:
+    """exp of a scale's logarithm, rounded as it should be. The last bit of exp differs between C libraries, and in
+    numpy between processors; this one is computed in integers."""
+    return float(_FORTY_DIGITS.exp(Decimal(log_scale)))
 
 
 class SymbolEncoder:

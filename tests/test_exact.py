@@ -3,6 +3,8 @@
 import copy
 import math
 
+import mpmath
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,8 @@ from entroformer_lib.models.config import named_config
 from entroformer_lib.models.gain import RateGain, RateKnowledge
 from entroformer_lib.models.position import grid_sites
 from entroformer_lib.models.primitives import dot_products, keep_top_k, weighted_sum
+from entroformer_lib.models.priors import GaussianPrior
+from entroformer_lib.rangecoder import scale_of
 
 
 def many_sizes(*shape: int) -> torch.Tensor:
@@ -75,7 +79,7 @@ FUNCTIONS = {
     "softmax": (lambda x: keep_top_k(x, 5).softmax(-1), lambda: torch.randn(2, 30, 40)),
     "dense softmax": (lambda x: keep_top_k(x, None).softmax(-1), lambda: torch.randn(2, 30, 40)),
     "weighted sum": (
-        lambda x: weighted_sum(keep_top_k(x[..., :40], 5).softmax(-1), 8 * x[..., :40, :9].sin()),
+        lambda x: weighted_sum(keep_top_k(x[..., :40], 5).softmax(-1), 8 * x[..., :40, :9].clamp(-1, 1)),
         lambda: torch.randn(1, 2, 60, 48),
     ),
     "weighted sums of windows": (
@@ -151,11 +155,27 @@ def test_equal_scores_at_rank_k_are_all_kept(route, by):
     assert torch.equal(by(route, lambda: keep_top_k(scores[:, order], 3).softmax(-1)), probs[:, order])
 
 
-def test_a_sum_that_has_no_exact_form_is_refused():
-    x = torch.randn(3, 3)
-    for function in (lambda: x @ x, lambda: x.sum(), lambda: x.mean(), lambda: torch.einsum("ij->i", x)):
+def test_what_has_no_exact_form_is_refused():
+    x = torch.rand(1, 3, 3, 3)
+    for function in (
+        lambda: x @ x, lambda: x.sum(), lambda: x.mean(), lambda: torch.einsum("bijk->i", x), x.sin, lambda: 2**x,
+        lambda: x**3, lambda: torch.sigmoid(x), lambda: F.softplus(x),
+        lambda: nn.ConvTranspose2d(3, 3, 3)(x),
+    ):  # fmt: skip
         with Exact(), pytest.raises(NotImplementedError, match="no exact form"):
             function()
+
+
+def test_scales_are_rounded_as_they_should_be():
+    """And not as a C library, or numpy on this processor, does it: those differ in the last bit."""
+    logs = [*np.random.default_rng(0).normal(0, 3, 300).astype(np.float32).tolist(), *(np.arange(-256, 385) / 32)]
+    with mpmath.workdps(60):
+        assert [scale_of(v) for v in logs] == [float(mpmath.exp(mpmath.mpf(v))) for v in logs]
+    assert [scale_of(v) for v in (math.inf, -math.inf, 1e30, -1e30)] == [math.inf, 0, math.inf, 0]
+    prior = GaussianPrior(3)
+    prior.log_sigma.data[0, :, 0, 0] = torch.tensor([-1.3, 0.2, 2.7])
+    _, scales = prior._grid((3, 2, 2))
+    assert scales[:, 1, 1].tolist() == [scale_of(v) for v in prior.log_sigma.flatten().tolist()]
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,14 @@ def test_sinusoidal_positions_tell_all_sites_apart():
     assert torch.cdist(code, code).add(torch.eye(192) * 9).min() > 0.1
 
 
+def test_sinusoidal_positions_are_sines_and_cosines():
+    sites = torch.tensor([[0, 1], [7, 4095], [4096, 300]])
+    angles = sites[..., None] * 10000 ** -(torch.arange(6, dtype=torch.float64) / 6)  # [3, 2, 6]
+    waves = torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(1)
+    assert (sinusoidal_positions(sites, 24) - waves).abs().max() <= 2**-17 + 1e-12
+    assert torch.equal(sinusoidal_positions(sites, 24) * 2**16 % 1, torch.zeros(3, 24))
+
+
 @pytest.mark.parametrize("kind", ["diamond", "relative_1d", "relative_2d"])
 def test_looking_up_equals_the_tensor_of_all_pairs(kind):
     """The slow reference of the benchmark, values and gradients."""

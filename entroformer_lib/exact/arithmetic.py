@@ -50,8 +50,11 @@ class Exact(TorchFunctionMode):
         ours = EXACT.get(function)
         if ours is not None:
             return ours(self, *args, **(kwargs or {}))
-        if function in SUMS and any(torch.is_tensor(a) and a.is_floating_point() for a in args):
-            raise NotImplementedError("this sum has no exact form: write it by the functions of models/primitives.py")
+        if function in NOT_FIXED and any(torch.is_tensor(a) and a.is_floating_point() for a in args):
+            raise NotImplementedError(
+                f"{function.__name__} has no exact form: write it by the functions of models/primitives.py, or by "
+                "operations that IEEE 754 fixes"
+            )
         return function(*args, **(kwargs or {}))
 
     def weight(self, weight: Tensor) -> "Weight":
@@ -236,7 +239,8 @@ def exp(exact: Exact, x: Tensor) -> Tensor:
     p = torch.full_like(part, POLYNOMIAL[-1])
     for c in reversed(POLYNOMIAL[:-1]):
         p = p.mul_(part).add_(c)  # two roundings, never one
-    return p.mul_((torch.ones_like(whole)).ldexp(whole))
+    power = ((whole.clamp_(max=128).int() + 127) << 23).view(torch.float32)  # 2^whole by its exponent bits
+    return p.mul_(power)
 
 
 def gelu(exact: Exact, x: Tensor, approximate: str = "none") -> Tensor:
@@ -263,7 +267,15 @@ EXACT = {
     primitives.keep_top_k: keep_top_k,
     primitives.weighted_sum: weighted_sum,
 }
-SUMS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.einsum, Tensor.mean, Tensor.sum, F.softmax, torch.exp}
+# Sums, and functions whose last bits no standard fixes
+NAMES = """matmul __matmul__ mm bmm addmm baddbmm einsum tensordot mean sum nansum prod cumsum cumprod var std norm dist
+    cdist softmax log_softmax logsumexp layer_norm group_norm batch_norm instance_norm conv1d conv3d conv_transpose2d
+    avg_pool2d adaptive_avg_pool2d interpolate scaled_dot_product_attention lerp addcmul addcdiv exp exp2 expm1 log log2
+    log10 log1p logaddexp pow __pow__ __rpow__ float_power ldexp rsqrt sin cos tan sinh cosh tanh asin acos atan atan2
+    sigmoid logsigmoid softplus silu mish elu erf erfc erfinv"""
+NOT_FIXED = {
+    getattr(place, name) for place in (torch, Tensor, F) for name in NAMES.split() if hasattr(place, name)
+} - set(EXACT)
 
 
 @functools.cache

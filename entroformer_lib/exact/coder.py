@@ -8,7 +8,6 @@ the latents: a machine that breaks the rules of arithmetic gives an error, never
 """
 
 import copy
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -19,14 +18,14 @@ from entroformer_lib.errors import WeightsError
 from entroformer_lib.exact.arithmetic import Exact
 from entroformer_lib.models.entropy_model import ToldTheRate
 from entroformer_lib.models.gain import Rate
-from entroformer_lib.rangecoder import SymbolDecoder, SymbolEncoder
+from entroformer_lib.rangecoder import SymbolDecoder, SymbolEncoder, scale_of
 from entroformer_lib.stages import stage, tell
 
 MEAN_STEPS = 256  # means are multiples of 1/256: costs 0.0001 bit at the smallest scale
 SCALE_STEPS = 32  # scales are exp(i / 32), 3% apart: costs less than 0.0002 bit
 SCALE_INDEX = (-8 * SCALE_STEPS, 12 * SCALE_STEPS)
 _SCALES = np.array(
-    [round(math.exp(i / SCALE_STEPS) * 2**30) / 2**30 for i in range(SCALE_INDEX[0], SCALE_INDEX[1] + 1)]
+    [round(scale_of(i / SCALE_STEPS) * 2**30) / 2**30 for i in range(SCALE_INDEX[0], SCALE_INDEX[1] + 1)]
 )
 
 # (channels, sites, means, scales), float64 [k, m]  ->  these latents: [k, m]

@@ -6,6 +6,7 @@ it costs nothing.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -70,7 +71,7 @@ class TopKAttention(nn.Module):
     def __init__(self, dim: int, heads: int, top_k: int | None, scale: str):
         super().__init__()
         self.heads, self.top_k = heads, top_k
-        self.scale = (dim if scale == "width" else dim // heads) ** -0.5
+        self.scale = 1 / math.sqrt(dim if scale == "width" else dim // heads)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
         self.content, self.position, self.scores = nn.Identity(), nn.Identity(), nn.Identity()
@@ -181,7 +182,7 @@ class Stack(nn.Module):
     def __init__(self, c, layers: int, top_k: int | None, radius: int):
         super().__init__()
         self.top_k, self.jitter = top_k, c.top_k_jitter
-        self.absolute = c.position == "absolute"
+        self.dim, self.absolute = c.dim, c.position == "absolute"
         self.blocks = nn.ModuleList(
             Block(c.dim, c.heads, top_k, c.ffn_ratio, c.attention_scale, c.activation) for _ in range(layers)
         )
@@ -213,7 +214,7 @@ class Stack(nn.Module):
 
     def _through(self, layers: range, x: Tensor, sites: Tensor, visible, memory) -> Tensor:
         if self.absolute and 0 in layers:
-            x = x + sinusoidal_positions(sites[sites.size(0) - x.size(1) :], x.size(-1)).to(x.dtype)
+            x = x + sinusoidal_positions(sites[sites.size(0) - x.size(1) :], self.dim).to(x.dtype)
         top_k = self.top_k
         if self.jitter and self.training and top_k is not None:
             top_k = int(torch.randint(max(2, top_k // 2), 2 * top_k, ()))

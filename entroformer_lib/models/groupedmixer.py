@@ -30,6 +30,7 @@ Letters in shapes: B pictures, G groups (S of them at a time), n sites of a grou
 
 import functools
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -123,7 +124,7 @@ class WindowAttention(nn.Module):
 
     def __init__(self, c: EntroformerConfig, layer: int):
         super().__init__()
-        self.heads, self.scale = c.heads, (c.dim // c.heads) ** -0.5
+        self.heads, self.scale = c.heads, 1 / math.sqrt(c.dim // c.heads)
         self.side, self.shift = c.window, c.window // 2 * (layer % 2)
         self.qkv = nn.Linear(c.dim, 3 * c.dim, bias=False)
         self.out = nn.Linear(c.dim, c.dim, bias=False)
@@ -199,7 +200,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, c: EntroformerConfig, groups: int):
         super().__init__()
-        self.heads, self.scale = c.heads, (c.dim // c.heads) ** -0.5
+        self.heads, self.scale = c.heads, 1 / math.sqrt(c.dim // c.heads)
         self.qkv = nn.Linear(c.dim, 3 * c.dim, bias=False)
         self.out = nn.Linear(c.dim, c.dim, bias=False)
         self.bias = nn.Parameter(torch.zeros(c.heads, groups))  # of the distance in groups

@@ -7,6 +7,10 @@ the diamond of h = 3), so we multiply the query with those and look the products
     q . (k_j + p_ij)  =  q . k_j  +  (q . table)[bucket(i, j)]
 """
 
+import functools
+import math
+from decimal import Context, Decimal
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +24,7 @@ def grid_sites(height: int, width: int, device=None) -> Tensor:
     return torch.stack((rows, columns), dim=-1).flatten(0, 1)
 
 
+TURN = Decimal("6.283185307179586476925286766559005768394")  # 2 pi
 FEW_QUERIES = 4  # up to here looking up every pair is quicker than finding neighbours
 
 
@@ -114,11 +119,30 @@ def sinusoidal_positions(sites: Tensor, dim: int) -> Tensor:
     """Absolute encoding: half of the width for the row, half for the column, sines and cosines as in Vaswani 2017.
 
     The paper does not say which absolute encoding it used; fixed sines need no largest picture size (our choice).
-    Rounded to multiples of 2^-16, so that the last bits of sine and cosine do not matter.
+    Multiples of 2^-16, the same on every machine.
 
     sites: [n, 2]  ->  [n, dim], float32
     """
-    exponents = torch.arange(0, dim // 2, 2, device=sites.device, dtype=torch.float64) / (dim // 2)  # [dim / 4]
-    angles = sites[..., None] * 10000**-exponents  # [n, 2, dim / 4]
-    waves = torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(1)
+    turns = sites[..., None] * torch.tensor(_turns_per_site(dim), dtype=torch.float64, device=sites.device)
+    waves = _sine(torch.stack((turns, turns + 0.25), dim=-2)).flatten(1)  # a cosine is a quarter ahead
     return (torch.round(waves * 2**16) / 2**16).float()
+
+
+@functools.cache
+def _turns_per_site(dim: int) -> list[float]:
+    """10000^(-2i / (dim / 2)) / 2 pi for i < dim / 4, in decimal digits that no C library computes."""
+    digits = Context(prec=40)
+    exponents = (digits.divide(Decimal(-i), Decimal(dim // 2)) for i in range(0, dim // 2, 2))
+    return [float(digits.divide(digits.power(Decimal(10000), e), TURN)) for e in exponents]
+
+
+def _sine(turns: Tensor) -> Tensor:
+    """sin(2 pi turns), float64, by single operations that IEEE 754 fixes: Taylor's series up to the 21st power. Sines
+    of C libraries and vector units differ in their last bits."""
+    part = turns - turns.round()
+    # Between 0 and pi / 2 there is the same sine, but for its sign
+    angle = (0.25 - (part.abs() - 0.25).abs()) * float(TURN)
+    square, series = angle.square(), torch.zeros_like(angle)
+    for n in range(21, 0, -2):
+        series = series.mul_(square).add_((-1) ** (n // 2) / math.factorial(n))
+    return angle * series * part.sign()

@@ -13,7 +13,7 @@ from compressai.ops import LowerBound
 from torch import Tensor, nn
 
 from entroformer_lib.errors import BitstreamError, WeightsError
-from entroformer_lib.rangecoder import LARGEST, RansDecoder, decode_gaussian, encode_gaussian
+from entroformer_lib.rangecoder import LARGEST, RansDecoder, decode_gaussian, encode_gaussian, scale_of
 
 LIKELIHOOD_FLOOR = 1e-9  # 30 bits: nothing costs more, so no loss is ever infinite
 
@@ -128,6 +128,7 @@ class GaussianPrior(nn.Module):
 
     def _grid(self, shape) -> tuple[np.ndarray, np.ndarray]:
         """Means and scales of every symbol, float64, straight from the weights: the same on every machine."""
-        parameters = (p.detach().double().cpu().view(-1, 1, 1).expand(shape).numpy() for p in (self.mu, self.log_sigma))
-        means, log_scales = parameters
-        return means, np.exp(log_scales)
+        mu, log_sigma = (p.detach().double().flatten().tolist() for p in (self.mu, self.log_sigma))
+        columns = np.array([mu, [scale_of(v) for v in log_sigma]])[..., None, None]  # [2, Z, 1, 1]
+        means, scales = np.broadcast_to(columns, (2, *shape))
+        return means, scales
