@@ -488,11 +488,11 @@ def dying(config: TrainConfig) -> None:
 
 
 def restarted(config: TrainConfig) -> None:
-    """torchrun --max-restarts 1, in two processes."""
+    """torchrun --max-restarts 3, in two processes: now and then the connection of new ones is refused once."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     here = dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="elastic", start_method="fork")
-    more = dict(max_restarts=1, monitor_interval=0.1)
+    more = dict(max_restarts=3, monitor_interval=0.1)
     elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, **here, **more), dying)(config)
 
 
