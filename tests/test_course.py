@@ -18,6 +18,9 @@ QUICK = {
     "1_bits_and_entropy": {"side": 64},
     "2_transforms_and_quantisation": {"side": 64, "steps": 2},
     "3_hyperprior": {"side": 128, "steps": 2},
+    "4_context_models": {"side": 128, "steps": 2, "flips": 1},
+    "5_attention": {"side": 128, "latents": 2},
+    "6_research_project": {"steps": 2, "seeds": 2},
 }
 SOURCES = pytest.mark.parametrize("source", make_course.SOURCES, ids=lambda path: path.stem)
 

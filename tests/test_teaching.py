@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from entroformer_lib.teaching import check, exercises, hint, lesson1, lesson2, lesson3  # noqa: F401  they register
+from entroformer_lib.teaching import check, exercises, hint, lesson1, lesson2, lesson3, lesson4, lesson5, lesson6  # noqa: F401
 
 ndtr = torch.special.ndtr
 
@@ -132,8 +132,160 @@ def counted(classes):
     return np.unique(np.asarray(classes), return_counts=True)[1]
 
 
+def causal(scores, diagonal=1):
+    return scores.masked_fill(torch.ones_like(scores).triu(diagonal).bool(), -torch.inf)
+
+
+def scores_in_loops(q, k):
+    """NumPy, one score after the other."""
+    found = np.full((len(q), len(q)), -np.inf)
+    for i, j in zip(*np.tril_indices(len(q)), strict=True):
+        found[i, j] = float(q[i] @ k[j]) / np.sqrt(q.shape[1])
+    return found
+
+
+def top_k(scores, k):
+    return scores.masked_fill(scores < scores.topk(min(k, len(scores))).values[:, -1:], -torch.inf)
+
+
+def softmax_by_hand(scores, k):
+    """Row by row, with sorted numbers."""
+    found = np.zeros(scores.shape)
+    for i, row in enumerate(np.asarray(scores, dtype=float)):
+        best = np.argsort(-row)[:k]
+        weights = np.exp(row[best] - row.max())
+        found[i, best] = weights / weights.sum()
+    return found
+
+
+def offsets(h, near=lambda dy, dx, h: abs(dy) + abs(dx) <= h):
+    return [(dy, dx) for dy in range(-h, h + 1) for dx in range(-h, h + 1) if near(dy, dx, h)]
+
+
+def hide(scores, queries, dy, dx, width, ahead=1, borders=True, copy=True, own=False, heads=slice(None)):
+    scores = scores.clone() if copy else scores
+    for i, query in enumerate(queries.tolist()):
+        row, column = divmod(query + ahead, width)
+        key = (row + dy) * width + column + dx
+        if key >= 0 and (0 <= column + dx < width or not borders) and (key <= query if own else key < query):
+            scores[:, heads, i, key] = -torch.inf
+    return scores
+
+
+def hide_by_mask(scores, queries, dy, dx, width):
+    """All queries at once."""
+    sites, keys = queries[:, None] + 1, torch.arange(scores.shape[-1])
+    there = (keys // width - sites // width == dy) & (keys % width - sites % width == dx) & (keys < queries[:, None])
+    return torch.where(there, -torch.inf, scores).numpy()
+
+
+def se(values, ddof=1, root=0.5):
+    return np.std(values, ddof=ddof) / len(values) ** root
+
+
+def need(spread, effect, errors=2, least=2, up=np.ceil, power=2):
+    return max(least, up((errors * spread / effect) ** power))
+
+
+BECAUSE = "The latent above lies two steps from the token."
+HYPOTHESIS = {"change": {"radius": 1}, "saves": -2, "convincing": 1, "because": BECAUSE}
+
+
+def range_of(effect, doubt, convincing):
+    low, high = effect - doubt, effect + doubt
+    if low >= convincing or high <= -convincing:
+        return "saves" if low > 0 else "costs"
+    return "no effect" if max(abs(low), abs(high)) < convincing else "undecided"
+
+
+def in_capitals(effect, doubt, convincing):
+    states = [effect - doubt >= convincing, effect + doubt <= -convincing, abs(effect) + doubt < convincing, True]
+    return ("SAVES", "COSTS", "NO_EFFECT", "UNDECIDED")[states.index(True)]
+
+
+QUESTION = "Does a context model of two layers need a diamond that is larger than 1?"
+FINDING = "On one photograph and with 4 seeds a radius of 1 costs 1.2%, give or take 0.8%."
+LIMIT = "After 60 steps on three photographs this says little about models that are trained in earnest."
+
+
 def mse(x, x_hat):
     return ((x - x_hat) ** 2).mean()
+
+
+def before(side):
+    return np.arange(side * side).reshape(side, side) < side * side // 2
+
+
+def conv(u, weight, bias, mask, **how):
+    return nn.functional.conv2d(u, weight * mask, bias, **{"padding": mask.shape[-1] // 2, **how})
+
+
+def conv_by_taps(u, weight, bias, mask):
+    """Adds up shifted images, one for each place of the mask."""
+    reach, (h, w) = mask.shape[-1] // 2, u.shape[2:]
+    padded = nn.functional.pad(u, (reach,) * 4)
+    taps = [
+        torch.einsum("bchw,oc->bohw", padded[:, :, y : y + h, x : x + w], weight[:, :, y, x])
+        for y, x in torch.nonzero(mask).tolist()
+    ]
+    return sum(taps) + bias.view(-1, 1, 1)
+
+
+def by_gradient(network, u, row, column, of=slice(None), channels=slice(None)):
+    u = u.clone().requires_grad_()
+    said = sum(v[0, channels, row, column].sum() for v in network(u)[of])
+    return torch.autograd.grad(said, u)[0].abs().sum((0, 1))
+
+
+def by_trying(network, u, row, column):
+    with torch.no_grad():
+        usual, found = torch.cat(network(u))[:, :, row, column], []
+        for place in np.ndindex(u.shape[2:]):
+            other = u.clone()
+            other[:, :, place[0], place[1]] += 1.5
+            found.append(bool((torch.cat(network(other))[:, :, row, column] != usual).any()))
+    return np.reshape(found, u.shape[2:]).tolist()
+
+
+def of_all_sites(network, u, row, column):
+    u = u.clone().requires_grad_()
+    return torch.autograd.grad(sum(v.sum() for v in network(u)), u)[0].abs().sum((0, 1))
+
+
+def in_raster_order(u, network, read, sites=np.ndindex, again=True, write=True):
+    said = network(u)
+    for row, column in sites(*u.shape[2:]):
+        said = network(u) if again else said
+        found = read(row, column, *(v[0, :, row, column] for v in said))
+        if write:
+            u[0, :, row, column] = found
+    return u
+
+
+def in_a_list(u, network, read):
+    known = u.clone()
+    for i in range(u[0, 0].numel()):
+        row, column = divmod(i, u.shape[3])
+        shift, stretch = (v.detach() for v in network(known))
+        known[:, :, row, column] = read(row, column, shift[:, :, row, column], stretch[:, :, row, column])
+    return known[0].numpy()
+
+
+def by_columns(height, width):
+    return [(row, column) for column in range(width) for row in range(height)]
+
+
+def board(u, colour=1):
+    return (torch.arange(u.shape[2])[:, None] + torch.arange(u.shape[3])) % 2 == colour
+
+
+def even_first(network, u):
+    found = [torch.zeros_like(u), torch.zeros_like(u)]
+    seen = u.clone()
+    seen[:, :, ::2, 1::2] = seen[:, :, 1::2, ::2] = 0
+    for whole, said in zip(found, network(seen), strict=True):
+        whole[:, :, ::2, 1::2], whole[:, :, 1::2, ::2] = said[:, :, ::2, 1::2], said[:, :, 1::2, ::2]
+    return found
 
 
 RIGHT = {
@@ -183,6 +335,28 @@ RIGHT = {
     "3.5": [
         lambda y, s, z, t: bits(y, s).sum() + bits(z, t).sum(),
         lambda y, s, z, t: torch.cat([normal_bits(y, s).flatten(), normal_bits(z, t).flatten()]).sum()[None],
+    ],
+    "4.1": [before, lambda side: torch.tensor([1.0] * (side * side // 2) + [0.0] * (side * side // 2 + 1))],
+    "4.2": [lambda *given: conv(*given, padding="same"), conv_by_taps],
+    "4.3": [by_gradient, by_trying],
+    "4.4": [in_raster_order, in_a_list],
+    "4.5": [lambda network, u: [v * ~board(u) for v in network(u * board(u))], even_first],
+    "5.1": [lambda q, k: causal(q @ k.T / q.shape[1] ** 0.5), scores_in_loops],
+    "5.2": [lambda scores, k: top_k(scores, k).softmax(-1), softmax_by_hand],
+    "5.3": [offsets, lambda h: np.array(offsets(h), dtype=np.int32)],
+    "5.4": [
+        lambda computed, start: torch.cat((start[None], computed[:-1])),
+        lambda computed, start: torch.stack([start, *computed][:-1]),
+    ],
+    "5.5": [hide, hide_by_mask],
+    "6.1": [lambda b, a: 100 * (1 - a / b), lambda b, a: [(x - y) / x * 100 for x, y in zip(b, a)]],  # noqa: B905
+    "6.2": [se, lambda values: torch.tensor(values).std() / len(values) ** 0.5],
+    "6.3": [need, lambda spread, effect: next(n for n in range(2, 999) if effect >= 2 * spread / n**0.5 - 1e-9)],
+    "6.4": [HYPOTHESIS, HYPOTHESIS | {"change": {"top_k": None}, "saves": 0.5, "convincing": np.float64(2)}],
+    "6.5": [range_of, in_capitals],
+    "6.6": [
+        f"{QUESTION} {FINDING} {LIMIT}",
+        f"{QUESTION}\n{FINDING.replace('%', ' percent')}\n{LIMIT[:-1]}!\n",
     ],
 }
 
@@ -280,6 +454,119 @@ WRONG = {
         (lambda y, s, z, t: bits(y, s).sum(), "bits of z are missing"),
         (lambda y, s, z, t: bits(y, s).mean() + bits(z, t).mean(), "two means"),
     ],
+    "4.1": [
+        (lambda side: np.arange(side**2).reshape(side, side) <= side**2 // 2, "predicted from itself"),
+        (lambda side: before(side).T, "column after column"),
+        (lambda side: 1 - before(side), "come *later*"),
+        (lambda side: np.eye(side), "should be 1"),
+        (lambda side: before(5), "`causal_mask(3)` should have the shape [3, 3]"),
+        (lambda side: np.repeat(np.arange(side) < side // 2, side).reshape(side, side), "left in the same row"),
+    ],
+    "4.2": [
+        (lambda u, weight, bias, mask: conv(u, weight, bias, mask * 0 + 1), "the mask is not used"),
+        (lambda u, weight, bias, mask: conv(u, weight, None, mask), "the bias is missing"),
+        (lambda u, weight, bias, mask: conv(u, weight, bias, mask, padding=0), "smaller than the image"),
+        (lambda u, weight, bias, mask: conv(u, weight, bias, 1 - mask), "not with 1 - mask"),
+        (lambda u, weight, bias, mask: conv(u, weight.detach(), bias, mask), "no gradient"),
+        (lambda u, weight, bias, mask: conv(u, weight, bias, mask, padding=2), "`masked_conv` of [2, 3, 6, 7]"),
+    ],
+    "4.3": [
+        (lambda *given: by_gradient(*given, of=slice(1)), "Look at both things"),
+        (lambda *given: by_gradient(*given, channels=slice(1)), "Look at all channels"),
+        (of_all_sites, "nearly every place seems to matter"),
+        (lambda network, u, row, column: by_gradient(network, u, column, row), "the place"),
+    ],
+    "4.4": [
+        (lambda *given: in_raster_order(*given, again=False), "must run again after each site"),
+        (lambda *given: in_raster_order(*given, sites=by_columns), "The encoder went row by row"),
+        (lambda *given: in_raster_order(*given, write=False), "written into u before"),
+        (lambda u, network, read: network(u)[0], "and 0 are read"),
+    ],
+    "4.5": [
+        (lambda network, u: [v * ~board(u) for v in network(u)], "each site sees itself"),
+        (lambda network, u: network(u * board(u)), "sites of the first half have a shift"),
+        (lambda network, u: [v * board(u) for v in network(u * board(u))], "Keep the other one"),
+        (lambda network, u: network(u * (torch.arange(6) % 2)), "is no half of a checkerboard"),
+    ],
+    "5.1": [
+        (lambda q, k: q @ k.T / 3, "every token sees all others"),
+        (lambda q, k: causal(q @ k.T), "square root of d is missing"),
+        (lambda q, k: causal(q @ k.T / 9), "Divide by its square root"),
+        (lambda q, k: causal(k @ q.T / 3), "rows and columns have changed places"),
+        (lambda q, k: causal(q @ k.T / 3, 0), "see itself, too"),
+        (lambda q, k: (q @ k.T / 3).tril(), "is 0, and a softmax makes"),
+        (lambda q, k: (q @ k.T / 3) * torch.ones(5, 5).tril().log().exp().log(), "not a number"),
+    ],
+    "5.2": [
+        (lambda scores, k: scores.softmax(-1), "more than k probabilities"),
+        (lambda scores, k: scores.softmax(-1) * (top_k(scores, k) > -torch.inf), "*before* softmax"),
+        (lambda scores, k: top_k(scores, k).exp(), "divides by the sum"),
+        (lambda scores, k: scores.softmax(0), "Each *row* should"),
+        (lambda scores, k: top_k(scores, k).nan_to_num(neginf=0).softmax(-1), "must stay so"),
+    ],
+    "5.3": [
+        (lambda h: offsets(h, lambda dy, dx, h: True), "the whole square"),
+        (lambda h: offsets(h, lambda dy, dx, h: dy**2 + dx**2 <= h**2), "this is a circle"),
+        (lambda h: offsets(h, lambda dy, dx, h: 0 < abs(dy) + abs(dx) <= h), "(0, 0) is missing"),
+        (lambda h: offsets(h, lambda dy, dx, h: abs(dy) + abs(dx) < h), "its border is missing"),
+        (lambda h: [offset[::-1] for offset in offsets(h)], "changed places"),
+        (lambda h: offsets(h)[::-1], "but not their order"),
+        (lambda h: len(offsets(h)), "a list of pairs"),
+    ],
+    "5.4": [
+        (lambda computed, start: computed, "nothing is shifted"),
+        (lambda computed, start: torch.roll(computed, 1, 0), "by the *last* token"),
+        (lambda computed, start: torch.cat((start[None], computed)), "one feature too many"),
+        (lambda computed, start: computed[:-1], "one feature is missing"),
+        (lambda computed, start: torch.cat((computed[1:], start[None])), "shifts the other way"),
+        (lambda computed, start: torch.cat((start[None], computed[1:])), "Shift all by one"),
+    ],
+    "5.5": [
+        (lambda *given: hide(*given, ahead=0), "count from `query + 1`"),
+        (lambda *given: hide(*given, borders=False), "at the other side of the picture"),
+        (lambda *given: hide(*given, copy=False), "Begin with `scores = scores.clone()`"),
+        (lambda *given: hide(*given, own=True), "a token loses its own key"),
+        (lambda *given: hide(*given, heads=0), "in all of them"),
+        (lambda *given: given[0].clone(), "does not hide key"),
+    ],
+    "6.1": [
+        (lambda b, a: 1 - a / b, "these are parts of 1"),
+        (lambda b, a: 100 * (a / b - 1), "the sign"),
+        (lambda b, a: 100 * (b / a - 1), "you divide by `after`"),
+        (lambda b, a: 100 * (1 - a / b).mean(), "this is the mean"),
+    ],
+    "6.2": [
+        (lambda values: np.std(values, ddof=1), "the spread of single seeds"),
+        (lambda values: se(values, ddof=0), "`ddof=1`"),
+        (lambda values: se(values, root=1), "Divide by its square root"),
+    ],
+    "6.3": [
+        (lambda *given: need(*given, errors=1), "We want two"),
+        (lambda *given: need(*given, least=0), "Fewer than 2 seeds"),
+        (lambda *given: need(*given, up=float), "round up"),
+        (lambda *given: need(*given, up=np.floor), "Round up"),
+        (lambda *given: need(*given, power=1), "the *square*"),
+    ],
+    "6.4": [
+        (HYPOTHESIS | {"change": {"radius": 1, "top_k": 4}}, "Two are two studies"),
+        (HYPOTHESIS | {"change": {"radios": 1}}, "no such model can be built"),
+        (HYPOTHESIS | {"change": {"heads": 5}}, "no such model can be built"),
+        (HYPOTHESIS | {"convincing": 0}, "should be above 0"),
+        (HYPOTHESIS | {"because": "we try"}, "at least six words"),
+        ({"change": {"radius": 1}}, "`saves` is missing"),
+    ],
+    "6.5": [
+        (lambda e, d, c: "saves" if e > 0 else "costs", "and you say 'saves'"),
+        (lambda e, d, c: range_of(e, 0, c), "you say"),
+        (lambda e, d, c: e - d >= c, "one of the four words"),
+        (lambda e, d, c: "maybe", "none of the four words"),
+    ],
+    "6.6": [
+        (f"{QUESTION} {FINDING}", "three sentences, and I count 2"),
+        (f"{QUESTION} A radius of 1 costs some bits in our runs. {LIMIT}", "Give its number in percent"),
+        (f"{QUESTION} A radius of 1 costs 1.2% in our runs. {LIMIT}", "no doubt beside it"),
+        (f"{QUESTION} {FINDING} Who knows?", "very short"),
+    ],
 }
 
 
@@ -348,4 +635,4 @@ def test_three_hints_lie_in_one_another(number, monkeypatch):
 
 
 def test_hints_show_code_as_code():
-    assert "<code>p[p &gt; 0]</code>" in hint("1.1")._repr_html_()
+    assert "<code>probs[probs &gt; 0]</code>" in hint("1.1")._repr_html_()

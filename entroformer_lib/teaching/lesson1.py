@@ -15,14 +15,14 @@ from entroformer_lib.teaching.photographs import grey
     "write the body of `entropy`, where the three dots stand.",
     hints=(
         "Begin with the cost of each symbol, then take the average. An average over probabilities is a weighted sum.",
-        "`np.log2` works on whole arrays, and gives minus infinity for 0. Take only what is above 0: `p[p > 0]`.",
-        "`-(p * np.log2(p)).sum()`, with the zeros taken out before.",
+        "`np.log2` works on whole arrays, and gives minus infinity for 0. Take only what is above 0: `probs[probs > 0]`.",
+        "`p = probs[probs > 0]`, then `-(p * np.log2(p)).sum()`.",
     ),
 )
 def entropy(answer) -> str:
     """A function from probabilities to bits."""
     fair = number(called(answer, np.full(8, 1 / 8)), "the entropy of 8 equal probabilities")
-    if np.isclose(fair, -3):
+    if np.isclose(fair, -3) or np.isclose(fair, -3 * np.log(2)):
         raise Wrong("the sign. Logarithms of probabilities are negative, and a cost is positive.")
     if np.isclose(fair, 3 * np.log(2)):
         raise Wrong(f"eight equal symbols cost 3 bits, and you get {fair:.3f}. Which logarithm gives bits?")

@@ -75,7 +75,8 @@ def _legend(figure: Figure, panels: list[Panel]) -> None:
     if not all(panel.decoded.all() for panel in panels):
         entries.append((Patch(facecolor="0.35", linewidth=0), "darker: not decoded yet"))
     handles, words = zip(*entries, strict=True)
-    figure.legend(handles, words, loc="outside lower center", ncols=len(words), handlelength=1, handleheight=1)
+    columns = len(words) if len(words) < 4 else 2  # four in a row are wider than the figure
+    figure.legend(handles, words, loc="outside lower center", ncols=columns, handlelength=1, handleheight=1)
 
 
 def _map(axis, picture: Image.Image, panel: Panel, title: str) -> None:

@@ -8,13 +8,20 @@ from entroformer_lib.views.style import COLOURS, MARKERS, SEQUENTIAL, TWO_COLUMN
 
 
 @styled()
-def pictures(panels: dict[str, np.ndarray], bar: str = "", columns: int = 4, height: float | None = None) -> Figure:
+def pictures(
+    panels: dict[str, np.ndarray],
+    bar: str = "",
+    columns: int = 4,
+    height: float | None = None,
+    limits: tuple[float, float] | None = None,
+) -> Figure:
     """Arrays beside each other with a title each.
 
     Args:
         panels: {title: [H, W] or [H, W, 3]}. Pictures of bytes or of numbers in [0, 1] are shown in grey or colour.
         bar: unit of the maps. All [H, W] panels but those of bytes are then maps with a colour bar.
         height: inches of one row.
+        limits: the values of all maps that have the first and the last colour; by default each map has its own.
     """
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
@@ -25,11 +32,29 @@ def pictures(panels: dict[str, np.ndarray], bar: str = "", columns: int = 4, hei
         ax.axis("off")
     for ax, (title, values) in zip(axes.flat, panels.items(), strict=False):
         is_map = bool(bar) and values.ndim == 2 and values.dtype != np.uint8
-        limits = {} if is_map else dict(vmin=0, vmax=255 if values.dtype == np.uint8 else 1)
-        image = ax.imshow(values, cmap=SEQUENTIAL if is_map else "gray", interpolation="nearest", **limits)
+        low, high = (limits or (None, None)) if is_map else (0, 255 if values.dtype == np.uint8 else 1)
+        image = ax.imshow(values, SEQUENTIAL if is_map else "gray", interpolation="nearest", vmin=low, vmax=high)
         ax.set_title(title)
         if is_map:
             figure.colorbar(image, ax=ax, shrink=0.8, label=bar).outline.set_visible(False)
+    return figure
+
+
+@styled()
+def masks(panels: dict[str, np.ndarray]) -> Figure:
+    """What is seen around a site: squares that are filled where a mask is not 0, and a ring in the middle.
+
+    Args:
+        panels: {title: [side, side]}, an odd side.
+    """
+    figure, axes = new_figure(1.5 * len(panels), 1.7, 1, len(panels), squeeze=False)
+    for ax, (title, mask) in zip(axes[0], panels.items(), strict=True):
+        for row, column in np.ndindex(mask.shape):
+            face = COLOURS[0] if mask[row, column] else "white"
+            ax.add_patch(Rectangle((column, row), 1, 1, facecolor=face, edgecolor="0.6", linewidth=0.5))
+        ax.plot(mask.shape[1] / 2, mask.shape[0] / 2, "o", color=COLOURS[1], markersize=5, fillstyle="none")
+        ax.set(xlim=(-0.1, mask.shape[1] + 0.1), ylim=(mask.shape[0] + 0.1, -0.1), aspect="equal", title=title)
+        ax.axis("off")
     return figure
 
 
