@@ -15,7 +15,7 @@ from entroformer_lib.teaching.photographs import grey
     "write the body of `entropy`, where the three dots stand.",
     hints=(
         "Begin with the cost of each symbol, then take the average. An average over probabilities is a weighted sum.",
-        "`np.log2` works on whole arrays, and gives minus infinity for 0. Take only what is above 0: `probs[probs > 0]`.",
+        "`np.log2` works on whole arrays and gives minus infinity for 0. Take what is above 0: `probs[probs > 0]`.",
         "`p = probs[probs > 0]`, then `-(p * np.log2(p)).sum()`.",
     ),
 )
