@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import sys
 import tarfile
 import time
@@ -476,6 +477,7 @@ class Dying(torch.optim.Adam):
     def step(self):
         self.steps += 1
         if self.steps == 3 and os.environ.get("RANK") == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            print("Killed.", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
         return super().step()
 
@@ -488,11 +490,11 @@ def dying(config: TrainConfig) -> None:
 
 
 def restarted(config: TrainConfig) -> None:
-    """torchrun --max-restarts 3, in two processes: now and then the connection of new ones is refused once."""
+    """torchrun --max-restarts 1, in two processes."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     here = dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="elastic", start_method="fork")
-    more = dict(max_restarts=3, monitor_interval=0.1)
+    more = dict(max_restarts=1, monitor_interval=0.1)
     elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, **here, **more), dying)(config)
 
 
@@ -504,10 +506,25 @@ def test_a_killed_process_is_replaced_and_the_curve_goes_on(config, unequal_shar
     process = warm.start(restarted, torn, output=said)
     train(replace(config, steps=6), progress=False)
     process.join(300)
-    assert process.exitcode == 0 and "SIGKILL" in said.read_text(), said.read_text()
+    assert process.exitcode == 0 and "Killed." in said.read_text(), said.read_text()
     train(replace(torn, steps=6, devices=1), progress=False)
     assert [row["step"] for row in log_of(torn)] == [1, 2, 3, 4, 5, 6]
     assert losses(torn) == pytest.approx(losses(config), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rank", "sentence"),
+    [("0", "Of 2 processes, these did not come within 0.5 s: 1."), ("1", "Process 0 of 2 did not answer at ")],
+)
+def test_a_process_that_never_comes_is_named(rank, sentence, config, monkeypatch):
+    """What torchrun --nnodes 2 says to the one process of this machine; the other machine is off."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    said = dict(RANK=rank, WORLD_SIZE="2", GROUP_RANK=rank, GROUP_WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    for name, value in (said | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TORCHELASTIC_RUN_ID="late")).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TrainingError, match=sentence):
+        train(replace(config, devices=1, start_timeout=0.5), progress=False)
 
 
 # ---- held-out pictures, branches, drawn pictures --------------------------------------------------------------------

@@ -129,7 +129,9 @@ class TrainConfig:
     """bfloat16 is for layers, never for attention scores or likelihoods."""
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
     devices: Count | Literal["auto"] = "auto"
-    """How many processes; under torchrun, per machine."""
+    """How many processes; under torchrun and Slurm, per machine."""
+    start_timeout: Seconds = 600.0
+    """Under torchrun and Slurm: how long the processes wait for each other at the start."""
     checkpoint_seconds: Seconds = 120.0
     log_every: Count = 50
 
@@ -218,5 +220,5 @@ def _in_words(hint) -> str:
 
 
 # These may differ when a run is continued. (With another batch it goes on, but not as if it had never stopped.)
-RUNTIME_FIELDS = {"out", "data", "latents", "batch", "accelerator", "devices", "checkpoint_seconds"}
+RUNTIME_FIELDS = {"out", "data", "latents", "batch", "accelerator", "devices", "start_timeout", "checkpoint_seconds"}
 RUNTIME_FIELDS |= {"log_every", "held_out_every", "workers", "cache", "cache_gb", "check_shards", "pass_over_shards"}

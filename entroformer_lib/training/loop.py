@@ -31,6 +31,7 @@ from entroformer_lib.training.interruptions import Signals, largest_that_fits
 from entroformer_lib.training.latents import LatentCrops, trained_lmbda
 from entroformer_lib.training.loss import RateStep, TrainingStep, rates_and_distortions
 from entroformer_lib.training.optimizer import Mean, build_optimizer, learning_rate_factor
+from entroformer_lib.training.processes import machines, meet
 from entroformer_lib.training.shard_cache import ShardCache, default_folder
 from entroformer_lib.training.shards import Reading
 from entroformer_lib.weights.zoo import device_name, save_weights
@@ -53,6 +54,7 @@ def train(config: TrainConfig, progress: bool = True, watch: Watch | None = None
     """
     fabric, folder = _fabric(config), RunFolder(Path(config.out))
     with folder.alone() if rank_zero_only.rank == 0 else nullcontext():
+        meet(fabric, config.start_timeout)
         fabric.launch()
         if config.batch % fabric.world_size:
             raise TrainingError(f"A batch of {config.batch} cannot be shared by {fabric.world_size} processes.")
@@ -77,7 +79,8 @@ def _fabric(config: TrainConfig) -> Fabric:
     """
     logger = TensorBoardLogger(config.out, name="", version="")
     try:
-        return Fabric(accelerator=config.accelerator, devices=config.devices, loggers=logger)
+        here = dict(accelerator=config.accelerator, devices=config.devices, num_nodes=machines())
+        return Fabric(**here, loggers=logger)
     except (RuntimeError, MisconfigurationException):
         asked = f"--accelerator {config.accelerator} --devices {config.devices}"
         raise TrainingError(f"This machine does not have what {asked} asks for; --accelerator cpu works.") from None
