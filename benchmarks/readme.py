@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from entroformer_lib.files import write_bytes
-from entroformer_lib.studies import bd, same_transforms
+from entroformer_lib.studies import bd, same_transforms, verdicts
 from entroformer_lib.studies.results import AUTHORS, LABELS, ablation, kodak, kodak_means, load, published
 from entroformer_lib.views.paper_tables import markdown
 from entroformer_lib.views.rate_figures import groups_data, lines_beside
@@ -141,6 +141,14 @@ def both_systems_bd() -> str:
     )
 
 
+def claims() -> str:
+    """Each claim of the paper, its number, ours, the verdict, and the results that it follows from."""
+    found = verdicts.table()
+    found["sources"] = [", ".join(f"[{s}](../data/results/{s}.json)" for s in names) for names in found["sources"]]
+    names = {"item": "", "says": "the paper says", "published": "its number", "ours": "here", "sources": "result"}
+    return markdown(found.drop(columns="doubt").rename(columns=names))
+
+
 def reliability() -> str:
     """What was tried, in two lines; of what has no result yet nothing is said."""
     parts = []
@@ -232,7 +240,7 @@ def _command(result: dict) -> str:
 BLOCKS = {
     block.__name__: block
     for block in (
-        *(in_short, tiny_rates, tiny_rates_bd, tiny_rates_msssim, speed, both_systems, both_systems_bd),
+        *(in_short, tiny_rates, tiny_rates_bd, tiny_rates_msssim, speed, both_systems, both_systems_bd, claims),
         *(reliability, tried, matrix),
     )
 }

@@ -145,6 +145,20 @@ def ablation(grid: str) -> pd.DataFrame | None:
     return pd.DataFrame(rows).drop(columns="grid") if rows else None
 
 
+def trainings(grid: str) -> pd.DataFrame | None:
+    """Every training of the ablation study on the same terms as those of a grid: kind (the run's name without its
+    seed), seed, bpp (whole pictures, at the end). None where the grid has no result."""
+    own, found = load(f"ablation-{grid}"), []
+    if own is None:
+        return None
+    for path in sorted((data_folder() / "results").glob("ablation*.json")):
+        saved = json.loads(path.read_text())
+        if saved["settings"] == own["settings"]:
+            found += [row for row in saved["rows"] if "bpp_middle" in row]  # which only rates of whole pictures have
+    rows = pd.DataFrame(found).drop_duplicates("run")
+    return rows.assign(kind=rows["run"].str.replace(r"-seed\d+$", "", regex=True))[["kind", "seed", "bpp"]]
+
+
 def kodak() -> pd.DataFrame:
     """Every Kodak picture by every measured model and classical codec, whole files on disk.
 

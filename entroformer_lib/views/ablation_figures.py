@@ -1,7 +1,7 @@
 """The ablations beside the paper's numbers: figures 6 and 7, tables 1, 3 and 4, and what notebook 05 shows of the rest.
 
 Functions that end in `_data` read the rows of a grid, and give None where there are none. The others are pure functions
-from a table to a figure or to a comparison.
+from a table to a figure.
 """
 
 import numpy as np
@@ -9,7 +9,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from entroformer_lib.studies.results import ablation, reference
-from entroformer_lib.views.paper_tables import Comparison
 from entroformer_lib.views.style import COLOURS, MARKERS, ONE_COLUMN, TWO_COLUMNS, new_figure, styled
 
 PUBLISHED = "published"
@@ -44,12 +43,6 @@ def figure6_data() -> pd.DataFrame | None:
     data = pd.DataFrame({"radius": radius, "seed": rows["seed"], "bpp": rows["bpp"]})
     data["saving_percent"] = 100 * (1 - data["bpp"] / base)
     return data.sort_values(["radius", "seed"], ignore_index=True)
-
-
-def figure6_comparison(data: pd.DataFrame) -> list[Comparison]:
-    """Which h is best; the paper says 3."""
-    best = data[data["radius"] > 0].groupby("radius")["bpp"].mean().idxmin()
-    return [Comparison("best clipping distance h", 3, float(best))]
 
 
 @styled()
@@ -110,15 +103,6 @@ def table1_data() -> pd.DataFrame | None:
     return data
 
 
-def table1_comparison(data: pd.DataFrame) -> list[Comparison]:
-    """Savings over the CNN."""
-    rows = data[data["position"] != "-"].dropna(subset=["saving_percent"])
-    return [
-        Comparison(f"saving over the CNN, {row.position}", row.published_saving_percent, row.saving_percent, "%")
-        for row in rows.itertuples()
-    ]
-
-
 def table1_dots(rows: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     """`dots` of table 1: saving over the convolution in percent, of whole pictures and of parts as large as the crops.
 
@@ -145,14 +129,6 @@ def table3_data() -> pd.DataFrame | None:
     return data
 
 
-def table3_comparison(data: pd.DataFrame) -> list[Comparison]:
-    """How much more the bidirectional context saves than the unidirectional one."""
-    values = data.set_index("context")[["published_bpp", "bpp"]]
-    saved = 100 * (1 - values.loc["hyperprior + bidirectional"] / values.loc["hyperprior + unidirectional"])
-    what = "saving of bidirectional over unidirectional"
-    return [] if saved.isna().any() else [Comparison(what, *map(float, saved), "%")]
-
-
 def table4_data() -> pd.DataFrame | None:
     """size, published_absolute_bpp, published_relative_bpp, published_saving_percent, absolute_bpp, relative_bpp,
     saving_percent."""
@@ -167,15 +143,6 @@ def table4_data() -> pd.DataFrame | None:
     data[["absolute_bpp", "relative_bpp"]] = ours[["absolute_bpp", "relative_bpp"]].to_numpy()
     data["saving_percent"] = 100 * (1 - data["relative_bpp"] / data["absolute_bpp"])
     return data
-
-
-def table4_comparison(data: pd.DataFrame) -> list[Comparison]:
-    """Saving of relative over absolute positions."""
-    rows = data[["size", "published_saving_percent", "saving_percent"]].dropna()
-    return [
-        Comparison(f"saving of relative over absolute, {size:.0f} pixels", published, ours, "%")
-        for size, published, ours in rows.itertuples(index=False)
-    ]
 
 
 # ---- any grid ----

@@ -1,7 +1,7 @@
 """What the context is worth: figure 3 of the paper, drawn from position_masking.json.
 
 Functions that end in `_data` read the saved result, and give None where there is none. The others are pure functions
-from a table to a figure or to a comparison.
+from a table to a figure.
 """
 
 import numpy as np
@@ -9,7 +9,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from entroformer_lib.studies.results import load
-from entroformer_lib.views.paper_tables import Comparison
 from entroformer_lib.views.style import (
     COLOURS,
     ONE_COLUMN,
@@ -44,17 +43,6 @@ def masking_by_distance_data() -> pd.DataFrame | None:
     if load("position_masking") is None:
         return None
     return pd.concat([masking_data(name).assign(measure=name) for name in MEASURES], ignore_index=True)
-
-
-def masking_comparison(data: pd.DataFrame) -> list[Comparison]:
-    """Spearman's rank correlation of percent and L1 distance; the paper gives a picture and no number."""
-    found, saved = [], load("position_masking")
-    for key, measure in (("fits", "increase when missing"), ("alone_fits", "saving alone")):
-        for fit in saved[key]:
-            if fit["norm"] == "L1" and fit["spearman"] is not None:
-                words = f"Spearman of {measure} and L1 distance, {fit['model']}"
-                found.append(Comparison(words, None, fit["spearman"]))
-    return found
 
 
 def beyond_data() -> pd.DataFrame | None:

@@ -2,16 +2,16 @@
 
     python -m entroformer_lib.views.paper
 
-Reads data/results and data/reference, writes figures/: each item as PNG and SVG, the data it
-draws as CSV, tables also as Markdown, and README.md, which puts the published number beside ours. An item whose results
-do not exist is left out and said to be. A result that appears later is drawn without new code.
+Reads data/results and data/reference, writes figures/: each item as PNG and SVG, the data it draws as CSV, tables also
+as Markdown, and README.md, which gives each claim of the paper its verdict. An item whose results do not exist is left
+out and said to be. A result that appears later is drawn without new code.
 """
 
 import functools
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -19,6 +19,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from entroformer_lib.files import data_folder, write_bytes
+from entroformer_lib.studies import verdicts
 from entroformer_lib.studies.results import AUTHORS
 from entroformer_lib.views import ablation_figures as ablations
 from entroformer_lib.views import attention_figures as attention
@@ -41,8 +42,8 @@ MORE_CURVES = (
 class Item:
     """One figure or table.
 
-    data: what is drawn, from the saved results; None where they do not exist.
-    draw: data to figure. compare: data to published numbers and ours. table: also written as Markdown.
+    data: what is drawn, from the saved results; None where they do not exist. draw: data to figure. table: also
+    written as Markdown.
     """
 
     name: str
@@ -50,29 +51,31 @@ class Item:
     needs: str
     data: Callable[[], pd.DataFrame | None]
     draw: Callable[[pd.DataFrame], Figure]
-    compare: Callable[[pd.DataFrame], list[tables.Comparison]] = field(default=lambda data: [])
-    claim: str = ""
     table: bool = False
+
+    @property
+    def item(self) -> str:
+        """What the paper calls it: "figure 3", "table 1"."""
+        kind, number = re.match(r"(figure|table)(\d+)", self.name).groups()
+        return f"{kind} {int(number)}"
 
 
 MASKING, MAPS, GRIDS = "position_masking.json", "attention_maps.json", "ablation*.json"
 ITEMS = (
     Item("figure03_position_masking", "Rate increase when one context position is missing", MASKING,
-         context.masking_data, context.masking_maps, claim="the closer, the more; in the shape of a diamond"),
-    Item("figure03_alone", "Rate saved by one context position alone", MASKING, context.alone_data, context.alone_maps,
-         claim="not in the paper, or the other reading of it"),
+         context.masking_data, context.masking_maps),
+    Item("figure03_alone", "Rate saved by one context position alone", MASKING, context.alone_data, context.alone_maps),
     Item("figure03_distance", "Both against three distances", MASKING, context.masking_by_distance_data,
-         context.masking_by_distance, context.masking_comparison, claim="falls with L1 distance"),
+         context.masking_by_distance),
     Item("figure03_beyond", "Rate when everything beyond a distance is missing", MASKING, context.beyond_data,
-         context.beyond_curve, claim="not in the paper"),
+         context.beyond_curve),
     Item("figure05_rate_distortion", "Rate and PSNR on Kodak", "*-kodak.json",
-         rates.rate_distortion_data("psnr_db", FEW_CURVES), rates.rate_distortion, rates.rate_distortion_comparison),
+         rates.rate_distortion_data("psnr_db", FEW_CURVES), rates.rate_distortion),
     Item("figure05_variants", "Rate of entropy models behind the same transforms", "*-kodak.json",
-         rates.same_transforms_data, rates.same_transforms, rates.same_transforms_comparison),
+         rates.same_transforms_data, rates.same_transforms),
     Item("figure06_clipping_distance", "Saving against the clipping distance h", GRIDS, ablations.figure6_data,
-         ablations.figure6, ablations.figure6_comparison),
-    Item("figure07_top_k", "Learning curves for several k", GRIDS, ablations.figure7_data, ablations.figure7,
-         claim="better up to k = 64, then no difference from dense attention"),
+         ablations.figure6),
+    Item("figure07_top_k", "Learning curves for several k", GRIDS, ablations.figure7_data, ablations.figure7),
     Item("figure08_attention_points", "Attention of three points of the picture coffee",
          MAPS, attention.attention_data(8), attention.saved_maps),
     Item("figure09_attention_heads", "Attention of one point, head by head",
@@ -80,20 +83,19 @@ ITEMS = (
     Item("figure10_attention_k", "Attention of one point with different k, in a model trained with one k",
          MAPS, attention.attention_data(10), attention.saved_maps),
     Item("figure11_psnr_kodak", "Rate and PSNR on Kodak, more codecs", "*-kodak.json",
-         rates.rate_distortion_data("psnr_db", MORE_CURVES), rates.rate_distortion, rates.rate_distortion_comparison),
+         rates.rate_distortion_data("psnr_db", MORE_CURVES), rates.rate_distortion),
     Item("figure12_ms_ssim_kodak", "Rate and MS-SSIM on Kodak; published models and tiny-rates-msssim trained for it",
          "*-kodak.json", rates.rate_distortion_data("ms_ssim_db", MORE_CURVES),
-         functools.partial(rates.rate_distortion, quality="ms_ssim_db"), rates.rate_distortion_comparison),
-    Item("table1_position_encoding", "Position encodings", GRIDS, ablations.table1_data, tables.figure,
-         ablations.table1_comparison, table=True),
-    Item("table2_latency", "Latency of the entropy model", "latency.json", tables.table2_data, tables.figure,
-         tables.table2_comparison, table=True),
+         functools.partial(rates.rate_distortion, quality="ms_ssim_db")),
+    Item("table1_position_encoding", "Position encodings", GRIDS, ablations.table1_data, tables.figure, table=True),
+    Item("table2_latency", "Latency of the entropy model", "latency.json", tables.table2_data,
+         tables.figure, table=True),
     Item("table3_bidirectional", "Context of the second slice", GRIDS, ablations.table3_data, tables.figure,
-         ablations.table3_comparison, table=True),
+         table=True),
     Item("table4_image_size", "Position encodings and the size of the picture", GRIDS, ablations.table4_data,
-         tables.figure, ablations.table4_comparison, table=True),
+         tables.figure, table=True),
     Item("table6_sizes", "Size of the entropy model", "model_sizes.json", tables.table6_data, tables.figure,
-         tables.table6_comparison, table=True),
+         table=True),
 )  # fmt: skip
 
 
@@ -124,36 +126,68 @@ def regenerate(out: Path | None = None, notebooks: Path | None = None) -> dict[s
     return drawn
 
 
+# What the paper has and is not drawn here: what it shows, and where its subject stands in the code
+NOT_DRAWN = {
+    "figure 1": "Examples of texture, of similar objects and of one colour: why far context could help. "
+    "[Attention maps](../notebooks/03_attention_maps.ipynb) show which of it a model uses.",
+    "figure 2": "The architecture: [network.py](../entroformer_lib/models/network.py), bottom up in"
+    " [architecture.md](../docs/architecture.md).",
+    "figure 4": "The two slices: [context.py](../entroformer_lib/models/context.py), and a drawing of it in"
+    " [overview.png](overview.png).",
+    "table 5": "The layers: the preset `base` in [config.py](../entroformer_lib/models/config.py).",
+}
+
+
 def readme(drawn: dict[str, pd.DataFrame], notebooks: Path) -> str:
-    """figures/README.md: every item with the published value, ours, the deviation; what is missing; the notebooks'."""
-    rows = []
-    for item in ITEMS:
-        if item.name not in drawn:
-            continue
-        about = {"file": f"[`{item.name}`]({item.name}.png)", "shows": item.title}
-        comparisons = item.compare(drawn[item.name])
-        if item.claim or not comparisons:
-            rows.append({**about, "published": item.claim or "a picture", "ours": "see the figure"})
-        for c in comparisons:
-            published = "no number" if c.published is None else f"{c.published:.4g} {c.unit}".strip()
-            numbers = {"published": published, "ours": f"{c.ours:.4g} {c.unit}".strip(), "deviation": c.deviation}
-            rows.append({**about, "quantity": c.quantity, **numbers})
-    columns = ["file", "shows", "quantity", "published", "ours", "deviation"]
+    """figures/README.md: each claim of the paper with its verdict, what has no verdict, and the notebooks' figures."""
+    found = verdicts.table()
+    shown = {item.item: item.name for item in reversed(ITEMS) if item.name in drawn}
+    counts = ", ".join(f"{count} {word}" for word, count in found["verdict"].value_counts().items())
     missing = [f"- {item.name}: {item.title.lower()} ({item.needs})" for item in ITEMS if item.name not in drawn]
+    others = [item for item in ITEMS if item.name in drawn and item.item not in set(found["item"])]
+    more = [item for item in ITEMS if item.name in drawn and item not in others and item.name != shown[item.item]]
     parts = [
-        "# figures",
-        "Written by `make figures`; nothing here is drawn by hand. Each figure and table of the paper is drawn from\n"
-        "data/results alone, as PNG and SVG, with its data as CSV; tables as Markdown too.",
-        "## The paper's figures and tables",
-        "Ours are small models, trained for minutes to hours on two CPU cores; the authors' are three to four times\n"
-        "as wide and had about 280,000 steps. Published curves and numbers are marked as such in every figure "
-        "(sources: data/reference).",
-        tables.markdown(pd.DataFrame(rows, columns=columns).fillna("")),
+        "# The paper's figures and tables, and what stands here",
+        "Written by `make figures`; nothing here is drawn by hand. Everything is drawn from data/results alone, as\n"
+        "PNG and SVG, with its data as CSV; tables as Markdown too. Published numbers come from data/reference.",
+        f"## Verdicts\n\nOf {len(found)} claims: {counts}." if len(found) else "## Verdicts\n\nNo results yet.",
+        "A saving is positive where it is in the paper's direction. The verdict follows from an interval of 95%\n"
+        "by one rule ([verdicts.py](../entroformer_lib/studies/verdicts.py)): *reproduced* if all of it is above\n"
+        "0 and it reaches the paper's number, *smaller* if it stays below that, *reversed* if all of it is below\n"
+        "0, otherwise *cannot tell*. Of a claim that something costs at most so much: *reproduced* or *larger*.\n"
+        "An interval over pictures of models that were trained once does not hold what another training would\n"
+        "change.",
+        _verdicts(found, shown),
+        "## No number in the paper",
+        _pictures([(item.item, item.name, item.title) for item in others]),
+        "## Not drawn here",
+        "\n".join(f"- **{name.capitalize()}.** {text}" for name, text in NOT_DRAWN.items()),
+        "## More of the same results",
+        _pictures([(item.item, item.name, item.title) for item in more]),
         *(["## Not measured yet", "\n".join(missing)] if missing else []),
         "## The notebooks' figures",
         tables.markdown(pd.DataFrame(_of_notebooks(notebooks), columns=["file", "from", "section"])),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _verdicts(found: pd.DataFrame, shown: dict[str, str]) -> str:
+    rows = []
+    for item, part in found.groupby("item", sort=False):
+        for i, row in enumerate(part.itertuples()):
+            first = _thumbnail(item, shown[item]) if i == 0 and item in shown else item if i == 0 else ""
+            rows.append((first, row.says, row.published, row.ours, f"**{row.verdict}**", row.doubt))
+    columns = ["", "the paper says", "its number", "here", "verdict", "in doubt because"]
+    return tables.markdown(pd.DataFrame(rows, columns=columns)) if rows else ""
+
+
+def _pictures(rows: list[tuple[str, str, str]]) -> str:
+    cells = [(_thumbnail(item, name), title) for item, name, title in rows]
+    return tables.markdown(pd.DataFrame(cells, columns=["", "shows"])) if cells else ""
+
+
+def _thumbnail(item: str, name: str) -> str:
+    return f'<a href="{name}.png"><img src="{name}.png" width="150" alt="{name}"></a><br>{item}'
 
 
 def _of_notebooks(folder: Path) -> list[tuple[str, str, str]]:

@@ -1,6 +1,4 @@
-"""Published numbers beside ours: tables 2 and 6 of the paper, and any table as a picture and as Markdown."""
-
-from dataclasses import dataclass
+"""Tables 2 and 6 of the paper, and any table as a picture and as Markdown."""
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -9,25 +7,6 @@ from entroformer_lib.studies.results import load, reference
 from entroformer_lib.views.style import TWO_COLUMNS, new_figure, styled
 
 ROWS_OF_TABLE2 = ("bmshj2018-hyperprior", "mbt2018", "base-serial", "base-parallel")  # ours, in the paper's order
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One published number beside ours."""
-
-    quantity: str
-    published: float | None
-    ours: float
-    unit: str = ""
-
-    @property
-    def deviation(self) -> str:
-        """Difference in the unit itself for percent and dB, otherwise in percent of the published number."""
-        if self.published is None:
-            return ""
-        if self.unit in ("%", "dB"):
-            return f"{self.ours - self.published:+.2f} {self.unit}"
-        return f"{100 * (self.ours / self.published - 1):+.1f}%"
 
 
 def table2_data() -> pd.DataFrame | None:
@@ -46,17 +25,6 @@ def table2_data() -> pd.DataFrame | None:
     return published.merge(medians, on="measured")
 
 
-def table2_comparison(data: pd.DataFrame) -> list[Comparison]:
-    """Ratios: another device has other milliseconds."""
-    ours, theirs = data.set_index("measured")["ms"], data.set_index("measured")["published_ms"]
-    if not {"base-serial", "base-parallel", "mbt2018"} <= set(ours.index):
-        return []
-    pairs = (("base-serial", "base-parallel"), ("base-serial", "mbt2018"))
-    return [
-        Comparison(f"time of {a} over {b}", round(theirs[a] / theirs[b], 2), float(ours[a] / ours[b])) for a, b in pairs
-    ]
-
-
 def table6_data() -> pd.DataFrame | None:
     """model, published_mb, megabytes of the entropy model, parameters."""
     saved = load("model_sizes")
@@ -68,14 +36,6 @@ def table6_data() -> pd.DataFrame | None:
     data = published.merge(ours, on="model", how="outer")
     order = [*(name for name in published["model"] if name not in set(ours["model"])), *ours["model"]]
     return data.set_index("model").loc[order].reset_index()
-
-
-def table6_comparison(data: pd.DataFrame) -> list[Comparison]:
-    """Megabytes of the paper's model."""
-    rows = data.dropna(subset=["published_mb", "megabytes"])
-    return [
-        Comparison(f"{row.model}, entropy model", row.published_mb, row.megabytes, "MB") for row in rows.itertuples()
-    ]
 
 
 # ---- tables as pictures and text ----

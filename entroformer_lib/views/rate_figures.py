@@ -1,7 +1,7 @@
 """Rate against quality, against decoding time, and of entropy models behind the same transforms.
 
 Functions that end in `_data` read saved results, and give None where there is none. The others are pure functions from
-a table to a figure or to a comparison.
+a table to a figure.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from entroformer_lib.studies.results import (
-    AUTHORS,
     LABELS,
     QUALITIES,
     ablation,
@@ -21,7 +20,6 @@ from entroformer_lib.studies.results import (
     published,
 )
 from entroformer_lib.studies.same_transforms import against, front, saved_rates
-from entroformer_lib.views.paper_tables import Comparison
 from entroformer_lib.views.style import (
     COLOURS,
     GREYS,
@@ -106,27 +104,9 @@ def rate_distortion(curves: pd.DataFrame, quality: str = "psnr_db") -> Figure:
     return figure
 
 
-def rate_distortion_comparison(data: pd.DataFrame) -> list[Comparison]:
-    """Ours against the authors' curve at our rates (log-linear between their points), where that covers them."""
-    quality = data.columns[-1]
-    theirs = data[data["codec"] == AUTHORS]
-    found = []
-    for codec, bpp, value in data.loc[data["source"].isna(), ["codec", "bpp", quality]].itertuples(index=False):
-        if theirs["bpp"].min() <= bpp <= theirs["bpp"].max():
-            published = float(np.interp(np.log(bpp), np.log(theirs["bpp"]), theirs[quality]))
-            found.append(Comparison(f"{codec} at {bpp:.3f} bpp", published, value, "dB"))
-    return found
-
-
 # ---- entropy models behind the same transforms ----
 
 BASE = "minnen"  # what figure 5 right compares with: context and hyperprior are CNNs
-CLAIMS = (  # variant, compared with, percent saved "at low bit rates" (section 4.2)
-    ("serial", "minnen", 5.2),
-    ("hyperprior", "hyperprior-cnn", 12.4),
-    ("context-serial", "context-cnn", 11.3),
-    ("parallel", "serial", -1.0),
-)
 
 
 def same_transforms_data() -> pd.DataFrame | None:
@@ -136,17 +116,6 @@ def same_transforms_data() -> pd.DataFrame | None:
         return None
     data = against(rates, BASE)
     return data.assign(label=data["variant"].map(LABELS))
-
-
-def same_transforms_comparison(data: pd.DataFrame) -> list[Comparison]:
-    """What the paper says of figure 5, at the lower half of our lambdas (its "low bit rates")."""
-    low = data[data["lmbda"] <= data["lmbda"].median()].pivot(index="lmbda", columns="variant", values="bpp")
-    found = []
-    for variant, base, percent in CLAIMS:
-        if variant in low and base in low:
-            saved = float((100 * (1 - low[variant] / low[base])).mean())
-            found.append(Comparison(f"saved by {LABELS[variant]} over {LABELS[base]}", percent, saved, "%"))
-    return found
 
 
 @styled()

@@ -1,0 +1,365 @@
+"""What the paper claims, what stands here, and the verdict of one rule.
+
+A claim is a saving (in percent of the bits, unless it says otherwise), positive in the paper's direction, with the
+paper's number where it gives one. Ours comes from a saved result, with an interval that holds the true value with 95%
+confidence. The rule looks at the interval alone:
+
+- reproduced: all of it is above 0, and it reaches the paper's number or lies above;
+- smaller: all of it is above 0 and below the paper's number;
+- reversed: all of it is below 0;
+- cannot tell: 0 lies in it. The largest effect that it allows is said.
+
+Some claims are that something costs at most so much: a loss of one percent, no difference. Of those the limit stands
+in 0's place: reproduced where all of the interval is within the limit, larger where all of it is beyond.
+
+An interval comes from seeds where models were trained for the comparison: runs on the same terms are fitted together as
+a row for each kind of model and one for each seed (the seed decides order, crops and noise for all kinds alike), and
+what remains is the spread. It is Student's, with as many degrees of freedom as there are runs beyond that fit. Where
+each model was trained once, the interval is over the pictures, and does not hold what another training would change.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t as student
+
+from entroformer_lib.errors import DataError
+from entroformer_lib.studies import bd, same_transforms
+from entroformer_lib.studies.results import AUTHORS, ablation, kodak_means, load, published, reference, trainings
+
+CONFIDENCE = 0.95
+SHIPPED = "tiny-rates"
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A measured saving, in the unit of its claim.
+
+    half_width: of the interval around `value`. over: what the interval is over, in words.
+    """
+
+    value: float
+    half_width: float
+    over: str
+    sources: tuple[str, ...]
+
+    @property
+    def low(self) -> float:
+        return self.value - self.half_width
+
+    @property
+    def high(self) -> float:
+        return self.value + self.half_width
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of the paper.
+
+    Args:
+        item: where it stands: "figure 3", "table 1".
+        says: the sentence, in our words.
+        measured: what stands here; None while there is no result.
+        published: the paper's number; None where it gives a direction only.
+        limit: of a claim that something costs at most so much; its `published` is the cost.
+        doubt: why ours may differ, whatever it is.
+    """
+
+    item: str
+    says: str
+    measured: Callable[[], Effect | None]
+    published: float | None = None
+    limit: float | None = None
+    unit: str = "%"
+    doubt: str = ""
+
+
+def verdict(claim: Claim, effect: Effect) -> str:
+    """The rule above.  ->  reproduced, smaller, larger, reversed or cannot tell"""
+    if claim.limit is not None:
+        if effect.high <= claim.limit:
+            return "reproduced"
+        return "larger" if effect.low > claim.limit else "cannot tell"
+    if effect.high < 0:
+        return "reversed"
+    if effect.low <= 0:
+        return "cannot tell"
+    return "smaller" if claim.published is not None and effect.high < claim.published else "reproduced"
+
+
+def sentence(claim: Claim, effect: Effect) -> str:
+    """What stands here, in words."""
+    unit, digits = ("%", 1) if claim.unit == "%" else (f" {claim.unit}", 2)
+    what = f"{round(effect.value, digits) + 0.0:+.{digits}f}"
+    if np.isinf(effect.half_width):
+        return f"{what}{unit} ({effect.over}: too few for an interval)"
+    if effect.half_width:
+        what += f" ± {effect.half_width:.{digits}f}"
+    what += f"{unit} ({effect.over})"
+    if verdict(claim, effect) != "cannot tell":
+        return what
+    return f"{what}; more than {max(abs(effect.low), abs(effect.high)):.{digits}f}{unit} is ruled out"
+
+
+def table() -> pd.DataFrame:
+    """A row for each claim that has a result: item, says, published (text), ours (text), verdict, doubt, sources."""
+    rows = []
+    for claim in claims():
+        if effect := claim.measured():
+            published = "a direction" if claim.published is None else f"{claim.published:+.1f}{claim.unit}"
+            about = dict(item=claim.item, says=claim.says, published=published, ours=sentence(claim, effect))
+            rows.append(about | dict(verdict=verdict(claim, effect), doubt=claim.doubt, sources=effect.sources))
+    return pd.DataFrame(rows, columns=["item", "says", "published", "ours", "verdict", "doubt", "sources"])
+
+
+# ---- between trainings ----
+
+
+def between_seeds(rows: pd.DataFrame, better: str, base: str, *grids: str) -> Effect | None:
+    """What one kind of model saves over another, in percent; None where one of them is not there.
+
+    Args:
+        rows: kind, seed, bpp: a row for each training. Other kinds than the two give spread.
+        grids: that the two come from.
+    """
+    if not {better, base} <= set(rows["kind"]):
+        return None
+    kinds, seeds = pd.get_dummies(rows["kind"], dtype=float), pd.get_dummies(rows["seed"], dtype=float)
+    design = np.hstack([kinds, seeds.iloc[:, 1:]])
+    fitted, _, rank, _ = np.linalg.lstsq(design, np.log(rows["bpp"]), rcond=None)
+    asked = np.zeros(design.shape[1])
+    asked[kinds.columns.get_loc(better)], asked[kinds.columns.get_loc(base)] = 1, -1
+    free = len(rows) - rank
+    left = np.square(np.log(rows["bpp"]) - design @ fitted).sum()
+    spread = np.sqrt(left / free * (asked @ np.linalg.pinv(design.T @ design) @ asked)) if free else np.inf
+    ratio = float(np.exp(asked @ fitted))
+    half = 100 * ratio * spread * (student.ppf((1 + CONFIDENCE) / 2, free) if free else 1)
+    count = min((rows["kind"] == kind).sum() for kind in (better, base))
+    over = f"{count} {'seed' if count == 1 else 'seeds'}, spread of {len(rows)} trainings"
+    return Effect(100 * (1 - ratio), float(half), over, tuple(f"ablation-{grid}" for grid in grids))
+
+
+def whole(better: str, base: str, grid: str) -> Effect | None:
+    """`between_seeds` by the rate of whole pictures at the end of training."""
+    rows = trainings(grid)
+    return None if rows is None else between_seeds(rows, better, base, grid)
+
+
+def no_difference(better: str, base: str, grid: str) -> Effect | None:
+    """The size of the difference, whatever its sign."""
+    effect = whole(better, base, grid)
+    return effect and Effect(abs(effect.value), effect.half_width, effect.over, effect.sources)
+
+
+def sooner(better: str, base: str, part: float = 0.25) -> Effect | None:
+    """`between_seeds` in figure 7, after a part of the steps."""
+    rows = ablation("figure7")
+    if rows is None:
+        return None
+    step = rows["step"][(rows["step"] - part * rows["step"].max()).abs().idxmin()]
+    return between_seeds(_kinds(rows[rows["step"] == step]), better, base, "figure7")
+
+
+def at_size(size: int) -> Effect | None:
+    """Relative positions over absolute ones, on squares of a size."""
+    rows = ablation("table4")
+    if rows is None:
+        return None
+    means = rows[rows["size"] == size].groupby(["run", "seed"])["bpp"].mean().reset_index()
+    return between_seeds(_kinds(means), "diamond", "absolute", "table4")
+
+
+def _kinds(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.assign(kind=rows["run"].str.replace(r"-seed\d+$", "", regex=True))
+
+
+# ---- between models that were trained once, over pictures ----
+
+
+def over_pictures(ratios: pd.Series, *sources: str) -> Effect:
+    """What is saved, in percent.  ratios: logarithms of rate over rate, one a picture"""
+    ratio, spread = float(np.exp(ratios.mean())), ratios.std(ddof=1) / np.sqrt(len(ratios))
+    half = 100 * ratio * spread * student.ppf((1 + CONFIDENCE) / 2, len(ratios) - 1)
+    return Effect(100 * (1 - ratio), float(half), f"{len(ratios)} pictures, one training", sources)
+
+
+def same_pictures(better: str, base: str, low: bool = True) -> Effect | None:
+    """Between two variants behind the same transforms: real files, the mean over lambdas.
+
+    low: only the lower half of the lambdas, as the paper speaks of low rates there.
+    """
+    rates = same_transforms.saved_rates()
+    if low:
+        rates = rates[rates["lmbda"] <= rates["lmbda"].drop_duplicates().median()]
+    rows = rates.pivot_table("bpp", ["image", "lmbda"], "variant")
+    if not {better, base} <= set(rows):
+        return None
+    models = rates.drop_duplicates("variant").set_index("variant")["model"]
+    ratios = np.log(rows[better] / rows[base]).groupby("image").mean()
+    return over_pictures(ratios, *(f"{models[variant]}-kodak" for variant in (better, base)))
+
+
+def cost_of_two_passes() -> Effect | None:
+    """What the parallel model needs more than the serial one, in percent."""
+    effect = same_pictures("serial", "parallel", low=False)
+    if effect is None:
+        return None
+    kept = 1 - effect.value / 100
+    return Effect(100 / kept - 100, effect.half_width / kept**2, effect.over, effect.sources)
+
+
+def second_slice(better: str, base: str) -> Effect | None:
+    """Between two contexts of the second slice in one model that was trained with all of them."""
+    rows = ablation("table3_pictures")
+    if rows is None:
+        return None
+    bpp = rows.groupby(["image", "context"])["bpp"].mean().unstack()
+    return over_pictures(np.log(bpp[better] / bpp[base]), "ablation-table3")
+
+
+# ---- figure 3 ----
+
+
+def falls_with_distance() -> Effect | None:
+    """Spearman's rank correlation, with its sign turned, of what a missing position costs and its L1 distance."""
+    ranks = _rank_correlations()
+    return None if ranks is None else _mean_over_pictures(-ranks["L1"])
+
+
+def diamond() -> Effect | None:
+    """How much stronger that correlation is with L1 distance than with the better of the other two."""
+    ranks = _rank_correlations()
+    return None if ranks is None else _mean_over_pictures(ranks[["L2", "L-infinity"]].min(axis=1) - ranks["L1"])
+
+
+def _rank_correlations() -> pd.DataFrame | None:
+    """Of each picture (rows) and norm (columns), in the model without position encoding."""
+    saved = load("position_masking")
+    if saved is None:
+        return None
+    places = pd.DataFrame(saved["over_pictures"])[["model", "dy", "dx", "L1", "L2", "L-infinity"]]
+    rows = pd.DataFrame(saved["rows"]).query("model == 'none'").merge(places, on=["model", "dy", "dx"])
+    norms = {norm: rows.groupby("image")[["ratio", norm]].corr("spearman") for norm in ("L1", "L2", "L-infinity")}
+    return pd.DataFrame({norm: found["ratio"].xs(norm, level=1) for norm, found in norms.items()})
+
+
+def _mean_over_pictures(values: pd.Series) -> Effect:
+    half = student.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return Effect(float(values.mean()), float(half), f"{len(values)} pictures, one training", ("position_masking",))
+
+
+# ---- against published curves, time, size: numbers without an interval ----
+
+
+def against(model: str, anchor: str, quality: str = "psnr_db") -> Effect | None:
+    """BD-rate of a model against a published curve, as a saving; None where they have too little in common."""
+    try:
+        ours, theirs = bd.curve_of(kodak_means(), model, quality), bd.curve_of(published(), anchor, quality)
+        value = -bd.compare(ours, theirs).rate_percent
+    except DataError:
+        return None
+    return Effect(value, 0.0, f"BD-rate, {bd.METHOD}, one training", (f"{model}-kodak",))
+
+
+def authors_against(anchor: str) -> float:
+    """The same of the authors' own curve."""
+    points = published()
+    return -bd.compare(bd.curve_of(points, AUTHORS), bd.curve_of(points, anchor)).rate_percent
+
+
+def time_saved() -> Effect | None:
+    """By the parallel model in decoding one picture, against the serial one, in percent."""
+    saved = load("latency")
+    if saved is None:
+        return None
+    rows = pd.DataFrame(saved["rows"]).query("direction == 'decode' and width == 768 and height == 512")
+    seconds = (rows["seconds"] - rows["transforms_s"].fillna(0)).groupby(rows["model"]).median()
+    value = 100 * (1 - seconds["base-parallel"] / seconds["base-serial"])
+    return Effect(float(value), 0.0, "two CPU cores, median of repeats", ("latency",))
+
+
+def size_of_base() -> Effect | None:
+    """By how much the entropy model of the paper's size differs from the paper's number of megabytes, in percent."""
+    saved = load("model_sizes")
+    if saved is None:
+        return None
+    ours = pd.DataFrame(saved["rows"]).set_index("model")["megabytes"]["base-serial"]
+    theirs = next(r["value"] for r in _paper("table6_entropy_model_weights_MB") if r["model"] == "Entroformer")
+    return Effect(abs(100 * (ours / theirs - 1)), 0.0, "counted", ("model_sizes",))
+
+
+def _paper(name: str) -> list[dict]:
+    return reference("paper_tables")[name]["rows"]
+
+
+# ---- the claims ----
+
+
+def claims() -> list[Claim]:
+    """In the paper's order."""
+    t1 = {row["position"]: row["bpp"] for row in _paper("table1_position_encoding")}
+    t3 = {row["context"]: row["bpp"] for row in _paper("table3_second_slice_bpp")}
+    t4 = {row["size"]: row["saving_percent"] for row in _paper("table4_image_size")}
+    ms = {row["model"]: row["ms"] for row in _paper("table2_latency_ms")}
+    none, absolute, lines, plane, whole_rpe = list(t1)[1:]
+    one, both = "hyperprior + unidirectional", "hyperprior + bidirectional"
+
+    def saved(better: float, base: float) -> float:
+        return 100 * (1 - better / base)
+
+    small = "Entropy models of a third of the paper's width; the lower half of our rates."
+    short = "A third of the paper's width and a small part of its steps; frozen transforms."
+    return [
+        Claim("figure 3", "The closer a position of the context, the more bits its absence costs.",
+              falls_with_distance, unit="rank correlation", doubt="The paper shows a map and no number."),
+        Claim("figure 3", "What it costs falls with L1 distance: the map has the shape of a diamond.",
+              diamond, unit="rank correlation", doubt="Against the better of L2 and L-infinity distance."),
+        Claim("figure 5", "At low rates Entroformer saves bits over the best CNN entropy model.",
+              partial(same_pictures, "serial", "minnen"), 5.2, doubt=small),
+        Claim("figure 5", "There, a transformer hyperprior alone saves bits over a CNN hyperprior alone.",
+              partial(same_pictures, "hyperprior", "hyperprior-cnn"), 12.4, doubt=small),
+        Claim("figure 5", "There, a transformer context alone saves bits over a CNN context alone.",
+              partial(same_pictures, "context-serial", "context-cnn"), 11.3, doubt=small),
+        Claim("figure 5", "Two passes instead of one by one cost about 1%.", cost_of_two_passes, 1.0, limit=1.5,
+              doubt="Entropy models of a third of the paper's width; all of our rates."),
+        Claim("figure 6", "A clipping distance of 3 is better than 1.", partial(whole, "diamond", "h-1", "figure6"),
+              doubt=short),
+        Claim("figure 6", "It is better than 5: with more, the saving falls again.",
+              partial(whole, "diamond", "h-5", "figure6"), doubt=short),
+        Claim("figure 6", "It is better than no limit.", partial(whole, "diamond", "h-all", "figure6"), doubt=short),
+        Claim("figure 7", "The rate falls with k up to 64: 64 is better than 8.",
+              partial(whole, "k-64", "k-8", "figure7"), doubt=short),
+        Claim("figure 7", "At 64 there is no difference from dense attention.",
+              partial(no_difference, "k-64", "k-dense", "figure7"), 0.0, limit=0.5, doubt=short),
+        Claim("figure 7", "With top-k a model learns sooner than with dense attention.",
+              partial(sooner, "k-32", "k-dense"), doubt="At a quarter of the steps, k = 32."),
+        Claim("figure 11", "Entroformer saves bits over BPG 4:4:4.", partial(against, SHIPPED, "BPG 4:4:4"),
+              authors_against("BPG 4:4:4"), doubt="Smaller transforms, hours of training where the authors had days."),
+        Claim("table 1", "Without positions a transformer is better than a CNN.",
+              partial(whole, "none", "cnn", "table1"),
+              saved(t1[none], t1["-"]), doubt=short),
+        Claim("table 1", "Absolute positions help.", partial(whole, "absolute", "none", "table1"),
+              saved(t1[absolute], t1[none]), doubt=short),
+        Claim("table 1", "Relative positions, by row and by column, are better than absolute ones.",
+              partial(whole, "relative_1d", "absolute", "table1"), saved(t1[lines], t1[absolute]), doubt=short),
+        Claim("table 1", "One encoding in the plane is better than two.",
+              partial(whole, "relative_2d", "relative_1d", "table1"), saved(t1[plane], t1[lines]), doubt=short),
+        Claim("table 1", "Clipping to a diamond is better than to a square.",
+              partial(whole, "diamond", "relative_2d", "table1"), saved(t1[whole_rpe], t1[plane]), doubt=short),
+        Claim("table 1", "With the diamond, a transformer saves bits over a CNN.",
+              partial(whole, "diamond", "cnn", "table1"), saved(t1[whole_rpe], t1["-"]), doubt=short),
+        Claim("table 2", "The parallel model decodes in less time than the serial one.", time_saved,
+              saved(ms["Entroformer parallel"], ms["Entroformer serial"]),
+              doubt="The serial decoder here keeps what it computed before; the paper's, on a V100, does not."),
+        Claim("table 3", "For the second slice, one-way context saves bits over none.",
+              partial(second_slice, one, "hyperprior only"), saved(t3[one], t3["hyperprior only"]), doubt=short),
+        Claim("table 3", "Two-way context saves bits over one-way context.", partial(second_slice, both, one),
+              saved(t3[both], t3[one]), doubt=short),
+        *(Claim("table 4", f"Relative positions save bits over absolute ones in squares of {size} pixels.",
+                partial(at_size, size), t4[size], doubt=short) for size in t4),
+        Claim("table 6", "The entropy model has 142.7 MB of weights.", size_of_base, 0.0, limit=1.0,
+              doubt="The difference in percent; the paper's is 0."),
+    ]  # fmt: skip

@@ -1,0 +1,84 @@
+"""What the paper claims, by one rule, with intervals that a naive test agrees with."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from entroformer_lib.studies import verdicts
+from entroformer_lib.studies.results import trainings
+from entroformer_lib.studies.verdicts import Claim, Effect, between_seeds, over_pictures, sentence, verdict
+
+
+@pytest.mark.parametrize(
+    ("value", "half_width", "published", "limit", "word"),
+    [
+        (5, 1, 4, None, "reproduced"),
+        (5, 1, 5.5, None, "reproduced"),
+        (5, 1, 7, None, "smaller"),
+        (5, 1, None, None, "reproduced"),
+        (1, 2, 5, None, "cannot tell"),
+        (-1, 2, 5, None, "cannot tell"),
+        (-3, 2, 5, None, "reversed"),
+        (1, 0.4, 1, 1.5, "reproduced"),
+        (1, 0.6, 1, 1.5, "cannot tell"),
+        (3, 0.4, 1, 1.5, "larger"),
+        (3, np.inf, 1, None, "cannot tell"),
+        (3, np.inf, 1, 1.5, "cannot tell"),
+    ],
+)
+def test_the_rule(value, half_width, published, limit, word):
+    claim = Claim("table 1", "", lambda: None, published, limit)
+    assert verdict(claim, Effect(value, half_width, "", ())) == word
+
+
+def test_an_interval_over_seeds_is_that_of_the_paired_test():
+    """Of two kinds of runs with the same seeds."""
+    chance = np.random.default_rng(0)
+    seeds = chance.normal(0, 0.1, 5)
+    a, b = (level + seeds + chance.normal(0, 0.01, 5) for level in (-1.0, -0.9))
+    rows = pd.DataFrame(
+        [dict(kind=kind, seed=s, bpp=np.exp(y[s])) for kind, y in (("a", a), ("b", b)) for s in range(5)]
+    )
+    effect = between_seeds(rows, "a", "b", "table1")
+    low, high = stats.ttest_rel(a, b).confidence_interval(0.95)
+    ratio = np.exp((a - b).mean())
+    assert effect.value == pytest.approx(100 * (1 - ratio))
+    assert effect.half_width == pytest.approx(100 * ratio * (high - low) / 2)
+
+
+def test_other_kinds_of_runs_narrow_the_interval_and_one_seed_gives_none():
+    rows = pd.DataFrame([dict(kind=kind, seed=0, bpp=bpp) for kind, bpp in (("a", 0.5), ("b", 0.6))])
+    effect = between_seeds(rows, "a", "b", "table1")
+    assert effect.half_width == np.inf and "too few" in sentence(Claim("table 1", "", lambda: None), effect)
+    chance = np.random.default_rng(1)
+    others = [dict(kind=f"c{k}", seed=s, bpp=np.exp(chance.normal(0, 0.01))) for k in range(6) for s in (0, 1)]
+    assert 1 < between_seeds(pd.concat([rows, pd.DataFrame(others)]), "a", "b", "table1").half_width < 10
+    assert between_seeds(rows, "a", "nothing", "table1") is None
+
+
+def test_an_interval_over_pictures_is_students():
+    ratios = pd.Series([-0.1, -0.12, -0.05, -0.2])
+    effect, known = over_pictures(ratios, "x"), stats.ttest_1samp(ratios, 0).confidence_interval(0.95)
+    assert effect.half_width == pytest.approx(100 * np.exp(ratios.mean()) * (known.high - known.low) / 2)
+
+
+def test_trainings_on_other_terms_are_not_mixed_in(results_folder):
+    def save(grid, steps, runs):
+        rows = [dict(grid=grid, run=f"{kind}-seed0", seed=0, bpp=bpp, bpp_middle=1.0) for kind, bpp in runs]
+        rows.append(dict(grid=f"{grid}_other", run="x-seed0", seed=0, bpp=9.0))
+        (results_folder / f"ablation-{grid}.json").write_text(json.dumps(dict(settings=dict(steps=steps), rows=rows)))
+
+    save("table1", 400, [("cnn", 0.7), ("diamond", 0.6)])
+    save("figure6", 400, [("diamond", 0.6), ("h-1", 0.65)])
+    save("figure7", 800, [("k-8", 0.5)])
+    assert sorted(trainings("table1")["kind"]) == ["cnn", "diamond", "h-1"]
+    assert trainings("table3") is None
+
+
+def test_claims_without_results_have_no_row(results_folder):
+    for path in results_folder.iterdir():
+        path.unlink()
+    assert verdicts.table().empty
