@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+from entroformer_lib.studies import bd
 from entroformer_lib.views import paper
 from entroformer_lib.views.ablation_figures import POSITIONS
 from entroformer_lib.views.style import ONE_COLUMN, TWO_COLUMNS
@@ -70,14 +71,24 @@ def test_every_item_has_all_its_files(drawn):
 def test_curves_are_drawn_as_they_are(drawn, figures, name, quality):
     """Points of the curves, read back from the axes; every curve is named."""
     _, data = drawn
-    (ax,) = figures[name].axes
-    lines = [line.get_xydata() for line in ax.lines]
-    names = {text.get_text() for text in (*ax.texts, *ax.get_legend().get_texts())}
-    for codec, part in data[name].groupby("codec"):
+    lines = [line.get_xydata() for ax in figures[name].axes for line in ax.lines]
+    names = {text.get_text() for text in figures[name].legends[0].get_texts()}
+    for (codec, *_), part in data[name].groupby([c for c in ("codec", "optimised_for") if c in data[name]]):
         points = part[["bpp", quality]].to_numpy()
         assert any(len(line) == len(points) and np.allclose(line, points) for line in lines)
-        label = codec if part["source"].isna().all() else f"{codec.removesuffix(' (paper)')}, published"
-        assert label in names
+        assert codec.removesuffix(" (paper)") in names
+
+
+def test_rates_at_equal_quality_are_those_of_the_bd_rate(drawn, figures):
+    """The mean of a curve of percent, in logarithms, is its BD-rate."""
+    _, data = drawn
+    curves, percent = data["figure11_psnr_kodak"], figures["figure11_psnr_kodak"].axes[1]
+    (line,) = [one for one in percent.lines if len(one.get_xdata()) == 60 and one.get_color() == paper.style.COLOURS[0]]
+    x, y = line.get_data()
+    ours, theirs = (bd.curve_of(curves, codec) for codec in (curves["codec"][0], paper.BPG))
+    found = bd.compare(ours, theirs)
+    assert [x[0], x[-1]] == pytest.approx([found.low, found.high])
+    assert 100 * np.expm1(np.log1p(y / 100).mean()) == pytest.approx(found.rate_percent, abs=1)
 
 
 def test_columns_have_the_widths_of_the_style_sheet(drawn, figures):
@@ -146,9 +157,7 @@ def made_up_ablation() -> list[dict]:
 def test_results_that_come_later_are_drawn(other_results, tmp_path, monkeypatch):
     """Of the items, those with such results; the others are drawn above."""
     later = [
-        item
-        for item in paper.ITEMS
-        if item.needs in (paper.GRIDS, paper.MAPS) or item.name == "figure05_rate_distortion"
+        item for item in paper.ITEMS if item.needs in (paper.GRIDS, paper.MAPS) or item.name == "figure11_psnr_kodak"
     ]
     monkeypatch.setattr(paper, "ITEMS", later)
     for path in other_results.glob("ablation*.json"):
@@ -168,7 +177,7 @@ def test_results_that_come_later_are_drawn(other_results, tmp_path, monkeypatch)
     assert table1.loc["none", "saving_percent"] == pytest.approx(100 * (1 - 0.5505 / 0.6005))
     assert (table1["seeds"] == 2).all()
     assert drawn["figure06_clipping_distance"].groupby("radius")["bpp"].mean().idxmin() == 3
-    curves = drawn["figure05_rate_distortion"]
+    curves = drawn["figure11_psnr_kodak"]
     assert list(curves[curves["codec"] == "tiny-rates"]["bpp"]) == [0.2, 0.4, 0.8]
 
 

@@ -47,13 +47,18 @@ def figure6_data() -> pd.DataFrame | None:
 
 @styled()
 def figure6(data: pd.DataFrame) -> Figure:
-    """Saving against the clipping distance h; a point for each seed, a line through the means."""
+    """Saving against the clipping distance h; a point for each seed, a line through the means. The paper's best h, of
+    which it gives no number, is marked."""
     figure, ax = new_figure(ONE_COLUMN, 2.4)
     values = sorted(data["radius"].unique())
     ax.plot(data["radius"].map(values.index), data["saving_percent"], "o", color=COLOURS[0], markersize=3, alpha=0.6)
     ax.plot(range(len(values)), data.groupby("radius")["saving_percent"].mean(), color=COLOURS[0])
     ax.set_xticks(range(len(values)), ["none" if v == 0 else "all" if np.isinf(v) else f"{v:g}" for v in values])
-    ax.set(xlabel="clipping distance h", ylabel="rate saved, %")
+    if 3 in values:
+        ax.axvline(values.index(3), color="0.6", linewidth=0.8, linestyle="--", zorder=0)
+        ax.annotate("best in the paper", (values.index(3), 0), xytext=(4, 3), textcoords="offset points", fontsize=6)
+    ax.set(xlabel="clipping distance h", ylabel="rate saved over no positions, %")
+    ax.grid(axis="y", alpha=0.25, linewidth=0.5)
     return figure
 
 
@@ -71,18 +76,21 @@ def figure7_data() -> pd.DataFrame | None:
 
 @styled()
 def figure7(data: pd.DataFrame) -> Figure:
-    """Learning curves, one for each k: the mean over the seeds with their range; on the right their second half."""
+    """Learning curves, one for each k: the mean over the seeds with their range; and against dense attention."""
     import seaborn
 
-    figure, axes = new_figure(TWO_COLUMNS, 2.8, 1, 2)
-    data = data.assign(model=data["top_k"].map(_k_name))
+    dense = data[np.isinf(data["top_k"])].groupby("step")["bpp"].mean()
+    data = data.assign(model=data["top_k"].map(_k_name), percent=100 * (data["bpp"] / data["step"].map(dense) - 1))
     dashes = {name: (2, 1) if name == "dense" else "" for name in data["model"]}
-    look = dict(x="step", y="bpp", hue="model", style="model", palette=list(COLOURS[: len(dashes)]), dashes=dashes)
-    for ax, part in zip(axes, (data, data[data["step"] >= data["step"].max() / 2]), strict=True):
-        ranges = dict(errorbar=("pi", 100), err_kws={"linewidth": 0})
-        seaborn.lineplot(part, **look, **ranges, legend=ax is axes[0], ax=ax)
-        ax.set(xlabel="step", ylabel="bits per pixel")
-    axes[0].legend()
+    look = dict(x="step", hue="model", style="model", palette=list(COLOURS[: len(dashes)]), dashes=dashes)
+    figure, axes = new_figure(ONE_COLUMN, 4.6, 2, 1, sharex=True)
+    for ax, y in zip(axes, ("bpp", "percent"), strict=True):
+        seaborn.lineplot(data, y=y, **look, errorbar=("pi", 100), err_kws={"linewidth": 0}, legend=ax is axes[0], ax=ax)
+        ax.grid(alpha=0.25, linewidth=0.5)
+    axes[0].set(ylabel="bits per pixel", xlabel="")
+    axes[1].set(ylabel="rate against dense attention, %")
+    axes[0].get_legend().remove()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 

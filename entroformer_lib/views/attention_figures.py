@@ -20,7 +20,7 @@ from PIL import Image
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.inspection.panels import Panel
 from entroformer_lib.studies.results import load
-from entroformer_lib.views.style import COLOURS, MARKERS, SEQUENTIAL, TWO_COLUMNS, new_figure, styled
+from entroformer_lib.views.style import COLOURS, MARKERS, ONE_COLUMN, SEQUENTIAL, TWO_COLUMNS, new_figure, styled
 
 QUERY, ORIGIN = COLOURS[1], COLOURS[4]
 DEARER, CHEAPER = COLOURS[1], COLOURS[0]  # when a position is hidden
@@ -30,7 +30,11 @@ ROOT = (lambda v: np.sqrt(np.maximum(v, 0)), np.square)  # the scale of colours,
 
 @styled()
 def attention_maps(
-    picture: Image.Image, panels: list[Panel], columns: int = 3, titles: list[str] | None = None
+    picture: Image.Image,
+    panels: list[Panel],
+    columns: int = 3,
+    titles: list[str] | None = None,
+    width: float = TWO_COLUMNS,
 ) -> Figure:
     """Maps of attention over the picture, each on a scale of its own; its largest value stands in the title.
 
@@ -39,11 +43,12 @@ def attention_maps(
     Args:
         picture: padded to the latent grid, see `PictureServer.picture`.
         titles: instead of the panels' own.
+        width: of the figure, ONE_COLUMN or TWO_COLUMNS.
     """
     rows = -(-len(panels) // columns)
-    height, width = panels[0].values.shape
-    inches = TWO_COLUMNS / columns * height / width + 0.3
-    figure, axes = new_figure(TWO_COLUMNS, 1.07 * rows * inches + 0.8, rows, columns, squeeze=False)  # 7% for the scale
+    high, wide = panels[0].values.shape
+    inches = width / columns * high / wide + 0.3
+    figure, axes = new_figure(width, 1.07 * rows * inches + 0.8, rows, columns, squeeze=False)  # 7% for the scale
     titles = titles or [panel.title for panel in panels]
     for axis, panel, title in zip(axes.flat, panels, titles, strict=False):
         draw = _table if panel.kind == "groups" else _map
@@ -51,7 +56,9 @@ def attention_maps(
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
     scale = ScalarMappable(FuncNorm(ROOT, 0, 1), SEQUENTIAL)
-    bar = figure.colorbar(scale, ax=axes, location="bottom", fraction=0.04, aspect=40, shrink=0.5)
+    bar = figure.colorbar(
+        scale, ax=axes, location="bottom", fraction=0.04, aspect=40, shrink=0.5 if width > ONE_COLUMN else 0.9
+    )
     bar.set_ticks([0, 0.1, 0.25, 0.5, 1], labels=["0", "10%", "25%", "50%", "100%"])
     bar.set_label("attention, as a share of the largest in its map")
     bar.outline.set_visible(False)
@@ -76,6 +83,8 @@ def _legend(figure: Figure, panels: list[Panel]) -> None:
         entries.append((Patch(facecolor="0.35", linewidth=0), "darker: not decoded yet"))
     handles, words = zip(*entries, strict=True)
     columns = len(words) if len(words) < 4 else 2  # four in a row are wider than the figure
+    if figure.get_figwidth() <= ONE_COLUMN:
+        columns = 1
     figure.legend(handles, words, loc="outside lower center", ncols=columns, handlelength=1, handleheight=1)
 
 
@@ -164,7 +173,7 @@ def saved_maps(data: pd.DataFrame) -> Figure:
     height, width = values.shape
     name = load("attention_maps").get("picture")
     picture = Image.new("L", (16 * width, 16 * height), "white") if name is None else sample_picture(name)
-    return attention_maps(_on_grid(picture, height, width), panels)
+    return attention_maps(_on_grid(picture, height, width), panels, columns=2, width=ONE_COLUMN)
 
 
 def _on_grid(picture: Image.Image, height: int, width: int) -> Image.Image:

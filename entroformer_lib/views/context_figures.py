@@ -6,13 +6,13 @@ from a table to a figure.
 
 import numpy as np
 import pandas as pd
+from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
 from entroformer_lib.studies.results import load
 from entroformer_lib.views.style import (
-    COLOURS,
+    DIVERGING,
     ONE_COLUMN,
-    SEQUENTIAL,
     TWO_COLUMNS,
     new_figure,
     points_and_means,
@@ -55,51 +55,96 @@ def beyond_data() -> pd.DataFrame | None:
     return grouped.agg(percent="mean", spread="std").reset_index()
 
 
-@styled()
-def masking_maps(data: pd.DataFrame, label: str = "rate increase, %") -> Figure:
+NAMES = {  # of models in position_masking.json: how figures call them
+    "cnn": "CNN",
+    "none": "no positions",
+    "absolute": "absolute",
+    "relative_1d": "by row and column",
+    "relative_2d": "in the plane",
+    "diamond": "diamond",
+    "hyper-parallel-none": "two passes, no positions",
+    "hyper-parallel-diamond": "two passes, diamond",
+}
+LABELS = {"missing": "rate increase when missing, %", "alone": "rate saved alone, %"}
+
+
+def _plain(data: pd.DataFrame) -> pd.DataFrame:
+    return data.assign(model=data["model"].replace(NAMES))
+
+
+def two_measures(data: pd.DataFrame) -> Figure:
+    """Figure 3: what a position costs when it is missing, and what it saves alone, in the model with two passes.
+
+    data: of `masking_by_distance_data`
+    """
+    model = data["model"].iloc[-1]
+    parts = {label: data[(data["model"] == model) & (data["measure"] == name)] for name, label in LABELS.items()}
+    return _maps(parts, rings=True)
+
+
+def masking_maps(data: pd.DataFrame, label: str = LABELS["missing"]) -> Figure:
     """A map for each model; positions that are no context stay empty.
 
     data: of `masking_data`
     """
-    models = list(dict.fromkeys(data["model"]))
-    columns = min(4, len(models))
-    rows = -(-len(models) // columns)
-    largest, reach = data["percent"].max(), int(data[["dy", "dx"]].abs().max().max())
+    parts = dict(iter(_plain(data).groupby("model", sort=False)))
+    return _maps(parts, label)
+
+
+def alone_maps(data: pd.DataFrame) -> Figure:
+    """`masking_maps` of what a position saves alone."""
+    return masking_maps(data, LABELS["alone"])
+
+
+@styled()
+def _maps(parts: dict[str, pd.DataFrame], label: str | None = None, rings: bool = False) -> Figure:
+    """Maps of percent on one symmetric scale, blue below 0.
+
+    Args:
+        parts: title, and the positions of one map.
+        label: of the scale; None: each map has its own scale, which its title names.
+        rings: draw where the L1 distance is 1 and 3.
+    """
+    columns = 1 if label is None else min(3, len(parts))
+    rows, reach = -(-len(parts) // columns), max(int(part[["dy", "dx"]].abs().max().max()) for part in parts.values())
+    tables = list(parts.values())
     lowest = [  # causal models have no lower half
-        data[data["model"].isin(models[i : i + columns])]["dy"].max() + 0.5 for i in range(0, len(models), columns)
+        max(part["dy"].max() for part in tables[i : i + columns]) + 0.5 for i in range(0, len(tables), columns)
     ]
-    panel = min(1.6, (TWO_COLUMNS - 0.8) / columns) if columns > 2 else 2.7  # inches wide
+    width = ONE_COLUMN if columns < 3 else TWO_COLUMNS
+    panel = (width - 0.75) / columns
     heights = [panel * (reach + 0.5 + low) / (2 * reach + 1) for low in lowest]
-    size = (max(ONE_COLUMN, columns * panel + 0.8), max(1.9, sum(heights) + 0.28 * rows))
-    figure, axes = new_figure(*size, rows, columns, squeeze=False, height_ratios=heights)
-    for ax in axes.flat[len(models) :]:
+    figure, axes = new_figure(width, sum(heights) + 0.3 * rows, rows, columns, squeeze=False, height_ratios=heights)
+    for ax in axes.flat[len(parts) :]:
         ax.set_visible(False)
-    for i, (ax, model) in enumerate(zip(axes.flat, models, strict=False)):
-        image = _map(ax, data[data["model"] == model], reach, largest, fontsize=4.5 if columns > 2 else 6)
-        ax.set(title=model, ylim=(lowest[i // columns] + reach, -0.5))
+    most = max(part["percent"].abs().max() for part in tables)
+    for i, (ax, (title, part)) in enumerate(zip(axes.flat, parts.items(), strict=False)):
+        scale = SymLogNorm(0.1, vmin=-most, vmax=most)
+        image = _map(ax, part, reach, scale, fontsize=6 if columns == 1 else 5)
+        ax.set(title=title, ylim=(lowest[i // columns] + reach, -0.5))
+        for radius in (1, 3) if rings else ():
+            corners = np.array([(0, -1), (1, 0), (0, 1), (-1, 0), (0, -1)]) * (radius + 0.5) + reach
+            ax.plot(*corners.T, color="0.2", linewidth=0.8, linestyle="--")
     bar = figure.colorbar(image, ax=axes, pad=0.01)
-    ticks = [t for t in (0, 0.1, 1, 3, 10, 30, 100) if t <= largest]
-    bar.set_ticks([_logarithm(t) for t in ticks], labels=[f"{t:g}" for t in ticks])
-    bar.set_label(label)
+    ticks = [t for t in (-10, -1, -0.1, 0, 0.1, 1, 10, 100) if abs(t) <= most]
+    bar.set_ticks(ticks, labels=[f"{t:+g}" if t else "0" for t in ticks])
+    bar.ax.minorticks_off()
+    bar.set_label(label or "%")
     bar.outline.set_visible(False)
     return figure
 
 
-def _map(ax, part: pd.DataFrame, reach: int, largest: float, fontsize: float):
+def _map(ax, part: pd.DataFrame, reach: int, scale: SymLogNorm, fontsize: float):
     grid = np.full((2 * reach + 1, 2 * reach + 1), np.nan)
     grid[part["dy"] + reach, part["dx"] + reach] = part["percent"]
-    image = ax.imshow(_logarithm(grid), cmap=SEQUENTIAL, vmin=_logarithm(0), vmax=_logarithm(largest))
+    image = ax.imshow(grid, cmap=DIVERGING, norm=scale)
     for dy, dx, percent in part[["dy", "dx", "percent"]].itertuples(index=False):
-        colour = "k" if _logarithm(percent) > 0.6 * _logarithm(largest) else "w"
+        colour = "w" if abs(scale(percent) - 0.5) > 0.38 else "k"
         ax.text(dx + reach, dy + reach, _short(percent), ha="center", va="center", fontsize=fontsize, color=colour)
-    ax.plot(reach, reach, marker="x", color=COLOURS[1], markersize=5)
+    ax.plot(reach, reach, marker="x", color="k", markersize=5)
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
     return image
-
-
-def _logarithm(percent):
-    return np.log10(0.1 + np.maximum(percent, 0))
 
 
 def _short(percent: float) -> str:
@@ -109,21 +154,15 @@ def _short(percent: float) -> str:
     return f"{percent:.1f}" if abs(percent) >= 0.995 else f"{percent:.2f}".replace("0.", ".", 1)
 
 
-def alone_maps(data: pd.DataFrame) -> Figure:
-    """`masking_maps` of what a position saves alone."""
-    return masking_maps(data, "rate saved alone, %")
-
-
 @styled()
 def masking_by_distance(data: pd.DataFrame) -> Figure:
     """Percent against the three distances, a colour for each model, with the mean at each distance as a line.
 
     data: of `masking_by_distance_data`
     """
-    norms = ("L1", "L2", "L-infinity")
-    labels = {"missing": "rate increase when missing, %", "alone": "rate saved alone, %"}
+    data, norms = _plain(data), ("L1", "L2", "L-infinity")
     figure, axes = new_figure(TWO_COLUMNS, 4.4, 2, 3, sharey="row", sharex="col")
-    for row, (measure, label) in zip(axes, labels.items(), strict=True):
+    for row, (measure, label) in zip(axes, LABELS.items(), strict=True):
         for ax, norm in zip(row, norms, strict=True):
             part = data[data["measure"] == measure]
             points_and_means(ax, part, norm, "percent", "model", legend=ax is axes[0, -1])
@@ -140,8 +179,8 @@ def beyond_curve(data: pd.DataFrame) -> Figure:
 
     data: of `beyond_data`
     """
-    figure, ax = new_figure(ONE_COLUMN * 1.4, 2.8)
-    points_and_means(ax, data, "radius", "percent", "model")
+    figure, ax = new_figure(ONE_COLUMN, 2.8)
+    points_and_means(ax, _plain(data), "radius", "percent", "model")
     ax.axhline(0, color="0.6", linewidth=0.8)
     ax.set(xlabel="L1 distance up to which the context is known, latents", ylabel="rate against all context, %")
     ax.legend()

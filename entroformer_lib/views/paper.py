@@ -28,14 +28,12 @@ from entroformer_lib.views import paper_tables as tables
 from entroformer_lib.views import rate_figures as rates
 from entroformer_lib.views import style
 
-# Drawn in figures 5, 11 and 12 beside ours: published curves, darkest first
-FEW_CURVES = (AUTHORS, "VTM 9.1 (VVC)", "BPG 4:4:4", "Minnen 2018 context + hyperprior (paper)", "JPEG")
-MORE_CURVES = (
-    *FEW_CURVES,
-    "Minnen 2020 channel-wise (paper)",
-    "Ballé 2018 hyperprior (paper)",
-    "cheng2020-anchor (CompressAI)",
+BPG = "BPG 4:4:4"
+CODECS = (  # published curves of figure 11
+    *(AUTHORS, "VTM 9.1 (VVC)", BPG, "Minnen 2020 channel-wise (paper)", "cheng2020-anchor (CompressAI)"),
+    *("Ballé 2018 hyperprior (paper)", "AV1", "JPEG"),
 )
+WITH_MS_SSIM = (AUTHORS, "cheng2020-anchor (CompressAI)", "mbt2018 (CompressAI)", "VTM 9.1 (VVC)", BPG, "JPEG")
 
 
 @dataclass(frozen=True)
@@ -62,17 +60,20 @@ class Item:
 
 MASKING, MAPS, GRIDS = "position_masking.json", "attention_maps.json", "ablation*.json"
 ITEMS = (
-    Item("figure03_position_masking", "Rate increase when one context position is missing", MASKING,
+    Item("figure03_position_masking", "One position of the context: what its absence costs, and what it saves alone",
+         MASKING, context.masking_by_distance_data, context.two_measures),
+    Item("figure03_missing", "Rate increase when one context position is missing, in all models", MASKING,
          context.masking_data, context.masking_maps),
-    Item("figure03_alone", "Rate saved by one context position alone", MASKING, context.alone_data, context.alone_maps),
+    Item("figure03_alone", "Rate saved by one context position alone, in all models", MASKING, context.alone_data,
+         context.alone_maps),
     Item("figure03_distance", "Both against three distances", MASKING, context.masking_by_distance_data,
          context.masking_by_distance),
     Item("figure03_beyond", "Rate when everything beyond a distance is missing", MASKING, context.beyond_data,
          context.beyond_curve),
-    Item("figure05_rate_distortion", "Rate and PSNR on Kodak", "*-kodak.json",
-         rates.rate_distortion_data("psnr_db", FEW_CURVES), rates.rate_distortion),
+    Item("figure05_rate_distortion", "Entropy models, whole: rate and PSNR on Kodak, and against CNNs", "*-kodak.json",
+         rates.whole_models_data, functools.partial(rates.rate_distortion, width=style.ONE_COLUMN)),
     Item("figure05_variants", "Rate of entropy models behind the same transforms", "*-kodak.json",
-         rates.same_transforms_data, rates.same_transforms),
+         rates.same_transforms_data, functools.partial(rates.same_transforms, width=style.ONE_COLUMN)),
     Item("figure06_clipping_distance", "Saving against the clipping distance h", GRIDS, ablations.figure6_data,
          ablations.figure6),
     Item("figure07_top_k", "Learning curves for several k", GRIDS, ablations.figure7_data, ablations.figure7),
@@ -82,11 +83,11 @@ ITEMS = (
          MAPS, attention.attention_data(9), attention.saved_maps),
     Item("figure10_attention_k", "Attention of one point with different k, in a model trained with one k",
          MAPS, attention.attention_data(10), attention.saved_maps),
-    Item("figure11_psnr_kodak", "Rate and PSNR on Kodak, more codecs", "*-kodak.json",
-         rates.rate_distortion_data("psnr_db", MORE_CURVES), rates.rate_distortion),
-    Item("figure12_ms_ssim_kodak", "Rate and MS-SSIM on Kodak; published models and tiny-rates-msssim trained for it",
-         "*-kodak.json", rates.rate_distortion_data("ms_ssim_db", MORE_CURVES),
-         functools.partial(rates.rate_distortion, quality="ms_ssim_db")),
+    Item("figure11_psnr_kodak", "Our models and other people's codecs: rate and PSNR on Kodak, and against BPG",
+         "*-kodak.json", rates.codecs_data(CODECS, BPG),
+         functools.partial(rates.rate_distortion, width=style.ONE_COLUMN)),
+    Item("figure12_ms_ssim_kodak", "Rate and MS-SSIM on Kodak, of models trained for it and of others",
+         "*-kodak.json", rates.goals_data(WITH_MS_SSIM), rates.by_goal),
     Item("table1_position_encoding", "Position encodings", GRIDS, ablations.table1_data, tables.figure, table=True),
     Item("table2_latency", "Latency of the entropy model", "latency.json", tables.table2_data,
          tables.figure, table=True),

@@ -9,9 +9,12 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from scipy.interpolate import PchipInterpolator
 
 from entroformer_lib.studies.results import (
+    AUTHORS,
     LABELS,
     QUALITIES,
     ablation,
@@ -24,6 +27,7 @@ from entroformer_lib.views.style import (
     COLOURS,
     GREYS,
     MARKERS,
+    ONE_COLUMN,
     TWO_COLUMNS,
     label_ends,
     label_points,
@@ -31,82 +35,202 @@ from entroformer_lib.views.style import (
     styled,
 )
 
-DASHES = ((0, (5, 2)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (2, 1)))  # of published curves
+# Of published curves: a colour and dashes for each, none of them a colour of ours
+THEIRS = ("black", "#7a4a21", "#7b5ea7", "0.45", "#8a8a00", "#b03060", "0.65", "#2f6f6f")
+DASHES = ((0, (5, 2)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (2, 1)))
 LOOKS = {  # variant: colour, marker, dashes of a line
     "minnen": ("0.3", "s", "-"),
     "cnn": (COLOURS[1], "D", "-"),
     "serial": (COLOURS[0], "o", "-"),
     "parallel": (COLOURS[4], "v", "-"),
     "groupedmixer": (COLOURS[2], "^", "-"),
-    "hyperprior-cnn": ("0.3", "s", "--"),
-    "hyperprior": (COLOURS[0], "o", "--"),
-    "context-cnn": ("0.3", "D", ":"),
+    "hyperprior-cnn": ("0.3", "X", "--"),
+    "hyperprior": (COLOURS[0], "*", "--"),
+    "context-cnn": ("0.3", "h", ":"),
     "context-serial": (COLOURS[0], "P", ":"),
 }
 
 
 # ---- rate and quality ----
 
+BASE = "minnen"  # what figure 5 compares with: context and hyperprior are CNNs
+CNN_OF_THE_PAPER = "Minnen 2018 context + hyperprior (paper)"
+GOALS = {"ms-ssim": "trained for MS-SSIM", "mse": "for mean squared error; classical codecs"}
 
-def rate_distortion_data(quality: str, names: tuple[str, ...]) -> Callable[[], pd.DataFrame | None]:
-    """Our models' curves on Kodak and published ones: codec, source (None: ours), bpp, quality.  ->  a reader of them
 
-    Of the models behind frozen transforms the serial one and GroupedMixer are shown. In PSNR, models that were trained
-    for MS-SSIM are left out.
+def whole_models_data() -> pd.DataFrame | None:
+    """Figure 5, left: entropy models behind the same transforms, and the paper's own: codec, source (None: ours), bpp,
+    psnr_db, base (the CNN entropy model to compare with: ours is behind the same transforms)."""
+    ours = kodak_means()
+    ours = ours[ours["transforms"].notna() & ours["variant"].isin((BASE, "serial", "parallel", "groupedmixer"))]
+    if not (ours["variant"] == BASE).any():
+        return None
+    ours = ours.sort_values("variant", key=lambda names: names.map(list(LABELS).index), kind="stable")
+    ours = ours.assign(codec=ours["variant"].map(LABELS), base=LABELS[BASE])
+    theirs = _named(published(), (AUTHORS, CNN_OF_THE_PAPER)).assign(base=CNN_OF_THE_PAPER)
+    return pd.concat([ours, theirs], ignore_index=True)[["codec", "source", "bpp", "psnr_db", "base"]]
 
-    Args:
-        quality: psnr_db or ms_ssim_db.
-        names: of the published curves, darkest first.
+
+def codecs_data(names: tuple[str, ...], base: str) -> Callable[[], pd.DataFrame | None]:
+    """Figure 11: our best models and other people's codecs, by PSNR: codec, source (None: ours), bpp, psnr_db, base.
+
+    names: of the published curves; base: the one to compare with.
     """
 
     def read() -> pd.DataFrame | None:
-        goals, theirs = (("mse",), "mse") if quality == "psnr_db" else (("mse", "ms-ssim"), "ms-ssim")
         ours = kodak_means()
-        shown = ours["transforms"].isna() | ours["variant"].isin(("serial", "groupedmixer"))
-        ours = ours[shown & ours["optimised_for"].isin(goals)]
+        best = (ours["transforms"].isna() & ours["codec"].str.endswith("rates")) | (ours["variant"] == "serial")
+        ours = ours[best & (ours["optimised_for"] == "mse")]
         if ours.empty:
             return None
-        curves = published(optimised_for=(theirs, "codec"))
-        curves = [curves[curves["codec"] == name] for name in names]
-        columns = ["codec", "source", "bpp", quality]
-        return pd.concat([part[columns] for part in (ours, *curves)], ignore_index=True).dropna(subset=quality)
+        curves = pd.concat([ours, _named(published(), names)], ignore_index=True)
+        return curves[["codec", "source", "bpp", "psnr_db"]].assign(base=base)
 
     return read
 
 
-@styled()
-def rate_distortion(curves: pd.DataFrame, quality: str = "psnr_db") -> Figure:
-    """Rate against quality: measured here with points and full lines, published curves thin and dashed.
+def goals_data(names: tuple[str, ...]) -> Callable[[], pd.DataFrame | None]:
+    """Figure 12, by MS-SSIM: codec, optimised_for ("mse" for classical codecs too), source, bpp, ms_ssim_db."""
 
-    The range is that of the measured ones.
+    def read() -> pd.DataFrame | None:
+        ours = kodak_means()
+        ours = ours[ours["transforms"].isna() & ours["codec"].str.contains("rates")]
+        if ours.empty:
+            return None
+        theirs = [_named(published(optimised_for=goals), names) for goals in (("ms-ssim",), ("mse", "codec"))]
+        curves = pd.concat([ours, *theirs], ignore_index=True).dropna(subset="ms_ssim_db")
+        curves["optimised_for"] = curves["optimised_for"].replace("codec", "mse")
+        return curves[["codec", "optimised_for", "source", "bpp", "ms_ssim_db"]]
+
+    return read
+
+
+def _named(curves: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
+    return pd.concat([curves[curves["codec"] == name] for name in names])
+
+
+@styled()
+def rate_distortion(
+    curves: pd.DataFrame, quality: str = "psnr_db", base: str = "BPG 4:4:4", width: float = TWO_COLUMNS
+) -> Figure:
+    """Rate and quality, and what each curve needs at equal quality, in percent of another's.
+
+    Measured here: full lines with points; published: dashed. The range is that of the measured ones. In one column the
+    panels are one below the other.
 
     Args:
-        curves: codec, source (None: measured here), bpp, and the quality; of `results.kodak_means` and `published`.
+        curves: codec, source (None: measured here), bpp, and the quality; of `results.kodak_means` and `published`. A
+            column `base` names for each the curve to compare with.
         quality: psnr_db or ms_ssim_db.
+        base: it, where there is no such column. If it is not among the curves there is one panel.
+        width: ONE_COLUMN or TWO_COLUMNS.
     """
-    figure, ax = new_figure(TWO_COLUMNS * 0.75, 3.8)
     curves = curves.dropna(subset=quality)
-    ours, theirs = curves[curves["source"].isna()], curves[curves["source"].notna()]
-    most, ends = 1.15 * ours["bpp"].max(), []
-    for i, (name, part) in enumerate(theirs.groupby("codec", sort=False)):
-        colour = GREYS[i % len(GREYS)]
-        ax.plot(part["bpp"], part[quality], linestyle=DASHES[i % len(DASHES)], color=colour, linewidth=0.9)
-        end = np.interp(most, part["bpp"], part[quality])
-        ends.append((end, min(most, part["bpp"].max()), f"{name.removesuffix(' (paper)')}, published", colour))
-    for i, (name, part) in enumerate(ours.groupby("codec", sort=False)):
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        ax.plot(part["bpp"], part[quality], color=colour, marker=marker, markersize=4, label=name)
-    low, high = ours[quality].min() - 1, max([ours[quality].max(), *(end for end, *_ in ends)]) + 0.5
-    ax.set(xlim=(0, most), ylim=(low, high), xlabel="bits per pixel (whole files)", ylabel=QUALITIES[quality])
-    label_ends(ax, ends, most, gap=(high - low) / 28)
-    ax.grid(alpha=0.25, linewidth=0.5)
-    ax.legend(loc="lower right", title="measured here")
+    bases = curves.drop_duplicates("codec").set_index("codec")
+    bases = bases["base"] if "base" in curves else bases["bpp"].map(lambda _: base)
+    panels = 2 if set(bases) <= set(curves["codec"]) else 1
+    narrow = width == ONE_COLUMN
+    wide = width if panels == 2 or narrow else 0.75 * width
+    size, shape = ((width, 2.1 * panels + 1), (panels, 1)) if narrow else ((wide, 3.8), (1, panels))
+    figure, axes = new_figure(*size, *shape, squeeze=False)
+    looks = _looks(curves)
+    _curves(axes.flat[0], curves, quality, looks)
+    if panels == 2:
+        _percent(axes.flat[1], curves, quality, looks, bases)
+    _legend(figure, curves, looks)
     return figure
 
 
-# ---- entropy models behind the same transforms ----
+@styled()
+def by_goal(curves: pd.DataFrame, quality: str = "ms_ssim_db", width: float = ONE_COLUMN) -> Figure:
+    """Rate and quality, a panel for each measure that models were trained for.
 
-BASE = "minnen"  # what figure 5 right compares with: context and hyperprior are CNNs
+    curves: as for `rate_distortion`, with optimised_for; width: ONE_COLUMN or TWO_COLUMNS.
+    """
+    size, shape = ((width, 5.2), (2, 1)) if width == ONE_COLUMN else ((width, 3.8), (1, 2))
+    figure, axes = new_figure(*size, *shape, sharex=True, sharey=True)
+    looks = _looks(curves)
+    for ax, (goal, title) in zip(axes.flat, GOALS.items(), strict=True):
+        _curves(ax, curves[curves["optimised_for"] == goal], quality, looks)
+        ax.set_title(title, loc="left")
+    ours = curves[curves["source"].isna()]
+    axes[0].set(xlim=(0, 1.15 * ours["bpp"].max()), ylim=(ours[quality].min() - 1, curves[quality].max() + 0.5))
+    for ax in axes.flat:
+        ax.label_outer()
+    _legend(figure, curves, looks)
+    return figure
+
+
+def _looks(curves: pd.DataFrame) -> dict[str, dict]:
+    """Of each codec: how its line is drawn."""
+    looks, variants = {}, {LABELS[variant]: look for variant, look in LOOKS.items()}
+    for i, name in enumerate(curves[curves["source"].isna()]["codec"].unique()):
+        usual = (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], "-")
+        colour, marker, dashes = variants.get(name, usual)
+        looks[name] = dict(color=colour, linewidth=1.2, marker=marker, markersize=4, linestyle=dashes)
+    for i, name in enumerate(curves[curves["source"].notna()]["codec"].unique()):
+        looks[name] = dict(color=THEIRS[i % len(THEIRS)], linewidth=1, linestyle=DASHES[i % len(DASHES)])
+    return looks
+
+
+def _curves(ax, curves: pd.DataFrame, quality: str, looks: dict[str, dict]) -> None:
+    for name, part in curves.groupby("codec", sort=False):
+        ax.plot(part["bpp"], part[quality], **looks[name])
+    ours = curves[curves["source"].isna()]
+    most, lowest = 1.15 * ours["bpp"].max(), ours[quality].min() - 1
+    shown = curves[(curves["bpp"] <= most) & (curves[quality] >= lowest)]
+    ax.set(xlim=(0, most), ylim=(lowest, shown[quality].max() + 0.5))
+    ax.set(xlabel="bits per pixel (whole files)", ylabel=QUALITIES[quality])
+    ax.grid(alpha=0.25, linewidth=0.5)
+
+
+def _percent(ax, curves: pd.DataFrame, quality: str, looks: dict[str, dict], bases: pd.Series) -> None:
+    """Rate at equal quality against each curve's base; a curve of one point has none."""
+    parts = {name: part.sort_values(quality) for name, part in curves.groupby("codec", sort=False) if len(part) > 1}
+    logs = {name: PchipInterpolator(part[quality], np.log(part["bpp"])) for name, part in parts.items()}
+    ours = curves[curves["source"].isna()][quality]
+    ends = []
+    for name, part in parts.items():
+        base = parts.get(bases[name])
+        if base is None or name == bases[name]:
+            continue
+        both = [max(p[quality].min() for p in (part, base, ours.to_frame())),
+                min(p[quality].max() for p in (part, base, ours.to_frame()))]  # fmt: skip
+        if both[0] >= both[1]:
+            continue
+        at = np.linspace(*both, 60)
+        percent = 100 * np.expm1(logs[name](at) - logs[bases[name]](at))
+        ax.plot(at, percent, **{**looks[name], "marker": None})
+        inside = part[part[quality].between(*both)]
+        if looks[name].get("marker"):
+            there = 100 * np.expm1(np.log(inside["bpp"]) - logs[bases[name]](inside[quality]))
+            ax.plot(inside[quality], there, **{**looks[name], "linestyle": ""})
+        ends += [percent.min(), percent.max()]
+    ax.axhline(0, color="0.3", linewidth=0.6, zorder=0)
+    if ends:
+        ax.set_ylim(max(min(ends), -60) - 4, min(max(ends), 60) + 4)
+    against = bases.unique()
+    words = "CNNs of the same source" if len(against) > 1 else against[0].removesuffix(" (paper)")
+    ax.set(xlim=(ours.min(), ours.max()), xlabel=QUALITIES[quality], ylabel=f"rate against\n{words}, %")
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}" if value else "0"))
+    ax.grid(alpha=0.25, linewidth=0.5)
+
+
+def _legend(figure: Figure, curves: pd.DataFrame, looks: dict[str, dict]) -> None:
+    """Below the panels: what was measured here on the left, what is published on the right."""
+    first = curves.drop_duplicates("codec")
+    groups = {"measured here": first[first["source"].isna()], "published": first[first["source"].notna()]}
+    nothing, columns = Line2D([], [], linestyle=""), []
+    for title, part in groups.items():
+        lines = [(Line2D([], [], **looks[name]), name.removesuffix(" (paper)")) for name in part["codec"]]
+        columns += [[(nothing, title), *lines]] if lines else []
+    longest = max(map(len, columns))
+    entries = [pair for one in columns for pair in one + [(nothing, "")] * (longest - len(one))]
+    handles, words = zip(*entries, strict=True)
+    figure.legend(handles, words, loc="outside lower center", ncols=len(columns), fontsize=6, columnspacing=1)
+
+
+# ---- entropy models behind the same transforms ----
 
 
 def same_transforms_data() -> pd.DataFrame | None:
@@ -119,9 +243,13 @@ def same_transforms_data() -> pd.DataFrame | None:
 
 
 @styled()
-def same_transforms(data: pd.DataFrame) -> Figure:
-    """Rate against the CNN's at equal pictures: whole entropy models on the left, their halves on the right."""
-    figure, axes = new_figure(TWO_COLUMNS, 3.6, 1, 2)
+def same_transforms(data: pd.DataFrame, width: float = TWO_COLUMNS) -> Figure:
+    """Rate against the CNN's at equal pictures: whole entropy models in one panel, their halves in the other.
+
+    width: ONE_COLUMN (one below the other) or TWO_COLUMNS
+    """
+    narrow = width == ONE_COLUMN
+    figure, axes = new_figure(width, 5.2 if narrow else 3.6, *((2, 1) if narrow else (1, 2)))
     halves = data["label"].str.endswith("alone")
     panels = {"context and hyperprior": data[~halves], "one alone": data[halves]}
     for ax, (title, part) in zip(axes, panels.items(), strict=True):
@@ -129,10 +257,12 @@ def same_transforms(data: pd.DataFrame) -> Figure:
             colour, marker, dashes = LOOKS[variant]
             ax.plot(line["base_bpp"], line["percent"], marker + dashes, color=colour, markersize=4, label=label)
         ax.axhline(0, color="0.3", linewidth=0.6, zorder=0)
-        ax.set(title=title, xlabel="bits per pixel of CNNs throughout")
+        ax.set(xlabel="bits per pixel of CNNs throughout", ylabel="rate against CNNs, %")
+        ax.set_title(title, loc="left")
         ax.grid(alpha=0.25, linewidth=0.5)
-    figure.legend(loc="outside lower center", ncols=3)
-    axes[0].set_ylabel("rate against CNNs throughout, %")
+    if not narrow:
+        axes[1].set_ylabel("")
+    figure.legend(loc="outside lower center", ncols=2 if narrow else 3, fontsize=6, columnspacing=1, handlelength=1.6)
     return figure
 
 

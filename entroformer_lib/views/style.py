@@ -8,13 +8,14 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-ONE_COLUMN, TWO_COLUMNS = 3.5, 7.2  # inches
+ONE_COLUMN, TWO_COLUMNS = 3.35, 7.2  # inches: 8.5 cm and 18.3 cm
 # Okabe and Ito's palette, dark ones first
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 GREYS = ("0.25", "0.45", "0.6", "0.35", "0.55")  # for what is not ours
 SEQUENTIAL = "cividis"  # for maps: even in grey, the same to colour-blind readers
+DIVERGING = "RdBu_r"  # for maps of what may be above or below 0
 
-MARKERS = "osD^vPX*h<>"
+MARKERS = "osD^vPX*<>h"
 
 RC = {
     "font.size": 8,
