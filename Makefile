@@ -39,6 +39,7 @@ figures: $(READY)
 	$(BIN)/python notebooks/run_all.py
 	$(BIN)/python -m entroformer_lib.views.paper
 	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python benchmarks/tables.py
 
 course: $(READY)
 	$(BIN)/python notebooks/course/make_course.py

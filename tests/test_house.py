@@ -155,6 +155,24 @@ def test_numbers_on_pages_are_those_of_the_results():
         assert filled(page.read_text()) == page.read_text(), page.name
 
 
+def test_saved_results_are_listed_and_written_as_csv():
+    """`python benchmarks/tables.py` would change nothing."""
+    from benchmarks.tables import RESULTS, index, tables
+
+    assert index() == (RESULTS / "README.md").read_text()
+    for name, table in tables().items():
+        assert (RESULTS / name).read_text() == table.to_csv(index=False, float_format="%.6g"), f"{name}: make figures"
+
+
+def test_those_who_cite_find_one_version():
+    import entroformer_lib
+
+    cited = dict(re.findall(r"^(version|title|license): \"?(.+?)\"?$", (ROOT / "CITATION.cff").read_text(), re.M))
+    deposited = json.loads((ROOT / ".zenodo.json").read_text())
+    assert cited == {name: deposited[name] for name in ("version", "title", "license")}
+    assert cited["version"] == entroformer_lib.__version__
+
+
 def test_cards_and_results_belong_to_the_shipped_weights():
     """A card's Kodak numbers are those of the saved result, and the result was measured with these very weights."""
     from entroformer_lib.weights.zoo import load_model, weights_digest
