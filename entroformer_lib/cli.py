@@ -289,6 +289,48 @@ def study_ablation(
         raise UserError(f"{len(failed)} of {len(study.runs)} runs failed: {', '.join(failed)}.")
 
 
+@studies.command(name="paper")
+def study_paper(
+    model: Model,
+    pictures: Path,
+    out: Path = Path("runs/paper"),
+    limit: int | None = None,
+    jobs: int | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Measure what the paper's figures 3, 5 and 8 to 12 need of one model, and draw them.
+
+    Whole files of every picture at every rate, masked positions of the context, attention maps. Models read from the
+    authors' checkpoints are measured like any other. After a kill the same command goes on.
+
+    Example: entroformer study paper --model tiny-parallel --pictures kodak/ --dry-run
+
+    Args:
+        model: A name from `entroformer models`, or a .safetensors file.
+        pictures: Folder of the test pictures, such as Kodak's.
+        out: Folder for results/ and figures/.
+        limit: Only the first pictures.
+        jobs: Pictures at a time, each on one core; default: as many as there are cores.
+        dry_run: Print what would be measured and about how long it takes, and start nothing.
+    """
+    from entroformer_lib.studies.paper import Paper
+    from entroformer_lib.studies.results import kept_in
+
+    study = Paper(model, pictures, out, limit, jobs)
+    if dry_run:
+        plan = study.plan()
+        words = plan.assign(minutes=(plan["seconds"] / 60).round(1)).drop(columns="seconds")
+        print(words.to_string(index=False))
+        print(f"{plan['seconds'].sum() / 60:.0f} minutes of one core, measured on one picture")
+        return
+    study.measure(lambda sentence: print(sentence, flush=True))
+    from entroformer_lib.views.paper import regenerate
+
+    with kept_in(out / "results"):
+        drawn = regenerate(out / "figures", page=False)
+    print(f"{len(drawn)} figures in {out / 'figures'}")
+
+
 @app.command
 def explore(
     image: Positional[Path | None] = None,

@@ -1,24 +1,21 @@
 """The saved maps of figures 8 to 10 are those of the row server."""
 
 import json
-import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import micro_model
 
 from entroformer_lib.inspection.row_server import RowServer
+from entroformer_lib.studies import attention_maps
 from entroformer_lib.weights.zoo import save_weights
-
-SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "attention_maps.py"))
 
 
 @pytest.mark.parametrize("variant", ["serial", "parallel"])
 def test_maps(variant, photo):
     server = RowServer(micro_model(variant), photo)
     points = [(2, 4), (5, 5)]
-    found = SCRIPT["maps"](server, points, ks=(3, None))
+    found = attention_maps.maps(server, points, ks=(3, None))
     assert [m["figure"] for m in found] == [8, 8, *[9] * server.heads, 10, 10]
     for m in found:
         probs = np.array(m["probs"])
@@ -31,7 +28,7 @@ def test_maps(variant, photo):
 
 def test_saved_with_provenance(tmp_path):
     save_weights(micro_model("parallel"), tmp_path / "micro.safetensors", {})
-    SCRIPT["save"](str(tmp_path / "micro.safetensors"), out=tmp_path / "maps.json")
+    attention_maps.save(str(tmp_path / "micro.safetensors"), out=tmp_path / "maps.json")
     saved = json.loads((tmp_path / "maps.json").read_text())
     assert saved["provenance"]["weights_sha256"] and saved["picture"] == "coffee"
     assert {m["figure"] for m in saved["maps"]} == {8, 9, 10}

@@ -13,7 +13,9 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.metadata import version
 from pathlib import Path
 
@@ -116,9 +118,28 @@ def records(table: pd.DataFrame, digits: int = 8) -> list[dict]:
 # ---- loading ----
 
 
+_folder: ContextVar[Path | None] = ContextVar("results", default=None)
+
+
+@contextmanager
+def kept_in(folder: Path) -> Iterator[None]:
+    """Results are read from and written to this folder inside, instead of data/results; it is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    before = _folder.set(folder)
+    try:
+        yield
+    finally:
+        _folder.reset(before)
+
+
+def results_folder() -> Path:
+    """Where results lie: data/results, or another folder inside `kept_in`."""
+    return _folder.get() or data_folder() / "results"
+
+
 def result_path(name: str) -> Path:
     """Where a result lies, whether it exists or not."""
-    return data_folder() / "results" / f"{name}.json"
+    return results_folder() / f"{name}.json"
 
 
 def load(name: str | Path) -> dict | None:
@@ -140,7 +161,7 @@ def pending(name: str) -> str:
 def ablation(grid: str) -> pd.DataFrame | None:
     """The rows of a grid out of all ablation*.json, or None where there are none."""
     rows = []
-    for path in sorted((data_folder() / "results").glob("ablation*.json")):
+    for path in sorted((results_folder()).glob("ablation*.json")):
         rows += [row for row in json.loads(path.read_text())["rows"] if row.get("grid") == grid]
     return pd.DataFrame(rows).drop(columns="grid") if rows else None
 
@@ -151,7 +172,7 @@ def trainings(grid: str) -> pd.DataFrame | None:
     own, found = load(f"ablation-{grid}"), []
     if own is None:
         return None
-    for path in sorted((data_folder() / "results").glob("ablation*.json")):
+    for path in sorted((results_folder()).glob("ablation*.json")):
         saved = json.loads(path.read_text())
         if saved["settings"] == own["settings"]:
             found += [row for row in saved["rows"] if "bpp_middle" in row]  # which only rates of whole pictures have
@@ -168,7 +189,7 @@ def kodak() -> pd.DataFrame:
         the columns of `rate_distortion.evaluate_picture`.
     """
     tables = []
-    for path in sorted((data_folder() / "results").glob("*-kodak.json")):
+    for path in sorted((results_folder()).glob("*-kodak.json")):
         saved = json.loads(path.read_text())
         about = {"codec": path.name.removesuffix("-kodak.json"), "optimised_for": saved.get("optimised_for", "mse")}
         about |= {"variant": saved.get("variant"), "transforms": saved.get("transforms")}

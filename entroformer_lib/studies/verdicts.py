@@ -242,6 +242,8 @@ def _rank_correlations() -> pd.DataFrame | None:
         return None
     places = pd.DataFrame(saved["over_pictures"])[["model", "dy", "dx", "L1", "L2", "L-infinity"]]
     rows = pd.DataFrame(saved["rows"]).query("model == 'none'").merge(places, on=["model", "dy", "dx"])
+    if rows.empty:
+        return None
     norms = {norm: rows.groupby("image")[["ratio", norm]].corr("spearman") for norm in ("L1", "L2", "L-infinity")}
     return pd.DataFrame({norm: found["ratio"].xs(norm, level=1) for norm, found in norms.items()})
 

@@ -100,12 +100,13 @@ ITEMS = (
 )  # fmt: skip
 
 
-def regenerate(out: Path | None = None, notebooks: Path | None = None) -> dict[str, pd.DataFrame]:
+def regenerate(out: Path | None = None, notebooks: Path | None = None, page: bool = True) -> dict[str, pd.DataFrame]:
     """Draws everything there are results for.  ->  the data drawn, by name
 
     Args:
         out: Folder to write to; default: figures/ of the repository.
         notebooks: Folder whose notebooks' figures the README lists too; default: notebooks/ of the repository.
+        page: Write the README.
     """
     root = data_folder().parent
     out, notebooks = out or root / "figures", notebooks or root / "notebooks"
@@ -123,7 +124,8 @@ def regenerate(out: Path | None = None, notebooks: Path | None = None) -> dict[s
         if item.table:
             text = f"# {item.title}\n\n{tables.markdown(tables.in_words(data))}\n"
             write_bytes(out / f"{item.name}.md", text.encode())
-    write_bytes(out / "README.md", readme(drawn, notebooks).encode())
+    if page:
+        write_bytes(out / "README.md", readme(drawn, notebooks).encode())
     return drawn
 
 

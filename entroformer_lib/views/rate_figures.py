@@ -79,10 +79,12 @@ def codecs_data(names: tuple[str, ...], base: str) -> Callable[[], pd.DataFrame 
 
     def read() -> pd.DataFrame | None:
         ours = kodak_means()
-        best = (ours["transforms"].isna() & ours["codec"].str.endswith("rates")) | (ours["variant"] == "serial")
+        best = ours["transforms"].isna() | (ours["variant"] == "serial")
         ours = ours[best & (ours["optimised_for"] == "mse")]
         if ours.empty:
             return None
+        points = ours.groupby("codec")["bpp"].transform("size")
+        ours = ours.loc[points.sort_values(ascending=False, kind="stable").index]  # whole curves first
         curves = pd.concat([ours, _named(published(), names)], ignore_index=True)
         return curves[["codec", "source", "bpp", "psnr_db"]].assign(base=base)
 
@@ -94,7 +96,7 @@ def goals_data(names: tuple[str, ...]) -> Callable[[], pd.DataFrame | None]:
 
     def read() -> pd.DataFrame | None:
         ours = kodak_means()
-        ours = ours[ours["transforms"].isna() & ours["codec"].str.contains("rates")]
+        ours = ours[ours["transforms"].isna() & ours["optimised_for"].isin(list(GOALS))]
         if ours.empty:
             return None
         theirs = [_named(published(optimised_for=goals), names) for goals in (("ms-ssim",), ("mse", "codec"))]
@@ -177,41 +179,43 @@ def _curves(ax, curves: pd.DataFrame, quality: str, looks: dict[str, dict]) -> N
     for name, part in curves.groupby("codec", sort=False):
         ax.plot(part["bpp"], part[quality], **looks[name])
     ours = curves[curves["source"].isna()]
-    most, lowest = 1.15 * ours["bpp"].max(), ours[quality].min() - 1
-    shown = curves[(curves["bpp"] <= most) & (curves[quality] >= lowest)]
-    ax.set(xlim=(0, most), ylim=(lowest, shown[quality].max() + 0.5))
+    if len(ours):
+        most, lowest = 1.15 * ours["bpp"].max(), ours[quality].min() - 1
+        shown = curves[(curves["bpp"] <= most) & (curves[quality] >= lowest)]
+        ax.set(xlim=(0, most), ylim=(lowest, shown[quality].max() + 0.5))
     ax.set(xlabel="bits per pixel (whole files)", ylabel=QUALITIES[quality])
     ax.grid(alpha=0.25, linewidth=0.5)
 
 
 def _percent(ax, curves: pd.DataFrame, quality: str, looks: dict[str, dict], bases: pd.Series) -> None:
     """Rate at equal quality against each curve's base; a curve of one point has none."""
-    parts = {name: part.sort_values(quality) for name, part in curves.groupby("codec", sort=False) if len(part) > 1}
-    logs = {name: PchipInterpolator(part[quality], np.log(part["bpp"])) for name, part in parts.items()}
-    ours = curves[curves["source"].isna()][quality]
-    ends = []
+    parts = {name: part.sort_values(quality) for name, part in curves.groupby("codec", sort=False)}
+    logs = {name: PchipInterpolator(p[quality], np.log(p["bpp"])) for name, p in parts.items() if len(p) > 1}
+    ours, ends = curves[curves["source"].isna()][quality], []
     for name, part in parts.items():
-        base = parts.get(bases[name])
-        if base is None or name == bases[name]:
+        base = parts[bases[name]]
+        if name == bases[name] or len(base) < 2:
             continue
-        both = [max(p[quality].min() for p in (part, base, ours.to_frame())),
-                min(p[quality].max() for p in (part, base, ours.to_frame()))]  # fmt: skip
-        if both[0] >= both[1]:
-            continue
-        at = np.linspace(*both, 60)
-        percent = 100 * np.expm1(logs[name](at) - logs[bases[name]](at))
-        ax.plot(at, percent, **{**looks[name], "marker": None})
-        inside = part[part[quality].between(*both)]
+        low, high = (
+            limit(of(p) for p in (part[quality], base[quality], ours)) for limit, of in ((max, min), (min, max))
+        )
+        if name in logs and low < high:
+            at = np.linspace(low, high, 60)
+            percent = 100 * np.expm1(logs[name](at) - logs[bases[name]](at))
+            ax.plot(at, percent, **{**looks[name], "marker": None})
+            ends += [percent.min(), percent.max()]
         if looks[name].get("marker"):
+            inside = part[part[quality].between(low, high)]
             there = 100 * np.expm1(np.log(inside["bpp"]) - logs[bases[name]](inside[quality]))
             ax.plot(inside[quality], there, **{**looks[name], "linestyle": ""})
-        ends += [percent.min(), percent.max()]
+            ends += list(there)
     ax.axhline(0, color="0.3", linewidth=0.6, zorder=0)
     if ends:
         ax.set_ylim(max(min(ends), -60) - 4, min(max(ends), 60) + 4)
     against = bases.unique()
     words = "CNNs of the same source" if len(against) > 1 else against[0].removesuffix(" (paper)")
-    ax.set(xlim=(ours.min(), ours.max()), xlabel=QUALITIES[quality], ylabel=f"rate against\n{words}, %")
+    edge = 0 if ours.max() > ours.min() else 1
+    ax.set(xlim=(ours.min() - edge, ours.max() + edge), xlabel=QUALITIES[quality], ylabel=f"rate against\n{words}, %")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}" if value else "0"))
     ax.grid(alpha=0.25, linewidth=0.5)
 

@@ -1,8 +1,8 @@
 """Attention of a few latents of one picture, saved for Figures 8, 9 and 10.
 
-python benchmarks/attention_maps.py
+    python -m entroformer_lib.studies.attention_maps
 
-What heads look at on average is in `studies/attention.py`; the explorer shows any latent of any picture.
+What heads look at on average is in `attention.py`; the explorer shows any latent of any picture.
 """
 
 import json
@@ -12,9 +12,9 @@ from pathlib import Path
 import tyro
 
 from entroformer_lib.datasets import sample_picture
-from entroformer_lib.files import data_folder, write_bytes
+from entroformer_lib.files import write_bytes
 from entroformer_lib.inspection.row_server import RowServer
-from entroformer_lib.studies.results import provenance
+from entroformer_lib.studies.results import provenance, result_path
 from entroformer_lib.weights.zoo import load_model
 
 POINTS = ((8, 12), (14, 20), (20, 30))  # rows and columns of latents; the same as in notebook 03
@@ -53,7 +53,7 @@ def save(model: str = "tiny-parallel", picture: str = "coffee", out: Path | None
     found = maps(RowServer(loaded, sample_picture(picture)))
     result = {"model": model, "picture": picture, "provenance": provenance(loaded)}
     text = json.dumps(result, indent=1)[:-2] + ',\n "maps": [\n' + ",\n".join(map(json.dumps, found)) + "\n]}\n"
-    write_bytes(out or data_folder() / "results" / "attention_maps.json", text.encode())
+    write_bytes(out or result_path("attention_maps"), text.encode())
 
 
 if __name__ == "__main__":
