@@ -162,12 +162,13 @@ def offsets(h, near=lambda dy, dx, h: abs(dy) + abs(dx) <= h):
     return [(dy, dx) for dy in range(-h, h + 1) for dx in range(-h, h + 1) if near(dy, dx, h)]
 
 
-def hide(scores, queries, dy, dx, width, ahead=1, borders=True, copy=True, own=False, heads=slice(None)):
+def hide(scores, queries, dy, dx, width, ahead=1, borders=True, copy=True, own=True, first=1, heads=slice(None)):
     scores = scores.clone() if copy else scores
     for i, query in enumerate(queries.tolist()):
         row, column = divmod(query + ahead, width)
         key = (row + dy) * width + column + dx
-        if key >= 0 and (0 <= column + dx < width or not borders) and (key <= query if own else key < query):
+        inside = key >= 0 and (0 <= column + dx < width or not borders)
+        if inside and query >= first and (key <= query if own else key < query):
             scores[:, heads, i, key] = -torch.inf
     return scores
 
@@ -175,7 +176,7 @@ def hide(scores, queries, dy, dx, width, ahead=1, borders=True, copy=True, own=F
 def hide_by_mask(scores, queries, dy, dx, width):
     """All queries at once."""
     sites, keys = queries[:, None] + 1, torch.arange(scores.shape[-1])
-    there = (keys // width - sites // width == dy) & (keys % width - sites % width == dx) & (keys < queries[:, None])
+    there = (keys // width - sites // width == dy) & (keys % width - sites % width == dx) & (keys < sites) & (sites > 1)
     return torch.where(there, -torch.inf, scores).numpy()
 
 
@@ -220,6 +221,13 @@ def conv(u, weight, bias, mask, **how):
     return nn.functional.conv2d(u, weight * mask, bias, **{"padding": mask.shape[-1] // 2, **how})
 
 
+def conv_of_its_own(u, weight, bias, mask):
+    """A new layer each time, so what is learned is thrown away."""
+    layer = nn.Conv2d(u.shape[1], len(weight), weight.shape[-1], padding="same")
+    layer.weight.data, layer.bias.data = (weight * mask).detach(), bias.detach()
+    return layer(u)
+
+
 def conv_by_taps(u, weight, bias, mask):
     """Adds up shifted images, one for each place of the mask."""
     reach, (h, w) = mask.shape[-1] // 2, u.shape[2:]
@@ -237,11 +245,11 @@ def by_gradient(network, u, row, column, of=slice(None), channels=slice(None)):
     return torch.autograd.grad(said, u)[0].abs().sum((0, 1))
 
 
-def by_trying(network, u, row, column):
+def by_trying(network, u, row, column, copy=torch.clone):
     with torch.no_grad():
         usual, found = torch.cat(network(u))[:, :, row, column], []
         for place in np.ndindex(u.shape[2:]):
-            other = u.clone()
+            other = copy(u)
             other[:, :, place[0], place[1]] += 1.5
             found.append(bool((torch.cat(network(other))[:, :, row, column] != usual).any()))
     return np.reshape(found, u.shape[2:]).tolist()
@@ -468,18 +476,22 @@ WRONG = {
         (lambda u, weight, bias, mask: conv(u, weight, bias, mask, padding=0), "smaller than the image"),
         (lambda u, weight, bias, mask: conv(u, weight, bias, 1 - mask), "not with 1 - mask"),
         (lambda u, weight, bias, mask: conv(u, weight.detach(), bias, mask), "no gradient"),
+        (conv_of_its_own, "never learn"),
         (lambda u, weight, bias, mask: conv(u, weight, bias, mask, padding=2), "`masked_conv` of [2, 3, 6, 7]"),
     ],
     "4.3": [
         (lambda *given: by_gradient(*given, of=slice(1)), "Look at both things"),
         (lambda *given: by_gradient(*given, channels=slice(1)), "Look at all channels"),
         (of_all_sites, "nearly every place seems to matter"),
+        (lambda *given: by_trying(*given, copy=lambda u: u), "Change a copy of u"),
+        (lambda *given: by_gradient(*given, of=slice(1, 2)), "do you look at both things"),
         (lambda network, u, row, column: by_gradient(network, u, column, row), "the place"),
     ],
     "4.4": [
         (lambda *given: in_raster_order(*given, again=False), "must run again after each site"),
         (lambda *given: in_raster_order(*given, sites=by_columns), "The encoder went row by row"),
         (lambda *given: in_raster_order(*given, write=False), "written into u before"),
+        (lambda *given: in_raster_order(*given, sites=lambda h, w: np.ndindex(h, h)), "has 3 rows and 4 columns"),
         (lambda u, network, read: network(u)[0], "and 0 are read"),
     ],
     "4.5": [
@@ -487,6 +499,7 @@ WRONG = {
         (lambda network, u: network(u * board(u)), "sites of the first half have a shift"),
         (lambda network, u: [v * board(u) for v in network(u * board(u))], "Keep the other one"),
         (lambda network, u: network(u * (torch.arange(6) % 2)), "is no half of a checkerboard"),
+        (lambda network, u: [v * ~board(u) for v in network(u.mul_(board(u)))], "it changes u itself"),
     ],
     "5.1": [
         (lambda q, k: q @ k.T / 3, "every token sees all others"),
@@ -525,7 +538,8 @@ WRONG = {
         (lambda *given: hide(*given, ahead=0), "count from `query + 1`"),
         (lambda *given: hide(*given, borders=False), "at the other side of the picture"),
         (lambda *given: hide(*given, copy=False), "Begin with `scores = scores.clone()`"),
-        (lambda *given: hide(*given, own=True), "a token loses its own key"),
+        (lambda *given: hide(*given, first=0), "token 0 loses its only key"),
+        (lambda *given: hide(*given, own=False), "the token's own, and stays"),
         (lambda *given: hide(*given, heads=0), "in all of them"),
         (lambda *given: given[0].clone(), "does not hide key"),
     ],

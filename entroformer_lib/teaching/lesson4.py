@@ -71,7 +71,7 @@ def masked_conv(answer) -> str:
     for side in (5, 3):
         u, weight = (torch.randn(size, generator=generator) for size in ((2, 3, 6, 7), (4, 3, side, side)))
         bias, mask = torch.tensor([1.0, -2.0, 3.0, 0.5]), torch.tensor(_before(side), dtype=torch.float32)
-        weight.requires_grad_()
+        weight, bias = weight.requires_grad_(), bias.requires_grad_()
         kept = weight.detach().clone()
         answered = called(answer, u.clone(), weight, bias, mask)
         if not torch.equal(weight.detach(), kept):
@@ -85,6 +85,12 @@ def masked_conv(answer) -> str:
         if not getattr(answered, "requires_grad", False):
             raise Wrong(
                 "the numbers are right, but they have no gradient. Stay with tensors: no `detach`, no `data`, no NumPy."
+            )
+        reached = torch.autograd.grad(answered.sum(), (weight, bias), allow_unused=True)
+        if any(gradient is None for gradient in reached):
+            raise Wrong(
+                "the numbers are right, but no gradient reaches `weight` or `bias`: they would never learn. Is there a "
+                "`detach` or `data`, or a new layer with numbers of its own? `F.conv2d` takes `weight` as it is."
             )
     return "No weight outside of the mask matters, whatever its value."
 
@@ -174,10 +180,14 @@ def _look_at_map(got: np.ndarray, right: np.ndarray, name: str, row: int, column
         raise Wrong("a network that speaks of its last channel only is not found. Look at all channels of the site.")
     if got.sum() > 15:
         raise Wrong(
-            "nearly every place seems to matter. Look only at what the network says of the site `row`, `column`."
+            "nearly every place seems to matter. Look only at what the network says of the site `row`, `column`. If "
+            "you change places in turn: does a change stay for the next place? Change a copy of u."
         )
     if not got.any():
-        raise Wrong("no place seems to matter, and this network sees two. Is the changed u given to the network?")
+        raise Wrong(
+            "no place seems to matter, and this network sees two. Is the changed u given to the network, and do you "
+            "look at both things that it gives?"
+        )
     missing, more = right & ~got, got & ~right
     kind, places = ("is missing", missing) if missing.any() else ("should not be there", more)
     y, x = np.argwhere(places)[0]
@@ -214,7 +224,7 @@ def decode(answer) -> str:
         if (row, column) != divmod(len(sites), 4):
             raise Wrong(
                 f"site {len(sites) + 1} of the file lies at {divmod(len(sites), 4)}, and you read it as "
-                f"({row}, {column}). The encoder went row by row."
+                f"({row}, {column}). The encoder went row by row; the grid has 3 rows and 4 columns."
             )
         sites.append((row, column))
         for name, given, whole in zip(("shift", "stretch"), said, (shift, stretch), strict=True):
@@ -266,7 +276,10 @@ def two_passes(answer) -> str:
         seen.append(array(values, "what the network gets"))
         return 3 + 0 * values, 0 * values - 2
 
-    got = called(answer, network, u.clone())
+    given = u.clone()
+    got = called(answer, network, given)
+    if not torch.equal(given, u):
+        raise Wrong("it changes u itself, so the latents are lost for whoever asks next. Work with `u.clone()`.")
     if not isinstance(got, tuple | list) or len(got) != 2:
         raise Wrong("return two things, shift and stretch: `return shift * ~first, stretch * ~first`.")
     shift, stretch = (shaped(value, u.shape, name) for value, name in zip(got, ("shift", "stretch"), strict=True))

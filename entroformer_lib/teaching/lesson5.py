@@ -195,8 +195,8 @@ def shifted(answer) -> str:
     hints=(
         "Go through the queries. For each: which site does it predict, in which row and column? Where is the key then?",
         "`row, column = divmod(query + 1, width)`. The key's number is `(row + dy) * width + column + dx`, if that "
-        "place is inside the picture and its number smaller than the query's.",
-        "In the loop: `if row + dy >= 0 and 0 <= column + dx < width and key < query: "
+        "place is inside the picture and its number at most the query's. Leave query 0 as it is.",
+        "In the loop: `if row + dy >= 0 and 0 <= column + dx < width and key <= query and query > 0: "
         "scores[:, :, i, key] = -torch.inf`. Before it `scores = scores.clone()`, after it `return scores`.",
     ),
 )
@@ -215,7 +215,7 @@ def hide(answer) -> str:
                 raise Wrong("it changes the scores that it gets. Begin with `scores = scores.clone()`.")
             got = _with_infinity(answered, tuple(kept.shape), f"`hide` with dy = {dy}, dx = {dx}")
             _look_at_hidden(got, kept.double().numpy(), part.numpy(), (dy, dx), width)
-    return "And the token itself keeps its own key, whatever is hidden."
+    return "And token 0 keeps its only key, whatever is hidden."
 
 
 def _hidden(queries: np.ndarray, n: int, offset: tuple[int, int], width: int, ahead: int = 1) -> np.ndarray:
@@ -224,7 +224,7 @@ def _hidden(queries: np.ndarray, n: int, offset: tuple[int, int], width: int, ah
     for i, query in enumerate(queries):
         row, column = divmod(int(query) + ahead, width)
         y, x = row + offset[0], column + offset[1]
-        if y >= 0 and 0 <= x < width and 0 <= y * width + x < min(query, n):
+        if query > 0 and y >= 0 and 0 <= x < width and y * width + x <= query:
             found[i, y * width + x] = True
     return found
 
@@ -234,14 +234,17 @@ def _look_at_hidden(
 ) -> None:
     n, words = before.shape[-1], f"for dy = {offset[0]}, dx = {offset[1]}"
     right, visible = _hidden(queries, n, offset, width), np.arange(n) <= queries[:, None]
+    own = np.arange(n) == queries[:, None]
     gone = (got == -np.inf) & visible
     if (got[:, :, ~visible] > -np.inf).any():
         raise Wrong("keys that come later can be seen now. What is minus infinity must stay so.")
     if not (gone == gone[:1, :1]).all():
         raise Wrong("heads or pictures differ. Hide the key in all of them: `scores[:, :, i, key]`.")
     gone = gone[0, 0]
-    if gone.all(axis=1, where=visible).any() or gone[np.arange(len(queries)), queries].any():
-        raise Wrong(f"{words}, a token loses its own key, and the first has no other. Hide only earlier keys.")
+    if gone.all(axis=1, where=visible).any():
+        raise Wrong(f"{words}, token 0 loses its only key, and a softmax of nothing is no number. Leave it as it is.")
+    if np.array_equal(gone, right & ~own) and (right & own).any():
+        raise Wrong(f"{words}, the key is the token's own, and stays. Hide it, too, in all tokens but 0.")
     if np.array_equal(gone, _hidden(queries, n, offset, width, ahead=0)) and not np.array_equal(gone, right):
         raise Wrong("you count from the token. It predicts the *next* site: count from `query + 1`.")
     if not np.array_equal(gone, right):

@@ -194,7 +194,8 @@ def attention_and_cost(picture: Image.Image, panels: list[Panel]) -> Figure:
         panels: `attention_panel` and `cost_panel` of the latent.
     """
     attention, cost = panels
-    figure, axes = new_figure(TWO_COLUMNS, 2.0, 1, 3, width_ratios=[1.25, 1.25, 1])
+    height = max(2.0, 2.3 * picture.height / picture.width + 0.4)  # the maps are 2.3 inches wide
+    figure, axes = new_figure(TWO_COLUMNS, height, 1, 3, width_ratios=[1.25, 1.25, 1])
     most = np.abs(cost.values).max()
     _map(axes[0], picture, attention, f"attention\n{attention.title}")
     _map(axes[1], picture, cost, f"cost of its absence, up to {most:.1f} bits\norange: it helped, blue: it hurt")

@@ -52,7 +52,8 @@ def masks(panels: dict[str, np.ndarray]) -> Figure:
         for row, column in np.ndindex(mask.shape):
             face = COLOURS[0] if mask[row, column] else "white"
             ax.add_patch(Rectangle((column, row), 1, 1, facecolor=face, edgecolor="0.6", linewidth=0.5))
-        ax.plot(mask.shape[1] / 2, mask.shape[0] / 2, "o", color=COLOURS[1], markersize=5, fillstyle="none")
+        ring = "white" if mask[mask.shape[0] // 2, mask.shape[1] // 2] else COLOURS[1]
+        ax.plot(mask.shape[1] / 2, mask.shape[0] / 2, "o", color=ring, markersize=5, fillstyle="none")
         ax.set(xlim=(-0.1, mask.shape[1] + 0.1), ylim=(mask.shape[0] + 0.1, -0.1), aspect="equal", title=title)
         ax.axis("off")
     return figure
@@ -103,10 +104,11 @@ def curves(
 
 @styled()
 def bars(values: dict[str, float], xlabel: str, limit: float | None = None, limit_name: str = "") -> Figure:
-    """A bar for each name, with its number.  limit: a dashed line with a name"""
+    """A bar for each name, with its number: three decimals where all are below 1.  limit: a dashed line with a name"""
     figure, ax = new_figure(TWO_COLUMNS * 0.7, 0.3 * len(values) + 0.7)
     shown = ax.barh(list(values), list(values.values()), color=COLOURS[0], height=0.6)
-    words = [f"{value:,.0f}" if value >= 100 else f"{value:.2f}" for value in values.values()]
+    decimals = 3 if max(values.values()) < 1 else 2
+    words = [f"{value:,.0f}" if value >= 100 else f"{value:.{decimals}f}" for value in values.values()]
     ax.bar_label(shown, words, label_type="center", color="white")
     ax.invert_yaxis()
     ax.set(xlabel=xlabel, xlim=(0, 1.05 * max(values.values())))

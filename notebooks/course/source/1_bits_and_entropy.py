@@ -151,7 +151,7 @@ def read_static(path, shape):
     data = Path(path).read_bytes()
     counts, words = np.frombuffer(data[:512], np.uint16), np.frombuffer(data[512:], np.uint32)
     model = constriction.stream.model.Categorical(counts / counts.sum(), perfect=False)
-    return constriction.stream.queue.RangeDecoder(words).decode(model, photo.size).reshape(shape)
+    return constriction.stream.queue.RangeDecoder(words).decode(model, int(np.prod(shape))).reshape(shape)
 
 
 # %%

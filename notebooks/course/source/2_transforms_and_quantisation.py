@@ -28,9 +28,10 @@ from entroformer_lib.views import course_figures as cf
 # %% [markdown]
 # ## A picture first
 #
-# A lossy codec rounds, and what it rounds decides everything. Below, the same photograph is rounded twice, at about the
-# same number of bits. In the middle the *pixels* were rounded to a coarse grid. On the right blocks of 8 x 8 pixels
-# were first turned into a sum of waves, as JPEG does it, and then the *weights of the waves* were rounded.
+# A lossy codec rounds, and what it rounds decides everything. Below, the same photograph is rounded twice, for
+# *chelsea* at about the same number of bits. In the middle the *pixels* were rounded to a coarse grid. On the right
+# blocks of 8 x 8 pixels were first turned into a sum of waves, as JPEG does it, and then the *weights of the waves*
+# were rounded.
 
 
 # %%
@@ -184,7 +185,7 @@ cf.curves({"pixels rounded": by_pixels, "PCA rounded": by_pca}, "bits per pixel"
 # %% [markdown]
 # This is a **rate-distortion curve**. Up and to the left is better. At the same quality PCA needs a small part of the
 # bits. The transform has lost nothing and saved nothing: it is a rotation. It only made the numbers easy to predict
-# from *fixed* histograms.
+# from *fixed* histograms. (The histograms themselves are not counted in this lesson. A codec has them in its program.)
 #
 # ## 4. A network in place of the matrix
 #
@@ -227,7 +228,7 @@ check("2.4", kernels)
 v = torch.linspace(-2, 2, 401, requires_grad=True)
 torch.round(v).sum().backward()
 print("all gradients of rounding:", v.grad.unique().tolist())
-cf.curves({"v": (v.detach(), v.detach()), "round(v)": (v.detach(), v.detach().round())}, "v", "", points=False)
+cf.curves({"v": (v.detach(), v.detach()), "round(v)": (v.detach(), v.detach().round())}, "v", "value", points=False)
 
 # %% [markdown]
 # The way out is from Ballé, Laparra and Simoncelli: in training, **add noise** that is uniform between -0.5 and 0.5.
@@ -406,9 +407,10 @@ for lmbda, model in models.items():
 # %% [markdown]
 # ## To argue about
 #
-# PCA is the best of all linear transforms that take a block to uncorrelated numbers. The network beats it. Which of
-# these did the work: the overlap, the small network `bend`, the training for *rate* and not for variance, or that the
-# step differs from channel to channel? Place your bet first. Then take one of them away in `Autoencoder` and measure.
+# Of all rotations of a block, PCA is the one that makes the numbers uncorrelated and puts the most variance into the
+# first of them. The network beats it. Which of these did the work: the overlap, the small network `bend`, the training
+# for *rate* and not for variance, or that the step differs from channel to channel? Place your bet first. Then take one
+# of them away in `Autoencoder` and measure.
 #
 # ## If there is time
 #

@@ -216,12 +216,20 @@ print(f"one bit for a class saves {(parts[0, 0] - parts[0, best]) / parts[1, bes
 
 # %%
 boxes = {"y": ("latents y", 0, 0), "c": ("coder of y", 3, 0), "d": ("decoder of y", 4.2, 0)}
-boxes |= {"a": ("$h_a$", 0, 1), "z": ("round, code,\ndecode z", 1.5, 1), "s": ("$h_s$", 3, 1), "t": ("$h_s$", 4.2, 1)}
-arrows = [("y", "c", ""), ("c", "d", "bits"), ("y", "a", ""), ("a", "z", "z"), ("z", "s", "$\\hat{z}$")]
-cf.diagram(boxes, [*arrows, ("s", "c", "scales"), ("t", "d", "scales"), ("s", "t", "the same $\\hat{z}$")])
+boxes |= {"a": ("$h_a$", 0, 1), "z": ("round z,\ncode z", 1.5, 1), "s": ("$h_s$", 3, 1)}
+boxes |= {"u": ("decode z", 1.5, 2), "t": ("$h_s$", 4.2, 2)}
+arrows = [("y", "c", ""), ("c", "d", "bits of y"), ("y", "a", ""), ("a", "z", "z"), ("z", "s", "$\\hat{z}$")]
+arrows += [
+    ("s", "c", "scales"),
+    ("z", "u", "bits of z"),
+    ("u", "t", "the same $\\hat{z}$"),
+    ("t", "d", "the same\nscales"),
+]
+cf.diagram(boxes, arrows)
 
 # %% [markdown]
-# Encoder and decoder both need the scales. So they may be computed from what **both** have.
+# The decoder has the last row and the box on the right. Encoder and decoder both need the scales. So they may be
+# computed from what **both** have.
 #
 # **Exercise 3.4.** Write `side_path`. `h_a` and `h_s` are networks. `h_s` gives *logarithms* of scales (which network
 # would keep a number above 0?). In training, noise stands in for rounding, as in lesson 2.
@@ -347,15 +355,17 @@ shown = {f"log2 of the scale, channel {c}": scales[0, c].log2().numpy() for c in
 cf.pictures({"photograph": photo, **shown}, bar="log2", columns=3)
 
 # %%
-wide = scales[0] > 2  # here rounding does not hide the shape
+wide = scales[0] > scales[0, 1:].quantile(0.98)  # where scales are large, rounding does not hide the shape
+wide[0] = False  # brightness: large black or white places have one value many times
 one = fixed.view(64, 1, 1).expand_as(scales[0])[wide]
 shapes = {"y": y[0][wide], "y / one scale": y[0][wide] / one, "y / scale": y[0][wide] / scales[0][wide]}
 cf.histograms(shapes, "value", np.arange(-6.25, 6.5, 0.5), density=True)
 
 # %% [markdown]
-# All latents are shown whose scale is above 2. On the right each was divided by its own scale, and a Gaussian of width
-# 1 is left. In the middle each was divided by the one scale of its channel: a peak and long tails, which no Gaussian
-# fits. A mixture of narrow and wide Gaussians looks like that. The hyperprior takes the mixture apart.
+# The latents with the largest scales are shown, one of fifty, without those of channel 0, the brightness. On the right
+# each was divided by its own scale, and a Gaussian of width 1 is left. In the middle each was divided by the one scale
+# of its channel: a peak and long tails, which no Gaussian fits. A mixture of narrow and wide Gaussians looks like that.
+# The hyperprior takes the mixture apart.
 #
 # ## 5. Where the bits go
 

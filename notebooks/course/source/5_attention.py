@@ -55,8 +55,9 @@ bits = {name: values.sum() / side**2 for name, values in server.bits(server.defa
 print(f"{bits['alone']:.4f} bits per pixel of y by the hyperprior alone, {bits['context']:.4f} with this context")
 
 # %% [markdown]
-# The dark part is not decoded yet. Each head looks at a few places, the direct neighbours among them. (Why does the
-# attention belong to the latent *before* the orange one? That is exercise 5.4.)
+# The dark part is not decoded yet. Each head looks at a few places, the direct neighbours among them; "up to" is the
+# largest attention in the map, of 100% together. (Why does the attention belong to the latent *before* the orange one?
+# That is exercise 5.4.) "The hyperprior alone" is another model, the one of lesson 4, with the same latents.
 #
 # ## 1. Attention in a few lines
 #
@@ -95,7 +96,7 @@ check("5.1", scores)
 # small ones add up to a haze. The Entroformer keeps the **k largest scores** of each row, and no others (top-k).
 #
 # **Exercise 5.2.** Write `attention`: probabilities for each row, 0 for all but the k largest scores. The first rows
-# have fewer than k keys to look at.
+# have fewer than k keys to look at, and k may even be larger than n.
 
 
 # %% tags=["exercise"]
@@ -121,11 +122,14 @@ check("5.2", attention)
 # %%
 ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k <= server.n]
 rates = [server.total_bits(k) / side**2 for k in ks]
+gains = [(bits["alone"] - rate) / (bits["alone"] - bits["context"]) for rate in rates]
+print(f"of what the context saves: {gains[0]:.0%} with k = 1, {gains[-1]:.0%} with k = {ks[-1]}")
 cf.curves({"this model": (ks, rates)}, "k", "bits per pixel of y", log="x", best=True)
 
 # %% [markdown]
-# The model was trained with k = 16, and here it is asked with others. One single key of each head gives most of the
-# gain. More than the model was trained with does not help: it costs.
+# The model was trained with k = 16, and here it is asked with others. (Mind the axis: it does not begin at 0.) One
+# single key of each head, in each of six layers, gives most of the gain. More keys than the model was trained with do
+# not help: they cost. It is the haze of small probabilities, or it is only that the model has never met so many.
 #
 # ## 2. Where? The diamond
 #
@@ -136,7 +140,8 @@ cf.curves({"this model": (ks, rates)}, "k", "bits per pixel of y", log="x", best
 # $$s_{ij} = \frac{q_i \cdot (k_j + p_{ij})}{\sqrt{d}}$$
 #
 # Inside a *diamond*, $|\text{rows}| + |\text{columns}| \le h$, each offset has a vector of its own. All offsets outside
-# share one.
+# share one. (In raster order only half of them are ever used, those of earlier sites. The model of two passes uses
+# all.)
 #
 # **Exercise 5.3.** Write `diamond`: all offsets inside, row by row from the top, each row from left to right.
 
@@ -169,13 +174,16 @@ print(f"h = {h}: {len(offsets)} offsets inside, {len(offsets) + 1} vectors inste
 cf.masks({f"h = {h}": numbers < len(offsets)})
 
 # %% [markdown]
-# Now everything together: your scores, your top-k, your diamond, with the queries, keys and vectors of the first layer
-# of the trained model. `capture` reads what the library computes at the same place.
+# The ring marks the query, and the other squares are keys. Now everything together: your scores, your top-k, your
+# diamond, with the queries, keys and vectors of the first layer of the trained model. The first cell takes them out of
+# the library's model. You need not know each of its names, but look at the shapes. `capture` reads what the library
+# computes at the same place.
 
 # %%
 scene = Scene(model, photo, torch.float32)
 stack = scene.model.context_model.stack
-tokens = scene.model.context_model.embed((scene.y_hat * scene.rate.inverse).flatten(2).transpose(1, 2))
+given = scene.y_hat * scene.rate.inverse  # one model for many rates: this brings the latents to one size
+tokens = scene.model.context_model.embed(given.flatten(2).transpose(1, 2))
 q, k, _ = (part[0] for part in stack.blocks[0].attention.project(stack.blocks[0].norm1(tokens)))  # [heads, n, d] each
 places = np.stack(np.divmod(np.arange(server.n), server.width), axis=1)  # (row, column) of each token
 which = np.clip(places[None] - places[:, None], -h - 1, h + 1) + h + 1
@@ -184,7 +192,8 @@ vector = torch.as_tensor(numbers[which[:, :, 0], which[:, :, 1]])  # the vector 
 # %%
 head = 0
 by_position = (q[head] @ stack.positions[0].vectors.T / q.shape[-1] ** 0.5).gather(1, vector)
-mine = torch.as_tensor(np.asarray(attention(torch.as_tensor(scores(q[head], k[head])) + by_position, 16)))
+together = torch.as_tensor(scores(q[head], k[head])) + by_position
+mine = torch.as_tensor(np.asarray(attention(together, model.config.top_k)))
 with capture(scene.model, "context.0.probs") as maps:
     scene.model.distributions(scene.y_hat, scene.hyper, rate=scene.rate)
 theirs = maps["context.0.probs"][0, head]
@@ -246,18 +255,19 @@ cf.masks({title: mask.numpy() for title, mask in seen.items()})
 # latent is predicted from itself. It is lesson 4's mistake in another dress, and lesson 4's test finds it: the square
 # with the ring is filled.
 #
-# The shift has a price that is seldom noticed. The token that predicts a latent stands one place to the left, so the
-# latent *above* it lies at the offset (-1, +1), at distance 2 in the diamond.
+# The shift has a price that is seldom noticed. The token that predicts a latent stands one place to the left of it. So
+# the key right above the *predicted* latent lies at the offset (-1, +1) from the token, at distance 2 in the diamond.
 #
 # ## 4. Hide a position
 #
 # What is the left neighbour worth, what the one above? The paper's figure 3 hides one position and counts the bits. Do
 # it by hand. `intervene` calls a function of yours with the scores of each layer, while the model runs.
 #
-# **Exercise 5.5.** Write `hide`. Token `queries[i]` predicts the site `queries[i] + 1`. From its row of scores, take
-# away the key that lies `dy` rows and `dx` columns from the site that is **predicted**: put minus infinity there. Three
-# things need care: the position may lie outside of the picture; it may not be decoded yet, where the score is minus
-# infinity anyhow; and it may be the token itself, which must keep its key. Don't change `scores` itself.
+# **Exercise 5.5.** Write `hide`. Row `i` of the scores belongs to token `queries[i]`, which predicts the site
+# `queries[i] + 1`. Take away from it the key that lies `dy` rows and `dx` columns from the site that is **predicted**:
+# put minus infinity there. Three things need care: the position may lie outside of the picture; it may not be decoded
+# yet, where the score is minus infinity anyhow; and token 0 has one single key, its own, which it must keep. Don't
+# change `scores` itself.
 
 
 # %% tags=["exercise"]
@@ -273,7 +283,7 @@ def hide(scores, queries, dy, dx, width):
     for i, query in enumerate(queries.tolist()):
         row, column = divmod(query + 1, width)
         key = (row + dy) * width + column + dx
-        if row + dy >= 0 and 0 <= column + dx < width and key < query:
+        if row + dy >= 0 and 0 <= column + dx < width and key <= query and query > 0:
             scores[:, :, i, key] = -torch.inf
     return scores
 
@@ -312,21 +322,26 @@ for place, mine, theirs in zip(around, by_hand, missing, strict=True):
     print(f"{place!s:>10}: {mine:+7.2f}%  {theirs:+7.2f}%")
 
 # %% [markdown]
-# The latent above costs several percent, both ways. But the one to the left, (0, -1), costs **nothing** when it is
-# hidden by hand! Is it worthless? The second column says no. There the library lets a latent be missing for the whole
-# model: its token is empty, and nobody sees it (`Gaps` in `entroformer_lib/models/context.py`).
+# The latent above costs several percent, both ways. But the one to the left, (0, -1), costs **next to nothing** when it
+# is hidden by hand: less than half a percent, although its key was hidden in every layer! Is it worthless? The second
+# column says no. There the library lets a latent be missing for the whole model: its token is empty, and nobody sees it
+# (`Gaps` in `entroformer_lib/models/context.py`).
 #
 # Think before you read on. Where is the left neighbour, when its key is hidden?
 #
-# **Finding.** The token that predicts *carries* the left neighbour. It needs no attention to know it. And there is a
-# second way around a hidden key: other tokens have seen the latent, in an earlier layer, and tell it. To hide something
-# from a network you must know all ways in. (The left neighbour's 30% to 60% on *astronaut* are too much for another
-# reason: this model has never met an empty token in training. A measurement can be wrong on both sides.)
+# **Finding.** The token that predicts *carries* the left neighbour: you have hidden a token's key from itself. Each
+# layer adds what it finds to the token, so the token passes through all layers and needs no attention to know itself.
+# For the other positions there is a second way around a hidden key: other tokens have seen the latent, in an earlier
+# layer, and tell it. To hide something from a network you must know all ways in. (The left neighbour's 30% to 60% on
+# *astronaut* are too much for another reason: this model has never met an empty token in training. The paper's model
+# had, it learned with positions taken out by chance. A measurement can be wrong on both sides.)
 #
 # ## 5. The explorer
 #
-# Click on a latent, choose layer, head and k. The mode *attention against cost* shows what the absence of each position
-# costs. Find (1) a head that looks along an edge, (2) a latent where the context costs bits instead of saving some.
+# Click on a latent (the explorer calls its place a *block*), choose layer, head and k. The mode *Attention and cost*
+# shows what the absence of each position costs. Find (1) a head that looks along an edge, (2) a latent where the
+# context costs bits instead of saving some. (3) The dashed line is the diamond: around which of the two frames does it
+# lie, and why?
 
 # %%
 explorer = Explorer(server, row=row, column=column, layer=server.layers - 1)
@@ -339,7 +354,9 @@ explorer
 # saved." The other is **against**: "It is a picture of numbers inside. It explains nothing." Three rounds, and each has
 # a measurement. Before you run a cell, both say what they expect.
 #
-# **Round 1: one latent.** Left what it looks at, right what the absence of each of these positions costs.
+# **Round 1: one latent.** Left what it looks at, in the middle what the absence of each position costs, right both
+# against each other, a dot for each position. (In the middle the colour says the sign, and even small costs have one.
+# How large they are is seen on the right. Its axes show square roots, so that small numbers can be seen.)
 
 # %%
 last = attention_panel(server, site, server.layers - 1)
@@ -347,7 +364,7 @@ attention_figures.attention_and_cost(server.picture, [last, cost_panel(server, s
 
 # %% [markdown]
 # Point for *for*? The dearest position is often among the most attended ones. Point for *against*? Most attended
-# positions cost nothing, or their absence even saves bits.
+# positions cost next to nothing, or their absence even saves bits.
 #
 # **Round 2: many latents.** For each of some latents, rank the attended positions by attention, and by what their
 # absence costs. A rank correlation of 1 says: the same order, 0: no relation.
@@ -375,7 +392,7 @@ def even(probs, heads, queries):
 
 
 def any_keys(scores, heads, queries):
-    """Keys by lot."""
+    """Keys by lot, and so their weights."""
     return torch.where(scores > -torch.inf, torch.randn(scores.shape), scores)
 
 
@@ -393,9 +410,10 @@ dearer["a model without context"] = 100 * (bits["alone"] / bits["context"] - 1)
 cf.bars(dearer, "more bits of y, in percent")
 
 # %% [markdown]
-# For: with even weights, or with other keys, the bits rise by more than the whole context had saved. The attention is
-# needed, all of it together. Against: "it is needed" is a statement about the *model*, not about one position in one
-# map. And the model was never trained for such changes, so their cost is an upper bound.
+# For: with even weights, or with other keys, the bits rise by more than the whole context had saved, and with the token
+# alone by most. The attention is needed, all of it together. Against: "it is needed" is a statement about the *model*,
+# not about one position in one map. And the model was never trained for such changes, so their cost is an upper bound.
+# (The right keys with even weights are about as dear as keys by lot. Who gains a point by that?)
 #
 # ## To argue about
 #

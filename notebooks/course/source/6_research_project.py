@@ -214,6 +214,8 @@ rates.round(4)
 
 # %% [markdown]
 # ## 4. Read the spread
+#
+# Each dot is a run, and the short line is the mean of its row. Mind the axis: it does not begin at 0.
 
 # %%
 dots = pd.DataFrame({"row": table["name"], "source": "one seed", "value": table["bpp"]})
@@ -302,8 +304,8 @@ print(report)
 # ## 6. Outlook: between two steps and a thousand
 #
 # Lesson 4 had two orders: raster, in a thousand steps, and the checkerboard, in two. GroupedMixer (Li and others, 2024)
-# goes between. It cuts channels into slices and sites into phases, and codes group after group. In each cell the number
-# of its group:
+# goes between. It cuts channels into slices and sites into phases, and codes group after group. Three orders are drawn,
+# with the number of its group in each cell; our model has learned the one on the left.
 
 # %%
 mixer = GroupServer(load_model("tiny-groupedmixer-rates@0.0067"), middle(sample_picture(test), 256))
@@ -316,8 +318,8 @@ print(f"{len(order)} groups, so {len(order)} runs of the network instead of {mix
 cf.bars(first, "bits per latent, mean over the phases of a slice")
 
 # %% [markdown]
-# Each group knows all groups before it. Which order is best, how many slices, how many phases? These are ablations.
-# You know now how to do one.
+# Each group knows all groups before it. (That slice 0 is the dearest proves little: it has other channels than slice
+# 1.) Which order is best, how many slices, how many phases? These are ablations. You know now how to do one.
 #
 # ## To argue about
 #
