@@ -114,13 +114,14 @@ def widget(points: RatePoints, published: pd.DataFrame, quality: str = "psnr_db"
 
     plot = go.FigureWidget(figure_of(points, published, quality))
     text = ipywidgets.HTML("Click a measured point: the picture is coded there and shown beside the original.")
-    picture = ipywidgets.Image(format="png", layout={"max_width": "820px"})
+    picture = ipywidgets.Image(format="png", layout={"max_width": "820px", "display": "none"})  # until there is one
 
     def show(point: int) -> None:
         text.value = "Coding ..."
         shown = points.at(point)
         buffer = io.BytesIO()
         points.beside(point).save(buffer, "png")
+        picture.layout.display = None
         picture.value, text.value = buffer.getvalue(), f"Left: original. Right: {shown.text}."
 
     def clicked(trace, selection, state) -> None:
