@@ -33,6 +33,9 @@ Device = Annotated[str, arg(help="cpu, cuda, or auto.")]
 Force = Annotated[bool, arg(help="Replace an output that exists.")]
 Resume = Annotated[bool, arg(help="Of many, keep outputs that exist: an interrupted command leaves none by halves.")]
 Jobs = Annotated[int | None, arg(help="Of many, so many at a time, each on one core; default: as many as cores.")]
+Scheduler = Annotated[
+    str | None, arg(help="Of many, let the workers of a dask cluster do it: the address, such as tcp://host:8786.")
+]
 AsJson = Annotated[bool, arg(name="json", help="Print JSON.")]
 
 
@@ -45,6 +48,7 @@ def compress(
     force: Force = False,
     resume: Resume = False,
     jobs: Jobs = None,
+    scheduler: Scheduler = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -55,6 +59,8 @@ def compress(
     Example: entroformer compress photo.png -o photo.ef --bpp 0.5
 
     Many: entroformer compress photos/ -o small/ --resume
+
+    On many machines: entroformer compress photos/ -o small/ --resume --scheduler tcp://host:8786
 
     From one program to another: cat photo.png | entroformer compress - -o - > photo.ef
 
@@ -67,7 +73,7 @@ def compress(
     from entroformer_lib.codec.many import Compress
 
     said = "{output}: {bytes:,} bytes, {bpp:.3f} bits per pixel"
-    _code(Compress(model, bpp, device), said, images, output, force, resume, jobs, as_json)
+    _code(Compress(model, bpp, device), said, images, output, force, resume, jobs, scheduler, as_json)
 
 
 @app.command
@@ -79,6 +85,7 @@ def decompress(
     force: Force = False,
     resume: Resume = False,
     jobs: Jobs = None,
+    scheduler: Scheduler = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -99,7 +106,7 @@ def decompress(
     from entroformer_lib.codec.many import Decompress
 
     said = "{output}: {width} x {height}"
-    _code(Decompress(model, device, max_pixels), said, files, output, force, resume, jobs, as_json)
+    _code(Decompress(model, device, max_pixels), said, files, output, force, resume, jobs, scheduler, as_json)
 
 
 @app.command
@@ -190,6 +197,7 @@ def evaluate(
     json_file: Annotated[Path | None, arg(name="json")] = None,
     device: Device = "auto",
     jobs: int | None = None,
+    scheduler: str | None = None,
 ) -> None:
     """Measure a model on a folder of pictures, through real bytes. What cannot be read is named and left out.
 
@@ -198,11 +206,14 @@ def evaluate(
 
     Example: entroformer eval tiny-parallel --data kodak/ --limit 3 --json result.json
 
+    On many machines: entroformer eval tiny-parallel --data kodak/ --json result.json --scheduler tcp://host:8786
+
     Args:
         data: Folder of pictures, with its subfolders.
         limit: Take only the first so many.
         json_file: Write rows, mean and provenance there; - prints them.
         jobs: Pictures at a time, each on one core; default: as many as there are cores.
+        scheduler: Address of a dask scheduler to run on.
     """
     import pandas as pd
     from tqdm import tqdm
@@ -213,6 +224,7 @@ def evaluate(
     from entroformer_lib.studies.rate_distortion import names_of, pictures_to_test
 
     at_least(1, limit=limit, jobs=jobs)
+    _one_of_two(jobs, scheduler)
     out = None if str(json_file) == "-" else json_file
     if out is not None:
         check_place(out)
@@ -224,7 +236,7 @@ def evaluate(
     columns = ["bpp", "bpp_estimated", "psnr_db", "ms_ssim", "encode_s", "decode_s"]
     with finished_rows(out) as done:
         with tqdm(total=len(codings), unit="picture", disable=None) as bar:
-            rows = measure(codings, done, jobs, lambda row: bar.update())
+            rows = measure(codings, done, jobs, lambda row: bar.update(), scheduler)
         rows = [{name: value for name, value in row.items() if name not in ("codec", "setting")} for row in rows]
         table = pd.DataFrame(rows).set_index("image")[columns].astype(float)
         means = table.mean()
@@ -583,6 +595,7 @@ def _code(
     force: bool,
     resume: bool,
     jobs: int | None,
+    scheduler: str | None,
     as_json: bool,
 ) -> None:
     """Compresses or decompresses one file or many.
@@ -596,7 +609,7 @@ def _code(
         print(f"entroformer: Name a {work.what}, a folder, a pattern, or - for the standard input.", file=sys.stderr)
         sys.exit(2)
     if many.means_many(inputs, output):
-        _code_many(work, inputs, output, force, resume, jobs, as_json)
+        _code_many(work, inputs, output, force, resume, jobs, scheduler, as_json)
         return
     name, to_stdout = inputs[0], output == "-"
     if name == "-" and output is None:
@@ -606,7 +619,7 @@ def _code(
         print(f"{place} exists and is kept.")
         return
     special = to_stdout or (place.exists() and not place.is_file())  # a pipe or a device, whose name has no ending
-    work.prepare()
+    work = work.prepared()
     with _progress():
         source = sys.stdin.buffer.read() if name == "-" else Path(name)
         data, facts = work(source, work.ending if special else place.suffix)
@@ -621,7 +634,14 @@ def _code(
 
 
 def _code_many(
-    work, inputs: tuple[str, ...], output: str | None, force: bool, resume: bool, jobs: int | None, as_json: bool
+    work,
+    inputs: tuple[str, ...],
+    output: str | None,
+    force: bool,
+    resume: bool,
+    jobs: int | None,
+    scheduler: str | None,
+    as_json: bool,
 ) -> None:
     """Many files into a folder. Each has a row, of which JSON is one line; the summary is for people."""
     from tqdm import tqdm
@@ -632,6 +652,7 @@ def _code_many(
         raise UserError(f"Many files go into a folder; name it with -o FOLDER. So does the content of {inputs[0]}.")
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs must be at least 1; it is {jobs}.")
+    _one_of_two(jobs, scheduler)
     every = many.jobs_of(inputs, Path(output), work)
     left = many.left_to_do(every, force, resume)
     kept, failed, size, pixels = len(every) - len(left), 0, 0, 0
@@ -640,7 +661,7 @@ def _code_many(
             if resume and place.is_file():
                 print(json.dumps({"file": str(source), "output": str(place), "kept": True}))
     with tqdm(total=len(every), initial=kept, unit=f" {work.what}s", disable=None) as bar:
-        for row in many.go_through(work, left, jobs):
+        for row in many.go_through(work, left, jobs, scheduler):
             bar.update()
             notes = [row["error"]] if "error" in row else row.pop("notes")
             for sentence in notes:
@@ -655,6 +676,11 @@ def _code_many(
     print(words, file=sys.stderr if as_json else sys.stdout)
     if failed:
         raise UserError(f"{failed} of {len(every)} files failed.")
+
+
+def _one_of_two(jobs: int | None, scheduler: str | None) -> None:
+    if jobs is not None and scheduler is not None:
+        raise UserError("--jobs counts processes of this machine; with --scheduler, leave it out.")
 
 
 def _fitting(image: Path, side: int):

@@ -39,6 +39,10 @@ class StudyError(UserError):
     """A study asked of a model or picture that cannot answer it."""
 
 
+class ClusterError(UserError):
+    """A cluster that does not answer, or has no workers."""
+
+
 class PassedOver(UserWarning):
     """Something that was left out while the rest went on, and why: one sentence."""
 

@@ -20,7 +20,7 @@ from entroformer_lib.weights.zoo import save_weights
 
 collect_ignore = [] if browser_path() else ["test_browser.py", "test_live_page.py"]
 
-FIRST = ("browser", "notebooks", "training", "shards", "packing", "engine", "ablation", "measuring", "cli")
+FIRST = ("browser", "notebooks", "training", "shards", "packing", "engine", "cluster", "ablation", "measuring", "cli")
 MICRO = dict(N=16, M=24, Z=12, dim=24, heads=2, top_k=6, hyper_top_k=(6, 6, 6), context_layers=2)
 VARIANTS = ("serial", "parallel", "hyperprior", "context", "cnn", "minnen", "groupedmixer")
 LMBDAS = (0.01, 0.04, 0.16)
@@ -93,12 +93,7 @@ def results_folder(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def warm_workers():
     """dask's processes begin with the library imported."""
-    import dask
-    import distributed  # noqa: F401  its settings must be there before one is changed
-
     warm.ensure_server()  # before dask would start another
-    with dask.config.set({"distributed.worker.multiprocessing-method": warm.METHOD}):
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,8 @@
 
 import io
 import json
-import os
 import shutil
-import signal
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -89,31 +86,6 @@ def test_several_processes_give_the_same_files(home):
     shutil.rmtree(home / "small")
     several, _ = call(*COMPRESS[:-1], 2, "--json", expect=1)
     assert under(home / "small") == first and several == one
-
-
-@dataclass(frozen=True)
-class Deadly(many.Compress):
-    """Work at which its process dies when the file is `bad.png`."""
-
-    def prepare(self) -> None:
-        pass
-
-    def __call__(self, source, form):
-        if source.name == "bad.png":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return source.name.encode(), {"pid": os.getpid()}
-
-
-def test_a_process_that_dies_costs_its_file_alone(home):
-    warm.ensure_server()
-    jobs = many.jobs_of(["photos"], Path("out"), Deadly("micro"))
-    rows = list(many.go_through(Deadly("micro"), jobs, 2))
-    assert [(Path(row["file"]), Path(row["output"])) for row in rows] == jobs
-    assert [row["file"] for row in rows if "died" in row.get("error", "")] == [str(Path("photos/a/bad.png"))]
-    assert len(under(home / "out")) == 5
-    for pid in {row["pid"] for row in rows if "pid" in row}:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
 
 
 @pytest.mark.parametrize("inputs, outputs", [

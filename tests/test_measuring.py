@@ -84,12 +84,13 @@ def test_means_are_of_each_codec_and_setting(codings, tmp_path):
     assert jpeg["codec"] == "jpeg" and jpeg["bpp"] == pytest.approx(rows[-1]["bpp"]) and jpeg["bpp_estimated"] is None
 
 
-def test_one_that_cannot_be_coded_ends_it_and_the_finished_stay(codings, tmp_path):
-    done, broken = tmp_path / "rows", tmp_path / "broken.png"
+def test_one_that_cannot_be_coded_is_named_after_the_others_are_done(codings, tmp_path):
+    done, broken, seen = tmp_path / "rows", tmp_path / "broken.png", []
     broken.write_bytes(b"no picture")
-    with pytest.raises(StudyError, match="broken.png"):
-        measure([codings[0], Coding("jpeg", 30, str(broken)), codings[1]], done, jobs=1)
-    assert codings[0].task().missing(done) == [] and codings[1].task().missing(done)
+    with pytest.raises(StudyError, match="broken.png: (.|\n)*1 of 3 could not be measured"):
+        measure([codings[0], Coding("jpeg", 30, str(broken)), codings[1]], done, jobs=1, report=seen.append)
+    assert [row["image"] for row in seen] == ["astronaut", "chelsea"]
+    assert all(coding.task().missing(done) == [] for coding in codings[:2])
 
 
 # ---- names belong to the run, values to the bytes ----

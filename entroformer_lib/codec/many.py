@@ -1,65 +1,71 @@
 """Files to files: what `entroformer compress` and `decompress` do to one file, and how they go through many.
 
 An output is whole or not there (`files.replacing`), so one that exists is done. Of many, every file is coded on a
-single thread, in this process or in several, so the outputs do not depend on how many. A file that cannot be coded
-costs itself alone, and so does one at which a process dies.
-
-Not with concurrent.futures: its pool breaks as a whole when a process dies, and when the parent is killed its processes
-stay. Here each process has a pipe of its own, whose end tells both sides.
+single thread, in this process, in several or on a cluster (cluster.py), so the outputs do not depend on how many. A
+file that cannot be coded costs itself alone, and so does one at which processes die.
 """
 
-import contextlib
 import functools
 import glob
-import multiprocessing
 import os
-import signal
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from entroformer_lib.cluster import over, processes
 from entroformer_lib.codec import codec, pictures
 from entroformer_lib.codec.container import MAX_PIXELS, Container
 from entroformer_lib.datasets import files_under, is_picture
+from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import DataError, in_words
 from entroformer_lib.files import write_bytes
 from entroformer_lib.memory import keep_freed_memory
-from entroformer_lib.weights.zoo import device_of, load_model
+from entroformer_lib.weights.kept import forget, kept_model, name_elsewhere
+from entroformer_lib.weights.zoo import device_of
 
 Job = tuple[Path, Path]  # a file and its output
-METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-_load = functools.lru_cache(maxsize=2)(load_model)
-_load_named = functools.lru_cache(maxsize=2)(codec.model_named)
 
 
-def _ready(device: str) -> None:
-    """Forgets the models of earlier commands, whose files may have been written anew."""
+@functools.lru_cache(maxsize=2)
+def _load_named(name: str, device: str, weights: bytes) -> Entroformer:
+    """weights: their digest, as the file tells it; for another one they are loaded anew."""
+    return codec.model_named(name, device)
+
+
+def _ready(device: str) -> str:
+    """Forgets the models of earlier commands, whose files may have been written anew.  ->  the device, chosen here for
+    all workers"""
     keep_freed_memory()
-    _load.cache_clear()
+    forget()
     _load_named.cache_clear()
-    device_of(device)
+    return str(device_of(device))
 
 
 @dataclass(frozen=True)
 class Compress:
-    """Pictures to `.ef` files.  model: name or file. bpp: the most bits per pixel that a file may have."""
+    """Pictures to `.ef` files.
+
+    model: name or file. bpp: the most bits per pixel that a file may have. weights: the digest that they must have;
+    None takes those that are there.
+    """
 
     model: str
     bpp: float | None = None
     device: str = "auto"
+    weights: str | None = None
 
     ending = ".ef"
     what = "picture"
 
-    def prepare(self) -> None:
-        """Raises UserError for what would be wrong with every picture."""
+    def prepared(self) -> "Compress":
+        """The same for any process, in any folder. Raises UserError for what would be wrong with every picture."""
         codec.check_bpp(self.bpp)
-        _ready(self.device)
-        _load(self.model, self.device)
+        device = _ready(self.device)
+        weights = kept_model(self.model, device).digest
+        return replace(self, model=name_elsewhere(self.model), device=device, weights=weights)
 
     def takes(self, path: Path) -> bool:
         """Whether a file in a folder is meant."""
@@ -68,7 +74,7 @@ class Compress:
     def __call__(self, source: Path | bytes, form: str) -> tuple[bytes, dict]:
         """An `.ef` file; and its bytes, width, height, bpp, and notes: a sentence for each thing that is not kept."""
         picture = pictures.open_picture(source)
-        data = codec.encode(_load(self.model, self.device), picture, self.bpp)
+        data = codec.encode(kept_model(self.model, self.device, self.weights).model, picture, self.bpp)
         bpp = 8 * len(data) / (picture.width * picture.height)
         facts = {"bytes": len(data), "width": picture.width, "height": picture.height, "bpp": bpp}
         return data, {**facts, "notes": pictures.losses(picture)}
@@ -76,21 +82,27 @@ class Compress:
 
 @dataclass(frozen=True)
 class Decompress:
-    """`.ef` files to pictures.  model: name or file; None takes the one that the file names. max_pixels: a file that
-    claims more is refused."""
+    """`.ef` files to pictures.
+
+    model: name or file; None takes the one that the file names. max_pixels: a file that claims more is refused.
+    weights: as of Compress.
+    """
 
     model: str | None = None
     device: str = "auto"
     max_pixels: int = MAX_PIXELS
+    weights: str | None = None
 
     ending = ".png"
     what = ".ef file"
 
-    def prepare(self) -> None:
-        """Raises UserError for what would be wrong with every file."""
-        _ready(self.device)
-        if self.model is not None:
-            _load(self.model, self.device)
+    def prepared(self) -> "Decompress":
+        """The same for any process, in any folder. Raises UserError for what would be wrong with every file."""
+        device = _ready(self.device)
+        if self.model is None:
+            return replace(self, device=device)
+        weights = kept_model(self.model, device).digest
+        return replace(self, model=name_elsewhere(self.model), device=device, weights=weights)
 
     def takes(self, path: Path) -> bool:
         """Whether a file in a folder is meant."""
@@ -102,7 +114,10 @@ class Decompress:
         container = Container.unpack(data)
         container.check_pixels(self.max_pixels)
         pictures.file_of("L" if container.grey else "RGB", form)
-        model = _load_named(container.model, self.device) if self.model is None else _load(self.model, self.device)
+        if self.model is None:
+            model = _load_named(container.model, self.device, container.weights)
+        else:
+            model = kept_model(self.model, self.device, self.weights).model
         picture = codec.decode(data, model, max_pixels=self.max_pixels)
         return pictures.file_of(picture, form), {"width": picture.width, "height": picture.height, "notes": []}
 
@@ -224,115 +239,50 @@ def left_to_do(jobs: list[Job], force: bool, resume: bool) -> list[Job]:
 # ---- all of them ----
 
 
-def go_through(work: Work, jobs: list[Job], count: int | None = None) -> Iterator[dict]:
+def go_through(work: Work, jobs: list[Job], count: int | None = None, scheduler: str | None = None) -> Iterator[dict]:
     """Does all jobs.  ->  a row for each, in their order: file, output; what `work` tells, or error: a sentence
 
     Args:
         count: processes; default: as many as there are cores, or one on a GPU.
+        scheduler: address of a dask scheduler, whose workers do it; `count` is not used then.
 
     Raises:
         UserError: what would be wrong with every file, before any is touched.
+        ClusterError: the scheduler does not answer, or has no workers; or all of them are gone.
     """
-    work.prepare()
+    work = work.prepared()
     if count is None:
         from dask.system import CPU_COUNT
 
         count = CPU_COUNT if device_of(work.device).type == "cpu" else 1
-    count = min(count, len(jobs))
-    if count > 1:
-        yield from _in_order(_in_processes(work, jobs, count))
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for job in jobs:
-            yield _do(work, job)
-    finally:
-        torch.set_num_threads(before)
+    anywhere = [tuple(part.absolute() if isinstance(part, Path) else part for part in job) for job in jobs]
+    with processes(scheduler, min(count, len(jobs)), own_gpu=False) as client:
+        done = over(functools.partial(_do, work), anywhere, client, lambda job, sentence: {"error": sentence})
+        for number, row in _in_order(done):
+            source, output = jobs[number]
+            yield {"file": str(source), "output": str(output), **row}
 
 
 def _do(work: Work, job: Job) -> dict:
-    """One file, with whatever is wrong with it as a sentence."""
+    """One file on one thread, with whatever is wrong with it as a sentence."""
     source, output = job
-    row = {"file": str(source), "output": str(output)}
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         data, facts = work(source, output.suffix)
         output.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(output, data)
     except Exception as error:
-        return {**row, "error": in_words(error)}
-    return {**row, **facts}
+        return {"error": in_words(error)}
+    finally:
+        torch.set_num_threads(before)
+    return facts
 
 
-def _in_order(numbered: Iterator[tuple[int, dict]]) -> Iterator[dict]:
+def _in_order(numbered: Iterator[tuple[int, dict]]) -> Iterator[tuple[int, dict]]:
     early, following = {}, 0
     for number, row in numbered:
         early[number] = row
         while following in early:
-            yield early.pop(following)
+            yield following, early.pop(following)
             following += 1
-
-
-def _in_processes(work: Work, jobs: list[Job], count: int) -> Iterator[tuple[int, dict]]:
-    """Numbers of jobs and their rows, as they are done. A process that dies is replaced."""
-    waiting, busy = deque(enumerate(jobs)), {}
-    idle = [_Process(work) for _ in range(count)]
-    try:
-        while waiting or busy:
-            while waiting and idle:
-                process = idle.pop()
-                number, job = waiting.popleft()
-                process.begin(job)
-                busy[process.pipe] = process, number, job
-            for pipe in wait(list(busy)):
-                process, number, (source, output) = busy.pop(pipe)
-                row = process.row()
-                if row is None:
-                    error = "The process that worked at it died, perhaps for want of memory; fewer --jobs may help."
-                    row = {"file": str(source), "output": str(output), "error": error}
-                    process.end()
-                    process = _Process(work)
-                idle.append(process)
-                yield number, row
-    finally:
-        for process in [*idle, *(process for process, *_ in busy.values())]:
-            process.end()
-
-
-class _Process:
-    """A process of one thread that does a job at a time."""
-
-    def __init__(self, work: Work):
-        context = multiprocessing.get_context(METHOD)
-        if METHOD == "forkserver":
-            context.set_forkserver_preload([__name__])  # what is imported once need not be imported by each
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(work, theirs), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def begin(self, job: Job) -> None:
-        with contextlib.suppress(OSError):  # it is dead, and `row` will say so
-            self.pipe.send(job)
-
-    def row(self) -> dict | None:
-        """Of the job that was begun; None where the process died."""
-        try:
-            return self.pipe.recv()
-        except (EOFError, OSError):
-            return None
-
-    def end(self) -> None:
-        self.pipe.close()
-        self.process.terminate()
-        self.process.join()
-
-
-def _serve(work: Work, pipe: Connection) -> None:
-    """Does jobs until the other side closes the pipe, or is no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C goes to all processes, and the first one tells the others
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            pipe.send(_do(work, pipe.recv()))

@@ -28,6 +28,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from entroformer_lib.cluster import connected
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import ConfigError, StudyError
 from entroformer_lib.files import write_bytes
@@ -35,7 +36,7 @@ from entroformer_lib.models.config import SIZES, named_config
 from entroformer_lib.studies import latent_rates, results
 from entroformer_lib.studies.ablation_grids import BOTH, GRIDS, RECIPE, Entry, Grid, Terms
 from entroformer_lib.studies.commands import at_least
-from entroformer_lib.studies.engine import Outcome, Report, Task, check, connected, identity_of, sweep, trained
+from entroformer_lib.studies.engine import Outcome, Report, Task, check, identity_of, sweep, trained
 from entroformer_lib.studies.rate_distortion import Pictures, digest_of, pictures_of, pictures_to_test
 from entroformer_lib.studies.results import result_path
 from entroformer_lib.training.config import TrainConfig

@@ -11,32 +11,30 @@ is kept as a JSON file in the run's folder, written whole or not at all. From th
 
 A study says only what its runs are, how one is performed, and which table comes out.
 
-On dask every run is one task; where workers have GPUs (`dask worker --resources "GPU=1"`), each run takes one. Workers
-on other machines need this library and the same folder under the same path.
+On dask every run is one task (cluster.py); where workers have GPUs (`dask worker --resources "GPU=1"`), each run takes
+one.
 """
 
-import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
-import logging
 import os
 import socket
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from entroformer_lib.cluster import over, processes
 from entroformer_lib.errors import Stopped, StudyError, UserError
 from entroformer_lib.files import remove_parts, write_bytes
 from entroformer_lib.studies.commands import at_least
 from entroformer_lib.training.config import RUNTIME_FIELDS, TrainConfig
 
-PATIENCE = 10.0  # seconds that a scheduler has to answer
 Work = Callable[[Path, str], Any]
 
 
@@ -135,25 +133,24 @@ def sweep(
         Outcomes of the runs that were not finished before.
 
     Raises:
-        StudyError: workers below 1, the scheduler does not answer or has no workers, or runs of another kind lie in
-            `root`.
+        StudyError: workers below 1, or runs of another kind lie in `root`.
+        ClusterError: the scheduler does not answer or has no workers.
         Stopped: a signal stopped a training in this process.
     """
     at_least(1, workers=workers)
     check(tasks, root)
     left = list({task.name: task for task in tasks if task.missing(root)}.values())
-    workers = min(workers, len(left))
-    with contextlib.ExitStack() as stack:
-        if scheduler is not None:
-            found = _on_dask(left, root, stack.enter_context(connected(scheduler)))
-        elif workers > 1:
-            found = _on_dask(left, root, stack.enter_context(local_cluster(workers, own_gpu)))
-        else:
-            found = _one_by_one(left, root)
-        outcomes = []
-        for outcome in found:
-            outcomes.append(outcome)
-            report(outcome)
+    outcomes = []
+    with processes(scheduler, min(workers, len(left)), own_gpu) as client:
+        for wait in (False, True):  # runs that somebody else is at come last
+            work, put_off = functools.partial(perform, root=root.resolve(), wait=wait), []
+            for number, outcome in over(work, left, client, lambda task, error: Outcome(task.name, error, 0.0)):
+                if outcome is None:
+                    put_off.append(left[number])
+                else:
+                    outcomes.append(outcome)
+                    report(outcome)
+            left = put_off
     return outcomes
 
 
@@ -204,19 +201,6 @@ def perform(task: Task, root: Path, wait: bool = True) -> Outcome | None:
     return Outcome(task.name, error, round(time.monotonic() - begin, 2))
 
 
-def _one_by_one(tasks: list[Task], root: Path) -> Iterator[Outcome]:
-    """Runs that somebody else is at come last."""
-    left, put_off = deque(tasks), set()
-    while left:
-        task = left.popleft()
-        outcome = perform(task, root, wait=task.name in put_off)
-        if outcome is None:
-            put_off.add(task.name)
-            left.append(task)
-        else:
-            yield outcome
-
-
 # ---- runs that are trainings ----
 
 
@@ -255,86 +239,3 @@ def trained(config: TrainConfig, progress: bool = False, watch: Callable | None 
         "device": model.card["device"],
         "weights_sha256": weights_digest(model).hex(),
     }
-
-
-# ---- dask.distributed ----
-
-
-@contextlib.contextmanager
-def connected(scheduler: str) -> Iterator:
-    """A client of a running scheduler.
-
-    Raises:
-        StudyError: it does not answer within PATIENCE seconds, or has no workers.
-    """
-    from distributed import Client
-
-    try:
-        with _quiet():
-            client = Client(scheduler, timeout=PATIENCE)
-    except (OSError, ValueError, TypeError) as error:  # TimeoutError is an OSError
-        raise StudyError(f"The scheduler at {scheduler} does not answer; nothing was started.") from error
-    with client:
-        if not _workers(client):
-            raise StudyError(
-                f"The scheduler at {scheduler} has no workers; start some with: dask worker {scheduler} --nthreads 1"
-            )
-        yield client
-
-
-@contextlib.contextmanager
-def local_cluster(workers: int, own_gpu: bool = True) -> Iterator:
-    """A client of a cluster on this machine: processes of one thread. A worker that dies is started again.
-
-    Args:
-        own_gpu: where there are GPUs, each process has one to itself, and there are no more processes than GPUs.
-    """
-    import torch
-    from distributed import Client, Nanny, Scheduler, SpecCluster
-
-    host = "127.0.0.1"  # nobody on the network may give it work
-    options = {"nthreads": 1, "memory_limit": 0, "host": host, "dashboard": False, "silence_logs": logging.ERROR}
-    each = [options] * workers
-    if own_gpu and torch.cuda.is_available():
-        gpus = range(min(workers, torch.cuda.device_count()))
-        each = [{**options, "resources": {"GPU": 1}, "env": {"CUDA_VISIBLE_DEVICES": str(gpu)}} for gpu in gpus]
-    specification = {i: {"cls": Nanny, "options": options} for i, options in enumerate(each)}
-    scheduler = {"cls": Scheduler, "options": {"host": host, "dashboard": False, "dashboard_address": f"{host}:0"}}
-    with _quiet(), SpecCluster(specification, scheduler) as cluster, Client(cluster) as client:
-        client.wait_for_workers(len(each))
-        yield client
-
-
-def _workers(client) -> dict:
-    return client.scheduler_info(n_workers=-1)["workers"]
-
-
-def _on_dask(tasks: list[Task], root: Path, client) -> Iterator[Outcome]:
-    """Every run as a task of the cluster; as they finish."""
-    from distributed import as_completed
-
-    gpus = any(worker["resources"].get("GPU") for worker in _workers(client).values())
-    root = root.resolve()
-    futures = {
-        # one key for one run: two sweeps on one scheduler share it
-        client.submit(perform, task, root, key=f"{root}/{task.name}", resources={"GPU": 1} if gpus else None): task
-        for task in tasks
-    }
-    for future in as_completed(futures):
-        error = future.exception()
-        if error is None:
-            yield future.result()
-        else:  # its worker died again and again
-            yield Outcome(futures[future].name, f"{type(error).__name__}: {error}", 0.0)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what distributed says of connections that come and go: we say it in a sentence."""
-    logger = logging.getLogger("distributed")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

@@ -9,9 +9,11 @@ many run side by side, so that the numbers do not depend on how many cores there
 """
 
 import contextlib
-import functools
+import dataclasses
+import os
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +29,13 @@ from entroformer_lib.codec import codec
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import StudyError
 from entroformer_lib.files import file_digest
-from entroformer_lib.memory import keep_freed_memory
 from entroformer_lib.studies import results
 from entroformer_lib.studies.classical import CODECS, check_available, coded, decoded, evaluate_classical
 from entroformer_lib.studies.commands import at_least, check_place, run
-from entroformer_lib.studies.engine import Outcome, Task, complete
+from entroformer_lib.studies.engine import Outcome, Task, sweep
 from entroformer_lib.studies.rate_distortion import evaluate_picture, names_of, pictures_to_test
-from entroformer_lib.weights.zoo import load_model, split_name, tensors_digest
+from entroformer_lib.weights.kept import forget, kept_model, name_elsewhere
+from entroformer_lib.weights.zoo import split_name
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Coding:
     """One picture through one codec at one setting.
 
     codec: a model (name or file), or a classical codec. setting: the lambda of a variable-rate model, the quality of a
-    classical codec, or None where there is only one. name: of the picture in this run, see `names_of`.
+    classical codec, or None where there is only one. name: of the picture in this run, see `names_of`. weights: the
+    digest that they must have; None takes those that are there.
     """
 
     codec: str
@@ -49,13 +52,14 @@ class Coding:
     picture: str
     device: str = "cpu"
     name: str | None = None
+    weights: str | None = None
 
     def __call__(self, folder: Path | None = None, answer: str = "answer") -> dict:
         """Does it.  ->  the columns of `evaluate_picture`"""
         with _one_thread():
             if self.codec in CODECS:
                 return evaluate_classical(Path(self.picture), self.codec, self.setting)
-            return evaluate_picture(_model(self.codec, self.setting, self.device), Path(self.picture))
+            return evaluate_picture(_model(self.codec, self.setting, self.device, self.weights), Path(self.picture))
 
     def row(self, measured: dict) -> dict:
         """What was measured, under the names of this run: codec, setting, image, and the columns of
@@ -65,13 +69,15 @@ class Coding:
 
     def task(self) -> Task:
         """As a run of the engine: another one for other bytes of the picture or other weights, wherever they lie. The
-        model's name is in each file, so another name is another run too."""
+        model's name is in each file, so another name is another run too. It can be done in any folder."""
         identity = {"picture": file_digest(Path(self.picture)), "device": self.device}
+        work = dataclasses.replace(self, picture=os.path.abspath(self.picture))
         if self.codec in CODECS:
-            return Task.by_identity(self.codec, self, {**identity, "codec": self.codec, "setting": self.setting})
-        model = _model(self.codec, self.setting, self.device)
-        weights = {"model": model.name, "weights": _loaded(self.codec, self.device)[1], "level": model.level}
-        return Task.by_identity(model.name, self, {**identity, **weights})
+            return Task.by_identity(self.codec, work, {**identity, "codec": self.codec, "setting": self.setting})
+        kept, model = kept_model(self.codec, self.device), _model(self.codec, self.setting, self.device)
+        work = dataclasses.replace(work, codec=name_elsewhere(self.codec), weights=kept.digest)
+        weights = {"model": model.name, "weights": kept.digest, "level": model.level}
+        return Task.by_identity(model.name, work, {**identity, **weights})
 
 
 @contextlib.contextmanager
@@ -84,19 +90,10 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@functools.lru_cache(maxsize=2)
-def _loaded(name: str, device: str) -> tuple[Entroformer, str, float | None]:
-    """A model, the digest of all its weights (the encoder's too), and the level that its name asks for."""
-    keep_freed_memory()
-    model = load_model(name, device)
-    model.refresh_tables()
-    return model, tensors_digest(model.state_dict(), model.config.to_json().encode()).hex(), model.level
-
-
-def _model(name: str, setting: float | None, device: str) -> Entroformer:
-    model, _, level = _loaded(name, device)
-    model.level = level if setting is None else model.gain.level_of(setting)
-    return model
+def _model(name: str, setting: float | None, device: str, weights: str | None = None) -> Entroformer:
+    kept = kept_model(name, device, weights)
+    kept.model.level = kept.level if setting is None else kept.model.gain.level_of(setting)
+    return kept.model
 
 
 def picture_at(name: str, setting: float | None, picture: Image.Image) -> tuple[Image.Image, int]:
@@ -120,7 +117,7 @@ def tasks_of(codec: str, pictures: Iterable[Path], device: str = "cpu") -> list[
         check_available(codec)
         settings = CODECS[codec][1]
     else:
-        config = _loaded(codec, device)[0].config
+        config = kept_model(codec, device).model.config
         settings = (None,) if split_name(codec)[1] or not config.lmbdas else config.lmbdas
     paths = [Path(picture) for picture in pictures]
     named = list(zip(paths, names_of(paths), strict=True))
@@ -132,6 +129,7 @@ def measure(
     done: Path,
     jobs: int | None = None,
     report: Callable[[dict], None] = lambda row: None,
+    scheduler: str | None = None,
 ) -> list[dict]:
     """The rows of all codings, in their order.
 
@@ -139,23 +137,34 @@ def measure(
         done: folder for finished rows, of `finished_rows`; rows it already holds are not measured again.
         jobs: processes; default: as many as the cores that this process may use, or one on a GPU.
         report: called with each row in the order of the codings, as soon as it and all before it are there.
+        scheduler: address of a dask scheduler, whose workers measure; `jobs` is not used then.
 
     Raises:
-        StudyError: jobs below 1, or the error of the first coding that fails. What is finished stays in `done`.
+        StudyError: jobs below 1; or codings that failed, each with its error, after all others were measured. What is
+            finished stays in `done`.
+        ClusterError: the scheduler does not answer, or has no workers.
     """
     at_least(1, jobs=jobs)
     if jobs is None:
         jobs = CPU_COUNT if all(coding.device == "cpu" for coding in codings) else 1
-    _loaded.cache_clear()  # a file of weights may have been written anew
-    tasks, rows = [coding.task() for coding in codings], []
+    forget()
+    tasks, rows, failed = [coding.task() for coding in codings], [], {}
+    coming = deque(zip(codings, tasks, strict=True))
 
     def tell(outcome: Outcome | None = None) -> None:
-        while len(rows) < len(tasks) and not tasks[len(rows)].missing(done):
-            rows.append(codings[len(rows)].row(tasks[len(rows)].answer(done)))
-            report(rows[-1])
+        if outcome is not None and outcome.error is not None:
+            failed[outcome.name] = outcome.error
+        while coming and (coming[0][1].name in failed or not coming[0][1].missing(done)):
+            coding, task = coming.popleft()
+            if task.name not in failed:
+                rows.append(coding.row(task.answer(done)))
+                report(rows[-1])
 
     tell()
-    complete(tasks, done, tell, workers=jobs, own_gpu=False)
+    sweep(tasks, done, scheduler, jobs, tell, own_gpu=False)
+    if failed:
+        errors = [f"{c.picture}: {failed[t.name]}" for c, t in zip(codings, tasks, strict=True) if t.name in failed]
+        raise StudyError("\n".join([*errors, f"{len(errors)} of {len(codings)} could not be measured."]))
     return rows
 
 
@@ -177,7 +186,12 @@ def finished_rows(out: Path | None) -> Iterator[Path]:
     if done.is_file():
         raise StudyError(f"{done} does not hold measured rows; remove it to measure again.")
     done.mkdir(parents=True, exist_ok=True)
-    yield done
+    try:
+        yield done
+    except BaseException:
+        with contextlib.suppress(OSError):  # it holds rows
+            done.rmdir()
+        raise
     shutil.rmtree(done, ignore_errors=True)
 
 

@@ -53,26 +53,26 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Packing:
-    """One shard, as `codec/many.py` has work done. What it is made of is a range of the plan's pictures."""
+    """One shard, as `codec/many.py` has work done. What it is made of are names and licences of pictures."""
 
-    plan: Plan
+    folder: Path
+    min_side: int
     device = "cpu"
     ending = ".tar"
     what = "shard"
 
-    def prepare(self) -> None:
-        pass
+    def prepared(self) -> "_Packing":
+        return self
 
-    def __call__(self, pictures: range, form: str) -> tuple[bytes, dict]:
+    def __call__(self, pictures: list[tuple[str, str]], form: str) -> tuple[bytes, dict]:
         """The tar, and what the manifest tells of it. Every picture is decoded once, to see whether it is whole."""
         tar, row = io.BytesIO(), {"names": [], "sizes": [], "licences": [], "left_out": []}
         with tarfile.open(fileobj=tar, mode="w", format=tarfile.PAX_FORMAT) as shard:
-            for i in pictures:
-                name = self.plan.names[i]
+            for name, licence in pictures:
                 try:
-                    data = (self.plan.folder / name).read_bytes()
+                    data = (self.folder / name).read_bytes()
                     height, width = pixels_of(data).shape[:2]
-                    if min(height, width) < self.plan.min_side:
+                    if min(height, width) < self.min_side:
                         raise DataError(f"Its shorter side has {min(height, width)} pixels.")
                 except (DataError, OSError) as error:
                     row["left_out"].append({"name": name, "reason": str(error)})
@@ -82,7 +82,7 @@ class _Packing:
                 shard.addfile(member, io.BytesIO(data))
                 row["names"].append(name)
                 row["sizes"].append([width, height])
-                row["licences"].append(self.plan.licences[i])
+                row["licences"].append(licence)
         data = tar.getvalue()
         return data, {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), **row}
 
@@ -129,7 +129,8 @@ def pack(
             raise DataError(f"{out} holds shards of other pictures or options; choose another folder, or remove it.")
         return manifest
     out.mkdir(parents=True, exist_ok=True)
-    parts = [range(i, min(i + per_shard, len(plan.names))) for i in range(0, len(plan.names), per_shard)]
+    pictures = list(zip(plan.names, plan.licences, strict=True))
+    parts = [pictures[i : i + per_shard] for i in range(0, len(pictures), per_shard)]
     files = [out / f"shard-{i:06}.tar" for i in range(len(parts))]
     rows: dict[Path, dict] = {}
     for file in files:
@@ -137,11 +138,11 @@ def pack(
             rows[file] = note
             tell(note, len(files))
     left = [(part, file) for part, file in zip(parts, files, strict=True) if file not in rows]
-    for row in go_through(_Packing(plan), left, jobs):
+    for row in go_through(_Packing(folder.absolute(), min_side), left, jobs):
         if "error" in row:
             raise DataError(f"{row['output']}: {row['error']}")
         file = Path(row.pop("output"))
-        rows[file] = {**row, "file": file.name}
+        rows[file] = {**row, "file": file.name}  # where `file` was the list of its pictures
         write_bytes(file.with_suffix(".json"), json.dumps({"plan": digest, **rows[file]}).encode())
         tell(rows[file], len(files))
     manifest = _manifest_of(plan, digest, [rows[file] for file in files])
