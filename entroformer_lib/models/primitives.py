@@ -32,7 +32,7 @@ def keep_top_k(scores: Tensor, k: int | None) -> Tensor:
     if k is None or k >= scores.size(-1):
         return scores
     kth = scores.detach().topk(k).values[..., -1:]
-    return scores.masked_fill(scores.detach() < kth, -torch.inf)
+    return scores + torch.where(scores.detach() < kth, -torch.inf, 0.0)  # quicker than masked_fill, backward too
 
 
 @replaceable
