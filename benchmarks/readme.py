@@ -1,4 +1,4 @@
-"""Fills the marked blocks of README.md, docs/results.md and docs/reliability.md from saved results.
+"""Fills the marked blocks of README.md, docs/results.md, docs/reliability.md and docs/scaling.md from saved results.
 
     python benchmarks/readme.py
 
@@ -20,7 +20,7 @@ from entroformer_lib.views.paper_tables import markdown
 from entroformer_lib.views.rate_figures import groups_data, lines_beside
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "reliability")))
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "reliability", "scaling")))
 
 
 def filled(text: str) -> str:
@@ -164,6 +164,17 @@ def reliability() -> str:
     return _paragraph(f"{', '.join(parts)}: [what was tried, and what that does not show](docs/reliability.md).")
 
 
+def workers() -> str:
+    """Seconds of one worker and of two."""
+    if not (result := load("cluster")):
+        return "There is no data/results/cluster.json yet."
+    seconds = pd.DataFrame(result["rows"]).pivot(index="work", columns="workers", values="seconds")
+    seconds = seconds.loc[list(dict.fromkeys(row["work"] for row in result["rows"]))]
+    table = seconds.assign(times=seconds[1] / seconds[2]).reset_index()
+    heads = ["what", "one worker, seconds", "two workers, seconds", "one over two"]
+    return _table(table.set_axis(heads, axis=1), ("{}", "{:.1f}", "{:.1f}", "{:.2f}"))
+
+
 def tried() -> str:
     """What was tried, how often, what happened, and the command that repeats it."""
     rows = []
@@ -241,7 +252,7 @@ BLOCKS = {
     block.__name__: block
     for block in (
         *(in_short, tiny_rates, tiny_rates_bd, tiny_rates_msssim, speed, both_systems, both_systems_bd, claims),
-        *(reliability, tried, matrix),
+        *(reliability, tried, matrix, workers),
     )
 }
 
