@@ -1,4 +1,4 @@
-"""Fills the marked blocks of README.md, docs/results.md, docs/reliability.md and docs/scaling.md from saved results.
+"""Fills the marked blocks of README.md and of results, reliability and scaling in docs/ from saved results.
 
     python benchmarks/readme.py
 
@@ -11,6 +11,7 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from entroformer_lib.files import write_bytes
@@ -18,6 +19,7 @@ from entroformer_lib.studies import bd, same_transforms, verdicts
 from entroformer_lib.studies.results import AUTHORS, LABELS, ablation, kodak, kodak_means, load, published
 from entroformer_lib.views.paper_tables import markdown
 from entroformer_lib.views.rate_figures import groups_data, lines_beside
+from entroformer_lib.views.window_figures import window_data
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "reliability", "scaling")))
@@ -248,11 +250,65 @@ def _command(result: dict) -> str:
     return "python " + result["provenance"]["command"]
 
 
+NOT_MEASURED = "Not measured yet."
+
+
+def window_bits() -> str:
+    """What a search window costs in bits."""
+    saved = load("window_bits")
+    if saved is None:
+        return NOT_MEASURED
+    rows = window_data().dropna(subset="picture").query("window < inf")
+    change, sizes = rows.groupby("window")["change_percent"].agg(["mean", "min", "max"]), rows["megapixels"]
+    each = [
+        f"{row.mean:+.2f}% ({row.min:+.2f}% to {row.max:+.2f}%) with a window of {w:g}"
+        for w, row in zip(change.index, change.itertuples(index=False), strict=True)
+    ]
+    return _paragraph(
+        f"Size of the files against no window, on average over {rows['picture'].nunique()} photographs of "
+        f"{sizes.min():.1f} to {sizes.max():.1f} megapixels, least and most (`{saved['model']}`): {', '.join(each)} "
+        "([figure](../figures/search_window.png), [numbers](../data/results/window_bits.json))."
+    )
+
+
+def window_times() -> str:
+    """What a search window saves in time, and where the time of the largest picture goes."""
+    saved = load("window_times")
+    if saved is None:
+        return NOT_MEASURED
+    rows = pd.DataFrame(saved["rows"])
+    rows["window"] = rows["window"].astype(float).fillna(np.inf)
+    rows["size"], pixels = rows["width"].astype(str) + "x" + rows["height"].astype(str), rows["width"] * rows["height"]
+    largest = rows[pixels == pixels.max()].set_index("window").sort_index()
+    table = rows.pivot(index="window", columns="size", values="seconds")[rows["size"].unique()]
+    table["encode the largest"] = largest["encode_s"]
+    growth = np.log(table.iloc[:, -2] / table.iloc[:, 0]) / np.log(pixels.max() / pixels.min())
+    table["grows with pixels to the power of"] = growth.map("{:.2f}".format)
+    names = [f"{w:g}" if np.isfinite(w) else "none" for w in table.index]
+    table.insert(0, "window", names)
+    shares = []
+    for name, (_, row) in zip(names, largest.iterrows(), strict=True):
+        rest = row["hyper_s"] + row["context_s"] - row[["linear_s", "products_s", "ranking_s"]].sum()
+        parts = {
+            "transforms": row["transforms_s"], "linear layers": row["linear_s"],
+            "products of queries and keys": row["products_s"], "ranking, softmax and weighted sum": row["ranking_s"],
+            "the rest of the entropy model": rest, "entropy coding": row["entropy_coding_s"],
+        }  # fmt: skip
+        shares.append({"window": name, **{part: f"{s / row['seconds']:.0%}" for part, s in parts.items()}})
+    what = (
+        f"Seconds to decode with `{saved['model']}` (random weights, mosaics of Kodak's photographs) in "
+        f"{saved['provenance']['threads']} threads, and to encode the largest:"
+    )
+    where = f"Where the time of decoding {largest['size'].iloc[0]} goes:"
+    seconds = _table(table, ("{}", *["{:.1f}"] * (table.shape[1] - 2), "{}"))
+    return "\n\n".join((_paragraph(what), seconds, where, markdown(pd.DataFrame(shares))))
+
+
 BLOCKS = {
     block.__name__: block
     for block in (
         *(in_short, tiny_rates, tiny_rates_bd, tiny_rates_msssim, speed, both_systems, both_systems_bd, claims),
-        *(reliability, tried, matrix, workers),
+        *(reliability, tried, matrix, workers, window_bits, window_times),
     )
 }
 

@@ -48,7 +48,8 @@ WHAT = {  # by the beginning of a name, the longest that fits
     "tradeoff": "Rate against decoding time",
     "training_step": "Seconds of a training step",
     "two_passes": "What two passes cost, by the size of the picture",
-    "window": "Bits and seconds of search windows on large pictures",
+    "window_bits": "Files of large photographs with several search windows",
+    "window_times": "Seconds to encode and decode large pictures with several search windows",
 }
 OF_A_MODEL = "Every Kodak picture by this model: whole files on disk, decoded again"
 

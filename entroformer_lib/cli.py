@@ -45,6 +45,7 @@ def compress(
     output: OutputOrFolder = None,
     model: Model = "tiny-rates",
     bpp: float | None = None,
+    window: int | None = None,
     force: Force = False,
     resume: Resume = False,
     jobs: Jobs = None,
@@ -69,11 +70,13 @@ def compress(
             folder that -o names, in which they keep their places.
         output: The .ef file, by default beside the picture; of many their folder; - is the standard output.
         bpp: The most bits per pixel a file may have; takes a model of variable rate.
+        window: For large pictures: each latent looks for context at most so many latents (16 pixels) away, in each
+            direction. By default everywhere, which takes a time that grows with the square of the pixels.
     """
     from entroformer_lib.codec.many import Compress
 
     said = "{output}: {bytes:,} bytes, {bpp:.3f} bits per pixel"
-    _code(Compress(model, bpp, device), said, images, output, force, resume, jobs, scheduler, as_json)
+    _code(Compress(model, bpp, device, window), said, images, output, force, resume, jobs, scheduler, as_json)
 
 
 @app.command
@@ -134,6 +137,7 @@ def info(file: Positional[Path], max_pixels: int | None = None, as_json: AsJson 
         "grey": c.grey,
         "model": c.model or None,
         "level": c.level,
+        "window": c.window,
         "weights": c.weights.hex(),
         "bytes": len(data),
         "bytes_y": len(c.y_string),

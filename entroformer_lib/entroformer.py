@@ -164,7 +164,7 @@ class Entroformer(Network):
 
     def _exact(self) -> ExactCoder:
         """The entropy model as the coder runs it; made anew when a weight has changed."""
-        state = fingerprint(self.entropy_model_parts())
+        state = fingerprint(self.entropy_model_parts()), self.search_window
         if self._coder_of != state:
             self._coder, self._coder_of = ExactCoder(self), state
         return self._coder
@@ -197,7 +197,7 @@ class Entroformer(Network):
     def set_extra_state(self, state: Tensor) -> None:
         theirs = config_of(state)
         for name, ours in dataclasses.asdict(self.config).items():
-            if getattr(theirs, name) != ours:
+            if name != "search_window" and getattr(theirs, name) != ours:
                 raise WeightsError(
                     f"These weights were made with {name} = {getattr(theirs, name)}, this model has {name} = {ours}."
                 )
@@ -265,6 +265,17 @@ def evaluating(model: Entroformer) -> Iterator[Entroformer]:
     finally:
         for module, training in before.items():
             module.training = training
+
+
+@contextmanager
+def searching(model: Entroformer, window: int | None) -> Iterator[None]:
+    """A model with another search window inside the block."""
+    before = model.search_window
+    try:
+        model.search_window = window
+        yield
+    finally:
+        model.search_window = before
 
 
 def build_model(name: str, preset: str = "paper", **overrides) -> Entroformer:

@@ -185,6 +185,8 @@ class InGraphs(TorchFunctionMode):
         self.attend = attend or attend_in_graph
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is attend and args[3].window is not None:
+            raise ConfigError("A graph has no search window; set the model's search_window to None.")
         return (self.attend if function is attend else function)(*args, **(kwargs or {}))
 
 

@@ -6,7 +6,7 @@ number of tokens and pixels: attention's scores would grow with its square, and 
         model(x)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -37,14 +37,47 @@ def in_tiles(
     some = min(heads, max(1, limit // queries))
     out = torch.empty_like(q, dtype=v.dtype)
     numbers = torch.arange(len(sites) - q_len, len(sites), device=q.device)
+    causal = trim and isinstance(visible, UpToItself)
+    watched = any(point._forward_hooks for point in layer.children())  # who looks at maps wants all keys, in order
+    window = None if watched else layer.window
     for h in (slice(i, i + some) for i in range(0, heads, some)):
-        for i in (slice(j, j + queries) for j in range(0, q_len, queries)):
-            n = int(numbers[i][-1]) + 1 if trim and isinstance(visible, UpToItself) else k.size(2)
+        for i, keys in queries_with_keys(sites, numbers, k.size(2), queries, queries * k.size(2), causal, window):
             mine = own and tuple(t[:, h, i] for t in own)
+            if isinstance(keys, slice):
+                theirs, which = (k[:, h, keys], v[:, h, keys]), None
+            else:  # quicker than by brackets
+                theirs, which = (k[:, h].index_select(2, keys), v[:, h].index_select(2, keys)), keys
             out[:, h, i] = attend.__wrapped__(
-                q[:, h, i], k[:, h, :n], v[:, h, :n], layer, sites, visible, relative, top_k, mine, numbers[i]
+                q[:, h, i], *theirs, layer, sites, visible, relative, top_k, mine, numbers[i], which
             )
     return out
+
+
+def queries_with_keys(
+    sites: Tensor, numbers: Tensor, n: int, queries: int, pairs: int, causal: bool, window: int | None
+) -> Iterator[tuple[slice, slice] | tuple[Tensor, Tensor]]:
+    """Some queries at a time, and the keys of which they see some, in rising order.
+
+    sites: of all tokens, [.., 2]; numbers: of the queries among them, [q]; n: so many of them, the first, are keys;
+    queries: how many at a time where there is no window; pairs: of queries and keys, about how many at a time with a
+    window; causal: a query sees the keys up to itself; window: how far it looks.
+    """
+    if window is None:
+        for i in (slice(j, j + queries) for j in range(0, len(numbers), queries)):
+            yield i, slice(0, min(int(numbers[i][-1]) + 1, n) if causal else n)
+        return
+    side, (height, width) = max(8, window // 2), (sites.amax(0) + 1).tolist()
+    query, key = (torch.full((height, width), -1, device=sites.device) for _ in range(2))
+    for grid, which in ((query, sites[numbers]), (key, sites[:n])):
+        grid[which[:, 0], which[:, 1]] = torch.arange(len(which), device=sites.device)
+    for row in range(0, height, side):
+        rows = slice(max(0, row - window), row + side + (0 if causal else window))
+        for column in range(0, width, side):
+            i = query[row : row + side, column : column + side]
+            keys = key[rows, max(0, column - window) : column + side + window]
+            i, keys = i[i >= 0], keys[keys >= 0].sort().values
+            for part in i.split(max(64, pairs // max(len(keys), 1))) if len(i) else ():
+                yield part, keys
 
 
 def convolved_in_strips(x: Tensor, convolution: nn.Module, norm: nn.Module | None) -> Tensor:

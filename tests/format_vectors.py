@@ -60,6 +60,8 @@ VECTORS: dict[str, tuple[str, str, dict, float | None]] = {
     "position-1d": ("serial", "paper", dict(position="relative_1d"), None),
     "position-2d": ("serial", "paper", dict(position="relative_2d"), None),
     "dense": ("serial", "paper", dict(top_k=None, hyper_top_k=(None, None, None)), None),
+    "window-parallel": ("parallel", "paper", dict(search_window=1), None),
+    "window-serial": ("serial", "paper", dict(search_window=1), None),
     "grey": ("parallel", "paper", {}, None),
     "one-pixel": ("parallel", "paper", {}, None),
 }

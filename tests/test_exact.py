@@ -13,10 +13,10 @@ from torch import nn
 
 from entroformer_lib.codec import codec
 from entroformer_lib.errors import WeightsError
-from entroformer_lib.exact import arithmetic, loops
+from entroformer_lib.exact import arithmetic, loops, ranked
 from entroformer_lib.exact.arithmetic import Exact, digits, rounded, step_for
 from entroformer_lib.exact.coder import ExactCoder
-from entroformer_lib.models.attention import Stack
+from entroformer_lib.models.attention import Stack, UpToItself
 from entroformer_lib.models.config import named_config
 from entroformer_lib.models.gain import RateGain, RateKnowledge
 from entroformer_lib.models.position import grid_sites
@@ -153,6 +153,38 @@ def test_equal_scores_at_rank_k_are_all_kept(route, by):
     assert (probs > 0).sum(1).tolist() == [4, 3, 4]
     order = torch.randperm(6)
     assert torch.equal(by(route, lambda: keep_top_k(scores[:, order], 3).softmax(-1)), probs[:, order])
+
+
+@pytest.mark.parametrize("kind", ["diamond", "none"])
+@pytest.mark.parametrize("sees", ["all", "up to itself", "closed memory"])
+def test_ranking_in_groups_gives_the_bits_of_all_scores(sees, kind, monkeypatch):
+    """Also where many scores are equal: half of the tokens are the same."""
+    torch.manual_seed(2)
+    c = named_config("tiny-parallel", **MICRO, position=kind)
+    stack, sites = Stack(c, 2, 4, c.radius).eval(), grid_sites(18, 21)
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter.mul_(5 if parameter.dim() > 1 else 1)
+    x = torch.randn(1, len(sites), c.dim)
+    x[:, ::2] = x[0, 0]
+
+    def run():
+        with torch.inference_mode(), Exact():
+            if sees != "closed memory":
+                return stack(x, sites, visible=UpToItself(len(sites)) if sees == "up to itself" else None)
+            memory = stack.memory(200)
+            stack.remember(x[:, :200], sites[:200], memory)
+            for part in memory:
+                part.closed = True
+            return stack(x[:, 200:], sites, memory=memory)
+
+    calls, found = [], ranked.attend
+    monkeypatch.setattr(ranked, "attend", lambda *args: calls.append(args) or found(*args))
+    monkeypatch.setattr(arithmetic, "int8_works", lambda device: True)
+    quick = run()
+    assert calls
+    monkeypatch.setattr(arithmetic, "ranks", lambda *args: False)
+    assert torch.equal(run(), quick)
 
 
 def test_what_has_no_exact_form_is_refused():

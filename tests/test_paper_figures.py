@@ -56,7 +56,7 @@ def test_every_item_has_all_its_files(drawn):
     folder, data = drawn
     assert {"figure05_rate_distortion", "table2_latency", "table6_sizes"} <= set(data)
     for item in paper.ITEMS:
-        assert re.fullmatch(r"(figure\d\d|table\d)_\w+", item.name)
+        assert re.fullmatch(r"(figure\d\d|table\d)_\w+|search_window", item.name)
         endings = {"png", "svg", "csv"} | ({"md"} if item.table else set())
         found = {path.suffix[1:] for path in folder.glob(f"{item.name}.*")}
         assert found == (endings if item.name in data else set())

@@ -16,7 +16,7 @@ from torch import Tensor
 from entroformer_lib.codec.container import LARGEST_SIDE, LEVEL_STEPS, MAX_PIXELS, Container
 from entroformer_lib.codec.pictures import open_picture, to_picture, to_rgb, to_tensor, unpad
 from entroformer_lib.codec.pictures import pad as pad
-from entroformer_lib.entroformer import Entroformer, evaluating, in_float32
+from entroformer_lib.entroformer import Entroformer, evaluating, in_float32, searching
 from entroformer_lib.errors import BitstreamError, DataError, RateError, WeightsError
 from entroformer_lib.rangecoder import MORE_BYTES, Y_BYTES, Z_BYTES
 from entroformer_lib.weights.zoo import load_model, weights_digest
@@ -34,6 +34,7 @@ def encode(model: Entroformer, image, bpp: float | None = None) -> bytes:
     Args:
         model: from `load_model` (its name goes into the file), or any model (then `decode` must be given it). One of
             variable rate codes at its `level`. It is left as it was.
+            Its `search_window` goes into the file.
         image: what `open_picture` takes. See `to_rgb` for what happens to grey, palettes, 16 bits and transparency.
         bpp: the most bits per pixel that the whole file may have; takes a model of variable rate.
 
@@ -113,7 +114,7 @@ def _encode_at(model: Entroformer, x: Tensor, size: tuple[int, int], grey: bool,
         z_string = coded["strings"][1][0]
         z_hat = model.z_prior.decompress([z_string], coded["shape"])
     checksums = weights_digest(model), latents_checksum(y_hat, z_hat)
-    return Container(*size, grey, model.name, *checksums, z_string, y_string, level).pack()
+    return Container(*size, grey, model.name, *checksums, z_string, y_string, level, model.search_window).pack()
 
 
 @torch.no_grad()
@@ -156,12 +157,15 @@ def _decode_with(model: Entroformer, container: Container) -> Image.Image:
     rates = len(model.config.lmbdas)
     if (container.level is None) == bool(rates) or (rates and container.level > rates - 1):
         raise BitstreamError("The file has a rate that this model does not know.")
+    if container.window is not None and model.config.context == "grouped":
+        raise BitstreamError("The file has a search window, and this model takes none.")
     _check_lengths(container, model)
     _check_memory(container.width, container.height, BYTES_PER_PIXEL + BYTES_PER_CHANNEL * model.config.N)
     y_shape, z_shape = latent_shapes(container.width, container.height, model)
     strings = [[container.y_string], [container.z_string]]  # the second is empty and not read without hyperprior
     try:
-        y_hat, z_hat = model.decompress_latents(strings, z_shape or y_shape, container.level)
+        with searching(model, container.window):
+            y_hat, z_hat = model.decompress_latents(strings, z_shape or y_shape, container.level)
     except (ValueError, IndexError, WeightsError) as error:
         raise BitstreamError(f"The coded latents cannot be decoded: {str(error).removesuffix('.')}.") from None
     if latents_checksum(y_hat, z_hat) != container.latents_crc:

@@ -4,9 +4,10 @@ is in them, and what a decoder checks.
     bytes  what
     3      93 45 46, that is \\x93 "EF"
     1      version, 3 (1 and 2 had other arithmetic)
-    1      flags: 1 = the picture is grey, 2 = the rate is variable
+    1      flags: 1 = the picture is grey, 2 = the rate is variable, 4 = there is a search window
     1-5    width, then height, each as LEB128 (7 bits a byte, low bits first, high bit = more follow)
     0 or 2 level of a variable rate in 1/256 (`models/gain.py`), where the flag says so
+    0-2    search window (LEB128, up to 4,096), where the flag says so
     1-2+n  length (LEB128, up to 255) and UTF-8 name of the model
     4      first bytes of the SHA-256 of its decoder weights (`zoo.weights_digest`)
     4      CRC-32 of the latents, so that a decoder that differs is noticed
@@ -23,6 +24,7 @@ import zlib
 from dataclasses import dataclass
 
 from entroformer_lib.errors import BitstreamError, DataError, WeightsError
+from entroformer_lib.models.config import LARGEST_WINDOW
 
 MAGIC = b"\x93EF"
 VERSION = 3
@@ -36,7 +38,7 @@ _U16, _U32 = struct.Struct("<H"), struct.Struct("<I")
 
 @dataclass(frozen=True)
 class Container:
-    """One coded picture. Sizes in pixels; `weights`, `latents_crc` and `level` as described above."""
+    """One coded picture. Sizes in pixels; `weights`, `latents_crc`, `level` and `window` as described above."""
 
     width: int
     height: int
@@ -47,6 +49,7 @@ class Container:
     z_string: bytes
     y_string: bytes
     level: float | None = None
+    window: int | None = None
 
     def pack(self) -> bytes:
         """Raises WeightsError for a model's name that no file can hold."""
@@ -57,10 +60,11 @@ class Container:
         data = b"".join(
             [
                 MAGIC,
-                bytes([VERSION, int(self.grey) + 2 * (self.level is not None)]),
+                bytes([VERSION, int(self.grey) + 2 * (self.level is not None) + 4 * (self.window is not None)]),
                 _varint(self.width),
                 _varint(self.height),
                 b"" if self.level is None else _U16.pack(round(self.level * LEVEL_STEPS)),
+                b"" if self.window is None else _varint(self.window),
                 _varint(len(name)),
                 name,
                 self.weights[:4],
@@ -86,9 +90,12 @@ class Container:
         body = io.BytesIO(data[4:-4])
         flags = _take(body, 1)[0]
         width, height = _take_varint(body), _take_varint(body)
-        if not (1 <= width <= LARGEST_SIDE and 1 <= height <= LARGEST_SIDE) or flags > 3:
+        if not (1 <= width <= LARGEST_SIDE and 1 <= height <= LARGEST_SIDE) or flags > 7:
             raise BitstreamError(NONSENSE)
         level = _U16.unpack(_take(body, 2))[0] / LEVEL_STEPS if flags & 2 else None
+        window = _take_varint(body) if flags & 4 else None
+        if window is not None and not 1 <= window <= LARGEST_WINDOW:
+            raise BitstreamError(NONSENSE)
         length = _take_varint(body)
         if length > LARGEST_NAME:
             raise BitstreamError(NONSENSE)
@@ -100,7 +107,7 @@ class Container:
             raise BitstreamError(NONSENSE)
         weights, (crc,) = _take(body, 4), _U32.unpack(_take(body, 4))
         z_string = _take(body, _take_varint(body))
-        return cls(width, height, bool(flags & 1), name, weights, crc, z_string, body.read(), level)
+        return cls(width, height, bool(flags & 1), name, weights, crc, z_string, body.read(), level, window)
 
     def check_pixels(self, most: int | None) -> None:
         """Raises DataError where the picture has more pixels than are allowed; None allows all."""

@@ -19,7 +19,7 @@ from entroformer_lib.cluster import over, processes
 from entroformer_lib.codec import codec, pictures
 from entroformer_lib.codec.container import MAX_PIXELS, Container
 from entroformer_lib.datasets import files_under, is_picture
-from entroformer_lib.entroformer import Entroformer
+from entroformer_lib.entroformer import Entroformer, searching
 from entroformer_lib.errors import DataError, in_words
 from entroformer_lib.files import write_bytes
 from entroformer_lib.memory import keep_freed_memory
@@ -48,13 +48,14 @@ def _ready(device: str) -> str:
 class Compress:
     """Pictures to `.ef` files.
 
-    model: name or file. bpp: the most bits per pixel that a file may have. weights: the digest that they must have;
-    None takes those that are there.
+    model: name or file. bpp: the most bits per pixel that a file may have. window: how far a latent looks for context,
+    in latents; None: as the model does. weights: the digest that they must have; None takes those that are there.
     """
 
     model: str
     bpp: float | None = None
     device: str = "auto"
+    window: int | None = None
     weights: str | None = None
 
     ending = ".ef"
@@ -64,8 +65,10 @@ class Compress:
         """The same for any process, in any folder. Raises UserError for what would be wrong with every picture."""
         codec.check_bpp(self.bpp)
         device = _ready(self.device)
-        weights = kept_model(self.model, device).digest
-        return replace(self, model=name_elsewhere(self.model), device=device, weights=weights)
+        kept = kept_model(self.model, device)
+        with self._searching(kept.model):
+            pass
+        return replace(self, model=name_elsewhere(self.model), device=device, weights=kept.digest)
 
     def takes(self, path: Path) -> bool:
         """Whether a file in a folder is meant."""
@@ -74,10 +77,15 @@ class Compress:
     def __call__(self, source: Path | bytes, form: str) -> tuple[bytes, dict]:
         """An `.ef` file; and its bytes, width, height, bpp, and notes: a sentence for each thing that is not kept."""
         picture = pictures.open_picture(source)
-        data = codec.encode(kept_model(self.model, self.device, self.weights).model, picture, self.bpp)
+        model = kept_model(self.model, self.device, self.weights).model
+        with self._searching(model):
+            data = codec.encode(model, picture, self.bpp)
         bpp = 8 * len(data) / (picture.width * picture.height)
         facts = {"bytes": len(data), "width": picture.width, "height": picture.height, "bpp": bpp}
         return data, {**facts, "notes": pictures.losses(picture)}
+
+    def _searching(self, model: Entroformer):
+        return searching(model, model.search_window if self.window is None else self.window)
 
 
 @dataclass(frozen=True)

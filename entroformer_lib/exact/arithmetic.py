@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from entroformer_lib.errors import WeightsError
-from entroformer_lib.exact import loops
+from entroformer_lib.exact import loops, ranked
 from entroformer_lib.exact.constants import FIXED_STEPS, LARGEST_VALUE, LOWEST_POWER, PEAK, POLYNOMIAL
 from entroformer_lib.models import attention, primitives
-from entroformer_lib.tiles import in_tiles
+from entroformer_lib.tiles import in_tiles, queries_with_keys
 
 
 class Exact(TorchFunctionMode):
@@ -204,12 +204,47 @@ def attend(exact: Exact, q, k, v, layer, sites, visible, relative, top_k, own) -
     after the other."""
     kept = getattr(k, "kept", None)
     if kept is None or q.size(-2) > 1:
+        if loops.serve(q) and int8_works("cpu") and ranks(q, visible, relative, top_k):
+            return attend_ranked(exact, q, k, v, layer, sites, visible, relative, top_k, own)
         with exact:
             return in_tiles(q, k, v, layer, sites, visible, relative, top_k, own, trim=True)
     position = loops.NO_POSITION
     if relative is not None:
         position = *exact.weight(relative.table()).for_keys, loops.array(relative.lookup)
-    return loops.attend_one(q * layer.scale, kept, sites, position, top_k)
+    return loops.attend_one(q * layer.scale, kept, sites, position, top_k, layer.window)
+
+
+def ranks(q: Tensor, visible, relative, top_k: int | None) -> bool:
+    """Whether `ranked.attend` takes this attention."""
+    simple = visible is None or isinstance(visible, attention.UpToItself)
+    known = relative is None or relative.kind == "diamond"
+    return bool(top_k) and simple and known and len(q) == 1 and q.size(3) <= ranked.WIDEST
+
+
+def attend_ranked(exact: Exact, q, k, v, layer, sites, visible, relative, top_k, own) -> Tensor:
+    """`attend` by ranked.py."""
+    q, n = q[0] * layer.scale, k.size(2)  # [heads, q, d]
+    heads, q_len, _ = q.shape
+    numbers, places = torch.arange(len(sites) - q_len, len(sites)), torch.arange(n)
+    position = np.zeros((heads, q_len, 1), dtype=np.float32)
+    with exact:
+        if relative is not None:
+            position = loops.array(primitives.dot_products(q, relative.table()))
+        if own is not None:
+            scores = primitives.dot_products(q[..., None, :], own[0][0, ..., None, :])[..., 0]
+            scores = scores if relative is None else scores + relative.own(q)
+            own = loops.array(scores[..., 0]), loops.array(own[1][0])
+    causal = isinstance(visible, attention.UpToItself)
+
+    def pieces():
+        for i, keys in queries_with_keys(sites, numbers, n, max(64, 2**18 // n), 2**23, causal, layer.window):
+            mine, seen = numbers[i], places[keys]
+            limits = torch.searchsorted(seen, mine, right=True) if causal else torch.full_like(mine, len(seen))
+            near = mine.new_zeros(len(mine), 0) if relative is None else relative.near(sites[mine], sites[seen])
+            yield ranked.Piece(i, keys, *map(loops.array, (seen, limits, near, sites[mine], sites[seen].T)))
+
+    limit = FIXED_STEPS * LARGEST_VALUE
+    return ranked.attend(q, k[0], v[0], pieces(), position, own, top_k, layer.window or 0, limit)[None]
 
 
 # ---- softmax over the chosen ----------------------------------------------------------------------------------------

@@ -317,9 +317,11 @@ def _softmax(scores, out):
         most = f32(-np.inf)
         for c in range(count):
             most = max(most, row[chosen[c]])
-        total = i64(0)
+        total, before, weight = i64(0), f32(np.nan), f32(0)
         for c in range(count):
-            weight = np.rint(_exp_of_negative(row[chosen[c]] - most) * f32(PEAK))
+            score = row[chosen[c]]
+            if score != before:  # flat parts of a picture give long rows of equal scores
+                before, weight = score, np.rint(_exp_of_negative(score - most) * f32(PEAK))
             result[chosen[c]] = weight
             total += i64(weight)
         whole = f32(total)
@@ -336,31 +338,38 @@ def softmax(scores: Tensor) -> Tensor:
 
 
 @loop
+def kth_largest(row, order, k):
+    """A number that the k largest of a row reach, and no other that is not equal to one of them: a bisection over the
+    order of floats, in which counting goes many at a time.  order: int32 [n], overwritten"""
+    n, bits, found = len(row), row.view(np.int32), np.empty(1, dtype=i32)
+    low, high = i32(2**31 - 1), i32(-(2**31))
+    for j in range(n):  # integers in the order of the numbers; -0 counts as 0
+        b = bits[j] if bits[j] != i32(-(2**31)) else i32(0)
+        order[j] = b ^ i32((b >> i32(31)) & i32(0x7FFFFFFF))
+        low, high = min(low, order[j]), max(high, order[j])
+    while low < high:
+        middle = i32(i64(low) + (i64(high) - i64(low) + 1) // 2)
+        count = i32(0)
+        for j in range(n):
+            count = i32(count + i32(order[j] >= middle))
+        if count < k:
+            high = i32(middle - i32(1))
+        else:
+            low = middle
+            if count == k:  # no number equals the one at rank k, so it does not matter what parts them
+                break
+    found[0] = low ^ i32((low >> i32(31)) & i32(0x7FFFFFFF))
+    return found.view(np.float32)[0]
+
+
+@loop
 def _keep_top_k(scores, k, out):
-    """The k-th largest score of each row by bisection over the order of floats: counting goes many at a time."""
     n = scores.shape[1]
-    row, keys = np.empty(n, dtype=f32), np.empty(n, dtype=i32)
+    order = np.empty(n, dtype=i32)
     for i in range(len(scores)):
+        kth = kth_largest(scores[i], order, k)
         for j in range(n):
-            row[j] = scores[i, j] + f32(0)  # makes 0 of -0
-        bits = row.view(np.int32)
-        low, high = i32(2**31 - 1), i32(-(2**31))
-        for j in range(n):  # integers in the order of the scores
-            keys[j] = bits[j] ^ i32((bits[j] >> i32(31)) & i32(0x7FFFFFFF))
-            low, high = min(low, keys[j]), max(high, keys[j])
-        while low < high:
-            middle = i32(i64(low) + (i64(high) - i64(low) + 1) // 2)
-            count = i32(0)
-            for j in range(n):
-                count = i32(count + i32(keys[j] >= middle))
-            if count < k:
-                high = i32(middle - i32(1))
-            else:
-                low = middle
-                if count == k:  # no key equals the one at rank k, so it does not matter what parts them
-                    break
-        for j in range(n):
-            out[i, j] = scores[i, j] if keys[j] >= low else f32(-np.inf)
+            out[i, j] = scores[i, j] if scores[i, j] >= kth else f32(-np.inf)
 
 
 def keep_top_k(scores: Tensor, k: int) -> Tensor:
@@ -396,12 +405,21 @@ def _add(keys, values, first, limit, high, low, scale, fixed):
 
 
 @loop
-def _attend_one(q, high, low, scale, fixed, n, p_high, p_low, p_scale, lookup, sites, top_k, out):
+def _attend_one(q, high, low, scale, fixed, n, p_high, p_low, p_scale, lookup, sites, top_k, window, out):
     """One query, head by head.  q: [heads, d]; high, low, fixed: [heads, capacity, d], scale: [heads, capacity], of n
     keys; p: position vectors [buckets, d], which of them belongs to an offset, and the keys' sites, the last of them
-    the query's; or empty  ->  out: [heads, d]
+    the query's; or empty; window: how far the query looks, 0 for everywhere  ->  out: [heads, d]
     """
     heads, d = q.shape
+    far = np.zeros(n, dtype=np.bool_)
+    first, stop = 0, n
+    if window:
+        for j in range(n):
+            far[j] = max(abs(sites[j, 0] - sites[n - 1, 0]), abs(sites[j, 1] - sites[n - 1, 1])) > window
+        while far[first]:  # the rows above
+            first += 1
+    seen, n = slice(first, stop), n - first
+    sites, far = sites[seen], far[seen]
     q_high, q_low, q_scale = np.empty((heads, d), np.int8), np.empty((heads, d), np.int8), np.empty(heads, f32)
     _digits(q, q_high, q_low, q_scale)
     scores, kept, probs = np.empty((1, n), dtype=f32), np.empty((1, n), dtype=f32), np.empty((1, n), dtype=f32)
@@ -412,25 +430,27 @@ def _attend_one(q, high, low, scale, fixed, n, p_high, p_low, p_scale, lookup, s
             column = min(max(sites[j, 1] - sites[n - 1, 1], -ring), ring) + ring
             bucket[j] = lookup[row, column]
     for h in range(heads):
-        _pairs(q_high[h], q_low[h], q_scale[h], high[h, :n], low[h, :n], scale[h, :n], scores[0])
+        _pairs(q_high[h], q_low[h], q_scale[h], high[h, seen], low[h, seen], scale[h, seen], scores[0])
         if len(p_high):
             _pairs(q_high[h], q_low[h], q_scale[h], p_high, p_low, p_scale, products)
             for j in range(n):
                 scores[0, j] = scores[0, j] + products[bucket[j]]
+        for j in range(n):
+            scores[0, j] = f32(-np.inf) if far[j] else scores[0, j]
         if top_k < n:
             _keep_top_k(scores, top_k, kept)
         else:
             kept[:] = scores
         _softmax(kept, probs)
-        _weighted_sum(probs, fixed[h, :n], out[h : h + 1])
+        _weighted_sum(probs, fixed[h, seen], out[h : h + 1])
 
 
-def attend_one(q: Tensor, kept: Kept, sites: Tensor, position: tuple, top_k: int | None) -> Tensor:
+def attend_one(q: Tensor, kept: Kept, sites: Tensor, position: tuple, top_k: int | None, window: int | None) -> Tensor:
     """q: [1, heads, 1, d]; sites: [n, 2]; position: digits and scale of the vectors, lookup  ->  [1, heads, 1, d]"""
     query, places = array(q), array(sites)
     out, n = np.empty(query.shape, dtype=f32), len(places)
     parts = kept.high, kept.low, kept.scale, kept.fixed, n
-    _attend_one(query[0, :, 0], *parts, *position, places, min(top_k or n, n), out[0, :, 0])
+    _attend_one(query[0, :, 0], *parts, *position, places, min(top_k or n, n), window or 0, out[0, :, 0])
     return torch.from_numpy(out)
 
 

@@ -71,6 +71,7 @@ class TopKAttention(nn.Module):
     def __init__(self, dim: int, heads: int, top_k: int | None, scale: str):
         super().__init__()
         self.heads, self.top_k = heads, top_k
+        self.window: int | None = None  # `Network.search_window` sets it
         self.scale = 1 / math.sqrt(dim if scale == "width" else dim // heads)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
@@ -117,14 +118,16 @@ def attend(
     top_k: int | None,
     own: tuple[Tensor, Tensor] | None = None,
     numbers: Tensor | None = None,
+    keys: Tensor | None = None,
 ) -> Tensor:
     """From queries, keys and values to what attention has gathered; each query independent of the others.
 
     q: [B, heads, q, d]; k, v: [B, heads, n, d]; layer: its scale and points; visible: of k; own: key and value of each
     query itself, [B, heads, q, d] each, where it is not among k; numbers: of the queries among all tokens, [q], where
-    they are not the last  ->  [B, heads, q, d]
+    they are not the last; keys: numbers of k, where they are not the first n  ->  [B, heads, q, d]
     """
     n = k.size(2)
+    places = sites[:n] if keys is None else sites[keys]
     if numbers is None:
         numbers = torch.arange(len(sites) - q.size(2), len(sites), device=q.device)
     # The ranking needs more digits than bfloat16 has, so the scores leave autocast.
@@ -133,14 +136,20 @@ def attend(
         q = q.to(wide) * layer.scale
         scores = layer.content(dot_products(q, k.to(wide)))  # [B, heads, q, n]
         if relative is not None:
-            scores = scores + layer.position(relative(q, sites[numbers], sites[:n]))
+            scores = scores + layer.position(relative(q, sites[numbers], places))
         if own is not None:  # each query's own key as one column more
             mine = dot_products(q[..., None, :], own[0].to(wide)[..., None, :])[..., 0]  # [B, heads, q, 1]
             scores = torch.cat((scores, mine if relative is None else mine + relative.own(q)), dim=-1)
         if visible is not None:
-            scores = scores + torch.where(
-                visible(numbers)[..., : scores.size(-1)], 0.0, -torch.inf
-            )  # quicker than masked_fill
+            seen = visible(numbers)
+            if keys is not None:  # in the last column a query's own key
+                seen = seen[..., keys] if own is None else torch.cat((seen[..., keys], seen[..., -1:]), dim=-1)
+            seen = seen[..., : scores.size(-1)]
+            scores = scores + torch.where(seen, 0.0, -torch.inf)  # quicker than masked_fill
+        if layer.window is not None:
+            far = (sites[numbers][:, None] - places).abs().amax(-1) > layer.window  # [q, n]
+            far = far if own is None else torch.cat((far, far.new_zeros(len(far), 1)), dim=-1)
+            scores = scores.masked_fill(far, -torch.inf)
         probs = layer.probs(layer.selected(keep_top_k(layer.scores(scores), top_k)).softmax(dim=-1))
     probs = probs.to(v.dtype)
     return weighted_sum(probs, v) if own is None else weighted_sum(probs[..., :n], v) + probs[..., n:] * own[1]

@@ -13,6 +13,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from entroformer_lib.errors import ConfigError
 
+LARGEST_WINDOW = 2**12  # sites of the largest pictures that are coded
+
 Context = Literal["serial", "parallel", "cnn", "grouped", "none"]
 Position = Literal["none", "absolute", "relative_1d", "relative_2d", "diamond"]
 
@@ -50,6 +52,9 @@ class EntroformerConfig:
     # Top-k attention (section 3.3)
     top_k: int | None = 32  # None: dense attention
     hyper_top_k: tuple[int | None, int | None, int | None] = (32, 32, 32)  # h_a's three stages, fine to coarse
+    # Ours: a token sees those at most so many rows and columns away, on its own grid, so that time grows with the
+    # pixels and not with their square; None: all, as in the paper. No weights depend on it.
+    search_window: int | None = None
     top_k_jitter: bool = False  # while training, draw k from [k // 2, 2 k) at every pass (released code)
 
     # Position encoding (section 3.2, Table 1)
@@ -113,6 +118,12 @@ class EntroformerConfig:
             )
         if any(k is not None and k < 2 for k in (self.top_k, *self.hyper_top_k)):
             raise ConfigError("top_k must be at least 2, or None for dense attention.")
+        if self.search_window is not None and not 1 <= self.search_window <= LARGEST_WINDOW:
+            raise ConfigError(
+                f"A search window has 1 to {LARGEST_WINDOW:,} latents in each direction, not {self.search_window:,}."
+            )
+        if self.search_window is not None and self.context == "grouped":
+            raise ConfigError("GroupedMixer has windows of its own and takes no search window.")
         if not self.scale_floor > 0:
             raise ConfigError(f"scale_floor must be above 0, and is {self.scale_floor}.")
         if self.rate_aware and not self.lmbdas:
@@ -177,7 +188,7 @@ class EntroformerConfig:
 
 TRANSFORM_FIELDS = ("N", "M", "transforms", "stages", "linear_path")
 GROUPED_FIELDS = ("groups", "group_order", "inner", "window", "cross")
-YOUNG_FIELDS = ("lmbdas", "rate_aware", "hyper", "hyper_input", "transforms", "stages", "linear_path")
+YOUNG_FIELDS = ("lmbdas", "rate_aware", "hyper", "hyper_input", "transforms", "stages", "linear_path", "search_window")
 
 
 def _known(values: dict, cls) -> dict:

@@ -14,6 +14,7 @@ import torch
 from compressai.models import CompressionModel
 from torch import Tensor
 
+from entroformer_lib.models.attention import TopKAttention
 from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.context import NO_GAPS, CnnContext, Gaps, NoContext, ParallelContext, SerialContext
 from entroformer_lib.models.entropy_model import Bounds, EntropyParameters, PerGroup, PerSite, ToldTheRate
@@ -54,10 +55,25 @@ class Network(CompressionModel):
         self.h_a, self.h_s = build_hyperprior(c)
         context, parameters, self.kind = KINDS[c.context]
         self.context_model, self.entropy_parameters = context(c), parameters(c)
+        self.search_window = c.search_window
         self.gaussian = GaussianConditional()
         self.z_prior = None
         if c.hyperprior:
             self.z_prior = FactorizedPrior(c.Z) if c.z_prior == "factorized" else GaussianPrior(c.Z)
+
+    @property
+    def search_window(self) -> int | None:
+        """How many rows and columns away a token looks, on its own grid; None: everywhere. It may be changed at any
+        time; a file says which one it was coded with."""
+        return self.config.search_window
+
+    @search_window.setter
+    def search_window(self, window: int | None) -> None:
+        """Raises ConfigError for a window that cannot be."""
+        self.config = self.config.replaced(search_window=window)
+        for layer in self.modules():
+            if isinstance(layer, TopKAttention):
+                layer.window = window
 
     def forward(
         self,

@@ -90,17 +90,23 @@ class RelativePosition(nn.Module):
     def _diamond(self, products: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
         """The same numbers, found the other way round: nearly all keys lie outside of the diamond, so every key gets
         the product of outside, and then the 2h(h+1) + 1 neighbours of each query get theirs."""
-        n, h = len(keys), self.radius
-        # Which key is at a site, with a border of h around the grid; n where there is none.
-        height, width = (int(i) + 1 + 2 * h for i in torch.maximum(keys.amax(0), queries.amax(0)))
-        number = torch.full((height, width), n, device=keys.device)
-        number[keys[:, 0] + h, keys[:, 1] + h] = torch.arange(n, device=keys.device)
-        # Offsets inside the diamond in the order of their buckets; `lookup` counts them from -h-1, `number` from -h.
-        inside = (self.lookup < self.lookup.amax()).nonzero() - 1
-        near = queries[:, None] + inside  # [q, 2h(h+1) + 1, 2]
-        near = number[near[..., 0], near[..., 1]].expand(*products.shape[:2], -1, -1)
+        n, near = len(keys), self.near(queries, keys)
+        near = near.where(near >= 0, n).expand(*products.shape[:2], -1, -1)
         everywhere = products[..., -1:].expand(*products.shape[:3], n + 1)  # one column more for "none"
         return everywhere.scatter(-1, near, products[..., :-1])[..., :n]
+
+    def near(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Which key lies at each offset inside the diamond, in the order of their buckets; -1 where there is none.
+        queries: [q, 2], keys: [n, 2]  ->  [q, 2h(h+1) + 1]"""
+        h = self.radius
+        # Which key is at a site, with a border of h around the grid.
+        height, width = (int(i) + 1 + 2 * h for i in torch.maximum(keys.amax(0), queries.amax(0)))
+        number = torch.full((height, width), -1, device=keys.device)
+        number[keys[:, 0] + h, keys[:, 1] + h] = torch.arange(len(keys), device=keys.device)
+        # `lookup` counts offsets from -h-1, `number` from -h.
+        inside = (self.lookup < self.lookup.amax()).nonzero() - 1
+        near = queries[:, None] + inside  # [q, 2h(h+1) + 1, 2]
+        return number[near[..., 0], near[..., 1]]
 
 
 def _bucket_of_offset(kind: str, radius: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Every figure and table of the paper for which there are saved results: one command, no model runs.
+"""Every figure and table of the paper for which there are saved results, and one of ours: one command, no model runs.
 
     python -m entroformer_lib.views.paper
 
@@ -27,6 +27,7 @@ from entroformer_lib.views import context_figures as context
 from entroformer_lib.views import paper_tables as tables
 from entroformer_lib.views import rate_figures as rates
 from entroformer_lib.views import style
+from entroformer_lib.views import window_figures as windows
 
 BPG = "BPG 4:4:4"
 CODECS = (  # published curves of figure 11
@@ -53,9 +54,9 @@ class Item:
 
     @property
     def item(self) -> str:
-        """What the paper calls it: "figure 3", "table 1"."""
-        kind, number = re.match(r"(figure|table)(\d+)", self.name).groups()
-        return f"{kind} {int(number)}"
+        """What the paper calls it: "figure 3", "table 1"; or, of what is ours, its name in words."""
+        found = re.match(r"(figure|table)(\d+)", self.name)
+        return f"{found[1]} {int(found[2])}" if found else self.name.replace("_", " ")
 
 
 MASKING, MAPS, GRIDS = "position_masking.json", "attention_maps.json", "ablation*.json"
@@ -97,6 +98,8 @@ ITEMS = (
          tables.figure, table=True),
     Item("table6_sizes", "Size of the entropy model", "model_sizes.json", tables.table6_data, tables.figure,
          table=True),
+    Item("search_window", "Not of the paper: what a search window costs in bits and saves in time, on large pictures",
+         "window_*.json", windows.window_data, windows.cost_and_time),
 )  # fmt: skip
 
 

@@ -278,14 +278,15 @@ _digests: WeakKeyDictionary[Entroformer, tuple[tuple, bytes]] = WeakKeyDictionar
 def weights_digest(model: Entroformer) -> bytes:
     """SHA-256 over config, names and values of everything the decoder needs: 32 bytes.
 
-    It is taken from the weights in memory, so it does not depend on the file they came from.
+    It is taken from the weights in memory, so it does not depend on the file they came from. The search window is not
+    part of it: a file says it itself.
     """
     model.refresh_tables()
     state = fingerprint([model])
     known, digest = _digests.get(model, (None, b""))
     if known != state:
         needed = {k: t for k, t in model.state_dict().items() if not k.startswith(("_extra_state", "g_a.", "h_a."))}
-        digest = tensors_digest(needed, before=model.config.to_json().encode())
+        digest = tensors_digest(needed, before=model.config.replaced(search_window=None).to_json().encode())
         _digests[model] = state, digest
     return digest
 
