@@ -283,18 +283,18 @@ def window_times() -> str:
     table = rows.pivot(index="window", columns="size", values="seconds")[rows["size"].unique()]
     table["encode the largest"] = largest["encode_s"]
     growth = np.log(table.iloc[:, -2] / table.iloc[:, 0]) / np.log(pixels.max() / pixels.min())
-    table["grows with pixels to the power of"] = growth.map("{:.2f}".format)
-    names = [f"{w:g}" if np.isfinite(w) else "none" for w in table.index]
-    table.insert(0, "window", names)
+    table["grows with pixels to the power of"] = growth.map("{:.2f}".format, na_action="ignore")
+    names = {w: f"{w:g}" if np.isfinite(w) else "none" for w in table.index}
+    table.insert(0, "window", list(names.values()))
     shares = []
-    for name, (_, row) in zip(names, largest.iterrows(), strict=True):
+    for window, row in largest.iterrows():
         rest = row["hyper_s"] + row["context_s"] - row[["linear_s", "products_s", "ranking_s"]].sum()
         parts = {
             "transforms": row["transforms_s"], "linear layers": row["linear_s"],
             "products of queries and keys": row["products_s"], "ranking, softmax and weighted sum": row["ranking_s"],
             "the rest of the entropy model": rest, "entropy coding": row["entropy_coding_s"],
         }  # fmt: skip
-        shares.append({"window": name, **{part: f"{s / row['seconds']:.0%}" for part, s in parts.items()}})
+        shares.append({"window": names[window], **{part: f"{s / row['seconds']:.0%}" for part, s in parts.items()}})
     what = (
         f"Seconds to decode with `{saved['model']}` (random weights, mosaics of Kodak's photographs) in "
         f"{saved['provenance']['threads']} threads, and to encode the largest:"
