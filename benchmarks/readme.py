@@ -99,6 +99,72 @@ def speed() -> str:
     )
 
 
+def cost_sizes() -> str:
+    """What the model of cost says of three sizes on one core, and what was measured."""
+    rows = pd.DataFrame(load("cost")["predictions"])
+    rows["error"] *= 100
+    columns = {"model": "model", "predicted_s": "predicted, s", "measured_s": "measured, s", "error": "error"}
+    return _table(rows[list(columns)].rename(columns=columns), ("{}", "{:.2f}", "{:.2f}", "{:+.0f}%"))
+
+
+def _on_gpus(rows: list[dict]) -> str:
+    columns = {
+        "gpus": ("H100", "{:d}"),
+        "batch": ("crops a step", "{:d}"),
+        "step_ms": ("ms a step", "{:.0f}"),
+        "multiplying_ms": ("multiplying", "{:.0f}"),
+        "moving_ms": ("moving bytes", "{:.0f}"),
+        "starting_ms": ("starting operations", "{:.0f}"),
+        "exchanging_ms": ("exchanging gradients", "{:.1f}"),
+        "hours": ("hours", "{:.1f}"),
+        "gpu_hours": ("GPU hours", "{:.0f}"),
+    }
+    table = pd.DataFrame(rows)[list(columns)]
+    return _table(
+        table.set_axis([name for name, _ in columns.values()], axis=1), [form for _, form in columns.values()]
+    )
+
+
+def cost_paper() -> str:
+    """The paper's training on GPUs, simulated."""
+    return _on_gpus(load("cost")["paper_on_gpus"])
+
+
+def cost_fast() -> str:
+    """That of the fast transforms."""
+    return _on_gpus(load("cost")["fast_on_gpus"])
+
+
+def cost_bottleneck() -> str:
+    """Where the bottleneck of the paper's training moves."""
+    saved, coding = load("cost"), pd.DataFrame(load("latency")["rows"]).query("model == 'base-serial'")
+    one, _, many = saved["paper_on_gpus"]
+    here, per_core = saved["decoded_per_s_and_core"].values()
+    crop = (one["multiplying_ms"] + one["moving_ms"]) / one["batch"]  # ms
+    picture = crop / 3 * 768 * 512 / saved["paper"]["crop"] ** 2  # forward alone
+    operations = one["starting_ms"] / 1e3 / saved["settings"]["h100"]["seconds_per_kernel"]
+    encode, decode = 1e3 * coding.groupby("direction")["entropy_coding_s"].median()[["encode", "decode"]]
+    need, exchange, starting = one["pictures_per_s_and_gpu"], many["exchanging_ms"], one["starting_ms"]
+    paragraphs = (
+        f"**Input.** One core decodes a JPEG of 1024x768 and crops it to 384 pixels {per_core:.0f} times a second "
+        f"(measured in CPU time; {here:.0f} times for the 1,172 photographs here and 128 pixels). One H100 takes in "
+        f"{need:.0f} crops a second (simulated). So 16 cores give {one['input_over_need']:.1f} times what it needs, "
+        f"and input is the bottleneck where a GPU has fewer than {need / per_core:.1f} cores.",
+        f"**Starting operations.** A step has about {operations:,.0f} of them, whatever its batch. With fewer than "
+        f"{starting / crop:.1f} crops on a GPU it waits for the CPU that starts them. The paper's batch of 16 on 8 "
+        "GPUs is below that.",
+        f"**All-reduce.** Inside a machine it is small. Between machines it takes {exchange:.0f} ms, as long as "
+        f"computing {exchange / crop:.1f} crops. So it never is the longest part where starting the operations takes "
+        f"{starting:.0f} ms; were they started at once (CUDA graphs), it would be with fewer crops than that on a GPU.",
+        f"**Entropy coding** is no part of training. In evaluation one core codes the symbols of 768x512 pixels in "
+        f"{encode:.0f} ms and decodes them in {decode:.0f} ms (measured, `base-serial`); the network's forward pass "
+        f"would take {picture:.0f} ms on an H100 (simulated, without the coder's exact arithmetic). So with fewer than "
+        f"{encode / picture:.0f} cores a GPU, coding is the bottleneck of encoding. The serial model decodes site by "
+        "site: there the number of steps is.",
+    )
+    return "\n\n".join(map(_paragraph, paragraphs))
+
+
 def both_systems() -> str:
     """Entroformer, GroupedMixer and CNNs behind the same transforms: bits, seconds and weights."""
     table = same_transforms.side_by_side()
@@ -309,6 +375,7 @@ BLOCKS = {
     for block in (
         *(in_short, tiny_rates, tiny_rates_bd, tiny_rates_msssim, speed, both_systems, both_systems_bd, claims),
         *(reliability, tried, matrix, workers, window_bits, window_times),
+        *(cost_sizes, cost_paper, cost_fast, cost_bottleneck),
     )
 }
 

@@ -31,6 +31,7 @@ WHAT = {  # by the beginning of a name, the longest that fits
     "classical": "JPEG, WebP, JPEG 2000 and AVIF on Kodak, by Pillow",
     "cluster": "Seconds of one and of two dask workers",
     "context_cache": "GroupedMixer with and without its context cache",
+    "cost": "What training costs: counted work, predicted and measured seconds; GPUs are simulated",
     "explorer_latency": "From a click in the explorer to the new picture",
     "fuzz": "Damaged and hostile files",
     "kills": "Commands that were killed, and disks that filled up",

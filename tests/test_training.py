@@ -1,5 +1,6 @@
 """The loop: exact resume, a golden log, several processes, signals."""
 
+import functools
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import torch
 import warm
 from conftest import MICRO
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from torch import nn
 
 from entroformer_lib import cli
 from entroformer_lib.errors import ConfigError, TrainingError, UserError
@@ -24,9 +26,10 @@ from entroformer_lib.training.chance import DRAWN, random_choice
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.data import Sampling, held_out_crops
 from entroformer_lib.training.initial import initial_model
-from entroformer_lib.training.loop import train
+from entroformer_lib.training.loop import Run, train
 from entroformer_lib.training.loss import TrainingStep, rates_and_distortions, tempered
 from entroformer_lib.training.optimizer import learning_rate_factor
+from entroformer_lib.training.strategies import whole
 from entroformer_lib.weights.zoo import load_model
 
 GOLDEN = Path(__file__).parent / "golden" / "training_20_steps.jsonl"
@@ -134,10 +137,24 @@ def test_too_large_a_batch_names_one_that_fits(config, monkeypatch):
     train(replace(config, steps=2), progress=False)  # leaves a checkpoint
     longer = replace(config, steps=2, batch=8, out=config.out + "2")
     monkeypatch.setattr(TrainingStep, "forward", small_memory)
-    with pytest.raises(TrainingError, match="--batch 2 goes on"):
+    with pytest.raises(TrainingError, match="2 at a time fit, and the same command with --accumulate 4 goes on"):
         train(longer, progress=False)
-    train(replace(longer, batch=2), progress=False)
+    train(replace(longer, accumulate=4), progress=False)
     assert log_of(longer)[-1]["step"] == 2
+
+
+def test_passes_of_a_step_are_the_step_of_the_whole_batch(config):
+    """Whatever is left to chance; and a run goes on with another number of passes."""
+    config = replace(config, steps=4, batch=4, preset="official", lmbdas=(0.01, 0.1), pretrain_lmbda=None)
+    train(config, progress=False)
+    cut = replace(config, out=config.out + "2", accumulate=2)
+    with pytest.raises(TrainingError, match="Stopped by a signal at step 2"):
+        train(cut, progress=False, watch=signal_at(2))
+    train(replace(cut, accumulate=4), progress=False)
+    for name in ("loss", "rd_loss", "bpp_y", "bpp_z"):
+        assert [row[name] for row in log_of(cut)] == pytest.approx([row[name] for row in log_of(config)], rel=1e-5), (
+            name
+        )
 
 
 def test_watch_sees_every_row_of_the_log(config):
@@ -217,6 +234,7 @@ def test_a_loss_that_is_no_number_names_the_step(config, monkeypatch):
     (dict(branch="nowhere.pt"), "cannot be read"),
     (dict(branch="nowhere.pt", init="tiny-rates"), "not for it"),
     (dict(held_out="nowhere.txt"), "cannot be read"),
+    (dict(accumulate=3), r"A batch of 2 does not divide into 3 equal parts \(processes: 1, passes of each: 3\)\.$"),
 ])  # fmt: skip
 def test_runs_that_cannot_start(config, changes, sentence):
     with pytest.raises(UserError, match=sentence):
@@ -236,6 +254,17 @@ def test_bfloat16_trains_close_to_float32(config, tmp_path):
     train(narrow, progress=False)
     for a, b in zip(log_of(config), log_of(narrow), strict=True):
         assert b["rd_loss"] == pytest.approx(a["rd_loss"], rel=0.05)
+
+
+def test_compiled_transforms_train_the_same(held_out, monkeypatch):
+    """Taken apart by torch.compile, but not translated to C++, which would take a minute."""
+    compiled = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled(module, backend="eager"))
+    train(held_out, progress=False)
+    other = replace(held_out, out=held_out.out + "2", compile=True)
+    train(other, progress=False)
+    assert losses(other) == pytest.approx(losses(held_out), rel=1e-5)
+    assert log_of(other)[-1]["held_out"][0] == pytest.approx(log_of(held_out)[-1]["held_out"][0], rel=1e-4)
 
 
 def test_ms_ssim_can_be_the_goal(photo_folder, config):
@@ -424,69 +453,115 @@ def test_a_streamed_run_resumes_exactly(config, unequal_shards, tmp_path):
 
 
 class Keeping(torch.optim.Adam):
-    """Adam, which lets its first process write down the gradients that it is given."""
+    """Adam, which writes down the gradients that it is given. So it does after each pass, in each process."""
 
     path: Path
 
     def step(self):
+        gradients = [whole(p.grad).clone() for g in self.param_groups for p in g["params"]]
         if os.environ.get("RANK", "0") == "0":
-            torch.save([p.grad.clone() for g in self.param_groups for p in g["params"]], self.path)
+            torch.save(gradients, self.path / "gradients.pt")
         return super().step()
 
 
-def one_step(data: Path, out: Path, processes: int) -> None:
-    """One step of four crops, as one process or as one of two; its gradients go to gradients.pt."""
+def after_pass(out: Path, run: Run, *given) -> dict:
+    """A pass of `Run`, which lets its process write down the gradient's norm."""
+    terms = PASS(run, *given)
+    norm = sum(float(p.grad.square().sum()) for p in run.model.parameters() if p.grad is not None)
+    with open(out / f"passes{os.environ.get('RANK', '')}.txt", "a") as file:
+        file.write(f"{norm!r}\n")
+    return terms
+
+
+PASS = Run.forward_and_backward
+WAYS = {"alone": {}, "ddp": {}, "passes": dict(accumulate=2), "fsdp": dict(strategy="fsdp")}
+WAYS["fsdp-passes"] = WAYS["fsdp"] | WAYS["passes"]
+
+
+def one_step(data: Path, out: Path, processes: int, ways: list[str]) -> None:
+    """One step of four crops in several ways, as one process or as one of two; gradients go to gradients.pt."""
+    for number, way in enumerate(ways):
+        (out / way).mkdir(exist_ok=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(model_config.SIZES, "tiny", MICRO)
+            patch.setenv("TORCHELASTIC_RESTART_COUNT", str(number))  # each run meets under a name of its own
+            patch.setattr(torch.optim, "Adam", Keeping)
+            patch.setattr(Keeping, "path", out / way, raising=False)
+            patch.setattr(
+                Run, "forward_and_backward", functools.partialmethod(functools.partial(after_pass, out / way))
+            )
+            names = dict(data=str(data), out=str(out / way), preset="official", accelerator="cpu", devices=processes)
+            names |= dict(preload=False, workers=processes - 1, **WAYS[way])
+            train(TrainConfig(**names, steps=1, batch=4, crop=64, clip=1e9, pretrain=1.0), progress=False)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def odd_batch(data: Path, out: Path) -> None:
+    """What is said of a batch that two processes cannot share."""
+    config = TrainConfig(data=str(data), out=str(out), batch=3, accelerator="cpu", devices=2)
+    with pytest.raises(TrainingError) as refused:
+        train(config, progress=False)
+    torch.distributed.destroy_process_group()
+    (out / f"{os.environ['RANK']}.txt").write_text(str(refused.value))
+
+
+def odd_batch_and_steps(data: Path, out: Path, *given) -> None:
+    """Several runs one after the other, because processes cost more than the runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(model_config.SIZES, "tiny", MICRO)
-        patch.setattr(torch.optim, "Adam", Keeping)
-        patch.setattr(Keeping, "path", out / "gradients.pt", raising=False)
-        names = dict(data=str(data), out=str(out), preset="official", accelerator="cpu", devices=processes)
-        names |= dict(preload=False, workers=processes - 1)
-        train(TrainConfig(**names, steps=1, batch=4, crop=64, clip=1e9, pretrain=1.0), progress=False)
+        patch.setenv("TORCHELASTIC_RESTART_COUNT", "9")
+        odd_batch(data, out / "odd")
+    one_step(data, out, *given)
 
 
-def under_torchrun(data: Path, out: Path) -> None:
+def under_torchrun(data: Path, out: Path, ways: list[str]) -> None:
     """The same by what torchrun is made of, in two processes."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     here = dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="two", start_method="fork")
-    elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, **here), one_step)(data, out, 2)
+    elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, **here), odd_batch_and_steps)(
+        data, out, 2, ways
+    )
 
 
 def test_two_processes_give_the_gradients_of_one(unequal_shards, tmp_path):
-    """torchrun with gloo: same crops, same noise, same masks, same k, shared between the processes. The crops come from
-    shards of one and three pictures."""
-    alone, both, said = tmp_path / "alone", tmp_path / "both", tmp_path / "said.txt"
-    alone.mkdir(), both.mkdir()
-    process = warm.start(under_torchrun, unequal_shards, both, output=said)
-    one_step(unequal_shards, alone, 1)
+    """torchrun with gloo: same crops, same noise, same masks, same k, shared between the processes, with either
+    strategy, in one pass or two. The crops come from shards of one and three pictures."""
+    said, ways = tmp_path / "said.txt", [way for way in WAYS if way != "alone"]
+    process = warm.start(under_torchrun, unequal_shards, tmp_path, ways, output=said)
+    one_step(unequal_shards, tmp_path, 1, ["alone"])
     process.join(300)
     assert process.exitcode == 0, said.read_text()
-    gradients = [torch.load(folder / "gradients.pt", weights_only=True) for folder in (alone, both)]
-    assert len(gradients[0]) > 100
-    whole = [torch.cat([g.flatten() for g in one]) for one in gradients]
-    assert (whole[0] - whole[1]).norm() <= 1e-6 * whole[0].norm()
-    for one, two in zip(*gradients, strict=True):
-        torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4 * float(one.abs().max()) + 1e-9)
+    gradients = {way: torch.load(tmp_path / way / "gradients.pt", weights_only=True) for way in WAYS}
+    assert len(gradients["alone"]) > 100
+    flat = {way: torch.cat([g.flatten() for g in parts]) for way, parts in gradients.items()}
+    for way in ways:
+        assert (flat[way] - flat["alone"]).norm() <= 1e-6 * flat["alone"].norm(), way
+        for one, two in zip(gradients["alone"], gradients[way], strict=True):
+            torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4 * float(one.abs().max()) + 1e-9)
+    # Before the last pass no gradient has left its process.
+    passes = [[float(line) for line in (tmp_path / "passes" / f"passes{rank}.txt").open()] for rank in (0, 1)]
+    for rank in (0, 1):
+        sentence = "A batch of 3 does not divide into 2 equal parts (processes: 2, passes of each: 1)."
+        assert (tmp_path / "odd" / f"{rank}.txt").read_text() == sentence
+    assert passes[0][0] != pytest.approx(passes[1][0]) and passes[0][1] == pytest.approx(passes[1][1])
 
 
-class Dying(torch.optim.Adam):
-    """Adam, under which the second process is killed at its third step, when it runs for the first time."""
+def step_or_die(run: Run, x, step: int) -> dict:
+    """A step of `Run`; the second process is killed at its third step, when it runs for the first time."""
+    if step == 2 and os.environ.get("RANK") == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        print("Killed.", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return STEP(run, x, step)
 
-    steps = 0
 
-    def step(self):
-        self.steps += 1
-        if self.steps == 3 and os.environ.get("RANK") == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-            print("Killed.", flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().step()
+STEP = Run.step
 
 
 def dying(config: TrainConfig) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(model_config.SIZES, "tiny", MICRO)
-        patch.setattr(torch.optim, "Adam", Dying)
+        patch.setattr(Run, "step", step_or_die)
         train(config, progress=False)
 
 
@@ -499,18 +574,28 @@ def restarted(config: TrainConfig) -> None:
     elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, **here, **more), dying)(config)
 
 
-def test_a_killed_process_is_replaced_and_the_curve_goes_on(config, unequal_shards, tmp_path):
-    """From the checkpoint of the step before; the last step is taken by one process alone. As one process has it."""
+MUCH = dict(optimizer="muon", ema=0.9, lmbdas=(0.01, 0.1), preset="official")
+
+
+@pytest.mark.parametrize("changes", [{}, dict(strategy="fsdp", **MUCH)], ids=["ddp", "fsdp"])
+def test_a_killed_process_is_replaced_and_the_curve_goes_on(changes, config, held_out, unequal_shards, tmp_path):
+    """From the checkpoint of the step before; the last step is taken by one process alone, which has the whole model.
+    As one process has it."""
     more = dict(pretrain=0.0, pretrain_lmbda=None, schedule="constant", checkpoint_seconds=0.0, steps=5)
-    config = replace(config, data=str(unequal_shards), preload=False, workers=0, **more)
+    more |= dict(held_out=held_out.held_out, held_out_every=5, preload=False, workers=0)
+    config = replace(config, data=str(unequal_shards), **more, **changes)
     said, torn = tmp_path / "said.txt", replace(config, out=str(tmp_path / "torn"), devices=2)
     process = warm.start(restarted, torn, output=said)
-    train(replace(config, steps=6), progress=False)
+    alone = replace(config, steps=6, strategy="ddp")
+    train(alone, progress=False)
     process.join(300)
     assert process.exitcode == 0 and "Killed." in said.read_text(), said.read_text()
-    train(replace(torn, steps=6, devices=1), progress=False)
+    trained = load_model(Path(torn.out) / "weights.safetensors", "cpu").state_dict()
+    train(replace(torn, steps=6, devices=1, strategy="ddp"), progress=False)
     assert [row["step"] for row in log_of(torn)] == [1, 2, 3, 4, 5, 6]
     assert losses(torn) == pytest.approx(losses(config), rel=1e-5)
+    assert log_of(torn)[4]["held_out"][0] == pytest.approx(log_of(config)[4]["held_out"][0], rel=1e-4)
+    assert trained.keys() == load_model(Path(config.out) / "weights.safetensors", "cpu").state_dict().keys()
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,8 @@ class TrainConfig:
     steps: Count = 20_000
     batch: Count = 8
     """Pictures per step, over all processes together."""
+    accumulate: Count = 1
+    """Passes of a step, each on a part of the batch; their gradients are added. The same numbers in less memory."""
     crop: Side = 128
     """Side of a crop in pixels."""
     last_crop: Side | None = None
@@ -127,9 +129,14 @@ class TrainConfig:
     """Name a shard that is broken or cannot be fetched, and go on without it."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 is for layers, never for attention scores or likelihoods."""
+    compile: bool = False
+    """Compile g_a and g_s with torch.compile: a minute or more at the start, and a C++ compiler (docs/scaling.md)."""
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
     devices: Count | Literal["auto"] = "auto"
     """How many processes; under torchrun and Slurm, per machine."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: each process has the whole model. fsdp: each has a part of every weight, for models larger than the
+    paper's."""
     start_timeout: Seconds = 600.0
     """Under torchrun and Slurm: how long the processes wait for each other at the start."""
     checkpoint_seconds: Seconds = 120.0
@@ -148,7 +155,7 @@ class TrainConfig:
             yield small, f"MS-SSIM needs crops above 160 pixels, and the crop is {crop}."
         on_latents, alone = self.transforms is not None, (self.transforms is None) != (self.latents is None)
         yield alone, "Frozen transforms and the latents they gave go together: set both or none of the two."
-        for name in ("last_crop", "pretrain_lmbda", "graphics", "permuted", "held_out"):
+        for name in ("last_crop", "pretrain_lmbda", "graphics", "permuted", "held_out", "compile"):
             wrong = on_latents and getattr(self, name) not in (None, 0)
             yield wrong, f"{name} goes with pictures, not with the latents of frozen transforms."
         for name in ("rounded", "missing", "one_way"):
@@ -220,5 +227,6 @@ def _in_words(hint) -> str:
 
 
 # These may differ when a run is continued. (With another batch it goes on, but not as if it had never stopped.)
-RUNTIME_FIELDS = {"out", "data", "latents", "batch", "accelerator", "devices", "start_timeout", "checkpoint_seconds"}
-RUNTIME_FIELDS |= {"log_every", "held_out_every", "workers", "cache", "cache_gb", "check_shards", "pass_over_shards"}
+RUNTIME_FIELDS = {"out", "data", "latents", "batch", "accumulate", "compile", "accelerator", "devices", "strategy"}
+RUNTIME_FIELDS |= {"start_timeout", "checkpoint_seconds", "log_every", "held_out_every"}
+RUNTIME_FIELDS |= {"workers", "cache", "cache_gb", "check_shards", "pass_over_shards"}

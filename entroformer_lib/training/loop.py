@@ -34,6 +34,7 @@ from entroformer_lib.training.optimizer import Mean, build_optimizer, learning_r
 from entroformer_lib.training.processes import machines, meet
 from entroformer_lib.training.shard_cache import ShardCache, default_folder
 from entroformer_lib.training.shards import Reading
+from entroformer_lib.training.strategies import collected, model_state, optimizer_state, strategy_of
 from entroformer_lib.weights.zoo import device_name, save_weights
 
 Crops = PreloadedCrops | StreamedCrops | LatentCrops
@@ -56,14 +57,19 @@ def train(config: TrainConfig, progress: bool = True, watch: Watch | None = None
     with folder.alone() if rank_zero_only.rank == 0 else nullcontext():
         meet(fabric, config.start_timeout)
         fabric.launch()
-        if config.batch % fabric.world_size:
-            raise TrainingError(f"A batch of {config.batch} cannot be shared by {fabric.world_size} processes.")
+        parts = fabric.world_size * config.accumulate
+        if config.batch % parts:
+            raise TrainingError(
+                f"A batch of {config.batch} does not divide into {parts} equal parts "
+                f"(processes: {fabric.world_size}, passes of each: {config.accumulate})."
+            )
         if fabric.device.type == "cpu":
             keep_freed_memory()
         torch.manual_seed(config.seed)
         trunk = read_checkpoint(Path(config.branch), fabric.device) if config.branch else None
-        run = Run(config, fabric, folder, initial_model(config, trunk))
-        crops = crops_of(config, run.model, fabric.device)
+        model = initial_model(config, trunk)
+        crops = crops_of(config, model, fabric.device)
+        run = Run(config, fabric, folder, model)
         if fabric.is_global_zero:
             folder.claim(config)
         fabric.barrier()
@@ -80,7 +86,7 @@ def _fabric(config: TrainConfig) -> Fabric:
     logger = TensorBoardLogger(config.out, name="", version="")
     try:
         here = dict(accelerator=config.accelerator, devices=config.devices, num_nodes=machines())
-        return Fabric(**here, loggers=logger)
+        return Fabric(**here, strategy=strategy_of(config.strategy), loggers=logger)
     except (RuntimeError, MisconfigurationException):
         asked = f"--accelerator {config.accelerator} --devices {config.devices}"
         raise TrainingError(f"This machine does not have what {asked} asks for; --accelerator cpu works.") from None
@@ -110,14 +116,18 @@ class Run:
 
     def __init__(self, config: TrainConfig, fabric: Fabric, folder: RunFolder, model: Entroformer):
         self.config, self.fabric, self.folder, self.model = config, fabric, folder, model
-        for part in (model.g_a, model.g_s):
-            part.to(memory_format=torch.channels_last)
+        if config.strategy == "ddp":  # FSDP takes no other layout than the usual one
+            for part in (model.g_a, model.g_s):
+                part.to(memory_format=torch.channels_last)
         bf16 = config.precision == "bfloat16"
         if config.transforms:
             goal = RateStep(model, bf16, config.even_rates, config.rounded)
         else:
             goal = TrainingStep(model, config.metric, bf16, config.even_rates)
-        self.step_module, self.optimizer = fabric.setup(goal, build_optimizer(model, config.optimizer, config.lr))
+        if config.compile:
+            model.g_a.compile(), model.g_s.compile()
+        self.step_module = fabric.setup_module(goal)
+        self.optimizer = fabric.setup_optimizers(build_optimizer(model, config.optimizer, config.lr))
         self.step_module.train()
         self.mean = Mean(model, config.ema)
         self.seconds = 0.0  # of training, over all starts
@@ -141,8 +151,9 @@ class Run:
                     logged, logged_at = done, self.seconds
                     row = self.log(done, terms, speed)
                     bar.set_postfix({k: f"{row[k]:.3f}" for k in ("rd_loss", "bpp", "psnr_db", "ms_ssim") if k in row})
-                    if watch is not None and self.fabric.is_global_zero:
-                        watch(row, self.model)
+                    model = None if watch is None else self.whole_model()
+                    if model is not None:
+                        watch(row, model)
                         self.step_module.train()
                 stop = self._anywhere(signals.caught is not None)
                 if stop or self.seconds - saved_at > c.checkpoint_seconds or done == c.steps:
@@ -171,20 +182,17 @@ class Run:
 
     def step(self, x: Tensor, step: int) -> dict:
         """One step on crops [B, 3, h, w], or latents [B, M, h / 16, w / 16].  ->  the terms of the loss"""
-        c = self.config
-        torch.manual_seed(hash((c.seed, step)) % 2**63)  # what is left to chance inside the model: k's jitter
-        x = x.contiguous(memory_format=torch.channels_last)
-        h, w = (side // (1 if c.transforms else 16) for side in x.shape[2:])
-        given = conditions(c, self.model.config, step, self.samples(step), (h, w), self.fabric.device)
+        c, samples = self.config, self.samples(step)
         scheduled = [group for group in self.optimizer.param_groups if not group["fixed"]]
         for group in scheduled:
             group["lr"] = c.lr * learning_rate_factor(step, c.steps, decay=c.decay, schedule=c.schedule)
-        try:
-            terms = self.step_module(x, **given)
-            self.fabric.backward(terms["loss"])
-        except torch.OutOfMemoryError:
-            raise TrainingError(self._too_large(x)) from None
-        if not math.isfinite(terms["loss"].detach()):
+        count, passes = len(samples) // c.accumulate, []
+        for start in range(0, len(samples), count):
+            last = start + count == len(samples)  # gradients of all processes meet once, behind it
+            with self.fabric.no_backward_sync(self.step_module, enabled=not last):
+                passes.append(self.forward_and_backward(x[start : start + count], step, samples[start : start + count]))
+        terms = {name: torch.stack([one[name] for one in passes]).mean(0) for name in passes[0]}
+        if not math.isfinite(terms["loss"]):
             raise TrainingError(
                 f"The loss at step {step + 1} is not a finite number; the run stopped there, and the checkpoint "
                 "before it is kept. A smaller lr or clip usually helps."
@@ -195,76 +203,105 @@ class Run:
         self.mean.update(step)
         return terms
 
+    def forward_and_backward(self, x: Tensor, step: int, samples: range) -> dict:
+        """One pass, whose gradients are added to those of the passes before.  ->  the terms of the loss"""
+        c = self.config
+        torch.manual_seed(hash((c.seed, step)) % 2**63)  # what is left to chance inside the model: k's jitter
+        x = x.contiguous(memory_format=torch.channels_last)
+        h, w = (side // (1 if c.transforms else 16) for side in x.shape[2:])
+        given = conditions(c, self.model.config, step, samples, (h, w), self.fabric.device)
+        try:
+            terms = self.step_module(x, **given)
+            self.fabric.backward(terms["loss"] / c.accumulate)
+        except torch.OutOfMemoryError:
+            raise TrainingError(self._too_large(x)) from None
+        return {name: value.detach() for name, value in terms.items()}
+
     def log(self, step: int, terms: dict, speed: float) -> dict:
         """Writes a row of the log, with the held-out pictures where they are due.  ->  the row"""
         c = self.config
-        row = {name: float(self.fabric.all_reduce(value.detach())) for name, value in terms.items()}
+        row = {name: float(self.fabric.all_reduce(value)) for name, value in terms.items()}
         row = {"step": step, **row, "lr": self.optimizer.param_groups[0]["lr"], "lmbda": c.lmbda_at(step - 1)}
         row |= {"seconds": round(self.seconds, 3), "images_per_s": round(speed, 2)}
         self.fabric.log_dict({k: v for k, v in row.items() if k != "step"}, step=step)
+        if c.held_out and (step % c.held_out_every < c.log_every or step == c.steps):
+            with self.mean.in_place():  # the mean is what will be kept
+                model = self.whole_model()
+                if model is not None:
+                    lmbdas = model.config.lmbdas or (c.lmbda,)
+                    row["held_out"] = rates_and_distortions(model.eval(), self.held_out, lmbdas, c.metric)
+            self.step_module.train()
         if self.fabric.is_global_zero:
-            if c.held_out and (step % c.held_out_every < c.log_every or step == c.steps):
-                with self.mean.in_place():  # the mean is what will be kept
-                    lmbdas = self.model.config.lmbdas or (c.lmbda,)
-                    row["held_out"] = rates_and_distortions(self.model.eval(), self.held_out, lmbdas, c.metric)
-                self.step_module.train()
             self.folder.append(row)
         return row
 
+    def whole_model(self) -> Entroformer | None:
+        """The model as one process can use it alone; None but in the first. All processes must ask for it."""
+        if self.config.strategy == "ddp" and not self.config.compile:  # compiled for the crops of training
+            return self.model if self.fabric.is_global_zero else None
+        state = collected(self.model.state_dict(), self.fabric.is_global_zero)
+        return Entroformer.from_state_dict(state).to(self.fabric.device) if self.fabric.is_global_zero else None
+
     def save(self, step: int) -> None:
         """Writes the checkpoint: all that a run needs to go on exactly."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": step,
+            "seconds": self.seconds,
+            "first_sample": self.first_sample,
+            "batch": self.config.batch,
+            "mean": self.mean.values,
+        }
+        state = collected(state, self.fabric.is_global_zero)
         if self.fabric.is_global_zero:
-            self.folder.save(
-                {
-                    "model": self.model.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "step": step,
-                    "seconds": self.seconds,
-                    "first_sample": self.first_sample,
-                    "batch": self.config.batch,
-                    "mean": self.mean.values,
-                }
-            )
+            self.folder.save(state)
         self.fabric.barrier()
 
     def resume(self, trunk: dict | None = None) -> int:
         """Loads the checkpoint, if there is one, or begins a branch of a trunk's.  ->  the step to go on with."""
         step = 0
         if self.folder.checkpoint.exists():
-            state = read_checkpoint(self.folder.checkpoint, self.fabric.device)
+            # What is shared out is read to the CPU: as a whole it may be too large for a device.
+            place = self.fabric.device if self.config.strategy == "ddp" else torch.device("cpu")
+            state = read_checkpoint(self.folder.checkpoint, place)
             with taking_up(self.folder.checkpoint):
                 step = state["step"]
-                self.model.load_state_dict(state["model"])
-                self.optimizer.load_state_dict(state["optimizer"])
-                self.mean.values = state["mean"]
+                self.model.load_state_dict(model_state(self.model, state["model"]))
+                self.optimizer.load_state_dict(optimizer_state(self.optimizer, state["optimizer"]))
+                self.mean.values = state["mean"] and model_state(self.model, state["mean"])
                 self.seconds, self.first_sample = state["seconds"], state.get("first_sample", 0)
         elif trunk is not None:
             with taking_up(Path(self.config.branch)):
                 self.first_sample = trunk.get("first_sample", 0) + trunk["step"] * trunk["batch"]
                 if not self.config.architecture:
-                    self.optimizer.load_state_dict(trunk["optimizer"])
+                    self.optimizer.load_state_dict(optimizer_state(self.optimizer, trunk["optimizer"]))
         if self.fabric.is_global_zero:
             self.folder.cut_log(step)
         return step
 
     def finish(self) -> Path:
         """Writes the weights with their card."""
-        if self.fabric.is_global_zero:
-            c = self.config
-            lmbda = None if self.model.config.lmbdas else c.lmbda
-            if c.transforms and lmbda:
-                lmbda = trained_lmbda(c.transforms)
-            card = {
-                "training": dataclasses.asdict(c),
-                "lmbda": lmbda,
-                "metric": c.metric,
-                "train_seconds": round(read_checkpoint(self.folder.checkpoint, torch.device("cpu"))["seconds"], 1),
-                "device": device_name(self.fabric.device),
-            }
-            with self.mean.in_place():
-                save_weights(self.model, self.folder.weights, card)
+        with self.mean.in_place():
+            model = self.whole_model()
+            if model is not None:
+                save_weights(model, self.folder.weights, self.card())
         self.fabric.barrier()
         return self.folder.weights
+
+    def card(self) -> dict:
+        """What is said of the weights."""
+        c = self.config
+        lmbda = None if self.model.config.lmbdas else c.lmbda
+        if c.transforms and lmbda:
+            lmbda = trained_lmbda(c.transforms)
+        return {
+            "training": dataclasses.asdict(c),
+            "lmbda": lmbda,
+            "metric": c.metric,
+            "train_seconds": round(read_checkpoint(self.folder.checkpoint, torch.device("cpu"))["seconds"], 1),
+            "device": device_name(self.fabric.device),
+        }
 
     def _anywhere(self, here: bool) -> bool:
         """Whether something is so in any of the processes."""
@@ -279,9 +316,13 @@ class Run:
             self.optimizer.zero_grad()
             self.fabric.backward(self.step_module(x[:count], self.config.lmbda)["loss"])
 
-        fits = largest_that_fits(len(x), attempt) * self.fabric.world_size
+        fits, size = largest_that_fits(len(x), attempt), len(x)
         advice = "not even one fits; a smaller --crop may"
         if fits:
-            advice = f"{fits} fit, and the same command with --batch {fits} goes on from the checkpoint"
-        crops = f"{self.config.batch} crops of {x.size(2)}"
+            parts = next(n for n in range(2, size + 1) if size % n == 0 and size // n <= fits)
+            advice = (
+                f"{fits} at a time fit, and the same command with --accumulate {self.config.accumulate * parts} "
+                "goes on from the checkpoint as if they all did"
+            )
+        crops = f"{size} crops of {x.size(2)} at a time"
         return f"The memory of {device_name(self.fabric.device)} is too small for {crops}: {advice}."

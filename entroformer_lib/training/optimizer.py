@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
+from entroformer_lib.training.strategies import like, whole
+
 QUANTILES_LR = 1e-3  # of the factorized prior, as in CompressAI
 COOL_DOWN = 0.6  # share of the steps over which the linear schedule goes to zero
 
@@ -77,16 +79,17 @@ class Muon(torch.optim.Optimizer):
         for p in parameters:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        gradients, means = [p.grad for p in parameters], [self.state[p]["momentum"] for p in parameters]
-        torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
-        aheads = torch._foreach_lerp(gradients, means, group["momentum"])  # Nesterov
+        aheads, means = [p.grad for p in parameters], [self.state[p]["momentum"] for p in parameters]
+        torch._foreach_lerp_(means, aheads, 1 - group["momentum"])
+        torch._foreach_lerp_(aheads, means, group["momentum"])  # Nesterov, in the place of the gradients
         by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
         for p, ahead in zip(parameters, aheads, strict=True):
-            by_shape.setdefault(ahead.flatten(1).shape, []).append((p, ahead.flatten(1).bfloat16()))
+            by_shape.setdefault(ahead.flatten(1).shape, []).append((p, ahead))
         for shape, members in by_shape.items():  # equal shapes in one batched product
-            updates = orthogonal(torch.stack([a for _, a in members]))
+            # Of a sharded matrix each process has some rows, and what is made orthogonal is the whole.
+            updates = orthogonal(torch.stack([whole(ahead).flatten(1).bfloat16() for _, ahead in members]))
             for (p, _), update in zip(members, updates, strict=True):
-                p.add_(update.view_as(p), alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
+                p.add_(like(update.view(p.shape), p), alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
 
 
 # Odd polynomials a x + b x^3 + c x^5 that bring singular values of [0.01, 1] as near to 1 as three of them can, each
