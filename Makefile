@@ -5,16 +5,18 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do $$p -c '$(FI
 BIN := .venv/bin
 READY := .venv/ready
 CONSTRAINT := $(if $(PINNED),--constraint requirements.lock)
+SITE_READY := .venv/site-ready
 AUDIT := .venv/audit/bin
 ENTROFORMER_DATA ?= $(abspath $(wildcard ../shared/data))
 export ENTROFORMER_DATA
 # One more than there are cores: tests that start processes or browsers wait for them
 TEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 7 ? n + 1 : 8)))
 
-.PHONY: help setup figures course course-run course-zip test lint lock audit lab pictures bench train-tiny clean
+.PHONY: help setup figures site course course-run course-zip test lint lock audit lab pictures bench train-tiny clean
 
 help:
 	@echo "make figures     run every notebook on the shipped weights, draw the paper's figures, write figures/ and the numbers on pages"
+	@echo "make site        render notebooks, pages, the course, explorers and the API's docs into site/ (after make figures)"
 	@echo "make course      write the lessons, for students and with solutions, from notebooks/course/source"
 	@echo "make course-run  run the lessons with solutions whole"
 	@echo "make course-zip  pack what students need into dist/entroformer-course.zip"
@@ -40,6 +42,14 @@ figures: $(READY)
 	$(BIN)/python -m entroformer_lib.views.paper
 	$(BIN)/python benchmarks/readme.py
 	$(BIN)/python benchmarks/tables.py
+
+# What builds the site is installed on first use
+$(SITE_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINT) --editable '.[site]'
+	touch $@
+
+site: $(SITE_READY) course-zip
+	$(BIN)/python -m website.build
 
 course: $(READY)
 	$(BIN)/python notebooks/course/make_course.py
@@ -97,4 +107,4 @@ TINY_DATA = 1,172 photographs: 250 of CID22 (CC BY-SA 4.0) and 922 of ImageNet a
 TINY_LIMITS = a small model, trained for hours on one CPU core; fine texture is smoothed away
 
 clean:
-	rm -rf .venv build runs
+	rm -rf .venv build runs site
