@@ -36,6 +36,7 @@ FOLDER = Path(__file__).parents[1]
 TESTS = FOLDER / "tests"
 SHIPPED = "tiny-rates"
 SIZE = 100, 60  # not multiples of the model's blocks
+LARGE = SHIPPED, "large"  # enough latents for attention that ranks keys in groups (exact/ranked.py)
 
 
 @dataclass(frozen=True)
@@ -281,13 +282,14 @@ def run(configurations: list[Configuration], folder: Path, decodes: list[list], 
 
 
 def pictures(folder: Path) -> list[str]:
-    """Writes a photograph, a flat picture and drawn graphics.  ->  their names"""
+    """Writes a photograph, a flat picture and drawn graphics, and LARGE's.  ->  the names of the first three"""
     from PIL import Image
 
     from entroformer_lib.datasets import sample_picture
 
     photograph = sample_picture("astronaut").crop((180, 60, 180 + SIZE[0], 60 + SIZE[1]))
     photograph.save(folder / "photograph.png")
+    sample_picture("astronaut").crop((0, 0, 400, 304)).save(folder / f"{LARGE[1]}.png")
     Image.new("RGB", SIZE, (200, 120, 40)).save(folder / "flat.png")
     return ["photograph", "flat", graphics(folder, 0)]
 
@@ -346,13 +348,15 @@ def main(
     try:
         names = pictures(place)
         models = [name for name in VECTORS if name not in ("grey", "one-pixel")] + [SHIPPED]  # those are pictures
-        cases = [(model, picture) for model in models for picture in names]
+        cases = [(model, picture) for model in models for picture in names] + [LARGE]
         run([reference], place, [[]], [cases])
         left, back = [reference, *others], []
         while left:
             group = [c for c in left if c.process() == left[0].process()]
             left = [c for c in left if c not in group]
-            theirs = [[case for case in cases if not c.few or case[1] != names[0]] for c in group]
+            slow = (names[0], LARGE[1])  # pictures that a slow configuration leaves out; a batch is of one size
+            left_out = [slow if c.few else slow[1:] if c.settings.together else () for c in group]
+            theirs = [[case for case in cases if case[1] not in names_out] for names_out in left_out]
             encoders = [c for c in group if not c.few and not c.settings.together and c != reference]
             mine = {c.name: graphics(place, 1 + len(back) + n) for n, c in enumerate(encoders)}
             own = [[(model, mine[c.name]) for model in models if c.name in mine] for c in group]
