@@ -15,6 +15,7 @@ from entroformer_lib.models import config as model_config
 from entroformer_lib.training import latents, loop
 from entroformer_lib.training.chance import random_missing
 from entroformer_lib.training.config import TrainConfig
+from entroformer_lib.training.data import held_out_crops
 from entroformer_lib.training.latents import LatentCrops, frozen_transforms, transforms_digest, write_latents
 from entroformer_lib.training.loop import train
 from entroformer_lib.training.loss import RateStep
@@ -63,6 +64,31 @@ def test_cache_holds_y_of_crops_in_half_precision(cache, source):
     assert (cache / "latents.npy").stat().st_mtime_ns == before
 
 
+def test_held_out_pictures_are_left_out_and_their_rate_is_logged(config, source, photo_folder, tmp_path):
+    names = sorted(path.name for path in photo_folder.iterdir())
+    listed = tmp_path / "held_out.txt"
+    listed.write_text(names[1])
+    folder = write_latents(source, str(photo_folder), tmp_path / "kept", 128, per_picture=1, held_out=str(listed))
+    (whole,) = held_out_crops(str(photo_folder), frozenset(names[1:2]))
+    y = torch.from_numpy(np.load(folder / "held_out.npy"))
+    torch.testing.assert_close(y, frozen_transforms(source).analysis(whole[None]).half())
+    rest = tmp_path / "rest"
+    rest.mkdir()
+    for name in (names[0], *names[2:]):
+        (rest / name).symlink_to(photo_folder / name)
+    alone = write_latents(source, str(rest), tmp_path / "alone", 128, per_picture=1)
+    assert (folder / "latents.npy").read_bytes() == (alone / "latents.npy").read_bytes()
+    with pytest.raises(DataError, match="other held-out pictures"):
+        write_latents(source, str(photo_folder), folder, 128, per_picture=1)
+
+    weights = train(replace(config, latents=str(folder), held_out_every=4), progress=False)
+    logged = [json.loads(line).get("held_out") for line in Path(config.out, "log.jsonl").read_text().splitlines()]
+    assert [row is not None for row in logged] == [False, False, False, True, False, True]
+    bits = load_model(weights, "cpu").estimated_bits(y.float())
+    bpp = sum(float(b.sum()) for b in bits.values()) / whole[0].numel()
+    assert logged[-1] == [{"lmbda": config.lmbda, "bpp": pytest.approx(bpp, rel=1e-4)}]
+
+
 def test_a_full_disk_is_told_in_a_sentence(source, photo_folder, tmp_path, monkeypatch):
     """The kernel refuses to write beyond 2,000 bytes. Into a memory map a full disk would be the process's death."""
     resource = pytest.importorskip("resource", reason="limits of processes are there on Unix alone")
@@ -70,7 +96,7 @@ def test_a_full_disk_is_told_in_a_sentence(source, photo_folder, tmp_path, monke
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
     try:
-        with pytest.raises(DataError, match="latents.npy could not be written: File too large"):
+        with pytest.raises(DataError, match="Latents could not be written to .*: File too large"):
             write_latents(source, str(photo_folder), tmp_path, crop=128, per_picture=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

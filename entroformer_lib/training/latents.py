@@ -30,7 +30,7 @@ from entroformer_lib.files import replacing, write_bytes
 from entroformer_lib.models.config import TRANSFORM_FIELDS, named_config
 from entroformer_lib.models.transforms import fold_gain
 from entroformer_lib.training.config import Count, Seed, Side, Text, check
-from entroformer_lib.training.data import crop_of, picture_number, pictures_in
+from entroformer_lib.training.data import crop_of, held_out_crops, picture_number, pictures_in, read_names
 from entroformer_lib.weights.pretrained import PREFIX, pretrained_lmbda, pretrained_transforms
 from entroformer_lib.weights.zoo import load_model, split_name
 
@@ -104,7 +104,13 @@ def transforms_digest(model: Entroformer) -> str:
 
 
 def write_latents(
-    transforms: Text, data: Text, out: Path, crop: Side = 256, per_picture: Count = 4, seed: Seed = 0
+    transforms: Text,
+    data: Text,
+    out: Path,
+    crop: Side = 256,
+    per_picture: Count = 4,
+    seed: Seed = 0,
+    held_out: Text | None = None,
 ) -> Path:
     """Computes y of random crops of every picture and keeps them in half precision. A finished cache is left as it is.
 
@@ -115,6 +121,8 @@ def write_latents(
         crop: Side of a crop in pixels. Pictures that are smaller are left out.
         per_picture: Crops of each picture.
         seed: Decides which crops.
+        held_out: A list of file names, one a line. These pictures are left out, and held_out.npy has y of one crop of
+            each, whose rate is logged while an entropy model trains.
 
     Raises:
         TrainingError: a value out of its range.
@@ -123,12 +131,14 @@ def write_latents(
     check(locals(), write_latents)
     model = frozen_transforms(transforms)
     wanted = {"transforms_sha256": transforms_digest(model), "crop": crop, "per_picture": per_picture, "seed": seed}
+    names = read_names(held_out) if held_out else frozenset()
+    wanted["held_out"] = sorted(names)
     note = out / "latents.json"
     if note.exists():
         check_note(note, wanted)
         return out
     out.mkdir(parents=True, exist_ok=True)
-    pictures = [p for p in pictures_in(data) if min(p.shape[:2]) >= crop]
+    pictures = [p for p in pictures_in(data, lambda name: name not in names) if min(p.shape[:2]) >= crop]
     if not pictures:
         raise DataError(f"No picture at {data} has {crop} pixels on both sides.")
     shape = (len(pictures), per_picture, model.config.M, crop // 16, crop // 16)
@@ -139,8 +149,13 @@ def write_latents(
             np.lib.format.write_array_header_1_0(file, header)
             for i, picture in enumerate(tqdm(pictures, unit="picture")):
                 file.write(latents_of(model, picture, crop, [(seed, i, j) for j in range(per_picture)]).tobytes())
+        if names:
+            crops = held_out_crops(data, names)
+            held = torch.cat([model.analysis(x) for x in crops.split(8)]).half().numpy()  # [n, M, h, w]
+            with replacing(out / "held_out.npy") as part, open(part, "wb") as file:
+                np.save(file, held)
     except OSError as error:
-        raise DataError(f"{out / 'latents.npy'} could not be written: {error.strerror or error}.") from None
+        raise DataError(f"Latents could not be written to {out}: {error.strerror or error}.") from None
     words = {"transforms": transforms, "pictures": len(pictures), "shape": shape}
     write_bytes(note, json.dumps({**wanted, **words}, indent=1).encode())
     return out
@@ -161,8 +176,8 @@ def check_note(note: Path, wanted: dict) -> dict:
     except (OSError, ValueError, TypeError):
         raise DataError(f"There is no whole cache of latents in {note.parent}.") from None
     for name, value in wanted.items():
-        if found.get(name) != value:
-            what = "transforms" if name == "transforms_sha256" else name
+        if found.get(name, [] if name == "held_out" else None) != value:  # older caches have no such word
+            what = {"transforms_sha256": "transforms", "held_out": "held-out pictures"}.get(name, name)
             raise DataError(
                 f"The latents in {note.parent} were made with other {what} ({str(found.get(name))[:12]}, "
                 f"and not {str(value)[:12]}); choose another folder."
@@ -172,7 +187,8 @@ def check_note(note: Path, wanted: dict) -> dict:
 
 class LatentCrops:
     """Latents from the cache, in the place of training pictures: sample g takes a picture as elsewhere, and one of its
-    crops. The order depends on the seed and g alone, so all variants see the same.
+    crops. The order depends on the seed and g alone, so all variants see the same. `held_out` has the latents of the
+    pictures that were left out, [n, M, h, w], or is None.
 
     Args:
         folder: written by `write_latents`.
@@ -189,10 +205,12 @@ class LatentCrops:
         try:
             self.table = np.load(folder / "latents.npy", mmap_mode="r")  # [pictures, per_picture, M, h, w]
             shape = list(self.table.shape)
+            held_out = np.load(folder / "held_out.npy") if note.get("held_out") else None
         except (OSError, ValueError, EOFError, AttributeError):  # AttributeError: an archive of several tables
             raise DataError(f"There is no whole cache of latents in {folder}.") from None
         if shape != note.get("shape"):
             raise DataError(f"The latents in {folder} are not those that their latents.json describes.")
+        self.held_out = None if held_out is None else torch.from_numpy(held_out).to(device).float()
 
     def batches(self, ranges: Iterable[range], crop: int | None = None) -> Iterator[Tensor]:
         """For each range of sample numbers its latents: float32 [B, M, h, w]."""

@@ -29,7 +29,7 @@ from entroformer_lib.training.folder import RunFolder, read_checkpoint, taking_u
 from entroformer_lib.training.initial import initial_model
 from entroformer_lib.training.interruptions import Signals, largest_that_fits
 from entroformer_lib.training.latents import LatentCrops, trained_lmbda
-from entroformer_lib.training.loss import RateStep, TrainingStep, rates_and_distortions
+from entroformer_lib.training.loss import RateStep, TrainingStep, rates_and_distortions, rates_of_latents
 from entroformer_lib.training.optimizer import Mean, build_optimizer, learning_rate_factor
 from entroformer_lib.training.processes import machines, meet
 from entroformer_lib.training.shard_cache import ShardCache, default_folder
@@ -69,12 +69,12 @@ def train(config: TrainConfig, progress: bool = True, watch: Watch | None = None
         trunk = read_checkpoint(Path(config.branch), fabric.device) if config.branch else None
         model = initial_model(config, trunk)
         crops = crops_of(config, model, fabric.device)
-        run = Run(config, fabric, folder, model)
+        run = Run(config, fabric, folder, model, crops)
         if fabric.is_global_zero:
             folder.claim(config)
         fabric.barrier()
         first = run.resume(trunk)
-        return run.go(crops, first, progress and fabric.is_global_zero, watch)
+        return run.go(first, progress and fabric.is_global_zero, watch)
 
 
 def _fabric(config: TrainConfig) -> Fabric:
@@ -114,8 +114,8 @@ def reading_of(config: TrainConfig) -> Reading:
 class Run:
     """One run under way: the model, its optimizer, and how far it has come."""
 
-    def __init__(self, config: TrainConfig, fabric: Fabric, folder: RunFolder, model: Entroformer):
-        self.config, self.fabric, self.folder, self.model = config, fabric, folder, model
+    def __init__(self, config: TrainConfig, fabric: Fabric, folder: RunFolder, model: Entroformer, crops: Crops):
+        self.config, self.fabric, self.folder, self.model, self.crops = config, fabric, folder, model, crops
         if config.strategy == "ddp":  # FSDP takes no other layout than the usual one
             for part in (model.g_a, model.g_s):
                 part.to(memory_format=torch.channels_last)
@@ -132,17 +132,19 @@ class Run:
         self.mean = Mean(model, config.ema)
         self.seconds = 0.0  # of training, over all starts
         self.first_sample = 0  # a branch goes on where its trunk's samples end
+        self.held_out = crops.held_out if config.transforms else None  # latents, or pictures in the first process
+        self.measures = self.held_out is not None or config.held_out is not None
         if config.held_out and fabric.is_global_zero:
             names = read_names(config.held_out)
             self.held_out = held_out_crops(config.data, names, reading=reading_of(config)).to(fabric.device)
 
-    def go(self, crops: Crops, first: int, progress: bool, watch: Watch | None = None) -> Path:
+    def go(self, first: int, progress: bool, watch: Watch | None = None) -> Path:
         """All steps from `first` on, with log and checkpoints.  ->  path of the weights"""
         c, logged, logged_at, saved_at = self.config, first, self.seconds, self.seconds
         bar = tqdm(total=c.steps, initial=first, disable=not progress, unit="step", file=sys.stderr)
         with bar, Signals() as signals:
             begin = time.monotonic()
-            for step, x in self.batches(crops, first):
+            for step, x in self.batches(first):
                 terms, done = self.step(x, step), step + 1
                 self.seconds += time.monotonic() - begin
                 bar.update()
@@ -167,12 +169,12 @@ class Run:
                 begin = time.monotonic()  # the log and the checkpoint are no training time
         return self.finish()
 
-    def batches(self, crops: Crops, first: int) -> Iterator[tuple[int, Tensor]]:
+    def batches(self, first: int) -> Iterator[tuple[int, Tensor]]:
         """Step and batch, from step `first` on."""
         for all_steps, crop in self.config.crops:
             steps = range(max(first, all_steps.start), all_steps.stop)
             if steps:
-                yield from zip(steps, crops.batches((self.samples(s) for s in steps), crop), strict=True)
+                yield from zip(steps, self.crops.batches((self.samples(s) for s in steps), crop), strict=True)
 
     def samples(self, step: int) -> range:
         """Numbers of the samples that are this process's share of a step's batch."""
@@ -224,16 +226,22 @@ class Run:
         row = {"step": step, **row, "lr": self.optimizer.param_groups[0]["lr"], "lmbda": c.lmbda_at(step - 1)}
         row |= {"seconds": round(self.seconds, 3), "images_per_s": round(speed, 2)}
         self.fabric.log_dict({k: v for k, v in row.items() if k != "step"}, step=step)
-        if c.held_out and (step % c.held_out_every < c.log_every or step == c.steps):
+        if self.measures and (step % c.held_out_every < c.log_every or step == c.steps):
             with self.mean.in_place():  # the mean is what will be kept
                 model = self.whole_model()
                 if model is not None:
-                    lmbdas = model.config.lmbdas or (c.lmbda,)
-                    row["held_out"] = rates_and_distortions(model.eval(), self.held_out, lmbdas, c.metric)
+                    row["held_out"] = self.measured(model.eval())
             self.step_module.train()
         if self.fabric.is_global_zero:
             self.folder.append(row)
         return row
+
+    def measured(self, model: Entroformer) -> list[dict]:
+        """What the model in eval mode does with the held-out pictures or latents, at each lambda."""
+        lmbdas = model.config.lmbdas or (self.config.lmbda,)
+        if self.config.transforms:
+            return rates_of_latents(model, self.held_out, lmbdas)
+        return rates_and_distortions(model, self.held_out, lmbdas, self.config.metric)
 
     def whole_model(self) -> Entroformer | None:
         """The model as one process can use it alone; None but in the first. All processes must ask for it."""

@@ -141,3 +141,20 @@ def rates_and_distortions(model: nn.Module, pictures: Tensor, lmbdas: tuple[floa
         numbers = {"rd_loss": rate + lmbda * mean * ERROR_WEIGHT[metric], "bpp": rate, **quality(mean, metric)}
         rows.append({"lmbda": lmbda, **{name: float(value) for name, value in numbers.items()}})
     return rows
+
+
+@torch.no_grad()
+def rates_of_latents(model: nn.Module, latents: Tensor, lmbdas: tuple[float, ...]) -> list[dict]:
+    """The same of latents of frozen transforms, whose distortions no training changes.
+
+    latents: [n, M, h, w] of g_a, before the gain  ->  for each lambda {"lmbda", "bpp"}
+    """
+    rows = []
+    for level, lmbda in enumerate(lmbdas):
+        bpp = []
+        for y in latents.split(8):
+            levels = torch.full((len(y),), level, device=y.device) if model.config.lmbdas else None
+            likelihoods, _ = model.likelihoods(model.scaled(y, levels), level=levels)
+            bpp.append(sum(rates(likelihoods, 256 * y[0, 0].numel()).values()))
+        rows.append({"lmbda": lmbda, "bpp": float(torch.cat(bpp).double().mean())})
+    return rows
