@@ -103,8 +103,17 @@ def cost_sizes() -> str:
     """What the model of cost says of three sizes on one core, and what was measured."""
     rows = pd.DataFrame(load("cost")["predictions"])
     rows["error"] *= 100
-    columns = {"model": "model", "predicted_s": "predicted, s", "measured_s": "measured, s", "error": "error"}
-    return _table(rows[list(columns)].rename(columns=columns), ("{}", "{:.2f}", "{:.2f}", "{:+.0f}%"))
+    rows[["kept_bytes", "peak_growth_bytes"]] /= 1e6
+    columns = {
+        "model": ("model", "{}"),
+        "predicted_s": ("predicted, s", "{:.2f}"),
+        "measured_s": ("measured, s", "{:.2f}"),
+        "error": ("error", "{:+.0f}%"),
+        "kept_bytes": ("kept for the way back, counted, MB", "{:.0f}"),
+        "peak_growth_bytes": ("growth of the peak of memory, measured, MB", "{:.0f}"),
+    }
+    names = {name: words for name, (words, _) in columns.items()}
+    return _table(rows[list(columns)].rename(columns=names), tuple(form for _, form in columns.values()))
 
 
 def _on_gpus(rows: list[dict]) -> str:
