@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import warm
-from conftest import MICRO
+from conftest import MICRO, micro_model
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 
@@ -27,7 +27,7 @@ from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.data import Sampling, held_out_crops
 from entroformer_lib.training.initial import initial_model
 from entroformer_lib.training.loop import Run, train
-from entroformer_lib.training.loss import TrainingStep, rates_and_distortions, tempered
+from entroformer_lib.training.loss import TrainingStep, rates_and_distortions, tempered, unrest
 from entroformer_lib.training.optimizer import learning_rate_factor
 from entroformer_lib.training.strategies import whole
 from entroformer_lib.weights.zoo import load_model
@@ -729,3 +729,26 @@ def test_a_drawn_crop_counts_at_most_like_the_middle_photograph():
     photo = torch.zeros(3, 64, 64, dtype=torch.uint8)
     black = torch.tensor([not sampling.crop(g, 64, lambda: photo).any() for g in range(20)])
     assert torch.equal(said, ~black) and 0 < said.sum() < 20
+
+
+def test_channels_that_rest_between_two_integers_are_drawn_to_zero():
+    y = torch.zeros(2, 4, 4, 4)
+    y[0, 0], y[0, 1], y[1, 2], y[1, 3] = 0.4, -0.2, 7.0, 0.4 * (torch.arange(16).view(4, 4) < 7)
+    y = y.requires_grad_()
+    cost = unrest(y)
+    assert cost.tolist() == pytest.approx([(0.4**2 + 0.2**2) / 256, 0.0])  # a channel that varies has its own mean
+    cost.sum().backward()
+    pulls = y.grad.sum((2, 3))
+    assert pulls[0, 0] > 0 > pulls[0, 1] and not pulls[0, 2:].any() and not pulls[1].any()
+
+
+def test_the_unrest_of_a_model_is_minimised_but_not_counted_as_rate():
+    model = micro_model(transforms="blocks", stages=((8, 12, 1),), linear_path="dct").train()
+    x, noise = torch.rand(2, 3, 64, 64), {"y": torch.zeros(2, 24, 4, 4), "z": torch.zeros(2, 12, 1, 1)}
+    terms = TrainingStep(model)(x, 0.01, noise=noise)
+    rest = unrest(model(x, noise=noise)["y"])
+    minimised = terms["loss"] - model.aux_loss()
+    assert float(minimised) == pytest.approx(float(terms["rd_loss"] + rest.mean()), rel=1e-5)
+    model.zero_grad()
+    rest.sum().backward()
+    assert rest.sum() > 0 and model.g_a.network[-1].bias.grad.abs().sum() > 0

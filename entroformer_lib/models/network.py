@@ -95,13 +95,14 @@ class Network(CompressionModel):
             level: [B] levels of a variable-rate model; by default `self.level` for all.
 
         Returns:
-            {"x_hat": [B, 3, H, W], "likelihoods": {"y": [B, M, H/16, W/16], "z": [B, Z, H/64, W/64]}}; no "z" without
-            hyperprior. x_hat is not clamped.
+            {"x_hat": [B, 3, H, W], "likelihoods": {"y": [B, M, H/16, W/16], "z": [B, Z, H/64, W/64]}, "y": latents
+            before rounding, scaled by the gain}; no likelihoods of z without hyperprior. x_hat is not clamped.
         """
         self.check_size(x)
         gain, inverse = self.gains(level)
-        likelihoods, y_hat = self.likelihoods(self.g_a(x) * gain, noise, gaps, level)
-        return {"x_hat": float_or_wider(self.g_s(y_hat * inverse)), "likelihoods": likelihoods}
+        y = self.g_a(x) * gain
+        likelihoods, y_hat = self.likelihoods(y, noise, gaps, level)
+        return {"x_hat": float_or_wider(self.g_s(y_hat * inverse)), "likelihoods": likelihoods, "y": y}
 
     def likelihoods(
         self,

@@ -166,6 +166,7 @@ class BlockSynthesis(nn.Sequential):
 # changes the pixels of a block by sqrt(18 / (ln 2 lambda)) = 64 in units of 255, which is 0.5 where x has the range
 # [-1, 1]. So a latent is a coefficient of the DCT times 2.
 DCT_SCALE = 2.0
+DCT_LMBDA = 0.0064
 CHROMA_FREQUENCY = 3  # colour differences have as little energy as brightness has at three times the frequency
 
 
@@ -205,9 +206,11 @@ class LinearSynthesis(nn.Module):
     def __init__(self, M: int):
         super().__init__()
         self.weight = nn.Parameter(dct_basis(M) / DCT_SCALE)  # [M, 3, 16, 16]
+        self.bias = nn.Parameter(torch.zeros(3, SIDE, SIDE))
 
     def forward(self, y_hat: Tensor) -> Tensor:
-        blocks = F.conv2d(y_hat, self.weight.flatten(1).transpose(0, 1)[..., None, None])  # [B, 768, h, w]
+        kernels = self.weight.flatten(1).transpose(0, 1)[..., None, None]
+        blocks = F.conv2d(y_hat, kernels, self.bias.flatten())  # [B, 768, h, w]
         return F.pixel_shuffle(blocks, SIDE) / 2
 
 

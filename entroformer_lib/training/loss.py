@@ -44,12 +44,26 @@ def tempered(loss: Tensor, drawn: Tensor) -> Tensor:
     return torch.where(drawn, loss * (middle / loss.detach()).clamp(max=1), loss)
 
 
+def unrest(y: Tensor) -> Tensor:
+    """About the bits per pixel that channels cost by resting between two integers (ours).
+
+    Most latents of most channels hardly vary. Where they rest at 0 they round to 0 and cost nothing; where they rest at
+    0.4, rounding turns next to nothing into zeros and ones, at up to a bit each. The noise that stands for rounding in
+    the rate cannot tell these apart, so nothing else keeps a channel from drifting there; and with gains for many rates
+    no place but 0 is an integer at all of them. A channel that rests far from 0 is one that varies, and is left alone.
+
+    y: [B, M, h, w], scaled by the gain  ->  [B]
+    """
+    rest = y.flatten(2).float().median(dim=2).values  # [B, M]
+    return torch.where(rest.abs() < 1, rest, 0).square().sum(1) / 16**2  # 2 bits x half the latents x rest^2, a pixel
+
+
 class TrainingStep(nn.Module):
     """A model with its loss in one module, so that data parallelism sees a single forward pass.
 
     L = R + lmbda * 255^2 * MSE  (or  lmbda * (1 - MS-SSIM)), R in bits per pixel, each crop with a lmbda of its own
-    where the rate is variable (`even`: weighted by 1 / sqrt(lmbda)). To it comes the auxiliary loss of the factorized
-    prior, which moves nothing but that prior's quantiles.
+    where the rate is variable (`even`: weighted by 1 / sqrt(lmbda)). What is minimised has two terms more: `unrest` and
+    the auxiliary loss of the factorized prior, which moves nothing but that prior's quantiles.
 
     With `bf16`, convolutions and linear layers run in bfloat16. (Lightning's own bf16-mixed also rounds the inputs, and
     with them the pixels and the noise, to 8 bits of mantissa.)
@@ -78,11 +92,15 @@ class TrainingStep(nn.Module):
         bpp = rates(out["likelihoods"], pixels=x.size(2) * x.size(3))
         error = errors(out["x_hat"], x, self.metric)
         goal = sum(bpp.values()) + lmbda * (ERROR_WEIGHT[self.metric] * error)  # [B]
-        return self.terms(goal, bpp, lmbda, drawn) | quality(error.detach().mean(), self.metric)
+        terms = self.terms(goal, bpp, lmbda, drawn, unrest(out["y"]))
+        return terms | quality(error.detach().mean(), self.metric)
 
-    def terms(self, goal: Tensor, bpp: dict[str, Tensor], lmbda: float | Tensor | None, drawn: Tensor | None) -> dict:
-        """The scalars that are minimised and logged. goal: [B], what each crop should have little of."""
-        loss = goal
+    def terms(
+        self, goal: Tensor, bpp: dict[str, Tensor], lmbda: float | Tensor | None, drawn: Tensor | None, more=0.0
+    ) -> dict:
+        """The scalars that are minimised and logged. goal: [B], what each crop should have little of; more: [B], what
+        is minimised with it."""
+        loss = goal + more
         if self.even and torch.is_tensor(lmbda):
             loss = evenly(lmbda, self.model.config.lmbdas) * loss
         if drawn is not None:
