@@ -24,7 +24,7 @@ from entroformer_lib.models import config as model_config
 from entroformer_lib.training import folder
 from entroformer_lib.training.chance import DRAWN, random_choice
 from entroformer_lib.training.config import TrainConfig
-from entroformer_lib.training.data import Sampling, held_out_crops
+from entroformer_lib.training.data import PreloadedCrops, Sampling, held_out_crops
 from entroformer_lib.training.initial import initial_model
 from entroformer_lib.training.loop import Run, train
 from entroformer_lib.training.loss import TrainingStep, rates_and_distortions, tempered, unrest
@@ -646,6 +646,17 @@ def test_held_out_pictures_are_in_the_log_and_not_in_training(held_out, photo_fo
     pictures = held_out_crops(config.data, frozenset({"astronaut.png", "coffee.png"}))
     again = rates_and_distortions(load_model(weights, "cpu"), pictures, (0.01, 0.1), "mse")
     assert again[1] == pytest.approx(points[1], rel=1e-3)  # tables of p(z) aside, the weights of the last step
+
+
+def test_pictures_linked_several_times_count_as_often_and_are_held_out_once(photo_folder, tmp_path):
+    names = sorted(path.name for path in photo_folder.iterdir())[:2]
+    for times, name in enumerate(names, start=1):
+        for copy in range(2 * times):
+            (tmp_path / str(copy)).mkdir(exist_ok=True)
+            (tmp_path / str(copy) / name).symlink_to(photo_folder / name)
+    assert len(PreloadedCrops(tmp_path, 64).pictures) == 6
+    assert len(PreloadedCrops(tmp_path, 64, left_out=frozenset(names[:1])).pictures) == 4
+    assert len(held_out_crops(tmp_path, frozenset(names))) == 2
 
 
 def test_measuring_changes_no_step(held_out, tmp_path):

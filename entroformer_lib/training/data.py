@@ -82,11 +82,16 @@ def pictures_in(
 ) -> Iterator[np.ndarray]:
     """Every picture of a source whose file name is wanted, as uint8 [H, W, 3], in a fixed order. What cannot be read is
     named in a warning."""
+    return (pixels for _, pixels in _named_pictures_in(source, wanted, reading))
+
+
+def _named_pictures_in(source, wanted: Callable[[str], bool], reading: Reading) -> Iterator[tuple[str, np.ndarray]]:
+    """The same with the file name of each."""
     files, tars = find_sources(source)
     here = ((str(path), path) for path in files if wanted(path.name))
     for name, picture in itertools.chain(here, _members(tars, wanted, reading)):
         if (pixels := _pixels(name, picture)) is not None:
-            yield pixels
+            yield os.path.basename(name), pixels
 
 
 def _members(tars: list[str], wanted: Callable[[str], bool], reading: Reading) -> Iterator[tuple[str, bytes]]:
@@ -130,12 +135,15 @@ def _lines(path: Path) -> list[str]:
 
 def held_out_crops(source, names: frozenset[str], largest: int = 256, reading: Reading = READING) -> Tensor:
     """One crop of each named picture of a source, always the same, scaled as in training: [n, 3, crop, crop], where
-    crop is as large as all of them are, in multiples of 64, and at most `largest`.
+    crop is as large as all of them are, in multiples of 64, and at most `largest`. A picture may be there several times.
 
     Raises:
         DataError: a name that is not in the source, or a picture smaller than 64 pixels.
     """
-    pictures = [_channels_first(p) for p in pictures_in(source, names.__contains__, reading)]
+    found: dict[str, np.ndarray] = {}
+    for name, pixels in _named_pictures_in(source, names.__contains__, reading):
+        found.setdefault(name, pixels)
+    pictures = [_channels_first(pixels) for pixels in found.values()]
     if len(pictures) != len(names):
         raise DataError(f"Of {len(names)} held-out pictures {len(pictures)} are among the training data.")
     crop = min(largest, min(min(p.shape[1:]) for p in pictures) // 64 * 64)
