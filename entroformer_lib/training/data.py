@@ -135,7 +135,8 @@ def _lines(path: Path) -> list[str]:
 
 def held_out_crops(source, names: frozenset[str], largest: int = 256, reading: Reading = READING) -> Tensor:
     """One crop of each named picture of a source, always the same, scaled as in training: [n, 3, crop, crop], where
-    crop is as large as all of them are, in multiples of 64, and at most `largest`. A picture may be there several times.
+    crop is as large as all of them are, in multiples of 64, and at most `largest`. A picture may be there several
+    times.
 
     Raises:
         DataError: a name that is not in the source, or a picture smaller than 64 pixels.
