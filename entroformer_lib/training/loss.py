@@ -50,12 +50,13 @@ def unrest(y: Tensor) -> Tensor:
     Most latents of most channels hardly vary. Where they rest at 0 they round to 0 and cost nothing; where they rest at
     0.4, rounding turns next to nothing into zeros and ones, at up to a bit each. The noise that stands for rounding in
     the rate cannot tell these apart, so nothing else keeps a channel from drifting there; and with gains for many rates
-    no place but 0 is an integer at all of them. A channel that rests far from 0 is one that varies, and is left alone.
+    no place but 0 is an integer at all of them. Where the middle of a channel does not round to 0 it may mean
+    something, and is left alone.
 
     y: [B, M, h, w], scaled by the gain  ->  [B]
     """
     rest = y.flatten(2).float().median(dim=2).values  # [B, M]
-    return torch.where(rest.abs() < 1, rest, 0).square().sum(1) / 16**2  # 2 bits x half the latents x rest^2, a pixel
+    return torch.where(rest.abs() < 0.5, rest, 0).square().sum(1) / 16**2  # 2 bits x half the latents x rest^2, a pixel
 
 
 class TrainingStep(nn.Module):
