@@ -78,7 +78,10 @@ def jupyter_lab(folder: Path, **environment: str) -> Iterator[tuple[str, str]]:
         yield address, token
     finally:
         process.terminate()
-        process.wait(20)
+        try:
+            process.wait(60)  # it ends its kernels first, and other tests may have the cores
+        finally:
+            process.kill()
 
 
 def _wait_for(address: str, process) -> None:
