@@ -46,6 +46,7 @@ def compress(
     model: Model = "tiny-rates",
     bpp: float | None = None,
     window: int | None = None,
+    k: tuple[int, ...] = (),
     force: Force = False,
     resume: Resume = False,
     jobs: Jobs = None,
@@ -72,11 +73,13 @@ def compress(
         bpp: The most bits per pixel a file may have; takes a model of variable rate.
         window: For large pictures: each latent looks for context at most so many latents (16 pixels) away, in each
             direction. By default everywhere, which takes a time that grows with the square of the pixels.
+        k: How many keys attention keeps in the context model (0: all), by default as it was trained. Of several numbers
+            each picture gets the one with the fewest bits, which costs a pass through the context model for each.
     """
     from entroformer_lib.codec.many import Compress
 
     said = "{output}: {bytes:,} bytes, {bpp:.3f} bits per pixel"
-    _code(Compress(model, bpp, device, window), said, images, output, force, resume, jobs, scheduler, as_json)
+    _code(Compress(model, bpp, device, window, k), said, images, output, force, resume, jobs, scheduler, as_json)
 
 
 @app.command
@@ -138,6 +141,7 @@ def info(file: Positional[Path], max_pixels: int | None = None, as_json: AsJson 
         "model": c.model or None,
         "level": c.level,
         "window": c.window,
+        "k": c.k,
         "weights": c.weights.hex(),
         "bytes": len(data),
         "bytes_y": len(c.y_string),

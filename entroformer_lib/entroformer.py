@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -94,6 +94,23 @@ class Entroformer(Network):
             return torch.floor(y + 0.5), None if self.h_a is None else self.hyper_analysis(y, self.rate(level))
 
     @torch.no_grad()
+    def best_k(self, y_hat: Tensor, z: Tensor | None, ks: Iterable[int], level: float | None = None) -> int:
+        """That of several k (0: all keys) with which the context model needs the fewest estimated bits for latents.
+
+        y_hat, z: as `latents` gives them. Raises ConfigError for a k that cannot be.
+        """
+        rate = self.rate(level)
+        with Tiles():
+            hyper = None if z is None else self.hyper_synthesis(self.z_prior.quantize_z(z), rate)
+
+            def bits(k: int) -> float:
+                with searching(self, self.search_window, k):
+                    means, scales = self.distributions(y_hat, hyper, rate=rate)
+                return -float(self.gaussian(y_hat, means, scales).double().log2().sum())
+
+            return min(ks, key=bits)
+
+    @torch.no_grad()
     def compress(self, x: Tensor) -> dict:
         """x: [B, 3, H, W] in [0, 1]  ->  {"strings": [[y of each picture], [z of each picture]], "shape": z's (h, w)}.
 
@@ -164,7 +181,7 @@ class Entroformer(Network):
 
     def _exact(self) -> ExactCoder:
         """The entropy model as the coder runs it; made anew when a weight has changed."""
-        state = fingerprint(self.entropy_model_parts()), self.search_window
+        state = fingerprint(self.entropy_model_parts()), self.search_window, self.context_k
         if self._coder_of != state:
             self._coder, self._coder_of = ExactCoder(self), state
         return self._coder
@@ -268,14 +285,21 @@ def evaluating(model: Entroformer) -> Iterator[Entroformer]:
 
 
 @contextmanager
-def searching(model: Entroformer, window: int | None) -> Iterator[None]:
-    """A model with another search window inside the block."""
-    before = model.search_window
+def searching(model: Entroformer, window: int | None, k: int | None) -> Iterator[None]:
+    """A model with another search window and another k of its context model inside the block.
+
+    window: None for none. k: as a file says it: 0 for all keys, None for that of the model's config.
+    """
+    before = model.search_window, model.context_k
     try:
         model.search_window = window
+        if k is not None or model.takes_k:
+            model.context_k = model.config.top_k if k is None else k or None
         yield
     finally:
-        model.search_window = before
+        model.search_window = before[0]
+        if model.takes_k:
+            model.context_k = before[1]
 
 
 def build_model(name: str, preset: str = "paper", **overrides) -> Entroformer:

@@ -19,7 +19,7 @@ from PIL import Image
 from entroformer_lib.codec import codec
 from entroformer_lib.codec.container import Container
 from entroformer_lib.datasets import sample_picture
-from entroformer_lib.entroformer import Entroformer
+from entroformer_lib.entroformer import Entroformer, searching
 from entroformer_lib.models.config import EntroformerConfig, named_config
 
 FOLDER = Path(__file__).parent / "vectors"
@@ -62,6 +62,8 @@ VECTORS: dict[str, tuple[str, str, dict, float | None]] = {
     "dense": ("serial", "paper", dict(top_k=None, hyper_top_k=(None, None, None)), None),
     "window-parallel": ("parallel", "paper", dict(search_window=1), None),
     "window-serial": ("serial", "paper", dict(search_window=1), None),
+    "k-parallel": ("parallel", "paper", {}, None),
+    "k-serial": ("serial", "paper", {}, None),
     "grey": ("parallel", "paper", {}, None),
     "one-pixel": ("parallel", "paper", {}, None),
 }
@@ -144,7 +146,8 @@ def decoded(model: Entroformer, data: bytes) -> dict[str, str]:
     container = Container.unpack(data)
     y_shape, z_shape = codec.latent_shapes(container.width, container.height, model)
     strings = [[container.y_string], [container.z_string]]
-    y_hat, z_hat = model.decompress_latents(strings, z_shape or y_shape, container.level)
+    with searching(model, container.window, container.k):
+        y_hat, z_hat = model.decompress_latents(strings, z_shape or y_shape, container.level)
     y = y_hat.numpy().astype("<i4")
     assert len(np.unique(y)) > 5, "latents that are all alike would show nothing"
     pixels = np.asarray(codec.decode(data, model))[::STEP, ::STEP]
@@ -163,7 +166,7 @@ def write() -> None:
         config = named_config(f"tiny-{variant}", preset, **{**SMALL, **fields})
         model = formula_model(config, name)
         model.level = level
-        data = codec.encode(model, picture_of(name))
+        data = codec.encode(model, picture_of(name), ks=(2,) if name.startswith("k-") else ())
         (FOLDER / f"{name}.ef").write_bytes(data)
         kept[name] = {"config": json.loads(config.to_json()), **decoded(model, data)}
     rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in kept.items())

@@ -300,7 +300,7 @@ def test_k_at_test_time_is_that_of_a_model_with_it(pictures):
     dense.load_state_dict({**model.state_dict(), "_extra_state": dense.get_extra_state()})
     batches = latent_rates.batches_of(model, pictures)
     few = latent_rates.mean_rate(model, batches)
-    latent_rates.use_top_k(model, None)
+    model.context_k = None
     rates = [latent_rates.mean_rate(m, batches) for m in (model, dense)]
     assert rates[0] == rates[1] != few
 

@@ -75,7 +75,7 @@ def header(data: bytes) -> dict:
     """Written from docs/format.md alone."""
     assert data[:3] == b"\x93EF" and struct.unpack("<I", data[-4:])[0] == zlib.crc32(data[:-4])
     version, flags = data[3], data[4]
-    assert version == 3 and flags < 8
+    assert version == 3 and flags < 16
     at = 5
 
     def leb128() -> int:
@@ -89,12 +89,14 @@ def header(data: bytes) -> dict:
             if byte < 128:
                 return value
 
-    width, height, level, window = leb128(), leb128(), None, None
+    width, height, level, window, k = leb128(), leb128(), None, None, None
     if flags & 2:
         level = struct.unpack_from("<H", data, at)[0] / 256
         at += 2
     if flags & 4:
         window = leb128()
+    if flags & 8:
+        k = leb128()
     length = leb128()
     name = data[at : at + length].decode()
     weights = data[at + length : at + length + 4].hex()
@@ -102,12 +104,14 @@ def header(data: bytes) -> dict:
     bytes_z = leb128()
     return {
         "version": version, "width": width, "height": height, "grey": bool(flags & 1), "model": name or None,
-        "level": level, "window": window, "weights": weights, "bytes": len(data),
+        "level": level, "window": window, "k": k, "weights": weights, "bytes": len(data),
         "bytes_y": len(data) - 4 - at - bytes_z, "bytes_z": bytes_z,
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["parallel", "context", "rates", "grey", "one-pixel", "window-serial"])
+@pytest.mark.parametrize(
+    "name", ["parallel", "context", "rates", "grey", "one-pixel", "window-serial", "k-serial", "k-parallel"]
+)
 def test_two_readers_agree_on_the_header(name):
     path = FOLDER / f"{name}.ef"
     facts = json.loads(call("info", path, "--json")[0])
@@ -151,6 +155,9 @@ def hostile(whole: Container) -> dict[str, bytes]:
         "level": replace(whole, level=255.99).pack(),
         "window": replace(whole, window=4097).pack(),
         "window of 35 bits": sealed(b"\x93EF\x03\x04\x46\x28" + tail),
+        "k": replace(whole, k=2**16 + 1).pack(),
+        "one key": replace(whole, k=1).pack(),
+        "another k": replace(whole, k=2).pack(),
         "another window": replace(whole, window=1).pack(),
         "a window and no level": replace(whole, window=1, level=0.0, y_string=flat).pack(),
         "no z": replace(whole, z_string=b"").pack(),

@@ -7,6 +7,7 @@ decode: the same backwards; every way it can fail is a BitstreamError, never a w
 import bisect
 import math
 import zlib
+from collections.abc import Sequence
 
 import psutil
 import torch
@@ -28,20 +29,23 @@ BYTES_PER_PIXEL, BYTES_PER_CHANNEL = 130, 1.3
 
 
 @torch.no_grad()
-def encode(model: Entroformer, image, bpp: float | None = None) -> bytes:
+def encode(model: Entroformer, image, bpp: float | None = None, ks: Sequence[int] = ()) -> bytes:
     """A picture as the bytes of an `.ef` file.
 
     Args:
         model: from `load_model` (its name goes into the file), or any model (then `decode` must be given it). One of
             variable rate codes at its `level`. It is left as it was.
-            Its `search_window` goes into the file.
+            Its `search_window` goes into the file, and its `context_k` where that is not its config's.
         image: what `open_picture` takes. See `to_rgb` for what happens to grey, palettes, 16 bits and transparency.
         bpp: the most bits per pixel that the whole file may have; takes a model of variable rate.
+        ks: values of k, the number of keys that the context model's attention keeps (0 for all). The one with the
+            fewest estimated bits is taken for this picture. By default the model's own.
 
     Raises:
         DataError: the picture cannot be read, or is larger than 65,535 pixels on a side or than the memory allows.
         RateError: the wanted size cannot be had.
         WeightsError: weights that give no finite numbers.
+        ConfigError: a k that cannot be, or a model that takes none.
     """
     check_bpp(bpp)
     picture, grey = to_rgb(open_picture(image))
@@ -52,11 +56,12 @@ def encode(model: Entroformer, image, bpp: float | None = None) -> bytes:
     with evaluating(in_float32(model)) as model:
         x = to_tensor(picture, model)
         if bpp is None:
-            return _encode_at(model, x, picture.size, grey, level_of_file(model))
+            return _encode_at(model, x, picture.size, grey, level_of_file(model), ks)
         most = math.floor(bpp * width * height / 8)
         best = level_within(model, x, most)
+        # a little less where the estimate was too small
         for step in sorted({max(best - less, 0) for less in (0, 2, 8, 32, best)}, reverse=True):
-            data = _encode_at(model, x, picture.size, grey, step / LEVEL_STEPS)  # a little less where it was too large
+            data = _encode_at(model, x, picture.size, grey, step / LEVEL_STEPS, ks)
             if len(data) <= most:
                 return data
     least = 8 * len(data) / (width * height)
@@ -106,15 +111,20 @@ def level_within(model: Entroformer, x: Tensor, size: int) -> int:
     return max(bisect.bisect_right(steps, size, key=estimated_bytes) - 1, 0)
 
 
-def _encode_at(model: Entroformer, x: Tensor, size: tuple[int, int], grey: bool, level: float | None) -> bytes:
+def _encode_at(
+    model: Entroformer, x: Tensor, size: tuple[int, int], grey: bool, level: float | None, ks: Sequence[int]
+) -> bytes:
     y_hat, z = model.latents(x, level)
-    coded = model.compress_latents(y_hat, z, level)
+    best = model.best_k(y_hat, z, ks, level) if ks else model.context_k or 0
+    with searching(model, model.search_window, best if model.takes_k else None):
+        coded = model.compress_latents(y_hat, z, level)
     y_string, z_string, z_hat = coded["strings"][0][0], b"", None
     if z is not None:
         z_string = coded["strings"][1][0]
         z_hat = model.z_prior.decompress([z_string], coded["shape"])
     checksums = weights_digest(model), latents_checksum(y_hat, z_hat)
-    return Container(*size, grey, model.name, *checksums, z_string, y_string, level, model.search_window).pack()
+    k = best if model.takes_k and best != (model.config.top_k or 0) else None
+    return Container(*size, grey, model.name, *checksums, z_string, y_string, level, model.search_window, k).pack()
 
 
 @torch.no_grad()
@@ -159,12 +169,14 @@ def _decode_with(model: Entroformer, container: Container) -> Image.Image:
         raise BitstreamError("The file has a rate that this model does not know.")
     if container.window is not None and model.config.context == "grouped":
         raise BitstreamError("The file has a search window, and this model takes none.")
+    if container.k is not None and not model.takes_k:
+        raise BitstreamError("The file has a number k of keys, and this model takes none.")
     _check_lengths(container, model)
     _check_memory(container.width, container.height, BYTES_PER_PIXEL + BYTES_PER_CHANNEL * model.config.N)
     y_shape, z_shape = latent_shapes(container.width, container.height, model)
     strings = [[container.y_string], [container.z_string]]  # the second is empty and not read without hyperprior
     try:
-        with searching(model, container.window):
+        with searching(model, container.window, container.k):
             y_hat, z_hat = model.decompress_latents(strings, z_shape or y_shape, container.level)
     except (ValueError, IndexError, WeightsError) as error:
         raise BitstreamError(f"The coded latents cannot be decoded: {str(error).removesuffix('.')}.") from None

@@ -4,10 +4,11 @@ is in them, and what a decoder checks.
     bytes  what
     3      93 45 46, that is \\x93 "EF"
     1      version, 3 (1 and 2 had other arithmetic)
-    1      flags: 1 = the picture is grey, 2 = the rate is variable, 4 = there is a search window
+    1      flags: 1 = the picture is grey, 2 = the rate is variable, 4 = there is a search window, 8 = there is a k
     1-5    width, then height, each as LEB128 (7 bits a byte, low bits first, high bit = more follow)
     0 or 2 level of a variable rate in 1/256 (`models/gain.py`), where the flag says so
     0-2    search window (LEB128, up to 4,096), where the flag says so
+    0-3    k of the context model (LEB128, 0 or 2 to 65,536), where the flag says so
     1-2+n  length (LEB128, up to 255) and UTF-8 name of the model
     4      first bytes of the SHA-256 of its decoder weights (`zoo.weights_digest`)
     4      CRC-32 of the latents, so that a decoder that differs is noticed
@@ -24,7 +25,7 @@ import zlib
 from dataclasses import dataclass
 
 from entroformer_lib.errors import BitstreamError, DataError, WeightsError
-from entroformer_lib.models.config import LARGEST_WINDOW
+from entroformer_lib.models.config import LARGEST_K, LARGEST_WINDOW
 
 MAGIC = b"\x93EF"
 VERSION = 3
@@ -38,7 +39,7 @@ _U16, _U32 = struct.Struct("<H"), struct.Struct("<I")
 
 @dataclass(frozen=True)
 class Container:
-    """One coded picture. Sizes in pixels; `weights`, `latents_crc`, `level` and `window` as described above."""
+    """One coded picture. Sizes in pixels; `weights`, `latents_crc`, `level`, `window` and `k` as described above."""
 
     width: int
     height: int
@@ -50,6 +51,7 @@ class Container:
     y_string: bytes
     level: float | None = None
     window: int | None = None
+    k: int | None = None
 
     def pack(self) -> bytes:
         """Raises WeightsError for a model's name that no file can hold."""
@@ -57,14 +59,16 @@ class Container:
         if len(name) > LARGEST_NAME or name != name.decode(errors="ignore").encode() or not self.model.isprintable():
             kind = f"printable text of up to {LARGEST_NAME} bytes"
             raise WeightsError(f"A model's name is {kind} in an .ef file; {name} is not.")
+        flags = self.grey, self.level is not None, self.window is not None, self.k is not None
         data = b"".join(
             [
                 MAGIC,
-                bytes([VERSION, int(self.grey) + 2 * (self.level is not None) + 4 * (self.window is not None)]),
+                bytes([VERSION, sum(flag << i for i, flag in enumerate(flags))]),
                 _varint(self.width),
                 _varint(self.height),
                 b"" if self.level is None else _U16.pack(round(self.level * LEVEL_STEPS)),
                 b"" if self.window is None else _varint(self.window),
+                b"" if self.k is None else _varint(self.k),
                 _varint(len(name)),
                 name,
                 self.weights[:4],
@@ -90,11 +94,14 @@ class Container:
         body = io.BytesIO(data[4:-4])
         flags = _take(body, 1)[0]
         width, height = _take_varint(body), _take_varint(body)
-        if not (1 <= width <= LARGEST_SIDE and 1 <= height <= LARGEST_SIDE) or flags > 7:
+        if not (1 <= width <= LARGEST_SIDE and 1 <= height <= LARGEST_SIDE) or flags > 15:
             raise BitstreamError(NONSENSE)
         level = _U16.unpack(_take(body, 2))[0] / LEVEL_STEPS if flags & 2 else None
         window = _take_varint(body) if flags & 4 else None
         if window is not None and not 1 <= window <= LARGEST_WINDOW:
+            raise BitstreamError(NONSENSE)
+        k = _take_varint(body) if flags & 8 else None
+        if k is not None and not (k == 0 or 2 <= k <= LARGEST_K):
             raise BitstreamError(NONSENSE)
         length = _take_varint(body)
         if length > LARGEST_NAME:
@@ -107,7 +114,7 @@ class Container:
             raise BitstreamError(NONSENSE)
         weights, (crc,) = _take(body, 4), _U32.unpack(_take(body, 4))
         z_string = _take(body, _take_varint(body))
-        return cls(width, height, bool(flags & 1), name, weights, crc, z_string, body.read(), level, window)
+        return cls(width, height, bool(flags & 1), name, weights, crc, z_string, body.read(), level, window, k)
 
     def check_pixels(self, most: int | None) -> None:
         """Raises DataError where the picture has more pixels than are allowed; None allows all."""

@@ -49,13 +49,15 @@ class Compress:
     """Pictures to `.ef` files.
 
     model: name or file. bpp: the most bits per pixel that a file may have. window: how far a latent looks for context,
-    in latents; None: as the model does. weights: the digest that they must have; None takes those that are there.
+    in latents; None: as the model does. ks: as `encode` takes them. weights: the digest that they must have; None takes
+    those that are there.
     """
 
     model: str
     bpp: float | None = None
     device: str = "auto"
     window: int | None = None
+    ks: tuple[int, ...] = ()
     weights: str | None = None
 
     ending = ".ef"
@@ -67,7 +69,9 @@ class Compress:
         device = _ready(self.device)
         kept = kept_model(self.model, device)
         with self._searching(kept.model):
-            pass
+            for k in self.ks:
+                with searching(kept.model, None, k):
+                    pass
         return replace(self, model=name_elsewhere(self.model), device=device, weights=kept.digest)
 
     def takes(self, path: Path) -> bool:
@@ -79,13 +83,13 @@ class Compress:
         picture = pictures.open_picture(source)
         model = kept_model(self.model, self.device, self.weights).model
         with self._searching(model):
-            data = codec.encode(model, picture, self.bpp)
+            data = codec.encode(model, picture, self.bpp, self.ks)
         bpp = 8 * len(data) / (picture.width * picture.height)
         facts = {"bytes": len(data), "width": picture.width, "height": picture.height, "bpp": bpp}
         return data, {**facts, "notes": pictures.losses(picture)}
 
     def _searching(self, model: Entroformer):
-        return searching(model, model.search_window if self.window is None else self.window)
+        return searching(model, model.search_window if self.window is None else self.window, None)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from entroformer_lib.models.position import grid_sites
 
 GROUPS = 6  # of channels, in the explorer's side panel
 TOKENS_AT_ONCE = 192  # of a serial model, when keys and values are computed
-DENSE = 2**20  # a k above any number of keys
 K_HELD = 8  # values of k for which keys and values are kept
 EMPTY = {"probs": 0.0, "scores": -np.inf, "selected": -np.inf}  # where a row sees nothing; else not a number
 
@@ -209,9 +208,8 @@ class RowServer(PictureServer):
 
     def _stack(self, k: int | None):
         """The blocks, with this k. They are our own copy: nobody else sees the change."""
-        stack = self.model.context_model.stack
-        stack.top_k = k or DENSE
-        return stack
+        self.model.context_k = k or None
+        return self.model.context_model.stack
 
     @torch.inference_mode()
     def _keys_and_values(self, k: int | None):

@@ -14,6 +14,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from entroformer_lib.errors import ConfigError
 
 LARGEST_WINDOW = 2**12  # sites of the largest pictures that are coded
+LARGEST_K = 2**16  # that a file may say
 
 Context = Literal["serial", "parallel", "cnn", "grouped", "none"]
 Position = Literal["none", "absolute", "relative_1d", "relative_2d", "diamond"]

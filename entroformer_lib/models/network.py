@@ -14,8 +14,9 @@ import torch
 from compressai.models import CompressionModel
 from torch import Tensor
 
+from entroformer_lib.errors import ConfigError
 from entroformer_lib.models.attention import TopKAttention
-from entroformer_lib.models.config import EntroformerConfig
+from entroformer_lib.models.config import LARGEST_K, EntroformerConfig
 from entroformer_lib.models.context import NO_GAPS, CnnContext, Gaps, NoContext, ParallelContext, SerialContext
 from entroformer_lib.models.entropy_model import Bounds, EntropyParameters, PerGroup, PerSite, ToldTheRate
 from entroformer_lib.models.gain import Rate, RateGain, RateKnowledge
@@ -74,6 +75,30 @@ class Network(CompressionModel):
         for layer in self.modules():
             if isinstance(layer, TopKAttention):
                 layer.window = window
+
+    @property
+    def context_k(self) -> int | None:
+        """How many keys the context model's attention keeps; None: all. `config.top_k` unless it was changed, which may
+        be at any time; a file says which one it was coded with. None too where the context model has no such number."""
+        return self.context_model.stack.top_k if self.takes_k else None
+
+    @context_k.setter
+    def context_k(self, k: int | None) -> None:
+        """Raises ConfigError for a k that cannot be, or a context model that has none."""
+        if not self.takes_k:
+            raise ConfigError(
+                "Only Entroformer's context models, serial and parallel, can keep another number k of keys."
+            )
+        if k is not None and not 2 <= k <= LARGEST_K:
+            raise ConfigError(f"k is a number from 2 to {LARGEST_K:,}, not {k:,}.")
+        stack = self.context_model.stack
+        stack.top_k = k
+        for block in stack.blocks:
+            block.attention.top_k = k
+
+    @property
+    def takes_k(self) -> bool:
+        return self.config.context in ("serial", "parallel")
 
     def forward(
         self,

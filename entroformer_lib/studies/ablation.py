@@ -179,7 +179,7 @@ def _k_at_test(terms: Terms, folder: Path, model: Entroformer) -> list[dict]:
     """The rate of the middles with every k of TEST_K."""
     batches, rows = _middles(terms, model), []
     for k in TEST_K:
-        latent_rates.use_top_k(model, k)
+        model.context_k = k
         rows.append({"k_at_test": k, "bpp": latent_rates.mean_rate(model, batches)})
     return rows
 

@@ -121,11 +121,3 @@ def _predictions(model: Entroformer, y: Tensor) -> Iterable[tuple[str, Tensor]]:
     for context, gaps in zip(CONTEXTS, (Gaps(kept=all_first), one_way, both_ways), strict=True):
         if context != CONTEXTS[0] or model.h_a is not None:
             yield context, model.likelihoods(y, gaps=gaps)[0]["y"]
-
-
-def use_top_k(model: Entroformer, top_k: int | None) -> None:
-    """Lets the context model keep other than the k scores it was trained with, in place."""
-    stack = model.context_model.stack
-    stack.top_k = top_k
-    for block in stack.blocks:
-        block.attention.top_k = top_k
