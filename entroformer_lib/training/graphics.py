@@ -31,17 +31,22 @@ def _word(rng: np.random.Generator) -> str:
 
 
 def _page(image: Image.Image, draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
-    """Lines of text, dark on light or light on dark, or each word in a colour of its own."""
+    """Lines of text, dark on light or light on dark, or each line or word in a colour of its own."""
     dark, light = (tuple(int(v) for v in rng.integers(*r, 3)) for r in ((0, 90), (170, 256)))
+    if rng.random() < 0.5:
+        light = (255, 255, 255)
     paper, ink = (light, dark) if rng.random() < 0.7 else (dark, light)
-    many = rng.random() < 0.3
+    coloured = rng.choice(("no", "no", "lines", "words"))
     image.paste(paper, (0, 0, *image.size))
     size = int(rng.integers(8, 28))
     for top in range(int(rng.integers(0, size)), image.height, round(1.4 * size)):
         left = int(rng.integers(-30, 20))
+        ink = colour(rng) if coloured == "lines" else ink
         while left < image.width:
             word = _word(rng)
-            draw.text((left, top), word, fill=colour(rng) if many else ink, font=ImageFont.load_default(size))
+            draw.text(
+                (left, top), word, fill=colour(rng) if coloured == "words" else ink, font=ImageFont.load_default(size)
+            )
             left += round(0.55 * size * (len(word) + 1))
 
 
@@ -116,4 +121,4 @@ def _gradient(image: Image.Image, draw: ImageDraw.ImageDraw, rng: np.random.Gene
         draw.ellipse((x0, y0, x1, y1), fill=colour(rng))
 
 
-KINDS = (_page, _shapes, _checks, _lines, _chart, _gradient)
+KINDS = (_page, _page, _shapes, _checks, _lines, _chart, _gradient)
