@@ -166,7 +166,6 @@ class BlockSynthesis(nn.Sequential):
 # changes the pixels of a block by sqrt(18 / (ln 2 lambda)) = 64 in units of 255, which is 0.5 where x has the range
 # [-1, 1]. So a latent is a coefficient of the DCT times 2.
 DCT_SCALE = 2.0
-DCT_LMBDA = 0.0064
 CHROMA_FREQUENCY = 3  # colour differences have as little energy as brightness has at three times the frequency
 
 
