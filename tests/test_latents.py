@@ -108,7 +108,7 @@ def test_cache_of_other_transforms_or_crops_is_refused(cache, source, tmp_path):
     save_weights(micro_model("parallel", seed=1), other, {})
     with pytest.raises(DataError, match="other transforms"):
         LatentCrops(cache, load_model(other, "cpu"), crop=128)
-    with pytest.raises(DataError, match="other crop"):
+    with pytest.raises(DataError, match="crops of 128 pixels, too few for 256"):
         LatentCrops(cache, load_model(source, "cpu"), crop=256)
     with pytest.raises(DataError, match="other per_picture"):
         write_latents(source, "/nowhere", cache, crop=128, per_picture=3)
@@ -148,6 +148,24 @@ def test_order_of_data_is_a_function_of_seed_and_sample(cache, source):
     parts = torch.cat(list(LatentCrops(cache, model, 128).batches([range(4, 6), range(6, 8)])))
     assert torch.equal(whole, parts) and whole.dtype == torch.float32
     assert not torch.equal(whole, next(LatentCrops(cache, model, 128, seed=1).batches([range(4, 8)])))
+
+
+def test_smaller_crops_are_parts_of_those_kept(cache, source):
+    crops = LatentCrops(cache, load_model(source, "cpu"), 128)
+    (whole,), (part,) = (list(crops.batches([range(16)], crop)) for crop in (128, 64))
+    places = set()
+    for large, small in zip(whole, part, strict=True):
+        fits = [(i, j) for i in range(5) for j in range(5) if torch.equal(large[:, i : i + 4, j : j + 4], small)]
+        assert fits
+        places.update(fits)
+    assert len(places) > 8
+
+
+def test_larger_crops_come_last(config):
+    config = replace(config, steps=4, crop=64, last_crop=128, last_share=0.5)
+    assert config.crops == [(range(2), 64), (range(2, 4), 128)]
+    train(config, progress=False)
+    assert len(losses(config)) == 4
 
 
 def test_result_is_a_whole_model_with_the_same_transforms(config, source, photo):
@@ -264,7 +282,7 @@ def test_one_way_needs_a_parallel_model(config):
         dict(transforms=None, missing=0.0),
         dict(transforms=None, latents=None, missing=0.0, rounded=True),
         dict(missing=1.0),
-        dict(last_crop=192),
+        dict(graphics=0.1),
     ],
     ids=lambda change: next(iter(change)),
 )

@@ -64,7 +64,9 @@ class TrainConfig:
     crop: Side = 128
     """Side of a crop in pixels."""
     last_crop: Side | None = None
-    """Side of a crop over the last fifth of the steps; default: crop."""
+    """Side of a crop over the last steps; default: crop."""
+    last_share: Share = 0.2
+    """Share of the steps that have last_crop."""
     optimizer: Literal["adam", "muon"] = "adam"
     """muon: orthogonalised momentum for matrices and kernels, Adam for the rest; far fewer steps (docs/training.md)."""
     lr: Positive = 1e-4
@@ -155,7 +157,7 @@ class TrainConfig:
             yield small, f"MS-SSIM needs crops above 160 pixels, and the crop is {crop}."
         on_latents, alone = self.transforms is not None, (self.transforms is None) != (self.latents is None)
         yield alone, "Frozen transforms and the latents they gave go together: set both or none of the two."
-        for name in ("last_crop", "pretrain_lmbda", "graphics", "permuted", "held_out", "compile"):
+        for name in ("pretrain_lmbda", "graphics", "permuted", "held_out", "compile"):
             wrong = on_latents and getattr(self, name) not in (None, 0)
             yield wrong, f"{name} goes with pictures, not with the latents of frozen transforms."
         for name in ("rounded", "missing", "one_way"):
@@ -182,7 +184,7 @@ class TrainConfig:
         """Which steps have which crop."""
         if self.last_crop in (None, self.crop):
             return [(range(self.steps), self.crop)]
-        change = self.steps - self.steps // 5
+        change = self.steps - int(self.steps * self.last_share + 1e-6)
         return [(range(change), self.crop), (range(change, self.steps), self.last_crop)]
 
 

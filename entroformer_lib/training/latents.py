@@ -193,15 +193,17 @@ class LatentCrops:
     Args:
         folder: written by `write_latents`.
         model: its transforms must be those of the cache.
-        crop: must be the cache's.
+        crop: side in pixels; of larger ones in the cache a random part is taken.
 
     Raises:
-        DataError: no cache there, or one of other transforms or another crop.
+        DataError: no cache there, or one of other transforms or smaller crops.
     """
 
     def __init__(self, folder: Path, model: Entroformer, crop: int, seed: int = 0, device="cpu"):
-        note = check_note(folder / "latents.json", {"transforms_sha256": transforms_digest(model), "crop": crop})
-        self.seed, self.device = seed, device
+        note = check_note(folder / "latents.json", {"transforms_sha256": transforms_digest(model)})
+        if not crop <= note.get("crop", 0):
+            raise DataError(f"The latents in {folder} are of crops of {note.get('crop')} pixels, too few for {crop}.")
+        self.seed, self.device, self.crop = seed, device, crop
         try:
             self.table = np.load(folder / "latents.npy", mmap_mode="r")  # [pictures, per_picture, M, h, w]
             shape = list(self.table.shape)
@@ -213,15 +215,18 @@ class LatentCrops:
         self.held_out = None if held_out is None else torch.from_numpy(held_out).to(device).float()
 
     def batches(self, ranges: Iterable[range], crop: int | None = None) -> Iterator[Tensor]:
-        """For each range of sample numbers its latents: float32 [B, M, h, w]."""
+        """For each range of sample numbers its latents: float32 [B, M, h, w].  crop: where it is another one"""
+        side = (crop or self.crop) // 16
         for samples in ranges:
-            batch = np.stack([self._sample(g) for g in samples])
+            batch = np.stack([self._sample(g, side) for g in samples])
             yield torch.from_numpy(batch).to(self.device).float()
 
-    def _sample(self, g: int) -> np.ndarray:
-        pictures, per_picture = self.table.shape[:2]
-        which = np.random.default_rng((self.seed, 7, g)).integers(per_picture)
-        return self.table[picture_number(g, pictures, self.seed), which]
+    def _sample(self, g: int, side: int) -> np.ndarray:
+        pictures, per_picture, *_, whole = self.table.shape
+        rng = np.random.default_rng((self.seed, 7, g))
+        y = self.table[picture_number(g, pictures, self.seed), rng.integers(per_picture)]
+        top, left = rng.integers(0, whole - side + 1, 2)
+        return y[:, top : top + side, left : left + side]
 
 
 if __name__ == "__main__":

@@ -94,9 +94,9 @@ def _fabric(config: TrainConfig) -> Fabric:
 
 def crops_of(config: TrainConfig, model: Entroformer, device: torch.device) -> Crops:
     """What a run trains on: pictures, or latents of frozen transforms."""
-    if config.transforms:
-        return LatentCrops(Path(config.latents), model, config.crop, config.seed, device)
     largest = max(crop for _, crop in config.crops)
+    if config.transforms:
+        return LatentCrops(Path(config.latents), model, largest, config.seed, device)
     left_out = read_names(config.held_out) if config.held_out else frozenset()
     more = dict(left_out=left_out, reading=reading_of(config), graphics=config.graphics, permuted=config.permuted)
     if config.preload:
