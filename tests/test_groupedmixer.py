@@ -31,6 +31,7 @@ from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.loop import train
 
 ORDERS = ("channels", "raster", "sites")
+UNEVEN = (5, 2, 2)  # slices of 3, 3, 2, 2 and 2 of 12 channels
 SMALL = dict(N=8, M=12, Z=8, dim=16, heads=2, context_layers=2, top_k=4, hyper_top_k=(4, 4, 4), window=2)
 
 
@@ -67,12 +68,13 @@ def some_latents(h: int = 8, w: int = 12, M: int = 12):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("counts", [(1, 1, 1), (3, 2, 2), (2, 1, 2), (6, 4, 2), (1, 3, 3)])
 @pytest.mark.parametrize("size", [(4, 8), (5, 7), (1, 1), (2, 9)])
-def test_merge_is_the_inverse_of_split(order, counts, size):
-    y = torch.randn(2, 6, *size)
+@pytest.mark.parametrize("channels", [6, 8])
+def test_merge_is_the_inverse_of_split(order, counts, size, channels):
+    y = torch.randn(2, channels, *size)
     groups = split(y, counts, order)
     rows, columns = group_grid(*size, counts)
-    assert groups.shape == (2, counts[0] * counts[1] * counts[2], rows * columns, 6 // counts[0])
-    assert torch.equal(merge(groups, size, counts, order), y)
+    assert groups.shape == (2, counts[0] * counts[1] * counts[2], rows * columns, -(-channels // counts[0]))
+    assert torch.equal(merge(groups, y.shape[1:], counts, order), y)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -174,7 +176,9 @@ def test_cross_attention_sees_its_own_place_in_earlier_slots():
 # ---- the model ----
 
 
-@pytest.mark.parametrize("fields", [{}, {"inner": "top_k"}, {"group_order": "sites"}, {"groups": (2, 1, 2)}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"inner": "top_k"}, {"group_order": "sites"}, {"groups": (2, 1, 2)}, {"groups": UNEVEN}]
+)
 def test_no_latent_of_a_group_or_later_reaches_its_parameters(fields):
     model = small(**fields)
     counts, order = model.config.groups, model.config.group_order
@@ -186,7 +190,7 @@ def test_no_latent_of_a_group_or_later_reaches_its_parameters(fields):
             changed = groups.clone()
             changed[:, g, -1] += 5  # one site of the group, every channel
             after = [
-                split(t, counts, order) for t in model.context_model(merge(changed, y.shape[2:], counts, order), hyper)
+                split(t, counts, order) for t in model.context_model(merge(changed, y.shape[1:], counts, order), hyper)
             ]
             for a, b in zip(before, after, strict=True):
                 assert torch.equal(a[:, : g + 1], b[:, : g + 1])
@@ -194,7 +198,7 @@ def test_no_latent_of_a_group_or_later_reaches_its_parameters(fields):
                     assert not torch.equal(a[:, g + 1], b[:, g + 1])
 
 
-@pytest.mark.parametrize("fields", [{}, {"inner": "top_k"}, {"inner": "none"}, {"cross": False}])
+@pytest.mark.parametrize("fields", [{}, {"inner": "top_k"}, {"inner": "none"}, {"cross": False}, {"groups": UNEVEN}])
 @pytest.mark.parametrize("size", [(8, 12), (5, 7)])
 def test_steps_give_what_forward_gives(fields, size):
     """The float path, step by step with and without the cache, against all groups at once."""
@@ -206,7 +210,7 @@ def test_steps_give_what_forward_gives(fields, size):
             assert torch.allclose(steps(model.context_model, y, hyper, cached), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("fields", [{}, {"inner": "top_k"}, {"inner": "none"}, {"cross": False}])
+@pytest.mark.parametrize("fields", [{}, {"inner": "top_k"}, {"inner": "none"}, {"cross": False}, {"groups": UNEVEN}])
 def test_exact_steps_with_and_without_cache_are_equal_and_near_the_floats(fields):
     model = small(**fields)
     y, hyper = some_latents()
@@ -224,7 +228,7 @@ def test_gaps_are_refused_in_words():
         small().distributions(*some_latents(), Gaps(missing=torch.zeros(1, 1, 8, 12, dtype=torch.bool)))
 
 
-@pytest.mark.parametrize("fields", [{}, {"inner": "top_k"}, {"groups": (1, 2, 2), "lmbdas": (0.01, 0.02)}])
+@pytest.mark.parametrize("fields", [{}, {"inner": "top_k"}, {"groups": UNEVEN, "lmbdas": (0.01, 0.02)}])
 def test_a_picture_comes_back(fields, photo):
     model = small(**fields)
     picture = photo.crop((0, 0, 150, 100))
@@ -237,8 +241,9 @@ def test_a_picture_comes_back(fields, photo):
     assert np.array_equal(np.asarray(again), np.asarray(expected))
 
 
-def test_training_reaches_every_weight():
-    context_model = small().context_model
+@pytest.mark.parametrize("groups", [(3, 2, 2), UNEVEN])
+def test_training_reaches_every_weight(groups):
+    context_model = small(groups=groups).context_model
     means, log_scales = context_model(*some_latents())
     (means.square().sum() + log_scales.square().sum()).backward()
     for name, parameter in context_model.named_parameters():
@@ -280,8 +285,8 @@ def test_sizes():
 
 
 def test_bad_input(tmp_path):
-    with pytest.raises(ConfigError, match="do not divide into 7 slices"):
-        named_config("tiny-groupedmixer", groups=(7, 2, 2))
+    with pytest.raises(ConfigError, match="too few for 200 slices"):
+        named_config("tiny-groupedmixer", groups=(200, 2, 2))
     with pytest.raises(ConfigError, match="needs one"):
         named_config("tiny-groupedmixer", hyperprior=False)
     model = small()

@@ -62,7 +62,7 @@ class GroupServer(PictureServer):
         c, mixer = self.config, self.model.context_model
         self.counts, self.order = mixer.counts, mixer.order
         self.slices, k_h, k_w = self.counts
-        self.channel_groups = np.array_split(np.arange(c.M), self.slices)
+        self.channel_groups = [np.arange(c.M)[s] for s in mixer.slices]
         self.radius = c.radius * k_h if k_h == k_w else 0  # of the diamond as it lies on the picture's grid
         self.grid = group_grid(self.height, self.width, self.counts)
         self.row_entries = {"window": c.window**2, "top_k": c.top_k}.get(c.inner)
@@ -201,4 +201,4 @@ class GroupServer(PictureServer):
     @property
     def latents_of_a_group(self) -> int:
         """How many latents a group has, those in the padding included."""
-        return self.grid[0] * self.grid[1] * self.config.M // self.slices
+        return self.grid[0] * self.grid[1] * len(self.channel_groups[0])

@@ -102,8 +102,8 @@ class EntroformerConfig:
             raise ConfigError("A model without context and without hyperprior has nothing to predict from.")
         if self.context == "grouped" and not self.hyperprior:
             raise ConfigError("GroupedMixer's first group is predicted by the hyperprior, so it needs one.")
-        if self.context == "grouped" and self.M % self.groups[0]:
-            raise ConfigError(f"The {self.M} channels of y do not divide into {self.groups[0]} slices.")
+        if self.context == "grouped" and self.groups[0] > self.M:
+            raise ConfigError(f"The {self.M} channels of y are too few for {self.groups[0]} slices.")
         if (self.transforms == "blocks") != bool(self.stages):
             raise ConfigError("Transforms of blocks have stages, and those with GDN have none.")
         sides = [side for side, _, _ in self.stages]

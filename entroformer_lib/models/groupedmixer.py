@@ -25,7 +25,7 @@ these are few weights), hyper features at the sites that a slot predicts added t
 the head, windows or top-k for the inner mixer, relative positions by our diamond, a bias for the distance in groups,
 one feed-forward for each pair of mixers.
 
-Letters in shapes: B pictures, G groups (S of them at a time), n sites of a group, m = M / k_c, D width.
+Letters in shapes: B pictures, G groups (S of them at a time), n sites of a group, m = M / k_c rounded up, D width.
 """
 
 import functools
@@ -65,33 +65,43 @@ def group_order(counts: Counts, order: str = "channels") -> list[tuple[int, int,
     return [(s, *p) for s in range(k_c) for p in phases]
 
 
+def channel_slices(M: int, k_c: int) -> list[slice]:
+    """The channels of each slice: m of them, or one less in the last ones where k_c does not divide M."""
+    ends = [0, *itertools.accumulate(M // k_c + (s < M % k_c) for s in range(k_c))]
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
+
+
 def group_grid(height: int, width: int, counts: Counts) -> tuple[int, int]:
     """Rows and columns of a group of a [height, width] grid; where the phases do not divide it, it is filled up."""
     return -(-height // counts[1]), -(-width // counts[2])
 
 
 def split(y: Tensor, counts: Counts, order: str = "channels") -> Tensor:
-    """Latents into groups, in the order of coding; filled up with zeros where the phases do not divide the grid.
+    """Latents into groups, in the order of coding; filled up with zeros where slices and phases do not divide y.
 
-    y: [B, M, h, w]  ->  [B, G, n, M / k_c]
+    y: [B, M, h, w]  ->  [B, G, n, m]
     """
     k_c, k_h, k_w = counts
     rows, columns = group_grid(*y.shape[2:], counts)
-    y = F.pad(y, (0, columns * k_w - y.size(3), 0, rows * k_h - y.size(2)))
-    y = y.view(len(y), k_c, -1, rows, k_h, columns, k_w)
+    slices = [y[:, s] for s in channel_slices(y.size(1), k_c)]
+    m = slices[0].size(1)
+    down, right = rows * k_h - y.size(2), columns * k_w - y.size(3)
+    y = torch.stack([F.pad(part, (0, right, 0, down, 0, m - part.size(1))) for part in slices], dim=1)
+    y = y.view(len(y), k_c, m, rows, k_h, columns, k_w)
     y = y.permute(0, 1, 4, 6, 3, 5, 2).flatten(4, 5)  # [B, k_c, k_h, k_w, n, m]
     return torch.stack([y[:, s, i, j] for s, i, j in group_order(counts, order)], dim=1)
 
 
-def merge(groups: Tensor, size: tuple[int, int], counts: Counts, order: str = "channels") -> Tensor:
-    """Inverse of `split`.  groups: [B, G, n, m], size: (h, w)  ->  [B, M, h, w]"""
+def merge(groups: Tensor, size: tuple[int, int, int], counts: Counts, order: str = "channels") -> Tensor:
+    """Inverse of `split`.  groups: [B, G, n, m], size: (M, h, w)  ->  [B, M, h, w]"""
     k_c, k_h, k_w = counts
-    (height, width), (rows, columns) = size, group_grid(*size, counts)
+    (M, height, width), (rows, columns) = size, group_grid(*size[1:], counts)
     number = {key: g for g, key in enumerate(group_order(counts, order))}
     keys = itertools.product(range(k_c), range(k_h), range(k_w))
     y = groups[:, [number[key] for key in keys]].view(len(groups), k_c, k_h, k_w, rows, columns, -1)
     y = y.permute(0, 1, 6, 4, 2, 5, 3)  # [B, k_c, m, rows, k_h, columns, k_w]
-    return y.reshape(len(groups), -1, rows * k_h, columns * k_w)[..., :height, :width]
+    y = y.reshape(len(groups), k_c, -1, rows * k_h, columns * k_w)[..., :height, :width]
+    return torch.cat([y[:, i, : s.stop - s.start] for i, s in enumerate(channel_slices(M, k_c))], dim=1)
 
 
 # ---- inner-group mixers ----
@@ -269,7 +279,8 @@ class GroupedMixer(nn.Module):
         super().__init__()
         self.counts, self.order_name = c.groups, c.group_order
         self.order = group_order(c.groups, c.group_order)
-        m = c.M // c.groups[0]
+        self.slices = channel_slices(c.M, c.groups[0])
+        m = self.slices[0].stop
         self.embed = nn.ModuleList(nn.Linear(m, c.dim) for _ in range(c.groups[0]))  # of each channel slice
         self.start = nn.Parameter(torch.zeros(c.dim))
         self.target = nn.Parameter(torch.zeros(len(self.order), c.dim))  # which group a slot predicts
@@ -282,22 +293,22 @@ class GroupedMixer(nn.Module):
             nn.init.trunc_normal_(parameter, std=0.02)
 
     def forward(self, y_hat: Tensor, hyper: Tensor) -> tuple[Tensor, Tensor]:
-        size = y_hat.shape[2:]
+        size = y_hat.shape[1:]
         groups = split(y_hat, self.counts, self.order_name)  # [B, G, n, m]
         at_target = self._hyper_of_groups(hyper)  # [B, G, n, D]
         held = [self._held(i, groups[:, i - 1] if i else None, at_target[:, i]) for i in range(len(self.order))]
         x = self._tokens(torch.stack(held, dim=1), at_target, range(len(self.order)))  # [B, G, n, D]
         for pair in self.pairs:
-            x = pair(x, group_grid(*size, self.counts))
+            x = pair(x, group_grid(*size[1:], self.counts))
         out = self._gaussians(x, at_target, range(len(self.order)))
         return tuple(merge(part, size, self.counts, self.order_name) for part in out)
 
     def steps(self, height: int, width: int, hyper: Tensor, cached: bool = True) -> Steps:
-        """Group after group, and is sent its latents, [k, m].  hyper: [1, D, h, w]
+        """Group after group, and is sent its latents, [k, m or m - 1].  hyper: [1, D, h, w]
 
         cached: False computes all earlier slots again for every group, to see what the cache saves; the same bits.
         """
-        grid, m = group_grid(height, width, self.counts), self.head[0].out_features // 2
+        grid = group_grid(height, width, self.counts)
         at_target = self._hyper_of_groups(hyper)  # [1, G, n, D]
         cache = ContextCache(len(self.pairs), len(self.order)) if cached else None
         # Sites are numbered from 1, because `split` fills up with 0.
@@ -314,11 +325,11 @@ class GroupedMixer(nn.Module):
             if cached:
                 cache.length += 1
             means, log_scales = (v[0, 0] for v in self._gaussians(x[:, -1:], here[:, -1:], range(i, i + 1)))  # [n, m]
-            sites = number[row * self.counts[2] + column]
-            inside = sites >= 0
-            latents = yield Step(slice(part * m, part * m + m), sites[inside], means[inside], log_scales[inside])
+            sites, channels = number[row * self.counts[2] + column], self.slices[part]
+            inside, count = sites >= 0, channels.stop - channels.start
+            latents = yield Step(channels, sites[inside], means[inside, :count], log_scales[inside, :count])
             coded = means.new_zeros(1, *means.shape)
-            coded[0, inside] = latents
+            coded[0, inside, :count] = latents
 
     def _hyper_of_groups(self, hyper: Tensor) -> Tensor:
         """The hyperprior feature at the sites that each slot predicts.  [B, D, h, w]  ->  [B, G, n, D]"""
