@@ -51,6 +51,8 @@ from entroformer_lib.training.latents import (
 from entroformer_lib.weights.zoo import load_model, save_weights
 
 JOINT_CROP, JOINT_BATCH = 128, 8
+LAST_SHARE = 1 / 3  # of the steps that have the last crop
+POINTS = 50  # of a learning curve
 MIDDLE = 256  # pixels: as large as the crops of training
 TEST_K = (4, 8, 16, 32, 64, 128, None)  # k asked of models trained with another one
 TABLE4_SIZES = (300, 600, 900, 1200)  # pixels
@@ -63,12 +65,18 @@ def config_of(terms: Terms, entry: Entry, seed: int, out: Path) -> TrainConfig:
     """The training of a row, in the folder `out`."""
     ours = ("transforms", "latents", "steps", "crop", "accelerator", "checkpoint_seconds")
     values = {name: getattr(terms, name) for name in ours}
+    values |= {"last_crop": terms.last_crop, "last_share": LAST_SHARE} if terms.last_crop else {}
+    values["log_every"] = max(1, terms.steps // POINTS)
     config = entry.config(TrainConfig("DATA", str(out), devices=1, **RECIPE, **values), terms.size, seed)
     if config.transforms is None:
-        joint = {"data": terms.train_on, "init": str(out / "start.safetensors"), "architecture": ()}
+        joint = {"data": terms.train_on, "init": str(out / "start.safetensors"), "architecture": (), "last_crop": None}
         joint |= {"crop": min(JOINT_CROP, terms.crop), "batch": JOINT_BATCH, "lmbda": trained_lmbda(terms.transforms)}
         config = dataclasses.replace(config, **joint)
     return config
+
+
+def _largest_crop(terms: Terms) -> int:
+    return max(terms.crop, terms.last_crop or 0)
 
 
 @dataclass(frozen=True)
@@ -258,7 +266,8 @@ class Study:
                 pass  # before minutes go into the latents
         latents = Path(self.terms.latents)
         if not (latents / "latents.json").exists():
-            write_latents(self.terms.transforms, self.terms.train_on, latents, self.terms.crop)
+            t, largest = self.terms, _largest_crop(self.terms)
+            write_latents(t.transforms, t.train_on, latents, largest, held_out=t.held_out)
         return sweep(self.tasks, self.root, scheduler, workers, report)
 
     def plan(self) -> list[dict]:
@@ -295,7 +304,7 @@ def prepare(grids: list[Grid], terms: Terms, root: Path, seeds: Iterable[int] = 
     digest = transforms_digest(source)
     note = Path(terms.latents) / "latents.json"
     if note.exists():
-        check_note(note, {"transforms_sha256": digest, "crop": terms.crop})
+        check_note(note, {"transforms_sha256": digest, "crop": _largest_crop(terms)})
     pictures, mosaic = pictures_to_test(terms.kodak, terms.limit), latent_rates.ROWS * latent_rates.COLUMNS
     if len(pictures) < mosaic and any(grid.name == "table4" for grid in grids):
         raise StudyError(f"Table 4 is measured on mosaics of {mosaic} pictures, and there are {len(pictures)}.")
@@ -426,7 +435,7 @@ def _settings(study: Study) -> dict:
     return {
         "transforms": terms.transforms,
         "transforms_sha256": study.transforms_sha256,
-        **{key: getattr(terms, key) for key in ("size", "steps", "crop")},
+        **{key: getattr(terms, key) for key in ("size", "steps", "crop", "last_crop")},
         **RECIPE,
         "latents": {key: latents[key] for key in ("pictures", "per_picture", "seed")},
         "test_pictures": len(pictures_to_test(terms.kodak, terms.limit)),

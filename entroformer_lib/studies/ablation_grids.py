@@ -16,7 +16,7 @@ from entroformer_lib.models.config import named_config, parse_fields
 from entroformer_lib.training.config import TrainConfig
 
 BOTH = "both directions"
-RECIPE = dict(batch=8, optimizer="muon", lr=2e-3, schedule="linear", precision="bfloat16", log_every=25)
+RECIPE = dict(batch=8, optimizer="muon", lr=2e-3, schedule="linear", precision="bfloat16")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class Terms:
     """Steps of each run."""
     crop: int = 256
     """Side of a crop in pixels."""
+    last_crop: int | None = None
+    """Side of a crop over the last third of the steps; by default crop."""
+    held_out: str | None = None
+    """A list of file names, one a line, that are not trained on."""
     limit: int | None = None
     """Only the first test pictures."""
     accelerator: str = "auto"
