@@ -54,9 +54,8 @@ def test_another_k_is_an_error_and_no_picture(flat_picture):
     for k in (None, 3, 0):
         with pytest.raises(BitstreamError):
             codec.decode(replace(container, k=k).pack(), model)
-    for k in (1, 2**16 + 1):
-        with pytest.raises(BitstreamError, match="no sense"):
-            Container.unpack(replace(container, k=k).pack())
+    with pytest.raises(BitstreamError, match="no sense"):
+        Container.unpack(replace(container, k=2**16 + 1).pack())
 
 
 def test_weights_are_the_same_with_any_k():
@@ -82,6 +81,6 @@ def test_the_command_line_takes_several(flat_picture, tmp_path):
     call("compress", tmp_path / "a.png", "--model", "tiny-parallel-rates@0.013", "--k", 2, 3)
     assert '"k": ' in call("info", tmp_path / "a.ef", "--json")[0]
     call("decompress", tmp_path / "a.ef", "-o", tmp_path / "b.png")
-    for words in (["--k", 1], ["--k", 8, "--model", "tiny-groupedmixer-rates@0.013"]):
+    for words in (["--k", 70000], ["--k", 8, "--model", "tiny-groupedmixer-rates@0.013"]):
         said = call("compress", tmp_path / "a.png", "-o", tmp_path / "c.ef", *words, expect=1)[1]
         assert "k" in said and said.count("\n") == 1 and not (tmp_path / "c.ef").exists()

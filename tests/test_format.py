@@ -156,7 +156,6 @@ def hostile(whole: Container) -> dict[str, bytes]:
         "window": replace(whole, window=4097).pack(),
         "window of 35 bits": sealed(b"\x93EF\x03\x04\x46\x28" + tail),
         "k": replace(whole, k=2**16 + 1).pack(),
-        "one key": replace(whole, k=1).pack(),
         "another k": replace(whole, k=2).pack(),
         "another window": replace(whole, window=1).pack(),
         "a window and no level": replace(whole, window=1, level=0.0, y_string=flat).pack(),

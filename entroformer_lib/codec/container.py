@@ -8,7 +8,7 @@ is in them, and what a decoder checks.
     1-5    width, then height, each as LEB128 (7 bits a byte, low bits first, high bit = more follow)
     0 or 2 level of a variable rate in 1/256 (`models/gain.py`), where the flag says so
     0-2    search window (LEB128, up to 4,096), where the flag says so
-    0-3    k of the context model (LEB128, 0 or 2 to 65,536), where the flag says so
+    0-3    k of the context model (LEB128, up to 65,536; 0 = all), where the flag says so
     1-2+n  length (LEB128, up to 255) and UTF-8 name of the model
     4      first bytes of the SHA-256 of its decoder weights (`zoo.weights_digest`)
     4      CRC-32 of the latents, so that a decoder that differs is noticed
@@ -101,7 +101,7 @@ class Container:
         if window is not None and not 1 <= window <= LARGEST_WINDOW:
             raise BitstreamError(NONSENSE)
         k = _take_varint(body) if flags & 8 else None
-        if k is not None and not (k == 0 or 2 <= k <= LARGEST_K):
+        if k is not None and k > LARGEST_K:
             raise BitstreamError(NONSENSE)
         length = _take_varint(body)
         if length > LARGEST_NAME:

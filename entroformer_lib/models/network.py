@@ -89,8 +89,8 @@ class Network(CompressionModel):
             raise ConfigError(
                 "Only Entroformer's context models, serial and parallel, can keep another number k of keys."
             )
-        if k is not None and not 2 <= k <= LARGEST_K:
-            raise ConfigError(f"k is a number from 2 to {LARGEST_K:,}, not {k:,}.")
+        if k is not None and not 1 <= k <= LARGEST_K:
+            raise ConfigError(f"k is a number from 1 to {LARGEST_K:,}, not {k:,}.")
         stack = self.context_model.stack
         stack.top_k = k
         for block in stack.blocks:
