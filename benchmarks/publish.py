@@ -79,7 +79,7 @@ def again(name: Positional[str], kodak: Path) -> None:
 
 def _measure_and_write(trained: Entroformer, card: dict, name: str, kodak: Path) -> None:
     weights = data_folder() / "weights" / f"{name}.safetensors"
-    save_weights(trained, weights, card, half=True)
+    save_weights(trained, weights, card, form="float16")
     model = load_model(weights)
     paths = {path.stem: path for path in pictures_to_test(kodak)}
     result = result_path(f"{name}-kodak")
@@ -96,7 +96,7 @@ def _measure_and_write(trained: Entroformer, card: dict, name: str, kodak: Path)
         record = save(result, {"images": rows, "mean": mean, **about}, model, seed=card["training"]["seed"])
 
         card["kodak"] = {**mean, "images": len(rows), "date": record["date"]}
-        save_weights(trained, weights, card, half=True)
+        save_weights(trained, weights, card, form="float16")
         write_bytes(weights.with_suffix(".md"), card_text(name, card, rows).encode())
 
 

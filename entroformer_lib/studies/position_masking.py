@@ -295,7 +295,9 @@ def ship(runs: Path, only: tuple[str, ...] = ("none", "diamond")) -> None:
         limits = "made for the study of context positions, with gaps in its context; other models compress better"
         training = {**model.card["training"], "out": f"runs/{name}", "latents": "runs/latents"}
         card = {**model.card, "training": training, "limits": limits}
-        save_weights(model, data_folder() / "weights" / "position_masking" / f"{name}.safetensors", card, half=True)
+        save_weights(
+            model, data_folder() / "weights" / "position_masking" / f"{name}.safetensors", card, form="float16"
+        )
 
 
 # ---- the saved result ----

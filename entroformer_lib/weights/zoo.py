@@ -1,7 +1,8 @@
 """Weights by name: what is shipped, what lies in a folder of yours, any file. Always safetensors: no code runs on load.
 
 A weights file holds the tensors, the config (as `_extra_state`) and a card: how it was trained and what it reaches.
-Entropy models behind the same transforms store those once: a file may name another one in its folder that has them.
+Entropy models behind the same transforms store those once: a file may name another one that has them, in its folder or
+in `shared/` there, where files of transforms alone lie. It may also hold its transforms as differences from those.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from entroformer_lib.errors import PassedOver, RateError, UserError, WeightsErro
 from entroformer_lib.files import data_folder, file_digest, replacing
 from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.priors import FactorizedPrior
+from entroformer_lib.weights.forms import Form, restored, shortened
 
 LONGEST_NAME = 255 - len(".safetensors")  # bytes of a file's name
 SHARED = ("g_a.", "g_s.", "gain.")  # tensors that another file may hold
@@ -31,30 +33,56 @@ def weight_folders() -> list[Path]:
     return [*own, data_folder() / "weights"]
 
 
-def save_weights(model: Entroformer, path: Path, card: dict, half: bool = False, transforms: str | None = None) -> None:
+def save_weights(
+    model: Entroformer,
+    path: Path,
+    card: dict,
+    form: Form = "float32",
+    transforms: str | None = None,
+    near: str | None = None,
+) -> None:
     """Writes weights, config, tables of p(z) and the card in one file.
 
     Args:
         card: anything JSON; `load_model(...).card` gives it back.
-        half: store matrices and kernels in float16, half the size. The tables are made from what will be loaded.
-        transforms: name of the weights in the same folder that hold g_a, g_s and gains, which this file leaves out.
+        form: how matrices and kernels are stored (forms.py). The tables are made from what will be loaded.
+        transforms: name of the weights that hold g_a, g_s and gains, which this file leaves out.
+        near: name of the weights whose g_a and g_s are the base of this file's, which are stored as differences.
 
     Raises:
         WeightsError: the file cannot be written, or the model has other transforms than those named.
     """
     _check_finite(model.state_dict(), path)
-    model = _prepared_for_saving(model, half)
-    tensors = {name: t.contiguous().cpu() for name, t in model.state_dict().items()}
-    if half:
-        tensors = {name: t.half() if _halved(name, t) else t for name, t in tensors.items()}
-    _check_finite(tensors, path)
-    metadata = {"format": "entroformer", "card": json.dumps(card)}
+    tensors = {name: t.detach().contiguous().cpu() for name, t in _with_tables(model).state_dict().items()}
+    metadata, base = {"format": "entroformer", "card": json.dumps(card)}, None
     if transforms is not None:
-        digest = shared_digest(tensors)
-        if shared_digest(read_weights(path.with_name(f"{transforms}.safetensors"))[0]) != digest:
+        digest = shared_digest(_read(_holder(path, transforms), SHARED)[0])
+        own = {name: t for name, t in tensors.items() if name.startswith(SHARED)}
+        if digest not in (shared_digest(own), shared_digest(restored(shortened(own, "float16")))):
             raise WeightsError(f"The model for {path} has other transforms than {transforms}.")
-        tensors = {name: t for name, t in tensors.items() if not name.startswith(SHARED)}
+        tensors = {name: t for name, t in tensors.items() if name not in own}
         metadata["transforms"] = json.dumps({"name": transforms, "sha256": digest})
+    elif near is not None:
+        base = _read(_holder(path, near), SHARED)[0]
+        metadata["near"] = json.dumps({"name": near, "sha256": shared_digest(base)})
+    tensors = shortened(tensors, form, base)
+    _check_finite(tensors, path)  # half precision ends at 65,504
+    _write(path, tensors, metadata)
+
+
+def save_transforms(model: Entroformer, path: Path) -> None:
+    """Writes g_a, g_s and gains alone, in half precision, for `transforms` and `near` of `save_weights`."""
+    tensors = {name: t.contiguous().cpu() for name, t in model.state_dict().items() if name.startswith(SHARED)}
+    _write(path, shortened(tensors, "float16"), {"format": "entroformer"})
+
+
+def save_card(path: Path, card: dict) -> None:
+    """Gives a weights file another card; everything else stays as it is."""
+    tensors, metadata = _held(path)
+    _write(path, tensors, metadata | {"card": json.dumps(card)})
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with replacing(path) as part:
@@ -78,20 +106,13 @@ def shared_digest(tensors: dict[str, torch.Tensor]) -> str:
     return tensors_digest({name: t for name, t in tensors.items() if name.startswith(SHARED)}).hex()
 
 
-def _prepared_for_saving(model: Entroformer, half: bool) -> Entroformer:
-    if not half and not isinstance(model.z_prior, FactorizedPrior):
-        return model  # nothing to prepare
-    state = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
-    if half:
-        state = {name: t.half().float() if _halved(name, t) else t for name, t in state.items()}
-    copy = Entroformer.from_state_dict(state)
+def _with_tables(model: Entroformer) -> Entroformer:
+    """The model with the tables of its p(z)."""
+    if not isinstance(model.z_prior, FactorizedPrior):
+        return model
+    copy = Entroformer.from_state_dict({name: t.detach().cpu().clone() for name, t in model.state_dict().items()})
     copy.update(force=True, update_quantiles=True)
     return copy
-
-
-def _halved(name: str, tensor: torch.Tensor) -> bool:
-    """Matrices and kernels only: GDN and p(z) are small and sensitive."""
-    return tensor.is_floating_point() and name.endswith("weight") and tensor.dim() >= 2
 
 
 def load_model(name_or_path: str | os.PathLike, device: str = "auto", name: str | None = None) -> Entroformer:
@@ -149,7 +170,7 @@ def reference_of(model: Entroformer) -> Entroformer | None:
 def _digest_of_transforms(path: Path, metadata: dict[str, str]) -> str:
     """`shared_digest` of a file, which may name the one that holds its transforms."""
     if "transforms" in metadata:
-        return _shared(path, metadata)[1]
+        return _named(path, metadata, "transforms")[1]
     return shared_digest(_read(path, SHARED)[0])
 
 
@@ -217,7 +238,7 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """
     tensors, metadata = _read(path)
     if "transforms" in metadata:
-        tensors |= _shared_with(path, *_shared(path, metadata))
+        tensors |= _shared_with(path, *_named(path, metadata, "transforms"))
     return tensors, _record(path, metadata, "card")
 
 
@@ -232,9 +253,9 @@ def _record(path: Path, metadata: dict[str, str], key: str) -> dict:
     return record
 
 
-def _shared(path: Path, metadata: dict[str, str]) -> tuple[str, str]:
-    """Name of the weights that hold a file's transforms, and their digest."""
-    record = _record(path, metadata, "transforms")
+def _named(path: Path, metadata: dict[str, str], key: str) -> tuple[str, str]:
+    """Name and digest of the transforms that a file has in common with another, or differs from."""
+    record = _record(path, metadata, key)
     name, digest = record.get("name"), record.get("sha256")
     if not (isinstance(name, str) and isinstance(digest, str)):
         raise WeightsError(f"{path} does not say where its transforms are.")
@@ -242,7 +263,15 @@ def _shared(path: Path, metadata: dict[str, str]) -> tuple[str, str]:
 
 
 def _read(path: Path, parts: tuple[str, ...] = ("",)) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """What the file itself holds: tensors, or those of some parts, and metadata."""
+    """What the file itself stands for: tensors, or those of some parts, floats as float32; and metadata."""
+    held, metadata = _held(path, parts)
+    _check_finite(held, path)
+    near = _shared_with(path, *_named(path, metadata, "near")) if "near" in metadata else None
+    return restored(held, near), metadata
+
+
+def _held(path: Path, parts: tuple[str, ...] = ("",)) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """What lies in the file: tensors as they are stored, and metadata."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -251,8 +280,7 @@ def _read(path: Path, parts: tuple[str, ...] = ("",)) -> tuple[dict[str, torch.T
         raise WeightsError(f"{path} is not a whole safetensors file: {error}.") from None
     if metadata.get("format") != "entroformer":
         raise WeightsError(f"{path} holds weights, but not of a model of this library.")
-    _check_finite(tensors, path)
-    return {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}, metadata
+    return tensors, metadata
 
 
 def _check_finite(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -262,14 +290,25 @@ def _check_finite(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def _shared_with(path: Path, name: str, sha256: str) -> dict[str, torch.Tensor]:
-    """g_a, g_s and gains that the weights at `path` share with those of a name in the same folder."""
-    other = path.with_name(f"{os.path.basename(name)}.safetensors")
+    """g_a, g_s and gains that the weights at `path` have in common with those of a name, or differ from."""
+    other = _holder(path, name)
     if not other.is_file():
         raise WeightsError(f"{path} has its transforms in common with {other}, which is not there.")
-    tensors = _read(other, SHARED)[0]
+    held, metadata = _held(other, SHARED)
+    if "near" in metadata:
+        raise WeightsError(f"{other} has no transforms of its own for {path}.")
+    _check_finite(held, other)
+    tensors = restored(held)
     if shared_digest(tensors) != sha256:
         raise WeightsError(f"{path} belongs to other transforms than those that {other} holds now.")
     return tensors
+
+
+def _holder(path: Path, name: str) -> Path:
+    """The file of a name that has the transforms for weights at `path`: in `shared/`, or beside it."""
+    file = f"{os.path.basename(name)}.safetensors"
+    apart = path.with_name("shared") / file
+    return apart if apart.is_file() else path.with_name(file)
 
 
 _digests: WeakKeyDictionary[Entroformer, tuple[tuple, bytes]] = WeakKeyDictionary()  # with what they were computed of

@@ -1,0 +1,500 @@
+"""The long run on one GPU: the goal of `entroformer train`, with a whole step in one CUDA graph.
+
+    python benchmarks/long_run_gpu.py --init start.safetensors --data pictures/train --out OUT --seconds 500
+
+goes on from weights whose config stands in their metadata, for so many seconds. The learning rate rises over the first
+`--warm` of them and then falls to 0. With `--ms-ssim-seconds` a version for MS-SSIM is finetuned behind it. Loss and
+optimizer are those of the loop (training/loss.py, training/optimizer.py). Some things differ, because a step of 72 crops
+has to take some 50 ms: crops are cut from copies of the pictures that were scaled once, chance comes from the GPU's
+generator and not from (seed, g), blocks are compiled, the k-th largest score is found by bisection, and the schedule
+follows the clock.
+"""
+
+import argparse
+import io
+import json
+import math
+import os
+import sys
+import time
+import types
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from entroformer_lib.models import attention, gain, network, position
+from entroformer_lib.models.config import EntroformerConfig
+from entroformer_lib.models.transforms import ConvBlock
+from entroformer_lib.training.loss import ERROR_WEIGHT, errors, evenly, rates, unrest
+
+CROP, VERSIONS, PIECE = 256, 10, 15 * 2**20
+MS_SSIM_OVER_MSE = 1290.0  # as in training/initial.py
+DRAWN = 2  # crops of a batch that are drawn by code
+low = torch.bfloat16
+
+
+def say(*words) -> None:
+    print(f"[{time.monotonic() - BEGIN:6.1f}]", *words, flush=True)
+
+
+BEGIN = time.monotonic()
+
+# ---- the same network, written for the GPU ---------------------------------------------------------------------------
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x.to(low), weight.flatten(1).to(low), None if bias is None else bias.to(low))
+
+
+def conv_block(x, enter, enter_b, depth, depth_b, leave, leave_b, gates, gates_b, mix, mix_b):
+    """A ConvBlock, channels last.  x: [B, h, w, N]"""
+    h, w = x.shape[1:3]
+    u = F.pad(F.leaky_relu(linear(x, enter, enter_b), 0.1), (0, 0, 1, 1, 1, 1))
+    d = depth_b
+    for i in range(3):
+        for j in range(3):
+            d = d + u[:, i : i + h, j : j + w].float() * depth[:, 0, i, j]
+    x = x + linear(d, leave, leave_b)
+    a, b = linear(x, gates, gates_b).chunk(2, dim=-1)
+    return x + linear(F.relu6(a) * b.clamp(-3, 3), mix, mix_b)
+
+
+def kth_largest(scores: Tensor, lowest: Tensor, k: int) -> Tensor:
+    """A threshold that k scores of each row reach, or a few more where they are nearly equal.  [..., n] -> [..., 1]"""
+    high, low_ = scores.amax(-1, keepdim=True), lowest
+    for _ in range(18):
+        middle = (low_ + high) / 2
+        enough = (scores >= middle).sum(-1, keepdim=True) >= k
+        low_, high = torch.where(enough, middle, low_), torch.where(enough, high, middle)
+    return low_
+
+
+def transformer_block(
+    x, norm1, norm1_b, qkv, out, norm2, norm2_b, up, up_b, down, down_b, vectors, where, mask, heads: int, k: int, scale
+):
+    """A Block of Entroformer.  x: [B, n, D]; where: one-hot buckets [n, 32, n]; mask: [n, n], 0 or -inf"""
+    B, n, D = x.shape
+    x = x.float()
+    q, key, v = (
+        linear(F.layer_norm(x, (D,), norm1, norm1_b), qkv).view(B, n, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind()
+    )
+    q = q.float() * scale
+    products = q @ F.pad(vectors, (0, 0, 0, 32 - len(vectors))).T  # [B, heads, n, 32]
+    products = products.permute(2, 0, 1, 3).flatten(1, 2) @ where  # [n, B heads, n]
+    scores = q @ key.float().mT + products.view(n, B, heads, n).permute(1, 2, 0, 3) + mask
+    fixed = scores.detach()
+    lowest = torch.where(mask < 0, torch.inf, fixed).amin(-1, keepdim=True)
+    scores = torch.where(fixed >= kth_largest(fixed, lowest, k), scores, -torch.inf)
+    gathered = scores.softmax(-1).to(low) @ v
+    x = x + linear(gathered.transpose(1, 2).flatten(2), out)
+    return x + linear(F.relu(linear(F.layer_norm(x, (D,), norm2, norm2_b), up, up_b)), down, down_b)
+
+
+def analysis(transform, x: Tensor) -> Tensor:
+    """g_a of blocks of one stage, with its linear path."""
+    first, *blocks, last = (layer for layer in transform.network if isinstance(layer, nn.Conv2d | ConvBlock))
+    with torch.autocast(x.device.type, enabled=False):
+        sites = F.pixel_unshuffle(2 * x - 1, 8).permute(0, 2, 3, 1).contiguous()  # [B, H/8, W/8, 192]
+        v = F.linear(sites, first.weight.flatten(1), first.bias).to(low)
+        for block in blocks:
+            v = CONV_BLOCK(v, *parameters_of(block))
+        B, h, w, N = v.shape
+        v = v.view(B, h // 2, 2, w // 2, 2, N).permute(0, 1, 3, 5, 2, 4).flatten(3)  # [B, h/2, w/2, 4 N]
+        y = F.linear(v.float(), last.weight.flatten(1), last.bias)
+        return y.permute(0, 3, 1, 2) + transform.linear(x)
+
+
+def synthesis(transform, y_hat: Tensor) -> Tensor:
+    """g_s of blocks of one stage, with its linear path."""
+    first, *blocks, last = (layer for layer in transform.network if isinstance(layer, nn.Conv2d | ConvBlock))
+    with torch.autocast(y_hat.device.type, enabled=False):
+        v = F.linear(y_hat.float().permute(0, 2, 3, 1), first.weight.flatten(1), first.bias)
+        B, h, w, N = v.shape
+        v = v.view(B, h, w, N // 4, 2, 2).permute(0, 1, 4, 2, 5, 3).reshape(B, 2 * h, 2 * w, N // 4).to(low)
+        for block in blocks:
+            v = CONV_BLOCK(v, *parameters_of(block))
+        v = F.linear(v.float(), last.weight.flatten(1), last.bias).permute(0, 3, 1, 2)
+        return F.pixel_shuffle(v, 8) / 2 + 0.5 + transform.linear(y_hat.float())
+
+
+def parameters_of(block: ConvBlock) -> list[Tensor]:
+    parts = (block.enter, block.depthwise, block.leave, block.gates, block.mix)
+    return [parameter for part in parts for parameter in (part.weight, part.bias)]
+
+
+CONV_BLOCK, TRANSFORMER_BLOCK = conv_block, transformer_block
+FAST_TOKENS = (CROP // 16) ** 2
+ONE_HOT: dict[tuple, Tensor] = {}
+
+
+def one_hot(relative, sites: Tensor) -> Tensor:
+    """Buckets of all pairs, [n, 32, n]; made once, before the graph."""
+    key = (len(sites), relative.radius)
+    if key not in ONE_HOT:
+        buckets = relative.buckets(sites, sites)  # [n, n]
+        ONE_HOT[key] = (buckets[:, None] == torch.arange(32, device=sites.device)[:, None]).float()
+    return ONE_HOT[key]
+
+
+def install(model: nn.Module) -> None:
+    """Gives the model's parts their forms for the GPU; parameters and their names stay."""
+    model.g_a.forward = types.MethodType(analysis, model.g_a)
+    model.g_s.forward = types.MethodType(synthesis, model.g_s)
+    slow = attention.Block.forward
+
+    def block(self, x, sites, visible=None, relative=None, top_k=None, memory=None):
+        n = x.size(1)
+        if n != FAST_TOKENS:
+            return slow(self, x, sites, visible=visible, relative=relative, top_k=top_k, memory=memory)
+        mask = torch.zeros(n, n, device=x.device)
+        if visible is not None:
+            seen = visible(torch.arange(n, device=x.device)).view(n, n)
+            mask = torch.where(seen, 0.0, -torch.inf)
+        a, ff = self.attention, self.feed_forward
+        with torch.autocast(x.device.type, enabled=False):
+            return TRANSFORMER_BLOCK(
+                x, self.norm1.weight, self.norm1.bias, a.qkv.weight, a.out.weight, self.norm2.weight, self.norm2.bias,
+                ff[0].weight, ff[0].bias, ff[2].weight, ff[2].bias, relative.vectors, one_hot(relative, sites), mask,
+                heads=a.heads, k=top_k or a.top_k, scale=a.scale,
+            )  # fmt: skip
+
+    def relative_forward(self, q, queries, keys):
+        products = q @ F.pad(self.table(), (0, 0, 0, 32 - len(self.vectors))).T
+        return torch.einsum("bhqr,qrn->bhqn", products, one_hot(self, queries))
+
+    def at_level(table, level):
+        chosen = (level[:, None] == torch.arange(len(table), device=level.device)).float()
+        return (chosen[..., None] * table).sum(1)
+
+    def gains(self, level):
+        return at_level(self.log_gain, level).exp()[..., None, None], at_level(self.log_inverse, level).exp()[
+            ..., None, None
+        ]
+
+    attention.Block.forward, position.RelativePosition.forward = block, relative_forward
+    gain.at_level, gain.RateGain.forward = at_level, gains
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def decoded(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(path.read_bytes())).convert("RGB"))
+
+
+def graphic(seed: int) -> np.ndarray:
+    from entroformer_lib.training.graphics import drawn
+
+    return (drawn(CROP, np.random.default_rng(seed)) * 255).round().byte().numpy()
+
+
+def read(folder: Path, graphics: int) -> tuple[list[tuple[str, np.ndarray]], np.ndarray]:
+    """Photographs with the ends of their names, and graphics, by processes that are forked before torch has threads."""
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".webp", ".png", ".jpg", ".jpeg"))
+    with ProcessPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        drawn = pool.map(graphic, range(graphics), chunksize=16)
+        pictures = list(pool.map(decoded, files, chunksize=8))
+        return [(path.suffix, picture) for path, picture in zip(files, pictures, strict=True)], np.stack(list(drawn))
+
+
+class Pictures:
+    """Photographs at several scales, and graphics, all on the device as uint8."""
+
+    def __init__(self, photographs: list[tuple[str, np.ndarray]], graphics: np.ndarray, device, often: int = 4):
+        rng, flat, rows, table, start = np.random.default_rng(0), [], [], [], 0
+        for suffix, picture in photographs:
+            x = torch.from_numpy(picture.copy()).to(device).permute(2, 0, 1)
+            height, width = x.shape[1:]
+            if min(height, width) < CROP:
+                continue
+            smallest = max(0.5, CROP / min(height, width))
+            for version in range(VERSIONS):
+                s = 1.0 if version == 0 else rng.uniform(smallest, 1)
+                size = [max(CROP, round(s * side)) for side in (height, width)]
+                y = x if version == 0 else F.interpolate(x[None].float(), size, mode="bilinear", antialias=True)[0]
+                flat.append((y.round().clamp(0, 255).byte() if version else y).flatten())
+                table += [len(rows)] * (often if suffix in (".webp", ".png") else 1)  # those without JPEG's damage
+                rows.append((start, *size))
+                start += flat[-1].numel()
+        self.graphics = torch.from_numpy(graphics).to(device)
+        self.flat, self.rows = torch.cat(flat), torch.tensor(rows, device=device)
+        self.table, self.device = torch.tensor(table, device=device), device
+        say(f"{len(photographs)} pictures, {len(rows)} versions, {start / 2**30:.2f} GiB, {len(graphics)} graphics")
+
+    def fill(self, x: Tensor) -> None:
+        """Cuts a batch into x: [B, 3, CROP, CROP]; the first DRAWN are graphics."""
+        B, device = len(x), self.device
+        start, height, width = self.rows[self.table[torch.randint(len(self.table), (B,), device=device)]].unbind(1)
+        chance = torch.rand(6, B, device=device)
+        top, left = (chance[0] * (height - CROP + 1)).long(), (chance[1] * (width - CROP + 1)).long()
+        i = torch.arange(CROP, device=device)
+        down = torch.where(chance[2, :, None] < 0.1, CROP - 1 - i, i)  # [B, CROP]
+        right = torch.where(chance[3, :, None] < 0.5, CROP - 1 - i, i)
+        rows, columns = down[:, :, None].expand(-1, -1, CROP), right[:, None].expand(-1, CROP, -1)
+        turn = (chance[4] < 0.2)[:, None, None]
+        rows, columns = torch.where(turn, columns.mT, rows), torch.where(turn, rows.mT, columns)
+        channels = torch.rand(B, 3, device=device).argsort(1)
+        channels = torch.where((chance[5] < 0.05)[:, None], channels, torch.arange(3, device=device))
+        place = (top[:, None, None] + rows) * width[:, None, None] + left[:, None, None] + columns
+        index = (start[:, None] + channels * (height * width)[:, None])[..., None, None] + place[:, None]
+        x.copy_(self.flat[index])
+        x[:DRAWN].copy_(self.graphics[torch.randint(len(self.graphics), (DRAWN,), device=device)])
+        x.div_(255)
+
+
+WINDOW: dict[torch.device, Tensor] = {}
+
+# ---- a step ----------------------------------------------------------------------------------------------------------
+
+
+def ms_ssim_error(x_hat: Tensor, x: Tensor) -> Tensor:
+    """1 - MS-SSIM of each picture, with what could be negative kept above 0: [B]"""
+    from pytorch_msssim.ssim import _fspecial_gauss_1d, _ssim
+
+    if x.device not in WINDOW:
+        WINDOW[x.device] = _fspecial_gauss_1d(11, 1.5).repeat([3, 1, 1, 1]).to(x)
+    window = WINDOW[x.device]
+    weights, product = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333), 1.0
+    for scale, weight in enumerate(weights):
+        whole, contrast = _ssim(x_hat, x, data_range=1.0, win=window, size_average=False)
+        part = contrast if scale < 4 else whole
+        product = product * part.clamp(min=1e-3) ** weight
+        x_hat, x = F.avg_pool2d(x_hat, 2), F.avg_pool2d(x, 2)
+    return 1 - product.mean(1)
+
+
+class Step:
+    """Model, optimizer and one step, which `capture` turns into a graph."""
+
+    def __init__(self, model, lmbdas: tuple[float, ...], batch: int, device, metric: str, lr: float):
+        from entroformer_lib.training.optimizer import QUANTILES_LR, _is_matrix
+
+        self.model, self.metric, self.device = model, metric, device
+        self.lmbdas, self.peak, self.quantiles_lr = torch.tensor(lmbdas, device=device), lr, QUANTILES_LR
+        self.all_lmbdas, self.batch = lmbdas, batch
+        self.x = torch.zeros(batch, 3, CROP, CROP, device=device)
+        self.level = torch.zeros(batch, device=device)
+        self.lr, self.count = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.sums = torch.zeros(5, device=device)
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self.quantiles = [p for n, p in named if n.endswith(".quantiles")]
+        self.matrices = [p for n, p in named if _is_matrix(n, p) and not n.endswith(".quantiles")]
+        chosen = {id(p) for p in self.quantiles + self.matrices}
+        self.others = [p for _, p in named if id(p) not in chosen]
+        self.momenta = [torch.zeros_like(p) for p in self.matrices]
+        self.adams = [([torch.zeros_like(p) for p in group], [torch.zeros_like(p) for p in group])
+                      for group in (self.others, self.quantiles)]  # fmt: skip
+
+    def forward(self) -> Tensor:
+        model, x, level = self.model, self.x, self.level
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=low == torch.bfloat16):
+            out = model(x, level=level)
+        lmbda = self.lmbdas[level.long()]
+        bpp = sum(rates(out["likelihoods"], CROP * CROP).values())
+        error = errors(out["x_hat"], x, "mse") if self.metric == "mse" else ms_ssim_error(out["x_hat"], x)
+        goal = bpp + lmbda * (ERROR_WEIGHT[self.metric] * error)
+        loss = evenly(lmbda, self.all_lmbdas) * (goal + unrest(out["y"]))
+        middle = loss.detach()[DRAWN:].sort().values[(self.batch - DRAWN) // 2]
+        factor = (middle / loss.detach()[:DRAWN]).clamp(max=1)
+        loss = torch.cat((loss[:DRAWN] * factor, loss[DRAWN:]))
+        photographs = slice(DRAWN, None)
+        self.sums[:4] += torch.stack(
+            [v.detach()[photographs].mean() for v in (goal / lmbda.sqrt(), bpp, error)] + [loss.detach().mean()]
+        )
+        return loss.mean() + model.aux_loss()
+
+    def update(self) -> None:
+        """Muon for matrices, Adam for the rest (training/optimizer.py), with the rate in a tensor."""
+        from entroformer_lib.training.optimizer import orthogonal
+
+        moved = self.matrices + self.others
+        grads = [p.grad for p in moved]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        torch._foreach_mul_(grads, (1.0 / (norm + 1e-6)).clamp(max=1))
+        self.sums[4] += norm
+        self.count += 1
+        for group, (means, squares), lr in zip(
+            (self.others, self.quantiles), self.adams, (self.lr, self.quantiles_lr), strict=True
+        ):
+            grads = [p.grad for p in group]
+            torch._foreach_lerp_(means, grads, 0.1)
+            torch._foreach_mul_(squares, 0.999)
+            torch._foreach_addcmul_(squares, grads, grads, 0.001)
+            width = torch._foreach_sqrt(squares)
+            torch._foreach_div_(width, (1 - 0.999**self.count).sqrt())
+            torch._foreach_add_(width, 1e-8)
+            steps = torch._foreach_div(means, width)
+            torch._foreach_mul_(steps, lr / (1 - 0.9**self.count))
+            torch._foreach_sub_(group, steps)
+        aheads = [p.grad for p in self.matrices]
+        torch._foreach_lerp_(self.momenta, aheads, 0.05)
+        torch._foreach_lerp_(aheads, self.momenta, 0.95)
+        by_shape: dict[torch.Size, list[int]] = {}
+        for i, ahead in enumerate(aheads):
+            by_shape.setdefault(ahead.flatten(1).shape, []).append(i)
+        for shape, members in by_shape.items():
+            updates = orthogonal(torch.stack([aheads[i].flatten(1).bfloat16() for i in members])).float()
+            updates = updates * (self.lr * (0.2 * math.sqrt(max(shape))))
+            matrices = [self.matrices[i] for i in members]
+            torch._foreach_sub_(matrices, [u.view(m.shape) for m, u in zip(matrices, updates, strict=True)])
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        self.update()
+
+    def once(self) -> None:
+        self.forward().backward()
+        self._update()
+
+    def fill(self, pictures: Pictures) -> None:
+        pictures.fill(self.x)
+        count = len(self.all_lmbdas)
+        self.level.copy_(torch.randperm(self.batch, device=self.device) % count)
+
+    def zero(self) -> None:
+        for p in self.model.parameters():
+            p.grad = None
+
+    def state(self) -> list[Tensor]:
+        lists = [self.matrices, self.others, self.quantiles, self.momenta, *(t for pair in self.adams for t in pair)]
+        return [t for one in lists for t in one] + [self.count]
+
+    def capture(self, pictures: Pictures):
+        """->  a function that does a step"""
+        self.fill(pictures)
+        before = [t.detach().clone() for t in self.state()]
+        if self.device.type != "cuda":
+
+            def eager() -> None:
+                self.zero()
+                self.once()
+
+            return eager
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.zero()
+                self.once()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        say("warm", f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        self.zero()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.once()
+        with torch.no_grad():
+            for t, value in zip(self.state(), before, strict=True):
+                t.copy_(value)
+            self.sums.zero_()
+        torch.cuda.synchronize()
+        say("captured")
+        return graph.replay
+
+    def run(self, pictures: Pictures, seconds: float, warm: float, save, most: int = 10**9, every: int = 100) -> int:
+        """Steps for so many seconds.  ->  how many"""
+        replay = self.capture(pictures)
+        begin, done, kept, saved, cooled = time.monotonic(), 0, None, 0.0, 1.0
+        while (part := (time.monotonic() - begin) / seconds) < 1 and done < most:
+            rising, falling = part * seconds / warm, (1 - part) / max(1e-3, 1 - warm / seconds)
+            self.lr.fill_(cooled * self.peak * min(1.0, rising, falling))
+            self.fill(pictures)
+            replay()
+            done += 1
+            if done % every == 0:
+                goal, bpp, error, loss, norm = (self.sums / every).tolist()
+                self.sums.zero_()
+                quality = -10 * math.log10(max(error, 1e-9))
+                if done % (5 * every) == 0 or done == every:
+                    ms = (time.monotonic() - begin) / done * 1000
+                    say(f"{self.metric} {done} loss {loss:.4f} goal {goal:.3f} bpp {bpp:.4f} dB {quality:.3f} "
+                        f"norm {norm:.2f} lr {self.lr.item():.2e} {ms:.1f} ms")  # fmt: skip
+                if not math.isfinite(loss):
+                    say(f"not finite at {done}: back to the last good state, with half of the rate")
+                    cooled /= 2
+                    with torch.no_grad():
+                        for t, value in zip(self.state(), kept, strict=True):
+                            t.copy_(value)
+                elif done % (5 * every) == 0 or kept is None:
+                    kept = [t.detach().clone() for t in self.state()]
+                if time.monotonic() - saved > 120:
+                    saved = time.monotonic()
+                    save(done)
+        return done
+
+
+def save_pieces(model: nn.Module, out: Path, name: str, note: dict) -> None:
+    """The weights in files of at most PIECE bytes, matrices in half precision."""
+    tensors = {k: v.detach() for k, v in model.state_dict().items() if v.is_floating_point()}
+    tensors = {k: (v.half() if v.dim() > 1 and v.numel() > 4096 else v).cpu().contiguous() for k, v in tensors.items()}
+    piece, size, number = {}, 0, 0
+    for key, value in [*tensors.items(), (None, None)]:
+        if key is None or size + value.nbytes > PIECE:
+            save_file(piece, out / f"{name}-{number}.safetensors", metadata={"note": json.dumps(note)})
+            piece, size, number = {}, 0, number + 1
+        if key is not None:
+            piece[key] = value
+            size += value.nbytes
+
+
+def main() -> None:
+    global CONV_BLOCK, TRANSFORMER_BLOCK, low
+    parser = argparse.ArgumentParser()
+    for name, kind, default in (
+        ("init", Path, None), ("data", Path, None), ("out", Path, None), ("seconds", float, 60.0), ("batch", int, 72),
+        ("lr", float, 1.5e-3), ("warm", float, 15.0), ("ms-ssim-seconds", float, 0.0), ("ms-ssim-lr", float, 4e-4),
+        ("graphics", int, 4096), ("most", int, 10**9), ("device", str, "cuda"), ("compile", int, 1),
+        ("every", int, 100),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=kind, default=default)
+    args = parser.parse_args()
+    photographs, graphics = read(args.data, args.graphics)
+    say(f"read {len(photographs)} photographs")
+    device = torch.device(args.device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    if device.type == "cpu":
+        low = torch.float32
+    say(torch.__version__, torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
+    with safe_open(args.init, "pt") as file:
+        config = EntroformerConfig.from_json(file.metadata()["config"])
+        state = {k: file.get_tensor(k).float() for k in file.keys()}  # noqa: SIM118
+    pictures = Pictures(photographs, graphics, device)
+    model = network.Network(config)
+    missing, unexpected = nn.Module.load_state_dict(model, state, strict=False)
+    say("missing", [k for k in missing if "cdf" not in k and "offset" not in k], "unexpected", unexpected)
+    model.to(device).train()
+    install(model)
+    if args.compile:
+        import torch._inductor.config as inductor
+
+        inductor.compile_threads = max(4, (os.cpu_count() or 4))
+        CONV_BLOCK = torch.compile(conv_block, dynamic=False, fullgraph=True)
+        TRANSFORMER_BLOCK = torch.compile(transformer_block, dynamic=False, fullgraph=True)
+    step = Step(model, config.lmbdas, args.batch, device, "mse", args.lr)
+    note = {"config": config.to_json(), "batch": args.batch, "crop": CROP, "lr": args.lr, "seconds": args.seconds}
+    save = lambda done, name="mse", **more: save_pieces(model, args.out, name, note | {"steps": done} | more)  # noqa: E731
+    if args.seconds:
+        done = step.run(pictures, args.seconds, args.warm, save, args.most, args.every)
+        save(done, finished=True)
+        say("mse done", done)
+    if args.ms_ssim_seconds:
+        lmbdas = tuple(MS_SSIM_OVER_MSE * lmbda for lmbda in config.lmbdas)
+        second = Step(model, lmbdas, args.batch, device, "ms-ssim", args.ms_ssim_lr)
+        done = second.run(pictures, args.ms_ssim_seconds, 5.0, lambda done: None, args.most, args.every)
+        save(done, "ms-ssim", lmbdas=lmbdas, finished=True)
+        say("ms-ssim done", done)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

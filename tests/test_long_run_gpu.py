@@ -1,0 +1,80 @@
+"""The long run's network for the GPU computes what the library's does. (Its graph needs a GPU.)"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import LMBDAS
+
+from entroformer_lib.models import attention, gain, position
+from entroformer_lib.models.config import named_config
+from entroformer_lib.models.network import Network
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import long_run_gpu
+
+
+@pytest.fixture
+def restored(monkeypatch):
+    """`install` changes classes: these are as before behind the test."""
+    for where, name in (
+        (attention.Block, "forward"),
+        (position.RelativePosition, "forward"),
+        (gain, "at_level"),
+        (gain.RateGain, "forward"),
+    ):
+        monkeypatch.setattr(where, name, getattr(where, name))
+    monkeypatch.setattr(long_run_gpu, "low", torch.float32)
+    monkeypatch.setattr(long_run_gpu, "ONE_HOT", {})
+    # Of two nearly equal scores bisection keeps both
+    monkeypatch.setattr(long_run_gpu, "kth_largest", lambda scores, lowest, k: scores.topk(k).values[..., -1:])
+
+
+def test_outputs_and_gradients_are_the_networks_own(restored):
+    blocks = dict(transforms="blocks", stages=((8, 16, 2),), linear_path="dct", M=16, rate_aware=True, lmbdas=LMBDAS)
+    torch.manual_seed(0)
+    model = Network(named_config("tiny-parallel", **blocks)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    x, level = torch.rand(3, 3, 256, 256), torch.tensor([0.0, 1.0, 2.0])
+
+    def results() -> tuple[dict, list]:
+        out = model(x, level=level)
+        loss = sum(-p.log().mean() for p in out["likelihoods"].values()) + (out["x_hat"] - x).square().mean()
+        used = [p for name, p in model.named_parameters() if "quantiles" not in name]
+        return out, torch.autograd.grad(loss, used, allow_unused=True)
+
+    expected, gradients = results()
+    long_run_gpu.install(model)
+    found, others = results()
+    torch.testing.assert_close(found["x_hat"], expected["x_hat"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found["likelihoods"]["y"], expected["likelihoods"]["y"], rtol=1e-3, atol=1e-5)
+    for one, other in zip(gradients, others, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or (one - other).norm() <= 1e-3 * one.norm() + 1e-7
+
+
+def test_a_batch_is_cut_from_the_pictures(restored):
+    colours = ((10, 20, 30), (200, 100, 50))
+    photographs = [(".png", np.full((300, 320, 3), colour, np.uint8)) for colour in colours]
+    photographs.append((".jpg", np.zeros((100, 300, 3), np.uint8)))  # too small
+    graphics = np.full((1, 3, 256, 256), 51, np.uint8)
+    pictures = long_run_gpu.Pictures(photographs, graphics, torch.device("cpu"))
+    assert len(pictures.rows) == 2 * long_run_gpu.VERSIONS
+    x = torch.zeros(40, 3, 256, 256)
+    pictures.fill(x)
+    assert x[:2].eq(0.2).all()
+    found = {tuple(sorted((crop.amin((1, 2)) * 255).round().int().tolist())) for crop in x[2:]}
+    assert found == {tuple(sorted(colour)) for colour in colours}
+    assert torch.equal(x[2:].amin((2, 3)), x[2:].amax((2, 3)))  # no pixel of another picture
+
+
+def test_a_threshold_keeps_the_k_largest():
+    scores = torch.randn(5, 40)
+    threshold = long_run_gpu.kth_largest(scores, scores.amin(-1, keepdim=True), 16)
+    kept = (scores >= threshold).sum(-1)
+    assert ((kept >= 16) & (kept <= 17)).all()
