@@ -75,7 +75,7 @@ def timed(what: str, works: dict[int, Callable[[], list]], repeats: int) -> list
 
 
 def main(
-    out: Path | None = None, model: str = "tiny-rates", pictures: int = 96, samples: int = 2400, repeats: int = 2
+    out: Path | None = None, model: str = "blocks-parallel", pictures: int = 96, samples: int = 2400, repeats: int = 2
 ) -> None:
     """Measures, prints, and writes the result with its provenance.
 

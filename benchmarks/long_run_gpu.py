@@ -4,10 +4,10 @@
 
 goes on from weights whose config stands in their metadata, for so many seconds. The learning rate rises over the first
 `--warm` of them and then falls to 0. With `--ms-ssim-seconds` a version for MS-SSIM is finetuned behind it. Loss and
-optimizer are those of the loop (training/loss.py, training/optimizer.py). Some things differ, because a step of 72 crops
-has to take some 50 ms: crops are cut from copies of the pictures that were scaled once, chance comes from the GPU's
-generator and not from (seed, g), blocks are compiled, the k-th largest score is found by bisection, and the schedule
-follows the clock.
+optimizer are those of the loop (training/loss.py, training/optimizer.py). Some things differ, because a step of 72
+crops has to take some 50 ms: crops are cut from copies of the pictures that were scaled once, chance comes from the
+GPU's generator and not from (seed, g), blocks are compiled, the k-th largest score is found by bisection, and the
+schedule follows the clock.
 """
 
 import argparse

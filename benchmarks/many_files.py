@@ -37,7 +37,7 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
-def main(out: Path | None = None, model: str = "tiny-rates", few: int = 50, many: int = 500) -> None:
+def main(out: Path | None = None, model: str = "blocks-parallel", few: int = 50, many: int = 500) -> None:
     """Measures, prints, and writes the result with its provenance.
 
     Args:

@@ -34,7 +34,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parents[1]
 TESTS = FOLDER / "tests"
-SHIPPED = "tiny-rates"
+SHIPPED = "blocks-parallel"
 SIZE = 100, 60  # not multiples of the model's blocks
 LARGE = SHIPPED, "large"  # enough latents for attention that ranks keys in groups (exact/ranked.py)
 

@@ -1,6 +1,6 @@
 """A model beyond Kodak: held-out photographs, scikit-image's, a chart and a page of coloured text, as real bytes.
 
-    python benchmarks/other_pictures.py tiny-rates --data DATA --out data/results/other_pictures.json
+    python benchmarks/other_pictures.py blocks-parallel --data DATA --out data/results/other_pictures.json
 
 For photographs: BD-rates against JPEG, WebP and AVIF as Pillow writes them, per set of pictures, so that a model that
 knows Kodak better than the rest of the world gives itself away. For graphics: PSNR at each rate, and JPEG's with at

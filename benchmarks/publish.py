@@ -1,10 +1,11 @@
-"""Makes a finished training run a shipped model: half-precision weights, measured on Kodak, with a card beside them.
+"""Makes a finished training run a shipped model: weights in fewer bits, measured on Kodak, with a card beside them.
 
-python benchmarks/publish.py publish runs/tiny-rates tiny-rates --kodak pictures/kodak
-python benchmarks/publish.py again tiny-rates --kodak pictures/kodak
+python benchmarks/publish.py publish runs/blocks-parallel blocks-parallel --kodak pictures/kodak
+python benchmarks/publish.py again blocks-parallel --kodak pictures/kodak
 """
 
 import dataclasses
+import json
 import shlex
 from pathlib import Path
 
@@ -12,14 +13,14 @@ import pandas as pd
 import tyro
 from tyro.conf import Positional
 
-from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.studies.classical import jpeg_psnr_db
 from entroformer_lib.studies.measuring import finished_rows, measure, tasks_of
 from entroformer_lib.studies.rate_distortion import pictures_to_test
 from entroformer_lib.studies.results import result_path, save
 from entroformer_lib.training.config import TrainConfig
-from entroformer_lib.weights.zoo import load_model, save_weights
+from entroformer_lib.weights.forms import Form
+from entroformer_lib.weights.zoo import load_model, save_card, save_weights
 
 CURVE_POINTS = 60
 MEASURED = """Kodak, mean of 24 pictures, whole files on disk; mean of per-picture PSNR. JPEG has at least as many \
@@ -42,6 +43,11 @@ def publish(
     limits: str = "",
     before: str = "",
     lmbdas: tuple[float, ...] = (),
+    form: Form = "float16",
+    transforms: str | None = None,
+    near: str | None = None,
+    curve: Path | None = None,
+    command: str = "",
 ) -> None:
     """Writes data/weights/NAME.safetensors, NAME.md and data/results/NAME-kodak.json.
 
@@ -53,6 +59,11 @@ def publish(
         limits: A sentence on what it is not good for.
         before: What had been trained before this run, where it began from other weights.
         lmbdas: Measure a model of variable rate at these alone; by default at all that it serves.
+        form: How matrices and kernels are stored; transforms in a file of their own have a form of their own.
+        transforms: Weights that hold g_a, g_s and gains, which are left out here: a file in data/weights/shared.
+        near: Weights whose g_a and g_s are stored there, of which this file holds the differences.
+        curve: The training's curve as JSON, where it is not in the run's log.
+        command: How it was trained, where it was not by `entroformer train`.
     """
     trained = load_model(run / "weights.safetensors", "cpu")
     card = {**trained.card, "trained_on": data, "limits": limits, "before": before}
@@ -61,9 +72,11 @@ def publish(
         card["training"]["latents"] = "runs/latents"
     if (card["training"].get("init") or "").endswith(".safetensors"):
         card["training"]["init"] = f"runs/{name}-before/weights.safetensors"
-    card["curve"] = training_curve(run / "log.jsonl")
+    card["curve"] = training_curve(run / "log.jsonl") if curve is None else json.loads(curve.read_text())
+    card |= {"form": form, "shared": transforms, "near": near, "command": command}
     card["lmbdas"], card["measured_at"] = list(trained.config.lmbdas), list(lmbdas or trained.config.lmbdas)
-    _measure_and_write(trained, card, name, kodak)
+    save_weights(trained, _weights(name), card, form, transforms, near)
+    _measure_and_write(card, name, kodak)
 
 
 def again(name: Positional[str], kodak: Path) -> None:
@@ -73,13 +86,15 @@ def again(name: Positional[str], kodak: Path) -> None:
         name: Name of the model.
         kodak: Folder of the 24 Kodak pictures.
     """
-    model = load_model(name, "cpu")
-    _measure_and_write(model, model.card, name, kodak)
+    _measure_and_write(load_model(_weights(name), "cpu").card, name, kodak)
 
 
-def _measure_and_write(trained: Entroformer, card: dict, name: str, kodak: Path) -> None:
-    weights = data_folder() / "weights" / f"{name}.safetensors"
-    save_weights(trained, weights, card, form="float16")
+def _weights(name: str) -> Path:
+    return data_folder() / "weights" / f"{name}.safetensors"
+
+
+def _measure_and_write(card: dict, name: str, kodak: Path) -> None:
+    weights = _weights(name)
     model = load_model(weights)
     paths = {path.stem: path for path in pictures_to_test(kodak)}
     result = result_path(f"{name}-kodak")
@@ -96,7 +111,7 @@ def _measure_and_write(trained: Entroformer, card: dict, name: str, kodak: Path)
         record = save(result, {"images": rows, "mean": mean, **about}, model, seed=card["training"]["seed"])
 
         card["kodak"] = {**mean, "images": len(rows), "date": record["date"]}
-        save_weights(trained, weights, card, form="float16")
+        save_card(weights, card)
         write_bytes(weights.with_suffix(".md"), card_text(name, card, rows).encode())
 
 
@@ -164,6 +179,18 @@ def card_text(name: str, card: dict, rows: list[dict]) -> str:
     ) + "\n"  # fmt: skip
 
 
+def _stored(card: dict) -> str:
+    """How the weights are stored, in words."""
+    forms = {"float32": "everything in float32", "float16": "matrices and kernels in float16, the rest in float32"}
+    forms["int8"] = "matrices and kernels in eight bits with a step for each row, the rest in float32"
+    words = forms[card.get("form", "float16")]
+    if card.get("shared"):
+        words += f"; g_a, g_s and gains in shared/{card['shared']}, in float16"
+    if card.get("near"):
+        words += f"; g_a and g_s as differences from shared/{card['near']}"
+    return f"{words}; measured as shipped"
+
+
 def _table(data: pd.DataFrame, form: dict[str, str] | None = None) -> str:
     form = {**CELLS, **(form or {})}
     text = data.apply(lambda column: column.map(form.get(column.name, "{}").format, na_action="ignore"))
@@ -179,13 +206,13 @@ def _facts(card: dict, pictures: pd.DataFrame) -> str:
         "Trained on": card["trained_on"],
         "Transforms": frozen and f"those of {frozen}, kept; trained on latents",
         "Goal": f"{'rate' if frozen else training['metric']}, lmbda " + ", ".join(f"{v:g}" for v in lmbdas),
-        "Command (DATA is the folder of the pictures)": f"`{training_command(training)}`",
+        "Command (DATA is the folder of the pictures)": f"`{card.get('command') or training_command(training)}`",
         "Before this run": card.get("before"),
         "Device and time": f"{card['device']}, {card['train_seconds'] / 60:.0f} minutes",
         "Steps": f"{training['steps']} of {training['batch']} crops of {training['crop']} pixels "
         "(the paper: about 280,000 of 16 crops of 384)",
         "Limits": card["limits"],
-        "Weights": "matrices and kernels in float16, the rest in float32; measured as shipped",
+        "Weights": _stored(card),
     }
     return "\n".join(f"- {name}: {fact}" for name, fact in facts.items() if fact is not None and fact != "")
 

@@ -43,7 +43,7 @@ AsJson = Annotated[bool, arg(name="json", help="Print JSON.")]
 def compress(
     images: Inputs = (),
     output: OutputOrFolder = None,
-    model: Model = "tiny-rates",
+    model: Model = "blocks-parallel",
     bpp: float | None = None,
     window: int | None = None,
     k: tuple[int, ...] = (),
@@ -581,7 +581,7 @@ def export_onnx(model: Positional[Model], folder: Positional[Path], force: Force
     Beside them model.json says what else a user of the graphs needs: the config, the medians of z, the lambdas. A model
     of variable rate takes its level as an input; model.json has that of NAME@LAMBDA.
 
-    Example: entroformer export-onnx tiny-rates@0.014 graphs/
+    Example: entroformer export-onnx blocks-parallel@0.014 graphs/
 
     Args:
         folder: Where to write; made where it is not there.

@@ -1,6 +1,6 @@
 """Models as ONNX graphs, for other runtimes: analysis, hyper synthesis, context and synthesis apart.
 
-    graphs = export(load_model("tiny-rates"))  # {"analysis": bytes, ...}
+    graphs = export(load_model("blocks-parallel"))  # {"analysis": bytes, ...}
 
 What is written down is what the model's own code does when it runs once (a trace); only attention is said again here,
 because the model's asks for sizes in Python, and a graph is for all sizes.

@@ -151,7 +151,7 @@ def test_what_a_model_is_called_elsewhere(home):
     path = str(home / "weights" / "micro.safetensors")
     assert kept.name_elsewhere("micro") == path == kept.name_elsewhere("weights/micro.safetensors")
     assert kept.name_elsewhere("micro@0.5") == f"{path}@0.5"
-    assert kept.name_elsewhere("tiny-rates@0.02") == "tiny-rates@0.02"
+    assert kept.name_elsewhere("blocks-parallel@0.02") == "blocks-parallel@0.02"
 
 
 # ---- clusters that cannot be used ----

@@ -267,7 +267,7 @@ def test_an_at_sign_in_a_name(home, model):
     assert load_model(place / "mine.safetensors").level is not None
     assert load_model(f"{place}/mine.safetensors@0.04").level == 1
     assert load_model("a@b").name == "a@b"
-    assert split_name("tiny-rates@0.1") == ("tiny-rates", "0.1")
+    assert split_name("blocks-parallel@0.1") == ("blocks-parallel", "0.1")
     with pytest.raises(WeightsError, match="user@lab/gone.safetensors"):
         load_model(place / "gone.safetensors")
     call("compress", "cat.png", "--model", place / "mine.safetensors")

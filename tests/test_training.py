@@ -232,7 +232,7 @@ def test_a_loss_that_is_no_number_names_the_step(config, monkeypatch):
     (dict(graphics=1.5), "graphics must be a share"),
     (dict(schedule="decay"), "for a branch"),
     (dict(branch="nowhere.pt"), "cannot be read"),
-    (dict(branch="nowhere.pt", init="tiny-rates"), "not for it"),
+    (dict(branch="nowhere.pt", init="blocks-parallel"), "not for it"),
     (dict(held_out="nowhere.txt"), "cannot be read"),
     (dict(accumulate=3), r"A batch of 2 does not divide into 3 equal parts \(processes: 1, passes of each: 3\)\.$"),
 ])  # fmt: skip

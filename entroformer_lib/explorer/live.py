@@ -1,6 +1,6 @@
 """The live page: one HTML file in which a parallel model runs on any photograph, without Python, server or network.
 
-    text = live_page(load_model("tiny-rates@0.014"), picture)
+    text = live_page(load_model("blocks-parallel@0.014"), picture)
 
 The page holds the model's graphs, weights in half precision, and onnxruntime-web, all of it gzipped and as base64. Each
 part's gzip carries a checksum, which tells damage to the page.

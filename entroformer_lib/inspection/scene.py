@@ -71,6 +71,6 @@ def fitting(picture, side: int = SIDE) -> Image.Image:
 
 
 def name_at(model, level: float | None) -> str:
-    """A model's name, and in variable rate the lambda of the level, as `load_model` takes it: `tiny-rates@0.013`."""
+    """A model's name, and in variable rate the lambda of the level, as `load_model` takes it: `NAME@0.013`."""
     name = model.name or f"untrained {model.config.variant}"
     return name if level is None else f"{name}@{model.gain.lmbda_of(level):.3g}"

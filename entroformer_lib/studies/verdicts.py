@@ -31,7 +31,7 @@ from entroformer_lib.studies import bd, same_transforms
 from entroformer_lib.studies.results import AUTHORS, ablation, kodak_means, load, published, reference, trainings
 
 CONFIDENCE = 0.95
-SHIPPED = "tiny-rates"
+SHIPPED = "blocks-parallel"
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def load_model(name_or_path: str | os.PathLike, device: str = "auto", name: str 
 
     Args:
         name_or_path: a name from `list_models()` or a .safetensors file. Behind one of variable rate may stand @ and
-            the lambda to code at, such as `tiny-rates@0.013`.
+            the lambda to code at, such as `blocks-parallel@0.013`.
         device: "auto" takes a GPU where there is one.
         name: what the model is called; by default as its file.
 
