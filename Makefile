@@ -26,7 +26,7 @@ help:
 	@echo "make lab         open JupyterLab on the notebooks"
 	@echo "make pictures    photograph the explorer and draw the overview for README.md (needs Chromium)"
 	@echo "make bench       time coding beside CompressAI's models, and a training step"
-	@echo "make train-tiny  train a model like the shipped one (set ENTROFORMER_DATA; takes hours on a CPU)"
+	@echo "make train-tiny  train a smaller model of the same kind as the shipped one (set ENTROFORMER_DATA; one to two hours on a CPU)"
 
 setup: $(READY)
 
@@ -96,15 +96,16 @@ bench: $(READY)
 
 train-tiny: $(READY)
 	@test -d "$(ENTROFORMER_DATA)/train" || { echo "Set ENTROFORMER_DATA to a folder with train/ (pictures or tars) in it."; exit 1; }
-	$(BIN)/entroformer train --data "$(ENTROFORMER_DATA)/train" --out runs/tiny-rates --model tiny-parallel \
-		--lmbdas 0.00035 0.0008 0.0017 0.0035 0.007 0.014 0.029 0.06 0.12 --steps 12000 --batch 16 --crop 128 --last-crop 192 \
+	$(BIN)/entroformer train --data "$(ENTROFORMER_DATA)/train" --out runs/tiny-blocks --model tiny-parallel \
+		--architecture transforms=blocks 'stages=[[8,192,4]]' linear_path=dct M=320 rate_aware=true \
+		--lmbdas 0.00035 0.0008 0.0017 0.0035 0.007 0.014 0.029 0.06 0.12 --steps 6000 --batch 16 --crop 128 --last-crop 192 \
 		--optimizer muon --lr 2e-3 --schedule linear --precision bfloat16
-	@test -d "$(ENTROFORMER_DATA)/kodak" || echo "No $(ENTROFORMER_DATA)/kodak: weights are in runs/tiny-rates, not measured."
-	test ! -d "$(ENTROFORMER_DATA)/kodak" || $(BIN)/python benchmarks/publish.py publish runs/tiny-rates tiny-rates \
+	@test -d "$(ENTROFORMER_DATA)/kodak" || echo "No $(ENTROFORMER_DATA)/kodak: weights are in runs/tiny-blocks, not measured."
+	test ! -d "$(ENTROFORMER_DATA)/kodak" || $(BIN)/python benchmarks/publish.py publish runs/tiny-blocks tiny-blocks \
 		--kodak "$(ENTROFORMER_DATA)/kodak" --data "$(TINY_DATA)" --limits "$(TINY_LIMITS)"
 
 TINY_DATA = 1,172 photographs: 250 of CID22 (CC BY-SA 4.0) and 922 of ImageNet and BSDS500 (for research use)
-TINY_LIMITS = a small model, trained for hours on one CPU core; fine texture is smoothed away
+TINY_LIMITS = a small model, trained for one or two hours on a CPU core
 
 clean:
 	rm -rf .venv build runs site
