@@ -48,6 +48,7 @@ def publish(
     near: str | None = None,
     curve: Path | None = None,
     command: str = "",
+    family: bool = True,
 ) -> None:
     """Writes data/weights/NAME.safetensors, NAME.md and data/results/NAME-kodak.json.
 
@@ -64,6 +65,7 @@ def publish(
         near: Weights whose g_a and g_s are stored there, of which this file holds the differences.
         curve: The training's curve as JSON, where it is not in the run's log.
         command: How it was trained, where it was not by `entroformer train`.
+        family: It was trained on equal terms with the others behind its transforms, and is compared with them.
     """
     trained = load_model(run / "weights.safetensors", "cpu")
     card = {**trained.card, "trained_on": data, "limits": limits, "before": before}
@@ -73,7 +75,9 @@ def publish(
     if (card["training"].get("init") or "").endswith(".safetensors"):
         card["training"]["init"] = f"runs/{name}-before/weights.safetensors"
     card["curve"] = training_curve(run / "log.jsonl") if curve is None else json.loads(curve.read_text())
-    card |= {"form": form, "shared": transforms, "near": near, "command": command}
+    card |= {"form": form, "shared": transforms, "near": near, "command": command, "family": family}
+    if transforms is not None:
+        card["training"]["transforms"] = transforms
     card["lmbdas"], card["measured_at"] = list(trained.config.lmbdas), list(lmbdas or trained.config.lmbdas)
     save_weights(trained, _weights(name), card, form, transforms, near)
     _measure_and_write(card, name, kodak)
@@ -107,7 +111,7 @@ def _measure_and_write(card: dict, name: str, kodak: Path) -> None:
         lmbdas = sorted({row["lmbda"] for row in rows} - {None})
         mean = dict(zip((f"{lmbda:g}" for lmbda in lmbdas), points, strict=True)) if lmbdas else points[0]
         about = {"optimised_for": card["metric"], "variant": model.config.variant}
-        about["transforms"] = card["training"].get("transforms")  # whose they are, where they were kept
+        about["transforms"] = card["training"].get("transforms") if card.get("family", True) else None
         record = save(result, {"images": rows, "mean": mean, **about}, model, seed=card["training"]["seed"])
 
         card["kodak"] = {**mean, "images": len(rows), "date": record["date"]}

@@ -155,6 +155,12 @@ def test_differences_need_the_weights_they_are_from(family):
         load_model(path, "cpu")
 
 
+def test_retired_weights_name_the_revision_that_has_them():
+    for name, revision in zoo.RETIRED.items():
+        with pytest.raises(WeightsError, match=rf"'{name}' are no longer .* revision {revision.partition(' ')[0]}"):
+            load_model(name, "cpu")
+
+
 def test_damaged_forms_are_named():
     weight = {"layer.weight": torch.randn(4, 6), "layer.bias": torch.randn(4)}
     held = shortened(weight, "int8")

@@ -25,6 +25,8 @@ from entroformer_lib.weights.forms import Form, restored, shortened
 
 LONGEST_NAME = 255 - len(".safetensors")  # bytes of a file's name
 SHARED = ("g_a.", "g_s.", "gain.")  # tensors that another file may hold
+# Weights that are no longer shipped -> the revision that still has them and reads their files
+RETIRED = {"tiny-rates-msssim": "06aa877 (tag tiny-weights)"}
 
 
 def weight_folders() -> list[Path]:
@@ -218,6 +220,8 @@ def find_weights(name_or_path: str | os.PathLike) -> Path:
     path = _weights_of(name)
     if path is not None:
         return path
+    if name in RETIRED:
+        raise WeightsError(f"The weights '{name}' are no longer shipped; revision {RETIRED[name]} reads their files.")
     known = ", ".join(sorted(p.stem for folder in weight_folders() for p in folder.glob("*.safetensors")))
     raise WeightsError(f"There is no model '{name}' here; there are: {known or 'none'}.")
 
