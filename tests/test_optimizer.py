@@ -1,10 +1,12 @@
 """Muon: its steps are orthogonal, its other half is Adam, and every parameter has one group."""
 
+import pytest
 import torch
 from conftest import MICRO
 
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.models.config import named_config
+from entroformer_lib.training import optimizer as ours
 from entroformer_lib.training.optimizer import Muon, build_optimizer, orthogonal
 
 
@@ -65,3 +67,11 @@ def test_every_parameter_is_in_one_group():
     assert "g_a.0.weight" in names and "h_s.embed.weight" in names
     assert not any("z_prior" in name or "norm" in name or "positions" in name for name in names)
     assert [g["lr"] for g in groups if g["fixed"]] == [1e-3]
+
+
+@pytest.mark.parametrize("bf16, amx", [(False, False), (True, False), (False, True)])
+def test_products_are_in_a_type_that_the_processor_multiplies(bf16, amx, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert ours._quick_type(torch.device("cpu")) == (torch.bfloat16 if bf16 or amx else torch.float32)
+    assert ours._quick_type(torch.device("cuda")) == torch.bfloat16
