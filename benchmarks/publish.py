@@ -2,6 +2,7 @@
 
 python benchmarks/publish.py publish runs/blocks-parallel blocks-parallel --kodak pictures/kodak
 python benchmarks/publish.py again blocks-parallel --kodak pictures/kodak
+python benchmarks/publish.py card blocks-parallel --differs "..."
 """
 
 import dataclasses
@@ -10,9 +11,12 @@ import shlex
 from pathlib import Path
 
 import pandas as pd
+import torch
 import tyro
+from torch.utils.flop_counter import FlopCounterMode
 from tyro.conf import Positional
 
+from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.studies.classical import jpeg_psnr_db
 from entroformer_lib.studies.measuring import finished_rows, measure, tasks_of
@@ -49,6 +53,7 @@ def publish(
     curve: Path | None = None,
     command: str = "",
     family: bool = True,
+    differs: str = "",
 ) -> None:
     """Writes data/weights/NAME.safetensors, NAME.md and data/results/NAME-kodak.json.
 
@@ -65,6 +70,7 @@ def publish(
         near: Weights whose g_a and g_s are stored there, of which this file holds the differences.
         curve: The training's curve as JSON, where it is not in the run's log.
         command: How it was trained, where it was not by `entroformer train`.
+        differs: How far model and training are from the paper's, in words.
         family: It was trained on equal terms with the others behind its transforms, and is compared with them.
     """
     trained = load_model(run / "weights.safetensors", "cpu")
@@ -76,6 +82,7 @@ def publish(
         card["training"]["init"] = f"runs/{name}-before/weights.safetensors"
     card["curve"] = training_curve(run / "log.jsonl") if curve is None else json.loads(curve.read_text())
     card |= {"form": form, "shared": transforms, "near": near, "command": command, "family": family}
+    card |= {"differs": differs, "kmac": kmac_per_pixel(trained)}
     if transforms is not None:
         card["training"]["transforms"] = transforms
     card["lmbdas"], card["measured_at"] = list(trained.config.lmbdas), list(lmbdas or trained.config.lmbdas)
@@ -91,6 +98,33 @@ def again(name: Positional[str], kodak: Path) -> None:
         kodak: Folder of the 24 Kodak pictures.
     """
     _measure_and_write(load_model(_weights(name), "cpu").card, name, kodak)
+
+
+def card(name: Positional[str], differs: str = "") -> None:
+    """Writes a shipped model's card anew, without measuring.
+
+    Args:
+        name: Name of the model.
+        differs: How far model and training are from the paper's, in words; by default as before.
+    """
+    model = load_model(_weights(name), "cpu")
+    facts = model.card | {"kmac": kmac_per_pixel(model)}
+    facts["differs"] = differs or facts.get("differs", "")
+    rows = json.loads(result_path(f"{name}-kodak").read_text())["images"]
+    save_card(_weights(name), facts)
+    write_bytes(_weights(name).with_suffix(".md"), card_text(name, facts, rows).encode())
+
+
+def kmac_per_pixel(model: Entroformer) -> dict[str, float]:
+    """Thousands of multiplications per pixel of 256x256 pixels, as one pass over all latents needs them."""
+    side, counts = 256, {}
+    x, likelihoods = torch.zeros(1, 3, side, side), model.likelihoods
+    y = torch.zeros(1, model.config.M, side // 16, side // 16)
+    for part, run in {"g_a": lambda: model.g_a(x), "g_s": lambda: model.g_s(y), "rest": lambda: likelihoods(y)}.items():
+        with FlopCounterMode(display=False) as counter:
+            run()
+        counts[part] = round(counter.get_total_flops() / 2 / side**2 / 1e3, 1)
+    return counts
 
 
 def _weights(name: str) -> Path:
@@ -183,6 +217,11 @@ def card_text(name: str, card: dict, rows: list[dict]) -> str:
     ) + "\n"  # fmt: skip
 
 
+def _counted(kmac: dict | None) -> str | None:
+    """Multiplications in words."""
+    return kmac and f"g_a {kmac['g_a']:g}, g_s {kmac['g_s']:g}, entropy model {kmac['rest']:g}, in 256x256 pixels"
+
+
 def _stored(card: dict) -> str:
     """How the weights are stored, in words."""
     forms = {"float32": "everything in float32", "float16": "matrices and kernels in float16, the rest in float32"}
@@ -215,6 +254,8 @@ def _facts(card: dict, pictures: pd.DataFrame) -> str:
         "Device and time": f"{card['device']}, {card['train_seconds'] / 60:.0f} minutes",
         "Steps": f"{training['steps']} of {training['batch']} crops of {training['crop']} pixels "
         "(the paper: about 280,000 of 16 crops of 384)",
+        "Thousands of multiplications per pixel": _counted(card.get("kmac")),
+        "From the paper": card.get("differs"),
         "Limits": card["limits"],
         "Weights": _stored(card),
     }
@@ -222,4 +263,4 @@ def _facts(card: dict, pictures: pd.DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"publish": publish, "again": again})
+    tyro.extras.subcommand_cli_from_dict({"publish": publish, "again": again, "card": card})
