@@ -489,7 +489,7 @@ def main() -> None:
         save(done, finished=True)
         say("mse done", done)
     if args.ms_ssim_seconds:
-        lmbdas = tuple(MS_SSIM_OVER_MSE * lmbda for lmbda in config.lmbdas)
+        lmbdas = tuple(float(f"{MS_SSIM_OVER_MSE * lmbda:.4g}") for lmbda in config.lmbdas)
         second = Step(model, lmbdas, args.batch, device, "ms-ssim", args.ms_ssim_lr)
         done = second.run(pictures, args.ms_ssim_seconds, 5.0, lambda done: None, args.most, args.every)
         save(done, "ms-ssim", lmbdas=lmbdas, finished=True)
