@@ -80,8 +80,10 @@ def training(rows: list[dict], pictures: list[tuple[int, Image.Image]] = (), xla
     steps = [row["step"] for row in rows]
     panels = {"rd_loss": "loss: bpp + lmbda 255² MSE", "bpp": "rate, bits per pixel", "psnr_db": "PSNR, dB"}
     for axes, (key, label), colour in zip(upper.subplots(1, 3), panels.items(), COLOURS, strict=False):
-        axes.plot(steps, [row[key] for row in rows], color=colour)
-        axes.set(xlabel=xlabel, title=label, yscale="log" if key == "rd_loss" else "linear")
+        values = [row[key] for row in rows]
+        wide = key == "rd_loss" and max(values) > 3 * min(values)
+        axes.plot(steps, values, color=colour)
+        axes.set(xlabel=xlabel, title=label, yscale="log" if wide else "linear")
     if chosen:
         for axes, (step, picture) in zip(lower[0].subplots(1, len(chosen), squeeze=False)[0], chosen, strict=True):
             _picture(axes, picture, f"step {step}")
