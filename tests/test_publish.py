@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import micro_model
 
-from benchmarks.publish import CURVE_POINTS, card_text, means, training_curve
+from benchmarks.publish import CURVE_POINTS, card_text, kmac_per_pixel, means, training_curve
 from entroformer_lib.weights.zoo import load_model
 
 ROOT = Path(__file__).parents[1]
@@ -33,3 +34,13 @@ def test_the_curve_is_the_log_in_few_points(tmp_path):
     assert json.loads(json.dumps(curve))[0] == {
         "step": 10, "minutes": 1.0, "lmbda": None, "rd_loss": round(expected, 4), "bpp": 2.0
     }  # fmt: skip
+
+
+def test_multiplications_are_those_that_the_layers_need():
+    N, M, count = 24, 20, 3
+    model = micro_model("parallel", transforms="blocks", stages=((8, N, count),), linear_path="dct", M=M)
+    at_eighth, at_sixteenth = 192 * N + count * (5 * N**2 + 9 * N), 4 * N * M + 768 * M  # a site
+    expected = (at_eighth / 8**2 + at_sixteenth / 16**2) / 1e3
+    counted = kmac_per_pixel(model)
+    assert counted["g_a"] == counted["g_s"] == pytest.approx(expected, abs=0.051)
+    assert counted["rest"] > 0
