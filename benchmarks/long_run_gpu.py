@@ -3,8 +3,9 @@
     python benchmarks/long_run_gpu.py --init start.safetensors --data pictures/train --out OUT --seconds 500
 
 goes on from weights whose config stands in their metadata, for so many seconds. The learning rate rises over the first
-`--warm` of them and then falls to 0. With `--ms-ssim-seconds` a version for MS-SSIM is finetuned behind it. Loss and
-optimizer are those of the loop (training/loss.py, training/optimizer.py). Some things differ, because a step of 72
+`--warm` of them and then falls to 0. With `--ms-ssim-seconds` a version for MS-SSIM is finetuned behind it. With
+`--kinds serial:1e-3 groupedmixer:2e-3` entropy models alone are trained in its place, each for so many seconds. Loss
+and optimizer are those of the loop (training/loss.py, training/optimizer.py). Some things differ, because a step of 72
 crops has to take some 50 ms: crops are cut from copies of the pictures that were scaled once, chance comes from the
 GPU's generator and not from (seed, g), blocks are compiled, the k-th largest score is found by bisection, and the
 schedule follows the clock.
@@ -29,10 +30,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from entroformer_lib.models import attention, gain, network, position
-from entroformer_lib.models.config import EntroformerConfig
+from entroformer_lib.models.config import EntroformerConfig, named_config
 from entroformer_lib.models.transforms import ConvBlock
 from entroformer_lib.training.loss import ERROR_WEIGHT, errors, evenly, rates, unrest
 
+# Entropy models by the names of benchmarks/family.py: variant, and fields of the config
+KINDS = {name: (name, {}) for name in ("parallel", "serial", "cnn", "minnen", "hyperprior", "hyperprior-cnn")}
+KINDS |= {"context": ("context", {}), "context-cnn": ("context-cnn", {})}
+KINDS |= {
+    "groupedmixer": ("groupedmixer", {"groups": (3, 2, 2)}),
+    "groupedmixer-32": ("groupedmixer", {"groups": (8, 2, 2)}),
+}
 CROP, VERSIONS, PIECE = 256, 10, 15 * 2**20
 MS_SSIM_OVER_MSE = 1290.0  # as in training/initial.py
 DRAWN = 2  # crops of a batch that are drawn by code
@@ -142,10 +150,16 @@ def one_hot(relative, sites: Tensor) -> Tensor:
     return ONE_HOT[key]
 
 
-def install(model: nn.Module) -> None:
-    """Gives the model's parts their forms for the GPU; parameters and their names stay."""
+def install_on(model: nn.Module) -> None:
+    """Gives one model's transforms their forms for the GPU."""
     model.g_a.forward = types.MethodType(analysis, model.g_a)
     model.g_s.forward = types.MethodType(synthesis, model.g_s)
+
+
+def install(model: nn.Module) -> None:
+    """Gives the model's parts, and those of all entropy models, their forms for the GPU; parameters and their names
+    stay."""
+    install_on(model)
     slow = attention.Block.forward
 
     def block(self, x, sites, visible=None, relative=None, top_k=None, memory=None):
@@ -289,6 +303,10 @@ class Step:
         self.matrices = [p for n, p in named if _is_matrix(n, p) and not n.endswith(".quantiles")]
         chosen = {id(p) for p in self.quantiles + self.matrices}
         self.others = [p for _, p in named if id(p) not in chosen]
+        self.make_states()
+
+    def make_states(self) -> None:
+        """What the optimizer remembers, at its beginning."""
         self.momenta = [torch.zeros_like(p) for p in self.matrices]
         self.adams = [([torch.zeros_like(p) for p in group], [torch.zeros_like(p) for p in group])
                       for group in (self.others, self.quantiles)]  # fmt: skip
@@ -324,6 +342,8 @@ class Step:
         for group, (means, squares), lr in zip(
             (self.others, self.quantiles), self.adams, (self.lr, self.quantiles_lr), strict=True
         ):
+            if not group:
+                continue
             grads = [p.grad for p in group]
             torch._foreach_lerp_(means, grads, 0.1)
             torch._foreach_mul_(squares, 0.999)
@@ -370,8 +390,15 @@ class Step:
     def capture(self, pictures: Pictures):
         """->  a function that does a step"""
         self.fill(pictures)
+        self.zero()
+        self.forward().backward()  # whatever has no gradient now has none ever
+        for name in ("matrices", "others", "quantiles"):
+            setattr(self, name, [p for p in getattr(self, name) if p.grad is not None])
+        self.make_states()
+        self.sums.zero_()
         before = [t.detach().clone() for t in self.state()]
-        if self.device.type != "cuda":
+        # GroupedMixer takes indices from the CPU, which no graph can
+        if self.device.type != "cuda" or self.model.config.context == "grouped":
 
             def eager() -> None:
                 self.zero()
@@ -431,9 +458,57 @@ class Step:
         return done
 
 
-def save_pieces(model: nn.Module, out: Path, name: str, note: dict) -> None:
-    """The weights in files of at most PIECE bytes, matrices in half precision."""
+class RateStep(Step):
+    """A step of the entropy model alone, behind frozen transforms: the rate of rounded y (training/loss.py)."""
+
+    def __init__(self, model, lmbdas: tuple[float, ...], batch: int, device, lr: float):
+        for part in (model.g_a, model.g_s, model.gain):
+            part.requires_grad_(False)
+        super().__init__(model, lmbdas, batch, device, "rate", lr)
+
+    def forward(self) -> Tensor:
+        model, level = self.model, self.level
+        with torch.no_grad():
+            y = model.g_a(self.x)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=low == torch.bfloat16):
+            y = model.scaled(y, level)
+            likelihoods, _ = model.likelihoods(y, {"y": torch.floor(y + 0.5) - y}, level=level)
+        bpp = sum(rates(likelihoods, CROP * CROP).values())
+        lmbda = self.lmbdas[level.long()]
+        loss = (evenly(lmbda, self.all_lmbdas) * bpp)[DRAWN:].mean()
+        self.sums[1:4] += torch.stack([bpp.detach()[DRAWN:].mean(), torch.ones_like(loss), loss.detach()])
+        return loss + model.aux_loss()
+
+
+def entropy_models(args, pictures: Pictures, config: EntroformerConfig, state: dict[str, Tensor], device) -> None:
+    """Trains one entropy model after the other behind the transforms of `state`, each from what of it fits."""
+    for word in args.kinds:
+        kind, lr = word.split(":")
+        variant, fields = KINDS[kind]
+        wanted = named_config(f"tiny-{variant}")
+        fields = {name: getattr(wanted, name) for name in ("context", "hyper", "hyperprior", "context_layers")} | fields
+        torch.manual_seed(0)
+        model = network.Network(config.replaced(**fields))
+        own = model.state_dict()
+        fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+        if not args.warm_start:
+            fits = {k: v for k, v in fits.items() if k.startswith(("g_a.", "g_s.", "gain."))}
+        nn.Module.load_state_dict(model, fits, strict=False)
+        install_on(model.to(device).train())
+        step = RateStep(model, config.lmbdas, args.batch, device, float(lr))
+        say(kind, f"{len(fits)} of {len(own)} tensors taken")
+        done = step.run(pictures, args.seconds, args.warm, lambda done: None, args.most, args.every)
+        say(kind, "done", done)
+        note = {"config": model.config.to_json(), "steps": done, "batch": args.batch, "lr": float(lr), "kind": kind}
+        save_pieces(
+            model, args.out, kind, note | {"warm_start": bool(args.warm_start)}, leave=("g_a.", "g_s.", "gain.")
+        )
+
+
+def save_pieces(model: nn.Module, out: Path, name: str, note: dict, leave: tuple[str, ...] = ()) -> None:
+    """The weights in files of at most PIECE bytes, matrices in half precision; without the parts to leave."""
     tensors = {k: v.detach() for k, v in model.state_dict().items() if v.is_floating_point()}
+    tensors = {k: v for k, v in tensors.items() if not (leave and k.startswith(leave))}
     tensors = {k: (v.half() if v.dim() > 1 and v.numel() > 4096 else v).cpu().contiguous() for k, v in tensors.items()}
     piece, size, number = {}, 0, 0
     for key, value in [*tensors.items(), (None, None)]:
@@ -455,6 +530,8 @@ def main() -> None:
         ("every", int, 100),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=default)
+    parser.add_argument("--kinds", nargs="*", default=[], help="entropy models alone, such as serial:1e-3")
+    parser.add_argument("--warm-start", action="store_true", help="begin with what fits of the entropy model, too")
     args = parser.parse_args()
     photographs, graphics = read(args.data, args.graphics)
     say(f"read {len(photographs)} photographs")
@@ -483,6 +560,8 @@ def main() -> None:
         TRANSFORMER_BLOCK = torch.compile(transformer_block, dynamic=False, fullgraph=True)
     step = Step(model, config.lmbdas, args.batch, device, "mse", args.lr)
     note = {"config": config.to_json(), "batch": args.batch, "crop": CROP, "lr": args.lr, "seconds": args.seconds}
+    if args.kinds:
+        return entropy_models(args, pictures, config, state, device)
     save = lambda done, name="mse", **more: save_pieces(model, args.out, name, note | {"steps": done} | more)  # noqa: E731
     if args.seconds:
         done = step.run(pictures, args.seconds, args.warm, save, args.most, args.every)

@@ -78,3 +78,21 @@ def test_a_threshold_keeps_the_k_largest():
     threshold = long_run_gpu.kth_largest(scores, scores.amin(-1, keepdim=True), 16)
     kept = (scores >= threshold).sum(-1)
     assert ((kept >= 16) & (kept <= 17)).all()
+
+
+@pytest.mark.parametrize("kind", ["serial", "context", "hyperprior-cnn", "groupedmixer"])
+def test_an_entropy_model_alone_learns_behind_frozen_transforms(kind, restored):
+    blocks = dict(transforms="blocks", stages=((8, 16, 1),), linear_path="dct", M=12, rate_aware=True, lmbdas=LMBDAS)
+    variant, fields = long_run_gpu.KINDS[kind]
+    torch.manual_seed(0)
+    model = Network(named_config(f"tiny-{variant}", **blocks, **fields)).train()
+    long_run_gpu.install(model)
+    step = long_run_gpu.RateStep(model, LMBDAS, 3, torch.device("cpu"), 1e-3)
+    pictures = [(".png", np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8))]
+    source = long_run_gpu.Pictures(pictures, np.zeros((1, 3, 256, 256), np.uint8), torch.device("cpu"))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    one = step.capture(source)
+    step.lr.fill_(1e-3)
+    one()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed and not any(name.startswith(("g_a.", "g_s.", "gain.")) for name in changed)
