@@ -4,11 +4,14 @@
 
 goes on from weights whose config stands in their metadata, for so many seconds. The learning rate rises over the first
 `--warm` of them and then falls to 0. With `--ms-ssim-seconds` a version for MS-SSIM is finetuned behind it. With
-`--kinds serial:1e-3 groupedmixer:2e-3` entropy models alone are trained in its place, each for so many seconds. Loss
-and optimizer are those of the loop (training/loss.py, training/optimizer.py). Some things differ, because a step of 72
-crops has to take some 50 ms: crops are cut from copies of the pictures that were scaled once, chance comes from the
-GPU's generator and not from (seed, g), blocks are compiled, the k-th largest score is found by bisection, and the
-schedule follows the clock.
+`--kinds serial:1e-3 parallel@192:1e-3 serial#1:1e-3 parallel+:5e-4 serial/top_k=8:1e-3` entropy models alone are
+trained in its place, all at the same time on the same crops: of a kind, a width, a seed, with + from what fits of the
+old entropy model, and with another field of the config.
+
+Loss and optimizer are those of the loop (training/loss.py, training/optimizer.py). Some things differ, because a step
+has to take milliseconds: crops are cut from copies of the pictures that were scaled once, chance comes from the GPU's
+generator and not from (seed, g), blocks are compiled, the k-th largest score is found by bisection, and the schedule
+follows the clock.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 import types
@@ -43,7 +47,7 @@ KINDS |= {
 }
 CROP, VERSIONS, PIECE = 256, 10, 15 * 2**20
 MS_SSIM_OVER_MSE = 1290.0  # as in training/initial.py
-DRAWN = 2  # crops of a batch that are drawn by code
+DRAWN = 1  # crops of a batch that are drawn by code
 low = torch.bfloat16
 
 
@@ -285,6 +289,18 @@ def ms_ssim_error(x_hat: Tensor, x: Tensor) -> Tensor:
     return 1 - product.mean(1)
 
 
+def levels(batch: int, count: int, device) -> Tensor:
+    """Every level about as often as the others, in any order: [batch]"""
+    return (torch.randperm(batch, device=device) + torch.randint(count, (1,), device=device)) % count
+
+
+def tempered(loss: Tensor) -> Tensor:
+    """Losses [B], of which the drawn crops count at most as much as the middle photograph."""
+    middle = loss.detach()[DRAWN:].sort().values[(len(loss) - DRAWN) // 2]
+    factor = (middle / loss.detach()[:DRAWN]).clamp(max=1)
+    return torch.cat((loss[:DRAWN] * factor, loss[DRAWN:]))
+
+
 class Step:
     """Model, optimizer and one step, which `capture` turns into a graph."""
 
@@ -320,9 +336,7 @@ class Step:
         error = errors(out["x_hat"], x, "mse") if self.metric == "mse" else ms_ssim_error(out["x_hat"], x)
         goal = bpp + lmbda * (ERROR_WEIGHT[self.metric] * error)
         loss = evenly(lmbda, self.all_lmbdas) * (goal + unrest(out["y"]))
-        middle = loss.detach()[DRAWN:].sort().values[(self.batch - DRAWN) // 2]
-        factor = (middle / loss.detach()[:DRAWN]).clamp(max=1)
-        loss = torch.cat((loss[:DRAWN] * factor, loss[DRAWN:]))
+        loss = tempered(loss)
         photographs = slice(DRAWN, None)
         self.sums[:4] += torch.stack(
             [v.detach()[photographs].mean() for v in (goal / lmbda.sqrt(), bpp, error)] + [loss.detach().mean()]
@@ -376,8 +390,7 @@ class Step:
 
     def fill(self, pictures: Pictures) -> None:
         pictures.fill(self.x)
-        count = len(self.all_lmbdas)
-        self.level.copy_(torch.randperm(self.batch, device=self.device) % count)
+        self.level.copy_(levels(self.batch, len(self.all_lmbdas), self.device))
 
     def zero(self) -> None:
         for p in self.model.parameters():
@@ -397,8 +410,7 @@ class Step:
         self.make_states()
         self.sums.zero_()
         before = [t.detach().clone() for t in self.state()]
-        # GroupedMixer takes indices from the CPU, which no graph can
-        if self.device.type != "cuda" or self.model.config.context == "grouped":
+        if self.device.type != "cuda":
 
             def eager() -> None:
                 self.zero()
@@ -458,58 +470,159 @@ class Step:
         return done
 
 
-class RateStep(Step):
-    """A step of the entropy model alone, behind frozen transforms: the rate of rounded y (training/loss.py)."""
+class Latents:
+    """Batches of latents of frozen transforms, for all entropy models of a run."""
 
-    def __init__(self, model, lmbdas: tuple[float, ...], batch: int, device, lr: float):
+    def __init__(self, model: nn.Module, batch: int, device):
+        self.g_a, self.gain, self.batch, self.device = model.g_a, model.gain, batch, device
+        self.x = torch.zeros(batch, 3, CROP, CROP, device=device)
+        self.level = torch.zeros(batch, device=device)
+        self.y = torch.zeros(batch, model.config.M, CROP // 16, CROP // 16, device=device)
+        self.replay = None
+
+    @torch.no_grad()
+    def compute(self) -> None:
+        self.y.copy_(self.g_a(self.x))
+
+    def capture(self) -> None:
+        if self.device.type != "cuda":
+            self.replay = self.compute
+            return
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.compute()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.compute()
+        self.replay = graph.replay
+
+    def next(self, pictures: Pictures) -> None:
+        pictures.fill(self.x)
+        self.level.copy_(levels(self.batch, len(self.gain.log_gain), self.device))
+        self.replay()
+
+
+class RateStep(Step):
+    """A step of the entropy model alone: the rate of rounded y (training/loss.py)."""
+
+    def __init__(self, model, latents: Latents, lr: float):
         for part in (model.g_a, model.g_s, model.gain):
             part.requires_grad_(False)
-        super().__init__(model, lmbdas, batch, device, "rate", lr)
+        super().__init__(model, model.config.lmbdas, latents.batch, latents.device, "rate", lr)
+        self.latents, self.x, self.level = latents, None, latents.level
+
+    def fill(self, pictures: Pictures) -> None:
+        """What the latents are is not this step's affair."""
 
     def forward(self) -> Tensor:
         model, level = self.model, self.level
-        with torch.no_grad():
-            y = model.g_a(self.x)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low == torch.bfloat16):
-            y = model.scaled(y, level)
+            y = model.scaled(self.latents.y, level)
             likelihoods, _ = model.likelihoods(y, {"y": torch.floor(y + 0.5) - y}, level=level)
         bpp = sum(rates(likelihoods, CROP * CROP).values())
-        lmbda = self.lmbdas[level.long()]
-        loss = (evenly(lmbda, self.all_lmbdas) * bpp)[DRAWN:].mean()
-        self.sums[1:4] += torch.stack([bpp.detach()[DRAWN:].mean(), torch.ones_like(loss), loss.detach()])
-        return loss + model.aux_loss()
+        loss = tempered(evenly(self.lmbdas[level.long()], self.all_lmbdas) * bpp)
+        self.sums[1:4] += torch.stack([bpp.detach()[DRAWN:].mean(), torch.ones_like(loss[0]), loss.detach().mean()])
+        return loss.mean() + model.aux_loss()
+
+
+def entropy_model(word: str, config: EntroformerConfig, state: dict[str, Tensor], device) -> tuple[nn.Module, dict]:
+    """One behind the transforms of `state`, as a word of --kinds names it, and what is noted of it."""
+    name, lr = word.split(":")
+    name, *changes = name.split("/")
+    kind, width, seed, warm = re.fullmatch(r"([a-z0-9-]+)(?:@(\d+))?(?:#(\d+))?(\+)?", name).groups()
+    variant, fields = KINDS[kind]
+    wanted = named_config(f"tiny-{variant}")
+    fields = {field: getattr(wanted, field) for field in ("context", "hyper", "hyperprior", "context_layers")} | fields
+    if width:
+        fields |= {"dim": int(width), "heads": int(width) // 32, "Z": int(width) // 2}
+    fields |= {key: json.loads(value) for key, value in (change.split("=") for change in changes)}
+    name = "-".join((name, *(change.replace("=", "") for change in changes)))
+    torch.manual_seed(int(seed or 0))
+    model = network.Network(config.replaced(**fields))
+    own = model.state_dict()
+    fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    if not warm:
+        fits = {k: v for k, v in fits.items() if k.startswith(("g_a.", "g_s.", "gain."))}
+    nn.Module.load_state_dict(model, fits, strict=False)
+    note = {"config": model.config.to_json(), "kind": kind, "lr": float(lr), "seed": int(seed or 0), "warm": bool(warm)}
+    return model.to(device).train(), note | {"name": name.translate(str.maketrans("@#+", "-_w"))}
 
 
 def entropy_models(args, pictures: Pictures, config: EntroformerConfig, state: dict[str, Tensor], device) -> None:
-    """Trains one entropy model after the other behind the transforms of `state`, each from what of it fits."""
+    """Trains entropy models behind the transforms of `state`, all at the same time and on the same latents."""
+    steps, replays, notes, latents = [], [], [], None
     for word in args.kinds:
-        kind, lr = word.split(":")
-        variant, fields = KINDS[kind]
-        wanted = named_config(f"tiny-{variant}")
-        fields = {name: getattr(wanted, name) for name in ("context", "hyper", "hyperprior", "context_layers")} | fields
-        torch.manual_seed(0)
-        model = network.Network(config.replaced(**fields))
-        own = model.state_dict()
-        fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
-        if not args.warm_start:
-            fits = {k: v for k, v in fits.items() if k.startswith(("g_a.", "g_s.", "gain."))}
-        nn.Module.load_state_dict(model, fits, strict=False)
-        install_on(model.to(device).train())
-        step = RateStep(model, config.lmbdas, args.batch, device, float(lr))
-        say(kind, f"{len(fits)} of {len(own)} tensors taken")
-        done = step.run(pictures, args.seconds, args.warm, lambda done: None, args.most, args.every)
-        say(kind, "done", done)
-        note = {"config": model.config.to_json(), "steps": done, "batch": args.batch, "lr": float(lr), "kind": kind}
-        save_pieces(
-            model, args.out, kind, note | {"warm_start": bool(args.warm_start)}, leave=("g_a.", "g_s.", "gain.")
-        )
+        model, note = entropy_model(word, config, state, device)
+        if latents is None:
+            install_on(model)
+            latents = Latents(model, args.batch, device)
+            latents.capture()
+            latents.next(pictures)
+        step = RateStep(model, latents, note["lr"])
+        try:
+            begin = time.monotonic()
+            replay = step.capture(pictures)
+        except Exception as error:  # the others go on
+            say(note["name"], "left out:", type(error).__name__, str(error)[:300])
+            continue
+        if device.type == "cuda":
+            replay()
+            torch.cuda.synchronize()
+            again = time.monotonic()
+            for _ in range(5):
+                replay()
+            torch.cuda.synchronize()
+            say(note["name"], f"ready in {again - begin:.0f} s, {(time.monotonic() - again) * 200:.1f} ms alone")
+        steps.append(step)
+        replays.append(replay)
+        notes.append(note)
+    streams = [torch.cuda.Stream() for _ in steps] if device.type == "cuda" else []
+    begin, done = time.monotonic(), 0
+    while (part := (time.monotonic() - begin) / args.seconds) < 1 and done < args.most:
+        rising, falling = part * args.seconds / args.warm, (1 - part) / max(1e-3, 1 - args.warm / args.seconds)
+        latents.next(pictures)
+        for step in steps:
+            step.lr.fill_(step.peak * min(1.0, rising, falling))
+        if streams:
+            now = torch.cuda.current_stream()
+            for stream, replay in zip(streams, replays, strict=True):
+                stream.wait_stream(now)
+                with torch.cuda.stream(stream):
+                    replay()
+            for stream in streams:
+                now.wait_stream(stream)
+            if done % 4 == 0:
+                torch.cuda.synchronize()  # the clock is the GPU's
+        else:
+            for replay in replays:
+                replay()
+        done += 1
+        if done % args.every == 0:
+            mean = [float(step.sums[1]) / args.every for step in steps]
+            for step in steps:
+                step.sums.zero_()
+            ms = (time.monotonic() - begin) / done * 1000
+            say(done, f"{ms:.1f} ms", " ".join(f"{n['name']} {m:.4f}" for n, m in zip(notes, mean, strict=True)))
+    by_file: dict[str, Tensor] = {}
+    for step, note in zip(steps, notes, strict=True):
+        for key, value in rounded(step.model, leave=("g_a.", "g_s.", "gain.")).items():
+            by_file[f"{note['name']}/{key}"] = value
+        note |= {"steps": done, "batch": args.batch}
+    in_pieces(by_file, args.out, "kinds", {"kinds": notes})
+    say("done", done)
 
 
-def save_pieces(model: nn.Module, out: Path, name: str, note: dict, leave: tuple[str, ...] = ()) -> None:
-    """The weights in files of at most PIECE bytes, matrices in half precision; without the parts to leave."""
+def rounded(model: nn.Module, leave: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """The weights, matrices in half precision; without the parts to leave."""
     tensors = {k: v.detach() for k, v in model.state_dict().items() if v.is_floating_point()}
     tensors = {k: v for k, v in tensors.items() if not (leave and k.startswith(leave))}
-    tensors = {k: (v.half() if v.dim() > 1 and v.numel() > 4096 else v).cpu().contiguous() for k, v in tensors.items()}
+    return {k: (v.half() if v.dim() > 1 and v.numel() > 4096 else v).cpu().contiguous() for k, v in tensors.items()}
+
+
+def in_pieces(tensors: dict[str, Tensor], out: Path, name: str, note: dict) -> None:
+    """Files of at most PIECE bytes."""
     piece, size, number = {}, 0, 0
     for key, value in [*tensors.items(), (None, None)]:
         if key is None or size + value.nbytes > PIECE:
@@ -524,14 +637,14 @@ def main() -> None:
     global CONV_BLOCK, TRANSFORMER_BLOCK, low
     parser = argparse.ArgumentParser()
     for name, kind, default in (
-        ("init", Path, None), ("data", Path, None), ("out", Path, None), ("seconds", float, 60.0), ("batch", int, 72),
+        ("data", Path, None), ("out", Path, None), ("seconds", float, 60.0), ("batch", int, 72),
         ("lr", float, 1.5e-3), ("warm", float, 15.0), ("ms-ssim-seconds", float, 0.0), ("ms-ssim-lr", float, 4e-4),
         ("graphics", int, 4096), ("most", int, 10**9), ("device", str, "cuda"), ("compile", int, 1),
         ("every", int, 100),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=default)
+    parser.add_argument("--init", type=Path, nargs="+", help="weights, in one file or in pieces")
     parser.add_argument("--kinds", nargs="*", default=[], help="entropy models alone, such as serial:1e-3")
-    parser.add_argument("--warm-start", action="store_true", help="begin with what fits of the entropy model, too")
     args = parser.parse_args()
     photographs, graphics = read(args.data, args.graphics)
     say(f"read {len(photographs)} photographs")
@@ -543,9 +656,12 @@ def main() -> None:
     if device.type == "cpu":
         low = torch.float32
     say(torch.__version__, torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
-    with safe_open(args.init, "pt") as file:
-        config = EntroformerConfig.from_json(file.metadata()["config"])
-        state = {k: file.get_tensor(k).float() for k in file.keys()}  # noqa: SIM118
+    state = {}
+    for piece in args.init:
+        with safe_open(piece, "pt") as file:
+            about = file.metadata()
+            state |= {k: file.get_tensor(k).float() for k in file.keys()}  # noqa: SIM118
+    config = EntroformerConfig.from_json((json.loads(about["note"]) if "note" in about else about)["config"])
     pictures = Pictures(photographs, graphics, device)
     model = network.Network(config)
     missing, unexpected = nn.Module.load_state_dict(model, state, strict=False)
@@ -553,16 +669,18 @@ def main() -> None:
     model.to(device).train()
     install(model)
     if args.compile:
+        import torch._dynamo.config as dynamo
         import torch._inductor.config as inductor
 
         inductor.compile_threads = max(4, (os.cpu_count() or 4))
+        dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 256
         CONV_BLOCK = torch.compile(conv_block, dynamic=False, fullgraph=True)
         TRANSFORMER_BLOCK = torch.compile(transformer_block, dynamic=False, fullgraph=True)
     step = Step(model, config.lmbdas, args.batch, device, "mse", args.lr)
     note = {"config": config.to_json(), "batch": args.batch, "crop": CROP, "lr": args.lr, "seconds": args.seconds}
     if args.kinds:
         return entropy_models(args, pictures, config, state, device)
-    save = lambda done, name="mse", **more: save_pieces(model, args.out, name, note | {"steps": done} | more)  # noqa: E731
+    save = lambda done, name="mse", **more: in_pieces(rounded(model), args.out, name, note | {"steps": done} | more)  # noqa: E731
     if args.seconds:
         done = step.run(pictures, args.seconds, args.warm, save, args.most, args.every)
         save(done, finished=True)

@@ -98,7 +98,8 @@ def merge(groups: Tensor, size: tuple[int, int, int], counts: Counts, order: str
     (M, height, width), (rows, columns) = size, group_grid(*size[1:], counts)
     number = {key: g for g, key in enumerate(group_order(counts, order))}
     keys = itertools.product(range(k_c), range(k_h), range(k_w))
-    y = groups[:, [number[key] for key in keys]].view(len(groups), k_c, k_h, k_w, rows, columns, -1)
+    y = torch.stack([groups[:, number[key]] for key in keys], dim=1).unflatten(1, (k_c, k_h, k_w))
+    y = y.unflatten(4, (rows, columns))  # [B, k_c, k_h, k_w, rows, columns, m]
     y = y.permute(0, 1, 6, 4, 2, 5, 3)  # [B, k_c, m, rows, k_h, columns, k_w]
     y = y.reshape(len(groups), k_c, -1, rows * k_h, columns * k_w)[..., :height, :width]
     return torch.cat([y[:, i, : s.stop - s.start] for i, s in enumerate(channel_slices(M, k_c))], dim=1)
@@ -109,7 +110,7 @@ def merge(groups: Tensor, size: tuple[int, int, int], counts: Counts, order: str
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what is kept may be needed for gradients later, whoever asked first
-def windows(height: int, width: int, side: int, shift: int) -> tuple[Tensor, Tensor]:
+def windows(height: int, width: int, side: int, shift: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Windows of a grid, moved up and left by `shift`; at the border they are partly empty.
 
     ->  token in each place of each window, -1 where it is empty: [windows, side^2]; and the other way round, the place
@@ -121,7 +122,7 @@ def windows(height: int, width: int, side: int, shift: int) -> tuple[Tensor, Ten
     place = torch.empty(height * width, dtype=torch.long)
     filled = index.flatten() >= 0
     place[index.flatten()[filled]] = filled.nonzero()[:, 0]
-    return index, place
+    return index.to(device), place.to(device)
 
 
 class WindowAttention(nn.Module):
@@ -144,7 +145,7 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """grid: rows and columns of a group."""
         B, S, n, D = x.shape
-        index, place = (t.to(x.device) for t in windows(*grid, self.side, self.shift))
+        index, place = windows(*grid, self.side, self.shift, x.device)
         inside = index >= 0  # [W, s], s = side^2
         qkv = self.qkv(x).flatten(0, 1)[:, index.clamp(min=0)]  # [B S, W, s, 3 D]
         qkv = qkv.flatten(0, 1).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -335,7 +336,7 @@ class GroupedMixer(nn.Module):
         """The hyperprior feature at the sites that each slot predicts.  [B, D, h, w]  ->  [B, G, n, D]"""
         _, k_h, k_w = self.counts
         phases = split(hyper, (1, k_h, k_w), "raster")  # [B, k_h k_w, n, D]
-        return phases[:, [row * k_w + column for _, row, column in self.order]]
+        return torch.stack([phases[:, row * k_w + column] for _, row, column in self.order], dim=1)
 
     def _held(self, slot: int, before: Tensor | None, like: Tensor) -> Tensor:
         """What a slot holds: the embedded latents of the group before it [B, n, m], or the start  ->  [B, n, D]"""
