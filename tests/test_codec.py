@@ -16,7 +16,7 @@ from entroformer_lib.codec.container import Container
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.errors import BitstreamError, DataError
 from entroformer_lib.studies.rate_distortion import estimated_bits
-from entroformer_lib.weights.zoo import list_models, load_model, save_weights
+from entroformer_lib.weights.zoo import REPLACED, list_models, load_model, save_weights, weights_digest
 
 
 def of_forward(model, picture) -> np.ndarray:
@@ -170,9 +170,13 @@ def test_a_decoder_that_differs_is_noticed(photo, monkeypatch):
         codec.decode(data, model)
 
 
-def test_other_weights_are_refused(photo):
-    data = codec.encode(micro_model("parallel"), photo)
-    with pytest.raises(BitstreamError, match="other weights"):
+def test_other_weights_are_refused(photo, monkeypatch):
+    model = micro_model("parallel")
+    data = codec.encode(model, photo)
+    with pytest.raises(BitstreamError, match="other weights of the model .* at hand.$"):
+        codec.decode(data, micro_model("parallel", seed=1))
+    monkeypatch.setitem(REPLACED, weights_digest(model)[:4].hex(), "abc (tag old)")
+    with pytest.raises(BitstreamError, match=r"Revision abc \(tag old\) has them"):
         codec.decode(data, micro_model("parallel", seed=1))
     with pytest.raises(BitstreamError, match="must be given"):
         codec.decode(data)

@@ -20,7 +20,7 @@ from entroformer_lib.codec.pictures import pad as pad
 from entroformer_lib.entroformer import Entroformer, evaluating, in_float32, searching
 from entroformer_lib.errors import BitstreamError, DataError, RateError, WeightsError
 from entroformer_lib.rangecoder import MORE_BYTES, Y_BYTES, Z_BYTES
-from entroformer_lib.weights.zoo import load_model, weights_digest
+from entroformer_lib.weights.zoo import REPLACED, load_model, weights_digest
 
 CONTAINER_BYTES = 45  # about what surrounds the coded strings
 # Decoding takes 244 and 384 bytes of memory a pixel with the parallel study and base models, of 96 and 192 channels
@@ -163,6 +163,7 @@ def _decode_with(model: Entroformer, container: Container) -> Image.Image:
     if weights_digest(model)[:4] != container.weights:
         raise BitstreamError(
             f"The file was written with other weights of the model '{container.model}' than those at hand."
+            + (f" Revision {earlier} has them." if (earlier := REPLACED.get(container.weights.hex())) else "")
         )
     rates = len(model.config.lmbdas)
     if (container.level is None) == bool(rates) or (rates and container.level > rates - 1):
