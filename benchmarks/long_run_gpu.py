@@ -141,7 +141,7 @@ def parameters_of(block: ConvBlock) -> list[Tensor]:
 
 
 CONV_BLOCK, TRANSFORMER_BLOCK = conv_block, transformer_block
-FAST_TOKENS = (CROP // 16) ** 2
+FAST_TOKENS = tuple((CROP // side) ** 2 for side in (16, 32, 64))
 ONE_HOT: dict[tuple, Tensor] = {}
 
 
@@ -168,7 +168,7 @@ def install(model: nn.Module) -> None:
 
     def block(self, x, sites, visible=None, relative=None, top_k=None, memory=None):
         n = x.size(1)
-        if n != FAST_TOKENS:
+        if n not in FAST_TOKENS:
             return slow(self, x, sites, visible=visible, relative=relative, top_k=top_k, memory=memory)
         mask = torch.zeros(n, n, device=x.device)
         if visible is not None:
