@@ -528,8 +528,11 @@ class RateStep(Step):
         return loss.mean() + model.aux_loss()
 
 
-def entropy_model(word: str, config: EntroformerConfig, state: dict[str, Tensor], device) -> tuple[nn.Module, dict]:
-    """One behind the transforms of `state`, as a word of --kinds names it, and what is noted of it."""
+def entropy_model(
+    word: str, config: EntroformerConfig, state: dict[str, Tensor], device, before: dict[str, Tensor] | None = None
+) -> tuple[nn.Module, dict]:
+    """One behind the transforms of `state`, as a word of --kinds names it, and what is noted of it; it goes on from the
+    weights that it has in `before`."""
     name, lr = word.split(":")
     name, *changes = name.split("/")
     kind, width, seed, warm = re.fullmatch(r"([a-z0-9-]+)(?:@(\d+))?(?:#(\d+))?(\+)?", name).groups()
@@ -546,16 +549,20 @@ def entropy_model(word: str, config: EntroformerConfig, state: dict[str, Tensor]
     fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     if not warm:
         fits = {k: v for k, v in fits.items() if k.startswith(("g_a.", "g_s.", "gain."))}
-    nn.Module.load_state_dict(model, fits, strict=False)
+    name = name.translate(str.maketrans("@#+", "-_w"))
+    known = {k.removeprefix(f"{name}/"): v for k, v in (before or {}).items() if k.startswith(f"{name}/")}
+    nn.Module.load_state_dict(model, fits | known, strict=False)
+    say(name, f"{len(fits)} tensors of the old model, {len(known)} of its own before")
     note = {"config": model.config.to_json(), "kind": kind, "lr": float(lr), "seed": int(seed or 0), "warm": bool(warm)}
-    return model.to(device).train(), note | {"name": name.translate(str.maketrans("@#+", "-_w"))}
+    return model.to(device).train(), note | {"name": name}
 
 
 def entropy_models(args, pictures: Pictures, config: EntroformerConfig, state: dict[str, Tensor], device) -> None:
     """Trains entropy models behind the transforms of `state`, all at the same time and on the same latents."""
     steps, replays, notes, latents = [], [], [], None
+    before, _ = read_pieces(args.before)
     for word in args.kinds:
-        model, note = entropy_model(word, config, state, device)
+        model, note = entropy_model(word, config, state, device, before)
         if latents is None:
             install_on(model)
             latents = Latents(model, args.batch, device)
@@ -581,7 +588,7 @@ def entropy_models(args, pictures: Pictures, config: EntroformerConfig, state: d
         notes.append(note)
     # Side by side they ended in "illegal instruction" when all graphs had one workspace; not tried since
     streams = [torch.cuda.Stream() for _ in steps] if args.side_by_side else []
-    begin, done = time.monotonic(), 0
+    begin, done, curves = time.monotonic(), 0, []
     while (part := (time.monotonic() - begin) / args.seconds) < 1 and done < args.most:
         rising, falling = part * args.seconds / args.warm, (1 - part) / max(1e-3, 1 - args.warm / args.seconds)
         latents.next(pictures)
@@ -605,8 +612,12 @@ def entropy_models(args, pictures: Pictures, config: EntroformerConfig, state: d
             mean = [float(step.sums[1]) / args.every for step in steps]
             for step in steps:
                 step.sums.zero_()
-            ms = (time.monotonic() - begin) / done * 1000
-            say(done, f"{ms:.1f} ms", " ".join(f"{n['name']} {m:.4f}" for n, m in zip(notes, mean, strict=True)))
+            seconds = time.monotonic() - begin
+            bpp = {note["name"]: round(m, 5) for note, m in zip(notes, mean, strict=True)}
+            curves.append({"step": done, "seconds": round(seconds, 2), "bpp": bpp})
+            if done % (10 * args.every) == 0:
+                say(done, f"{seconds / done * 1000:.1f} ms", " ".join(f"{name} {m:.4f}" for name, m in bpp.items()))
+    (args.out / "curves.json").write_text(json.dumps(curves))
     by_file: dict[str, Tensor] = {}
     for step, note in zip(steps, notes, strict=True):
         for key, value in rounded(step.model, leave=("g_a.", "g_s.", "gain.")).items():
@@ -621,6 +632,16 @@ def rounded(model: nn.Module, leave: tuple[str, ...] = ()) -> dict[str, Tensor]:
     tensors = {k: v.detach() for k, v in model.state_dict().items() if v.is_floating_point()}
     tensors = {k: v for k, v in tensors.items() if not (leave and k.startswith(leave))}
     return {k: (v.half() if v.dim() > 1 and v.numel() > 4096 else v).cpu().contiguous() for k, v in tensors.items()}
+
+
+def read_pieces(pieces: list[Path]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What the files of `in_pieces` hold, as float32, and the metadata of the last."""
+    tensors, about = {}, {}
+    for piece in pieces:
+        with safe_open(piece, "pt") as file:
+            about = file.metadata()
+            tensors |= {k: file.get_tensor(k).float() for k in file.keys()}  # noqa: SIM118
+    return tensors, about
 
 
 def in_pieces(tensors: dict[str, Tensor], out: Path, name: str, note: dict) -> None:
@@ -647,6 +668,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=kind, default=default)
     parser.add_argument("--init", type=Path, nargs="+", help="weights, in one file or in pieces")
     parser.add_argument("--side-by-side", action="store_true", help="entropy models each in a stream of its own")
+    parser.add_argument("--before", type=Path, nargs="*", default=[], help="what an earlier run of --kinds wrote")
     parser.add_argument("--kinds", nargs="*", default=[], help="entropy models alone, such as serial:1e-3")
     args = parser.parse_args()
     photographs, graphics = read(args.data, args.graphics)
@@ -659,11 +681,7 @@ def main() -> None:
     if device.type == "cpu":
         low = torch.float32
     say(torch.__version__, torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
-    state = {}
-    for piece in args.init:
-        with safe_open(piece, "pt") as file:
-            about = file.metadata()
-            state |= {k: file.get_tensor(k).float() for k in file.keys()}  # noqa: SIM118
+    state, about = read_pieces(args.init)
     config = EntroformerConfig.from_json((json.loads(about["note"]) if "note" in about else about)["config"])
     pictures = Pictures(photographs, graphics, device)
     model = network.Network(config)
