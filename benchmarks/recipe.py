@@ -35,11 +35,13 @@ from entroformer_lib.training.chance import random_levels, uniform_noise
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.data import PreloadedCrops, read_names
 from entroformer_lib.training.loss import TrainingStep
-from entroformer_lib.training.optimizer import build_optimizer
+from entroformer_lib.training.optimizer import build_optimizer, quick_type
 from entroformer_lib.weights.zoo import save_weights
 
 OUT = data_folder() / "results" / "recipe.json"
 LMBDAS = (0.00035, 0.0008, 0.0017, 0.0035, 0.007, 0.014, 0.029, 0.06, 0.12)
+# What is quick on this processor. It changes times, not what is learned, so a row has the steps that bfloat16 has time for
+PRECISION = str(quick_type(torch.device("cpu"))).removeprefix("torch.")
 BLOCKS = {"transforms": "blocks", "stages": [[8, 192, 4]], "linear_path": "dct", "M": 320, "rate_aware": True}
 GDN = {**BLOCKS, "transforms": "gdn", "stages": [], "N": 64}
 
@@ -112,7 +114,7 @@ def config_of(name: str, data: str, runs: Path, steps: int) -> TrainConfig:
         optimizer="muon",
         lr=2e-3,
         schedule="linear",
-        precision="bfloat16",
+        precision=PRECISION,
         held_out=str(data_folder() / "reference" / "held_out.txt"),
         accelerator="cpu",
         devices=1,
@@ -169,7 +171,7 @@ def step_ms(c: TrainConfig, pictures: PreloadedCrops, crop: int, steps: int) -> 
     model = build_model(c.model, lmbdas=LMBDAS, **parse_fields(c.architecture))
     for part in (model.g_a, model.g_s):
         part.to(memory_format=torch.channels_last)
-    goal, optimizer = TrainingStep(model, bf16=True).train(), build_optimizer(model, c.optimizer, c.lr)
+    goal, optimizer = TrainingStep(model, bf16=PRECISION == "bfloat16").train(), build_optimizer(model, c.optimizer, c.lr)
     shapes = {"y": (model.config.M, crop // 16, crop // 16), "z": (model.config.Z, crop // 64, crop // 64)}
     taken = []
     for i in range(steps + 3):  # the first ones allocate and choose kernels
@@ -294,9 +296,9 @@ def result(runs: Path, out: Path = OUT) -> None:
     for name, row in ROWS.items():
         folder = folder_of(name, runs)
         if (folder / "weights.safetensors").exists():
-            steps, points = json.loads((folder / "config.json").read_text())["steps"], last_measured(folder)
-            step_ms = times.get(name, times["base"])
-            rows[name] = dict(row=name, minutes=row.minutes, step_ms=step_ms, steps=steps, points=points)
+            config, step_ms = json.loads((folder / "config.json").read_text()), times.get(name, times["base"])
+            how = dict(steps=config["steps"], precision=config["precision"], points=last_measured(folder))
+            rows[name] = dict(row=name, minutes=row.minutes, step_ms=step_ms, **how)
     rows = [rows[name] for name in ROWS if name in rows]
     bases = {row["minutes"]: score(row["points"]) for row in rows if row["row"] in ("base", "short base")}
     for row in rows:

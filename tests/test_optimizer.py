@@ -73,5 +73,5 @@ def test_every_parameter_is_in_one_group():
 def test_products_are_in_a_type_that_the_processor_multiplies(bf16, amx, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert ours._quick_type(torch.device("cpu")) == (torch.bfloat16 if bf16 or amx else torch.float32)
-    assert ours._quick_type(torch.device("cuda")) == torch.bfloat16
+    assert ours.quick_type(torch.device("cpu")) == (torch.bfloat16 if bf16 or amx else torch.float32)
+    assert ours.quick_type(torch.device("cuda")) == torch.bfloat16

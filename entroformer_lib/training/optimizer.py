@@ -87,13 +87,13 @@ class Muon(torch.optim.Optimizer):
             by_shape.setdefault(ahead.flatten(1).shape, []).append((p, ahead))
         for shape, members in by_shape.items():  # equal shapes in one batched product
             # Of a sharded matrix each process has some rows, and what is made orthogonal is the whole.
-            low = _quick_type(aheads[0].device)
+            low = quick_type(aheads[0].device)
             updates = orthogonal(torch.stack([whole(ahead).flatten(1).to(low) for _, ahead in members]))
             for (p, _), update in zip(members, updates, strict=True):
                 p.add_(like(update.view(p.shape), p), alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
 
 
-def _quick_type(device: torch.device) -> torch.dtype:
+def quick_type(device: torch.device) -> torch.dtype:
     """bfloat16, but on processors that have no instructions for it: there its products take four times as long."""
     if device.type == "cpu" and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return torch.float32
