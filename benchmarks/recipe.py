@@ -40,7 +40,7 @@ from entroformer_lib.weights.zoo import save_weights
 
 OUT = data_folder() / "results" / "recipe.json"
 LMBDAS = (0.00035, 0.0008, 0.0017, 0.0035, 0.007, 0.014, 0.029, 0.06, 0.12)
-# What is quick on this processor. It changes times, not what is learned, so a row has the steps that bfloat16 has time for
+# What is quick on this processor: it changes times, not what is learned, and a row has the steps of the saved times
 PRECISION = str(quick_type(torch.device("cpu"))).removeprefix("torch.")
 BLOCKS = {"transforms": "blocks", "stages": [[8, 192, 4]], "linear_path": "dct", "M": 320, "rate_aware": True}
 GDN = {**BLOCKS, "transforms": "gdn", "stages": [], "N": 64}
@@ -171,7 +171,8 @@ def step_ms(c: TrainConfig, pictures: PreloadedCrops, crop: int, steps: int) -> 
     model = build_model(c.model, lmbdas=LMBDAS, **parse_fields(c.architecture))
     for part in (model.g_a, model.g_s):
         part.to(memory_format=torch.channels_last)
-    goal, optimizer = TrainingStep(model, bf16=PRECISION == "bfloat16").train(), build_optimizer(model, c.optimizer, c.lr)
+    goal = TrainingStep(model, bf16=PRECISION == "bfloat16").train()
+    optimizer = build_optimizer(model, c.optimizer, c.lr)
     shapes = {"y": (model.config.M, crop // 16, crop // 16), "z": (model.config.Z, crop // 64, crop // 64)}
     taken = []
     for i in range(steps + 3):  # the first ones allocate and choose kernels
