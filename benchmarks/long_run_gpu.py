@@ -34,7 +34,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from entroformer_lib.models import attention, gain, network, position
-from entroformer_lib.models.config import EntroformerConfig, named_config
+from entroformer_lib.models.config import EntroformerConfig, named_config, parse_fields
+from entroformer_lib.models.context import Gaps
 from entroformer_lib.models.transforms import ConvBlock
 from entroformer_lib.training.loss import ERROR_WEIGHT, errors, evenly, rates, unrest
 
@@ -47,6 +48,7 @@ KINDS |= {
 }
 CROP, VERSIONS, PIECE = 256, 10, 15 * 2**20
 MS_SSIM_OVER_MSE = 1290.0  # as in training/initial.py
+HIDDEN = ("missing", "one_way")  # words of --kinds that are no fields of the config
 DRAWN = 1  # crops of a batch that are drawn by code
 low = torch.bfloat16
 
@@ -90,19 +92,22 @@ def kth_largest(scores: Tensor, lowest: Tensor, k: int) -> Tensor:
 def transformer_block(
     x, norm1, norm1_b, qkv, out, norm2, norm2_b, up, up_b, down, down_b, vectors, where, mask, heads: int, k: int, scale
 ):
-    """A Block of Entroformer.  x: [B, n, D]; where: one-hot buckets [n, 32, n]; mask: [n, n], 0 or -inf"""
+    """A Block of Entroformer.  x: [B, n, D]; vectors: [R, d] of relative positions, or None; where: one-hot buckets
+    [n, R, n]; mask: [n, n] or [B, 1, n, n], 0 or -inf; k: None keeps all"""
     B, n, D = x.shape
     x = x.float()
     q, key, v = (
         linear(F.layer_norm(x, (D,), norm1, norm1_b), qkv).view(B, n, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind()
     )
     q = q.float() * scale
-    products = q @ F.pad(vectors, (0, 0, 0, 32 - len(vectors))).T  # [B, heads, n, 32]
-    products = products.permute(2, 0, 1, 3).flatten(1, 2) @ where  # [n, B heads, n]
-    scores = q @ key.float().mT + products.view(n, B, heads, n).permute(1, 2, 0, 3) + mask
-    fixed = scores.detach()
-    lowest = torch.where(mask < 0, torch.inf, fixed).amin(-1, keepdim=True)
-    scores = torch.where(fixed >= kth_largest(fixed, lowest, k), scores, -torch.inf)
+    scores = q @ key.float().mT + mask
+    if vectors is not None:
+        products = (q @ vectors.T).permute(2, 0, 1, 3).flatten(1, 2) @ where  # [n, B heads, n]
+        scores = scores + products.view(n, B, heads, n).permute(1, 2, 0, 3)
+    if k is not None and k < n:
+        fixed = scores.detach()
+        lowest = torch.where(mask < 0, torch.inf, fixed).amin(-1, keepdim=True)
+        scores = torch.where(fixed >= kth_largest(fixed, lowest, k), scores, -torch.inf)
     gathered = scores.softmax(-1).to(low) @ v
     x = x + linear(gathered.transpose(1, 2).flatten(2), out)
     return x + linear(F.relu(linear(F.layer_norm(x, (D,), norm2, norm2_b), up, up_b)), down, down_b)
@@ -146,12 +151,18 @@ ONE_HOT: dict[tuple, Tensor] = {}
 
 
 def one_hot(relative, sites: Tensor) -> Tensor:
-    """Buckets of all pairs, [n, 32, n]; made once, before the graph."""
-    key = (len(sites), relative.radius)
+    """Buckets of all pairs of a square's sites, [n, R, n]; made once, before the graph."""
+    key = (len(sites), relative.kind, relative.radius)
     if key not in ONE_HOT:
         buckets = relative.buckets(sites, sites)  # [n, n]
-        ONE_HOT[key] = (buckets[:, None] == torch.arange(32, device=sites.device)[:, None]).float()
+        numbers = torch.arange(len(padded(relative.table())), device=sites.device)
+        ONE_HOT[key] = (buckets[:, None] == numbers[:, None]).float()
     return ONE_HOT[key]
+
+
+def padded(table: Tensor) -> Tensor:
+    """Rows of zeros behind a table, up to a multiple of 32: [R, d]"""
+    return F.pad(table, (0, 0, 0, -len(table) % 32))
 
 
 def install_on(model: nn.Module) -> None:
@@ -167,24 +178,24 @@ def install(model: nn.Module) -> None:
     slow = attention.Block.forward
 
     def block(self, x, sites, visible=None, relative=None, top_k=None, memory=None):
-        n = x.size(1)
-        if n not in FAST_TOKENS:
+        n, a, ff = x.size(1), self.attention, self.feed_forward
+        if n not in FAST_TOKENS or not isinstance(ff[1], nn.ReLU):
             return slow(self, x, sites, visible=visible, relative=relative, top_k=top_k, memory=memory)
         mask = torch.zeros(n, n, device=x.device)
         if visible is not None:
-            seen = visible(torch.arange(n, device=x.device)).view(n, n)
-            mask = torch.where(seen, 0.0, -torch.inf)
-        a, ff = self.attention, self.feed_forward
+            mask = torch.where(visible(torch.arange(n, device=x.device)), 0.0, -torch.inf)
+        table, where = None, None
+        if relative is not None:
+            table, where = padded(relative.table()), one_hot(relative, sites)
         with torch.autocast(x.device.type, enabled=False):
             return TRANSFORMER_BLOCK(
                 x, self.norm1.weight, self.norm1.bias, a.qkv.weight, a.out.weight, self.norm2.weight, self.norm2.bias,
-                ff[0].weight, ff[0].bias, ff[2].weight, ff[2].bias, relative.vectors, one_hot(relative, sites), mask,
+                ff[0].weight, ff[0].bias, ff[2].weight, ff[2].bias, table, where, mask,
                 heads=a.heads, k=top_k or a.top_k, scale=a.scale,
             )  # fmt: skip
 
     def relative_forward(self, q, queries, keys):
-        products = q @ F.pad(self.table(), (0, 0, 0, 32 - len(self.vectors))).T
-        return torch.einsum("bhqr,qrn->bhqn", products, one_hot(self, queries))
+        return torch.einsum("bhqr,qrn->bhqn", q @ padded(self.table()).T, one_hot(self, queries))
 
     def at_level(table, level):
         chosen = (level[:, None] == torch.arange(len(table), device=level.device)).float()
@@ -195,6 +206,14 @@ def install(model: nn.Module) -> None:
             ..., None, None
         ]
 
+    waves: dict[tuple, Tensor] = {}
+    made = attention.sinusoidal_positions
+
+    def absolute(sites, dim):  # made before the graph, which takes nothing from the CPU
+        key = (len(sites), dim)
+        return waves[key] if key in waves else waves.setdefault(key, made(sites, dim))
+
+    attention.sinusoidal_positions = absolute
     attention.Block.forward, position.RelativePosition.forward = block, relative_forward
     gain.at_level, gain.RateGain.forward = at_level, gains
 
@@ -506,13 +525,18 @@ class Latents:
 
 
 class RateStep(Step):
-    """A step of the entropy model alone: the rate of rounded y (training/loss.py)."""
+    """A step of the entropy model alone: the rate of rounded y (training/loss.py).
 
-    def __init__(self, model, latents: Latents, lr: float):
+    missing: the largest share of latents that are hidden from the context of a crop; one_way: the share of crops whose
+    context comes before a site (models/context.py, `Gaps`).
+    """
+
+    def __init__(self, model, latents: Latents, lr: float, missing: float = 0.0, one_way: float = 0.0):
         for part in (model.g_a, model.g_s, model.gain):
             part.requires_grad_(False)
         super().__init__(model, model.config.lmbdas, latents.batch, latents.device, "rate", lr)
         self.latents, self.x, self.level = latents, None, latents.level
+        self.missing, self.one_way = missing, one_way
 
     def fill(self, pictures: Pictures) -> None:
         """What the latents are is not this step's affair."""
@@ -521,11 +545,18 @@ class RateStep(Step):
         model, level = self.model, self.level
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low == torch.bfloat16):
             y = model.scaled(self.latents.y, level)
-            likelihoods, _ = model.likelihoods(y, {"y": torch.floor(y + 0.5) - y}, level=level)
+            noise = {"y": torch.floor(y + 0.5) - y}
+            likelihoods, _ = model.likelihoods(y, noise, self.gaps(y), level=level)
         bpp = sum(rates(likelihoods, CROP * CROP).values())
         loss = tempered(evenly(self.lmbdas[level.long()], self.all_lmbdas) * bpp)
         self.sums[1:4] += torch.stack([bpp.detach()[DRAWN:].mean(), torch.ones_like(loss[0]), loss.detach().mean()])
         return loss.mean() + model.aux_loss()
+
+    def gaps(self, y: Tensor) -> Gaps:
+        B, _, h, w = y.shape
+        share = self.missing * torch.rand(B, 1, 1, 1, device=y.device)
+        missing = torch.rand(B, 1, h, w, device=y.device) < share if self.missing else None
+        return Gaps(missing=missing, one_way=torch.rand(B, device=y.device) < self.one_way if self.one_way else None)
 
 
 def entropy_model(
@@ -541,7 +572,8 @@ def entropy_model(
     fields = {field: getattr(wanted, field) for field in ("context", "hyper", "hyperprior", "context_layers")} | fields
     if width:
         fields |= {"dim": int(width), "heads": int(width) // 32, "Z": int(width) // 2}
-    fields |= {key: json.loads(value) for key, value in (change.split("=") for change in changes)}
+    fields |= parse_fields(tuple(change for change in changes if not change.startswith(HIDDEN)))
+    hidden = {key: float(value) for key, value in (c.split("=") for c in changes if c.startswith(HIDDEN))}
     name = "-".join((name, *(change.replace("=", "") for change in changes)))
     torch.manual_seed(int(seed or 0))
     model = network.Network(config.replaced(**fields))
@@ -554,7 +586,7 @@ def entropy_model(
     nn.Module.load_state_dict(model, fits | known, strict=False)
     say(name, f"{len(fits)} tensors of the old model, {len(known)} of its own before")
     note = {"config": model.config.to_json(), "kind": kind, "lr": float(lr), "seed": int(seed or 0), "warm": bool(warm)}
-    return model.to(device).train(), note | {"name": name}
+    return model.to(device).train(), note | {"name": name, "hidden": hidden}
 
 
 def entropy_models(args, pictures: Pictures, config: EntroformerConfig, state: dict[str, Tensor], device) -> None:
@@ -568,7 +600,7 @@ def entropy_models(args, pictures: Pictures, config: EntroformerConfig, state: d
             latents = Latents(model, args.batch, device)
             latents.capture()
             latents.next(pictures)
-        step = RateStep(model, latents, note["lr"])
+        step = RateStep(model, latents, note["lr"], **note["hidden"])
         try:
             begin = time.monotonic()
             replay = step.capture(pictures)

@@ -10,6 +10,7 @@ from conftest import LMBDAS
 
 from entroformer_lib.models import attention, gain, position
 from entroformer_lib.models.config import named_config
+from entroformer_lib.models.context import NO_GAPS, Gaps
 from entroformer_lib.models.network import Network
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -21,6 +22,7 @@ import long_run_gpu
 def restored(monkeypatch):
     """`install` changes classes: these are as before behind the test."""
     for where, name in (
+        (attention, "sinusoidal_positions"),
         (attention.Block, "forward"),
         (position.RelativePosition, "forward"),
         (gain, "at_level"),
@@ -67,10 +69,11 @@ def test_a_batch_is_cut_from_the_pictures(restored):
     assert len(pictures.rows) == 2 * long_run_gpu.VERSIONS
     x = torch.zeros(40, 3, 256, 256)
     pictures.fill(x)
-    assert x[:2].eq(0.2).all()
-    found = {tuple(sorted((crop.amin((1, 2)) * 255).round().int().tolist())) for crop in x[2:]}
+    drawn = long_run_gpu.DRAWN
+    assert x[:drawn].eq(0.2).all()
+    found = {tuple(sorted((crop.amin((1, 2)) * 255).round().int().tolist())) for crop in x[drawn:]}
     assert found == {tuple(sorted(colour)) for colour in colours}
-    assert torch.equal(x[2:].amin((2, 3)), x[2:].amax((2, 3)))  # no pixel of another picture
+    assert torch.equal(x[drawn:].amin((2, 3)), x[drawn:].amax((2, 3)))  # no pixel of another picture
 
 
 def test_a_threshold_keeps_the_k_largest():
@@ -80,19 +83,80 @@ def test_a_threshold_keeps_the_k_largest():
     assert ((kept >= 16) & (kept <= 17)).all()
 
 
-@pytest.mark.parametrize("kind", ["serial", "context", "hyperprior-cnn", "groupedmixer"])
-def test_an_entropy_model_alone_learns_behind_frozen_transforms(kind, restored):
-    blocks = dict(transforms="blocks", stages=((8, 16, 1),), linear_path="dct", M=12, rate_aware=True, lmbdas=LMBDAS)
-    variant, fields = long_run_gpu.KINDS[kind]
+BLOCKS = dict(transforms="blocks", stages=((8, 16, 1),), linear_path="dct", M=12, rate_aware=True, lmbdas=LMBDAS)
+HIDDEN = Gaps(missing=torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(1)) < 0.3)
+ONE_WAY = Gaps(one_way=torch.tensor([True, False]))
+
+
+@pytest.mark.parametrize(
+    "variant, fields, gaps",
+    [
+        ("parallel", {"top_k": None}, NO_GAPS),
+        ("parallel", {"position": "none"}, ONE_WAY),
+        ("context", {"position": "absolute"}, NO_GAPS),
+        ("context", {"position": "relative_1d"}, HIDDEN),
+        ("context", {"position": "relative_2d", "radius": 5}, NO_GAPS),
+        ("serial", {"activation": "gelu"}, HIDDEN),
+        ("serial", {"share_position": True, "top_k": 8}, NO_GAPS),
+        ("groupedmixer", {"groups": (2, 2, 2), "inner": "top_k"}, NO_GAPS),
+        ("groupedmixer", {"groups": (2, 2, 2), "window": 4}, NO_GAPS),
+    ],
+)
+def test_an_entropy_model_of_any_kind_is_the_librarys_own(variant, fields, gaps, restored):
     torch.manual_seed(0)
-    model = Network(named_config(f"tiny-{variant}", **blocks, **fields)).train()
+    model = Network(named_config(f"tiny-{variant}", **BLOCKS, **fields)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    y, level = 3 * torch.randn(2, 12, 16, 16), torch.tensor([0.0, 2.0])
+
+    def results() -> tuple[torch.Tensor, list]:
+        likelihoods, _ = model.likelihoods(model.scaled(y, level), gaps=gaps, level=level)
+        loss = sum(-p.log().mean() for p in likelihoods.values())
+        return loss, torch.autograd.grad(loss, list(model.context_model.parameters()), allow_unused=True)
+
+    expected, gradients = results()
     long_run_gpu.install(model)
-    step = long_run_gpu.RateStep(model, LMBDAS, 3, torch.device("cpu"), 1e-3)
+    found, others = results()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    for one, other in zip(gradients, others, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or (one - other).norm() <= 1e-3 * one.norm() + 1e-6
+
+
+@pytest.mark.parametrize(
+    "word", ["serial:1e-3", "context/missing=0.5:1e-3", "parallel@64#1/one_way=0.5:1e-3", "hyperprior-cnn:1e-3",
+             "groupedmixer/groups=[2,2,2]/inner=none:1e-3"]
+)  # fmt: skip
+def test_an_entropy_model_alone_learns_behind_frozen_transforms(word, restored):
+    device = torch.device("cpu")
+    model, note = long_run_gpu.entropy_model(word, named_config("tiny-serial", **BLOCKS), {}, device)
+    long_run_gpu.install(model)
+    latents = long_run_gpu.Latents(model, 3, device)
+    latents.capture()
     pictures = [(".png", np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8))]
-    source = long_run_gpu.Pictures(pictures, np.zeros((1, 3, 256, 256), np.uint8), torch.device("cpu"))
+    source = long_run_gpu.Pictures(pictures, np.zeros((1, 3, 256, 256), np.uint8), device)
+    latents.next(source)
+    step = long_run_gpu.RateStep(model, latents, note["lr"], **note["hidden"])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     one = step.capture(source)
     step.lr.fill_(1e-3)
     one()
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed and not any(name.startswith(("g_a.", "g_s.", "gain.")) for name in changed)
+    assert (step.missing, step.one_way) == (0.5 * ("missing" in word), 0.5 * ("one_way" in word))
+
+
+def test_weights_in_pieces_come_back(tmp_path, restored, monkeypatch):
+    monkeypatch.setattr(long_run_gpu, "PIECE", 200_000)
+    word, config = "serial#2/top_k=8:1e-3", named_config("tiny-serial", **BLOCKS)
+    model, note = long_run_gpu.entropy_model(word, config, {}, torch.device("cpu"))
+    own = {f"{note['name']}/{k}": v for k, v in long_run_gpu.rounded(model, ("g_a.", "g_s.", "gain.")).items()}
+    long_run_gpu.in_pieces(own, tmp_path, "kinds", {"kinds": [note]})
+    pieces = sorted(tmp_path.glob("kinds-*"))
+    before, about = long_run_gpu.read_pieces(pieces)
+    assert len(pieces) > 1 and before.keys() == own.keys() and "serial_2-top_k8" in about["note"]
+    with torch.no_grad():
+        model.context_model.embed.weight.zero_()
+    again, _ = long_run_gpu.entropy_model(word, config, {}, torch.device("cpu"), before)
+    assert torch.equal(again.context_model.embed.weight, before["serial_2-top_k8/context_model.embed.weight"])
