@@ -79,7 +79,7 @@ def conv_block(x, enter, enter_b, depth, depth_b, leave, leave_b, gates, gates_b
     return x + linear(F.relu6(a) * b.clamp(-3, 3), mix, mix_b)
 
 
-def kth_largest(scores: Tensor, lowest: Tensor, k: int) -> Tensor:
+def kth_largest(scores: Tensor, lowest: Tensor, k: int | Tensor) -> Tensor:
     """A threshold that k scores of each row reach, or a few more where they are nearly equal.  [..., n] -> [..., 1]"""
     high, low_ = scores.amax(-1, keepdim=True), lowest
     for _ in range(18):
@@ -90,10 +90,10 @@ def kth_largest(scores: Tensor, lowest: Tensor, k: int) -> Tensor:
 
 
 def transformer_block(
-    x, norm1, norm1_b, qkv, out, norm2, norm2_b, up, up_b, down, down_b, vectors, where, mask, heads: int, k: int, scale
+    x, norm1, norm1_b, qkv, out, norm2, norm2_b, up, up_b, down, down_b, vectors, where, mask, k, heads: int, scale
 ):
     """A Block of Entroformer.  x: [B, n, D]; vectors: [R, d] of relative positions, or None; where: one-hot buckets
-    [n, R, n]; mask: [n, n] or [B, 1, n, n], 0 or -inf; k: None keeps all"""
+    [n, R, n]; mask: [n, n] or [B, 1, n, n], 0 or -inf; k: a tensor, so that another is not compiled anew, or None"""
     B, n, D = x.shape
     x = x.float()
     q, key, v = (
@@ -104,7 +104,7 @@ def transformer_block(
     if vectors is not None:
         products = (q @ vectors.T).permute(2, 0, 1, 3).flatten(1, 2) @ where  # [n, B heads, n]
         scores = scores + products.view(n, B, heads, n).permute(1, 2, 0, 3)
-    if k is not None and k < n:
+    if k is not None:
         fixed = scores.detach()
         lowest = torch.where(mask < 0, torch.inf, fixed).amin(-1, keepdim=True)
         scores = torch.where(fixed >= kth_largest(fixed, lowest, k), scores, -torch.inf)
@@ -176,6 +176,7 @@ def install(model: nn.Module) -> None:
     stay."""
     install_on(model)
     slow = attention.Block.forward
+    numbers: dict[int, Tensor] = {}
 
     def block(self, x, sites, visible=None, relative=None, top_k=None, memory=None):
         n, a, ff = x.size(1), self.attention, self.feed_forward
@@ -184,14 +185,18 @@ def install(model: nn.Module) -> None:
         mask = torch.zeros(n, n, device=x.device)
         if visible is not None:
             mask = torch.where(visible(torch.arange(n, device=x.device)), 0.0, -torch.inf)
+        k = top_k or a.top_k
+        if k is not None and k not in numbers:  # before the graph, which takes nothing from the CPU
+            numbers[k] = torch.tensor(k, device=x.device)
+        k = None if k is None or k >= n else numbers[k]
         table, where = None, None
         if relative is not None:
             table, where = padded(relative.table()), one_hot(relative, sites)
         with torch.autocast(x.device.type, enabled=False):
             return TRANSFORMER_BLOCK(
                 x, self.norm1.weight, self.norm1.bias, a.qkv.weight, a.out.weight, self.norm2.weight, self.norm2.bias,
-                ff[0].weight, ff[0].bias, ff[2].weight, ff[2].bias, table, where, mask,
-                heads=a.heads, k=top_k or a.top_k, scale=a.scale,
+                ff[0].weight, ff[0].bias, ff[2].weight, ff[2].bias, table, where, mask, k,
+                heads=a.heads, scale=a.scale,
             )  # fmt: skip
 
     def relative_forward(self, q, queries, keys):

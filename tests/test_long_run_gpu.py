@@ -32,7 +32,7 @@ def restored(monkeypatch):
     monkeypatch.setattr(long_run_gpu, "low", torch.float32)
     monkeypatch.setattr(long_run_gpu, "ONE_HOT", {})
     # Of two nearly equal scores bisection keeps both
-    monkeypatch.setattr(long_run_gpu, "kth_largest", lambda scores, lowest, k: scores.topk(k).values[..., -1:])
+    monkeypatch.setattr(long_run_gpu, "kth_largest", lambda scores, lowest, k: scores.topk(int(k)).values[..., -1:])
 
 
 def test_outputs_and_gradients_are_the_networks_own(restored):
