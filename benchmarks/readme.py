@@ -42,8 +42,8 @@ def in_short() -> str:
     serial, cnn = (bd.curve_of(points, models[variant]) for variant in ("serial", "minnen"))
     return _paragraph(
         f"On Kodak the shipped model needs {_fewer(jpeg)} than JPEG and {_fewer(bpg)} than BPG at equal PSNR "
-        "(BD-rate), after days on two CPU cores and ten minutes on a GPU; the authors trained for days on GPUs. Behind "
-        "the same transforms a serial "
+        "(BD-rate), after days on two CPU cores and a quarter of an hour on a GPU; the authors trained for days on "
+        "GPUs. Behind the same transforms a serial "
         f"Entroformer needs {_fewer(bd.compare(serial, cnn).rate_percent, 1)} than the CNNs of Minnen et al. (2018); "
         "in the paper it is 5.2%. All numbers, and what they come from: [results](docs/results.md)."
     )
