@@ -100,7 +100,7 @@ def test_orders():
 
 @pytest.mark.parametrize("grid,side,shift", [((4, 6), 2, 0), ((5, 3), 4, 2), ((1, 1), 8, 4), ((9, 8), 8, 4)])
 def test_windows(grid, side, shift):
-    index, place = windows(*grid, side, shift, torch.device("cpu"))
+    index, place = windows(*grid, side, shift)
     height, width = grid
     assert torch.equal(index.flatten()[place], torch.arange(height * width))
     assert (index >= 0).sum() == height * width

@@ -110,7 +110,9 @@ def merge(groups: Tensor, size: tuple[int, int, int], counts: Counts, order: str
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what is kept may be needed for gradients later, whoever asked first
-def windows(height: int, width: int, side: int, shift: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def windows(
+    height: int, width: int, side: int, shift: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """Windows of a grid, moved up and left by `shift`; at the border they are partly empty.
 
     ->  token in each place of each window, -1 where it is empty: [windows, side^2]; and the other way round, the place
