@@ -21,7 +21,7 @@ def finished(folder: Path, steps: int, rd_loss: float) -> None:
     """What a finished run leaves."""
     folder.mkdir(parents=True)
     (folder / "weights.safetensors").touch()
-    (folder / "config.json").write_text(json.dumps({"steps": steps}))
+    (folder / "config.json").write_text(json.dumps({"steps": steps, "precision": "float32"}))
     rows = [{"step": 1}, {"step": steps, "held_out": [{"rd_loss": rd_loss}, {"rd_loss": 2 * rd_loss}]}]
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -38,6 +38,7 @@ def test_rows_of_another_day_stay(recipe, tmp_path):
     recipe.result(second, out)
     saved = json.loads(out.read_text())
     assert {row["row"]: row["steps"] for row in saved["rows"]} == {"base": 3000, "M = 256": 3100, "M = 384": 2900}
+    assert {row["precision"] for row in saved["rows"]} == {"float32"}
     percent = {row["row"]: row["percent"] for row in saved["rows"]}
     assert percent == {"base": 0, "M = 256": pytest.approx(10), "M = 384": pytest.approx(-10)}
     assert saved["step_ms"] == {"base": 600, "M = 256": 580, "8 crops": 250, "M = 384": 620}
