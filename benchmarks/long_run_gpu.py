@@ -591,7 +591,8 @@ def entropy_model(
     nn.Module.load_state_dict(model, fits | known, strict=False)
     say(name, f"{len(fits)} tensors of the old model, {len(known)} of its own before")
     note = {"config": model.config.to_json(), "kind": kind, "lr": float(lr), "seed": int(seed or 0), "warm": bool(warm)}
-    return model.to(device).train(), note | {"name": name, "hidden": hidden}
+    note |= {"name": name, "hidden": hidden, "fresh": not (warm or known)}
+    return model.to(device).train(), note
 
 
 def entropy_models(args, pictures: Pictures, config: EntroformerConfig, state: dict[str, Tensor], device) -> None:
@@ -605,6 +606,8 @@ def entropy_models(args, pictures: Pictures, config: EntroformerConfig, state: d
             latents = Latents(model, args.batch, device)
             latents.capture()
             latents.next(pictures)
+        if note["fresh"]:
+            model.begin_at_channels(latents.y)
         step = RateStep(model, latents, note["lr"], **note["hidden"])
         try:
             begin = time.monotonic()

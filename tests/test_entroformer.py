@@ -5,7 +5,7 @@ import torch
 from compressai.losses import RateDistortionLoss
 from compressai.models import CompressionModel
 from compressai.registry import MODELS
-from conftest import VARIANTS, aware_model, micro_model
+from conftest import LMBDAS, VARIANTS, aware_model, micro_model
 
 from entroformer_lib.codec import codec
 from entroformer_lib.entroformer import Entroformer
@@ -140,3 +140,23 @@ def test_an_analysis_of_rounded_latents_sees_nothing_that_rounding_removes(build
     x.requires_grad_()  # and g_a still learns what to write into y
     models["rounded"].train()(x)["likelihoods"]["z"].log().sum().backward()
     assert x.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_new_entropy_model_can_begin_with_each_channels_gaussian(variant, told):
+    """Where its last layers say nothing more, the Gaussians are those of the channels, scaled by the gain."""
+    slices = {"groups": (3, 2, 2)} if variant == "groupedmixer" else {}  # of 4, 3 and 3 channels
+    model = micro_model(variant, M=10, lmbdas=LMBDAS, rate_aware=told, **slices)
+    spread = torch.linspace(0.5, 3, 10).view(10, 1, 1)
+    y = torch.randn(4, 10, 8, 8) * spread + spread.flip(0)
+    model.begin_at_channels(y)
+    for name, parameter in model.named_parameters():
+        if name.startswith(("entropy_parameters.layers.2.weight", "context_model.head")) and parameter.dim() > 1:
+            parameter.data.zero_()
+    for level in (0, 1, 2):
+        gain = model.gains(level)[0][0] if told else 1.0  # of a rate in the middle where it is told nothing
+        rate, hyper = model.rate(level), torch.randn(1, model.config.dim, 8, 8) if model.config.hyperprior else None
+        means, scales = model.distributions(torch.round(y[:1]), hyper, rate=rate)
+        torch.testing.assert_close(means[0], (y.mean(dim=(0, 2, 3)).view(10, 1, 1) * gain).expand(10, 8, 8))
+        torch.testing.assert_close(scales[0], (y.std(dim=(0, 2, 3)).view(10, 1, 1) * gain).expand(10, 8, 8))

@@ -2,10 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 from conftest import LMBDAS, aware_model
 
 from benchmarks import family
+from entroformer_lib.studies.results import kept_in
+from entroformer_lib.training.latents import freeze, write_latents
+from entroformer_lib.training.loss import rates_of_latents
+from entroformer_lib.views.ablation_figures import gains_data, gains_over_training
 from entroformer_lib.weights.zoo import load_model, save_weights
 
 
@@ -42,3 +48,30 @@ def test_each_kind_goes_on_with_its_best_rate(small, tmp_path):
     saved = json.loads((tmp_path / "result.json").read_text())
     assert len(saved["rows"]) == 6
     assert set(saved["rows"][0]["held_out"][-1]) == {"step", *(f"{lmbda:g}" for lmbda in LMBDAS)}
+
+
+def test_gains_over_the_training_of_kinds_that_learned_side_by_side(small, tmp_path):
+    write_latents(small["transforms"], small["data"], tmp_path / "latents", crop=64, held_out=str(family.HELD_OUT))
+    kinds = {"parallel": 1.10, "serial": 1.0}
+    for seed, kind in enumerate(kinds):
+        model = freeze(aware_model(kind, seed=seed), load_model(small["transforms"], "cpu"))
+        save_weights(model, tmp_path / f"{kind}.safetensors", {"steps": 250})
+    steps = (50, 100, 150, 200, 250)
+    rates = [{kind: step / 100 * factor ** (step > 200) for kind, factor in kinds.items()} for step in steps]
+    (tmp_path / "log.json").write_text(
+        json.dumps([{"step": s, "seconds": 1, "bpp": r} for s, r in zip(steps, rates, strict=True)])
+    )
+    (tmp_path / "results").mkdir()
+    out = tmp_path / "results" / "learning_curves.json"
+    family.curves(tmp_path / "log.json", tmp_path, tmp_path / "latents", out, batch=18, lr=2e-3, device="a GPU")
+    saved = json.loads(out.read_text())
+    assert saved["settings"]["steps"] == 250
+    with kept_in(tmp_path / "results"):
+        data = gains_data({"two passes": ("parallel", "serial")})
+    assert data["step"].to_list() == [100, 300] and np.allclose(data["percent"], [0, 10])
+    ends = [[point["bpp"] for point in row["held_out"]] for row in saved["rows"]]
+    assert np.allclose(data["held_out"], 100 * (np.prod(np.divide(*ends)) ** (1 / len(LMBDAS)) - 1))
+    held_out = torch.from_numpy(np.load(tmp_path / "latents" / "held_out.npy")).float()
+    model = load_model(tmp_path / "serial.safetensors", "cpu")
+    assert saved["rows"][1]["held_out"] == rates_of_latents(model, held_out, LMBDAS)
+    assert gains_over_training(data, data).axes[0].get_ylabel() == "rate saved, %"

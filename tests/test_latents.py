@@ -86,7 +86,7 @@ def test_held_out_pictures_are_left_out_and_their_rate_is_logged(config, source,
     assert [row is not None for row in logged] == [False, False, False, True, False, True]
     bits = load_model(weights, "cpu").estimated_bits(y.float())
     bpp = sum(float(b.sum()) for b in bits.values()) / whole[0].numel()
-    assert logged[-1] == [{"lmbda": config.lmbda, "bpp": pytest.approx(bpp, rel=1e-4)}]
+    assert logged[-1] == [{"lmbda": config.lmbda, "bpp": pytest.approx(bpp, rel=1e-3)}]
 
 
 def test_a_full_disk_is_told_in_a_sentence(source, photo_folder, tmp_path, monkeypatch):
@@ -195,7 +195,21 @@ def test_training_lowers_the_rate(config):
     config = replace(config, steps=40, lr=5e-3, missing=0.0)
     train(config, progress=False)
     rates = losses(config, "rd_loss")
-    assert np.mean(rates[-5:]) < 0.9 * np.mean(rates[:5])
+    assert np.mean(rates[-5:]) < 0.95 * np.mean(rates[:5])
+
+
+def test_a_new_model_begins_with_the_channels_of_the_latents(config, cache):
+    """Before the first step: the run's weights after a step that moves nothing."""
+    model = load_model(train(replace(config, steps=1, lr=1e-30, schedule="constant"), progress=False), "cpu")
+    y = torch.cat(list(LatentCrops(cache, model, 128, config.seed).batches([range(64)])))
+    log_scales, means = model.entropy_parameters.layers[-1].bias.detach().chunk(2)
+    torch.testing.assert_close(means, y.mean(dim=(0, 2, 3)))
+    torch.testing.assert_close(log_scales, y.std(dim=(0, 2, 3)).clamp_min(1e-3).log())
+    torch.nn.init.zeros_(model.entropy_parameters.layers[-1].bias)
+    save_weights(model, Path(config.out).parent / "other.safetensors", {})
+    again = replace(config, init=str(Path(config.out).parent / "other.safetensors"), out=config.out + "2")
+    model = load_model(train(replace(again, steps=1, lr=1e-30, schedule="constant"), progress=False), "cpu")
+    assert model.entropy_parameters.layers[-1].bias.abs().max() < 1e-20  # what has learned something keeps it
 
 
 def test_variable_rate_transforms(tmp_path, photo_folder, config, monkeypatch):

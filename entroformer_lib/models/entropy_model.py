@@ -5,6 +5,8 @@ same two questions:
     steps(h, w, hyper)           the same, step by step, as they are coded: a generator that yields a `Step` and is sent
                                  the latents it asks for, [k, m]
 
+`heads` are the last linear layers of either, each with the channels of which it gives logarithms of scales, then means.
+
 y_hat: [B, M, h, w]; hyper: the hyperprior feature [B, D, h, w] or None  ->  means, logarithms of scales: [B, M, h, w]
 """
 
@@ -65,7 +67,7 @@ class PerSite:
 
     def __init__(self, context: nn.Module, parameters: EntropyParameters):
         self.context, self.parameters = context, parameters
-        self.one_by_one = context.one_by_one
+        self.one_by_one, self.heads = context.one_by_one, [(slice(None), parameters.layers[-1])]
 
     def predict(self, y_hat: Tensor, hyper: Tensor | None, gaps: Gaps = NO_GAPS) -> tuple[Tensor, Tensor]:
         return self.parameters(hyper, self.context(y_hat, gaps))
@@ -90,7 +92,7 @@ class PerGroup:
     one_by_one = False
 
     def __init__(self, mixer: GroupedMixer, parameters: Bounds):
-        self.mixer = mixer
+        self.mixer, self.heads = mixer, list(zip(mixer.slices, mixer.head, strict=True))
 
     def predict(self, y_hat: Tensor, hyper: Tensor, gaps: Gaps = NO_GAPS) -> tuple[Tensor, Tensor]:
         if gaps != NO_GAPS:

@@ -26,6 +26,8 @@ from entroformer_lib.models.primitives import float_or_wider
 from entroformer_lib.models.priors import FactorizedPrior, GaussianConditional, GaussianPrior, ste_round
 from entroformer_lib.models.transforms import build_transforms
 
+SMALLEST_SPREAD = 1e-3  # that a channel may begin with
+
 # context of the config -> context model, entropy parameters, and the entropy model that both make
 KINDS = {
     "serial": (SerialContext, EntropyParameters, PerSite),
@@ -159,6 +161,23 @@ class Network(CompressionModel):
         """Context model and entropy parameters as one, told the rate where the model is."""
         model = self.kind(self.context_model, self.entropy_parameters)
         return model if rate is None else ToldTheRate(model, rate)
+
+    @torch.no_grad()
+    def begin_at_channels(self, y: Tensor) -> None:
+        """Lets an untrained entropy model begin with the mean and the spread of each channel (ours).
+
+        Otherwise it begins with a scale of about 1 for all. Behind trained transforms most channels are nearly always
+        0, and the first hundreds of steps do little more than to find out which.
+
+        y: [B, M, h, w] of g_a, before the gain
+        """
+        means, scales = y.mean(dim=(0, 2, 3)), y.std(dim=(0, 2, 3)).clamp_min(SMALLEST_SPREAD)
+        if self.gain is not None and self.rate_knowledge is None:  # behind such a model nothing multiplies by the gain
+            gain = self.gain.log_gain.mean(dim=0).exp()
+            means, scales = gain * means, gain * scales
+        for channels, head in self.kind(self.context_model, self.entropy_parameters).heads:
+            for part, values in zip(head.bias.chunk(2), (scales.log()[channels], means[channels]), strict=True):
+                part[: len(values)] = values  # a channel to spare keeps what it has
 
     def distributions(
         self, y_hat: Tensor, hyper: Tensor | None, gaps: Gaps = NO_GAPS, rate: Rate | None = None

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from entroformer_lib.studies.results import ablation, reference
+from entroformer_lib.studies.results import ablation, load, reference
 from entroformer_lib.views.style import COLOURS, MARKERS, ONE_COLUMN, TWO_COLUMNS, new_figure, styled
 
 PUBLISHED = "published"
@@ -185,4 +185,62 @@ def dots(data: pd.DataFrame, label: str) -> Figure:
     ax.grid(axis="y", alpha=0.25, linewidth=0.5)
     if len(sources) > 1:
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+# ---- how gains grow with training ----
+
+GAINS = {  # what is compared with what: (it, against); a gain is positive where it needs fewer bits
+    "transformer context and hyperprior over CNNs": ("serial", "minnen"),
+    "transformer context over CNN, same hyperprior": ("serial", "cnn"),
+    "transformer context over CNN, no hyperprior": ("context", "context-cnn"),
+    "transformer hyperprior over CNN, no context": ("hyperprior", "hyperprior-cnn"),
+}
+COSTS = {  # the same of what is beside the serial model: a cost is positive where it needs more bits
+    "two passes": ("parallel", "serial"),
+    "two passes, twice as wide": ("parallel-192", "serial"),
+    "GroupedMixer, 12 groups": ("groupedmixer", "serial"),
+    "GroupedMixer, 32 groups": ("groupedmixer-32", "serial"),
+}
+
+
+def gains_data(pairs: dict[str, tuple[str, str]], stretch: int = 200) -> pd.DataFrame | None:
+    """What one kind needs against another over the training, on the same crops.
+
+    Args:
+        pairs: label: the two kinds.
+        stretch: Steps over which the logarithm of their ratio is averaged, since crops differ.
+
+    Returns:
+        label, step (middle of a stretch), percent (of rate, negative where the first kind needs less), held_out (the
+        same at the end for held-out latents, mean over the lambdas).
+    """
+    saved = load("learning_curves")
+    if saved is None:
+        return None
+    curves = {row["kind"]: pd.Series(dict(row["curve"])) for row in saved["rows"]}
+    ends = {row["kind"]: np.array([point["bpp"] for point in row["held_out"]]) for row in saved["rows"]}
+    found = []
+    for label, (one, other) in pairs.items():
+        ratio = np.log(curves[one] / curves[other])
+        middles = (ratio.index - 1) // stretch * stretch + stretch // 2
+        percent = 100 * np.expm1(ratio.groupby(middles).mean())
+        end = 100 * np.expm1(np.log(ends[one] / ends[other]).mean())
+        found.append(pd.DataFrame({"label": label, "step": percent.index, "percent": percent, "held_out": end}))
+    return pd.concat(found, ignore_index=True)
+
+
+@styled()
+def gains_over_training(gains: pd.DataFrame, costs: pd.DataFrame) -> Figure:
+    """Savings of attention, and what is paid beside the serial model, over the steps; a ring for held-out latents."""
+    figure, axes = new_figure(TWO_COLUMNS, 3.2, 1, 2, sharex=True)
+    for ax, data, sign in ((axes[0], gains, -1), (axes[1], costs, 1)):
+        for (label, part), colour, marker in zip(data.groupby("label", sort=False), COLOURS, MARKERS, strict=False):
+            ax.plot(part["step"], sign * part["percent"], color=colour, marker=marker, markersize=3, label=label)
+            end = (1.04 * part["step"].max(), sign * part["held_out"].iloc[0])
+            ax.plot(*end, marker=marker, color=colour, markersize=5, markerfacecolor="none", linestyle="")
+        ax.axhline(0, color="0.7", linewidth=0.8)
+        ax.grid(axis="y", alpha=0.25, linewidth=0.5)
+        ax.set(xlabel="training step", ylabel="rate saved, %" if sign < 0 else "rate above the serial model, %")
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
