@@ -53,20 +53,20 @@ class Settings:
     def applied(self):
         import torch
 
-        from entroformer_lib.exact import arithmetic, loops
+        from entroformer_lib.exact import loops
 
-        before = torch.get_num_threads(), torch.backends.mkldnn.enabled, loops.serve, arithmetic.int8_works
+        before = torch.get_num_threads(), torch.backends.mkldnn.enabled, loops.serve, loops.int8_works
         torch.set_num_threads(self.threads)
         torch.backends.mkldnn.enabled = self.onednn
         if not self.loops:
             loops.serve = lambda x: False
         if self.int8 is not None:
-            arithmetic.int8_works = lambda device: self.int8
+            loops.int8_works = lambda: self.int8
         try:
             yield
         finally:
             torch.set_num_threads(before[0])
-            torch.backends.mkldnn.enabled, loops.serve, arithmetic.int8_works = before[1:]
+            torch.backends.mkldnn.enabled, loops.serve, loops.int8_works = before[1:]
 
 
 @dataclass(frozen=True)
@@ -102,17 +102,17 @@ def configurations(pythons: tuple[str, ...] = (), emulate: tuple[str, ...] = ())
         C("numpy without its vector code", environment={"NPY_DISABLE_CPU_FEATURES": old["NPY_DISABLE_CPU_FEATURES"]}),
         C("the C library without FMA and AVX", environment={"GLIBC_TUNABLES": old["GLIBC_TUNABLES"]}),
         C("oneDNN held to SSE 4.1", S(loops=False), {"ONEDNN_MAX_CPU_ISA": "SSE41"}),
-        C("MKL_CBWR=COMPATIBLE, float route", S(loops=False, int8=False), {"MKL_CBWR": "COMPATIBLE"}),
-        C("int8 units", S(int8=True)),
-        C("float route", S(int8=False)),
+        C("MKL_CBWR=COMPATIBLE, float32 products", S(int8=False), {"MKL_CBWR": "COMPATIBLE"}),
+        C("int8 products", S(int8=True)),
+        C("float32 products", S(int8=False)),
+        C("float32 products, two threads", S(threads=2, int8=False)),
         C("without compiled loops", S(loops=False)),
-        C("without compiled loops, int8 units, two threads", S(threads=2, loops=False, int8=True)),
         C("without numba", numba=False),
         C("several pictures in a batch", S(together=True)),
         C("all of these at once, without loops", everything, old, numba=False),
     ]
     for python in pythons:
-        found += [C(about(python), start=(python,)), C(f"{about(python)}, float route", S(int8=False), start=(python,))]
+        found += [C(about(python), start=(python,)), C(f"{about(python)}, float32 products", S(int8=False), start=(python,))]
     for name, _, command in (text.partition("=") for text in emulate):
         found.append(C(f"{name}, without numba", numba=False, start=tuple(shlex.split(command)), few=True))
     import torch
@@ -165,7 +165,7 @@ def seen() -> dict:
     import numpy as np
     import torch
 
-    from entroformer_lib.exact import arithmetic, loops
+    from entroformer_lib.exact import loops
 
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -174,7 +174,7 @@ def seen() -> dict:
         "processor": names[0] if names else platform.processor(), "machine": platform.machine(),
         "libc": " ".join(platform.libc_ver()), "torch_vectors": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(), "numpy_vectors": (numpy_features() or ["none"])[-1],
-        "numba": loops.numba and loops.numba.__version__, "int8": arithmetic.int8_works("cpu"),
+        "numba": loops.numba and loops.numba.__version__, "int8": loops.int8_works(),
     }  # fmt: skip
 
 

@@ -64,7 +64,6 @@ def test_a_window_is_a_mask(causal, changes, x):
 
 def test_loops_and_tensors_agree_in_a_window(x, monkeypatch):
     stack, found = stack_with(3, top_k=4), []
-    monkeypatch.setattr(arithmetic, "int8_works", lambda device: True)
     attend = ranked.attend
     monkeypatch.setattr(ranked, "attend", lambda *args: found.append(1) or attend(*args))
     with torch.inference_mode(), Exact():
@@ -159,10 +158,10 @@ def test_groupedmixer_takes_no_window(flat_picture):
 
 def test_the_command_line_takes_a_window(flat_picture, tmp_path):
     flat_picture.save(tmp_path / "a.png")
-    call("compress", tmp_path / "a.png", "--model", "tiny-parallel-rates@0.013", "--window", 16)
+    call("compress", tmp_path / "a.png", "--model", "blocks-parallel@0.013", "--window", 16)
     assert '"window": 16' in call("info", tmp_path / "a.ef", "--json")[0]
     call("decompress", tmp_path / "a.ef", "-o", tmp_path / "b.png")
-    for words in (["--window", 0], ["--window", 16, "--model", "tiny-groupedmixer-rates@0.013"]):
+    for words in (["--window", 0], ["--window", 16, "--model", "blocks-groupedmixer@0.013"]):
         said = call("compress", tmp_path / "a.png", "-o", tmp_path / "c.ef", *words, expect=1)[1]
         assert "window" in said and said.count("\n") == 1 and not (tmp_path / "c.ef").exists()
 

@@ -8,8 +8,8 @@ the block the few functions that sum, or that no standard fixes, are computed by
 models/ says they are.
 
 1. **Sums are sums of integers.** A row of numbers is rounded to 15 bits times a power of two. Products of such integers
-   and their sums stay below 2^53, where float64 is exact in any order. An int8 matrix unit gives the same numbers from
-   8-bit digits, many times as fast:
+   and their sums stay below 2^53, where float64 is exact in any order. Matrix products of 8-bit digits, in int8 or
+   float32, give the same numbers in less time:
 
        a . b  =  65536 high.high + 256 (high.low + low.high) + low.low
 
@@ -21,9 +21,7 @@ models/ says they are.
 What is said here in tensor operations, `loops.py` says once more for the CPU where that is worth it: the same bits.
 """
 
-import functools
 import math
-import time
 
 import numpy as np
 import torch
@@ -83,12 +81,12 @@ class Weight:
         values = finite(weight).detach().float().flatten(1)
         self.integers, scale = rounded(values)  # [N, K], [N, 1]
         self.scale = scale[:, 0].contiguous()
-        self.high, self.low = digits(self.integers)
-        self.both = torch.cat((self.low, self.high), dim=1)  # [N, 2 K]
-        self.for_row = self.for_keys = ()
         if loops.serve(weight):
-            self.for_row = self.integers.to(torch.int16).numpy(), self.scale.numpy()
-            self.for_keys = self.high.numpy(), self.low.numpy(), self.scale.numpy()
+            high, low, scale = *digits(self.integers), self.scale.numpy()
+            both = torch.cat((low, high), dim=1)  # [N, 2 K]
+            self.for_rows = loops.for_products(high), loops.for_products(both), scale
+            self.for_row = self.integers.to(torch.int16).numpy(), scale
+            self.for_keys = high.numpy(), low.numpy(), scale
 
 
 def finite(weight: Tensor) -> Tensor:
@@ -139,8 +137,8 @@ def linear(exact: Exact, x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     if loops.serve(x) and x.numel() == K < 2**11:
         return loops.linear_row(x, *w.for_row, exact.array(bias))
     rows = x.reshape(-1, K)
-    if loops.serve(x) and int8_works("cpu"):
-        out = loops.linear(rows, w.high, w.both, w.scale.numpy(), exact.array(bias))
+    if loops.serve(x):
+        out = loops.linear(rows, *w.for_rows, exact.array(bias))
     else:
         integers, scale = rounded(rows)
         out = products(integers, w.integers) * (scale * w.scale)
@@ -159,7 +157,7 @@ def conv2d(exact: Exact, x, weight, bias=None, stride=(1, 1), padding=(0, 0), di
 
 def dot_products(exact: Exact, q: Tensor, k: Tensor) -> Tensor:
     """Both sides rounded row by row, so that a product does not depend on which others are computed with it."""
-    if loops.serve(q) and (q.size(-2) * k.size(-2) < loops.FEW_PAIRS or int8_works("cpu")):
+    if loops.serve(q):
         return loops.dot_products(q, k)
     (a, a_scale), (b, b_scale) = rounded(q), rounded(k)
     return products(a, b) * (a_scale * b_scale.transpose(-1, -2))
@@ -204,7 +202,7 @@ def attend(exact: Exact, q, k, v, layer, sites, visible, relative, top_k, own) -
     after the other."""
     kept = getattr(k, "kept", None)
     if kept is None or q.size(-2) > 1:
-        if loops.serve(q) and int8_works("cpu") and ranks(q, visible, relative, top_k):
+        if loops.serve(q) and ranks(q, visible, relative, top_k):
             return attend_ranked(exact, q, k, v, layer, sites, visible, relative, top_k, own)
         with exact:
             return in_tiles(q, k, v, layer, sites, visible, relative, top_k, own, trim=True)
@@ -311,32 +309,3 @@ NAMES = """matmul __matmul__ mm bmm addmm baddbmm einsum tensordot mean sum nans
 NOT_FIXED = {
     getattr(place, name) for place in (torch, Tensor, F) for name in NAMES.split() if hasattr(place, name)
 } - set(EXACT)
-
-
-@functools.cache
-def int8_works(device: str) -> bool:
-    """Whether the int8 matrix product is there, exact at its extremes (older processors saturate), and worth it.
-
-    Either answer gives the same bits.
-    """
-    draw = torch.Generator().manual_seed(0)
-    a = torch.randint(-128, 128, (48, 512), dtype=torch.int8, generator=draw).to(device)
-    b = torch.randint(-128, 128, (256, 512), dtype=torch.int8, generator=draw).to(device).T
-    a[:8], b[:, :8] = -128, -128
-    a[8:16], b[:, 8:16] = 127, 127
-    wide = a.double(), b.double()
-    try:
-        if not torch.equal(torch._int_mm(a, b).double(), wide[0] @ wide[1]):
-            return False
-    except (RuntimeError, AttributeError, NotImplementedError):
-        return False
-    return 2 * _seconds(lambda: torch._int_mm(a, b)) < _seconds(lambda: wide[0] @ wide[1])
-
-
-def _seconds(run) -> float:
-    best = math.inf
-    for _ in range(20):
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
-    return best

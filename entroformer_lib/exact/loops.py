@@ -3,12 +3,16 @@
 Whatever is summed is an integer, so it does not matter that these loops add in another order. What is not summed is the
 same IEEE operation as there, one after the other. (`fastmath` stays off: the compiler may then neither reorder
 floating-point sums nor fuse a product with a sum.)
+
+Products of matrices of digits go to whichever of torch's is quicker on this processor: of int8, or of float32, in which
+sums of so few products of 8-bit numbers are exact.
 """
 
 import concurrent.futures
 import functools
 import itertools
 import math
+import time
 
 import numpy as np
 import torch
@@ -42,7 +46,8 @@ f32, f64, i16, i32, i64 = np.float32, np.float64, np.int16, np.int32, np.int64
 LOG2_E, LEAST_EXPONENT, EXPONENT = f32(math.log2(math.e)), i32(64 << 23), i32(0x7F800000)
 POWERS = np.array([2.0**i for i in range(LOWEST_POWER, 1)], dtype=f32)
 COEFFICIENTS = np.array(POLYNOMIAL, dtype=f32)
-FEW_PAIRS = 2**12  # of queries and keys: so few are quicker without the int8 unit
+FEW_PAIRS = 2**12  # of queries and keys: so few are quicker one by one
+EXACT_TERMS = 2**11  # products of a high digit, up to 2^6, and a low one, up to 2^7, have a sum up to 2^24
 # In the place of what is not there:
 NONE, NO_DIGITS = np.zeros(0, dtype=f32), np.zeros((0, 0), dtype=np.int8)
 NO_POSITION = NO_DIGITS, NO_DIGITS, NONE, np.zeros((1, 1), dtype=i64)
@@ -88,9 +93,9 @@ def _digits(x, high, low, scale):
 
 
 def digits(x: np.ndarray, swapped: bool = False) -> tuple[Tensor, Tensor, np.ndarray]:
-    """x: float32 [q, K]  ->  high digits, int8 [q, K]; high beside low, or low beside high, [q, 2 K]; scale: [q]"""
-    q, K = x.shape
-    high, both, scale = np.empty((q, K), np.int8), np.empty((q, 2 * K), np.int8), np.empty(q, f32)
+    """x: float32 [q, K]  ->  high digits [q, K]; high beside low, or low beside high, [q, 2 K]; scale: [q]"""
+    (q, K), kind = x.shape, np.int8 if int8_works() else f32
+    high, both, scale = np.empty((q, K), kind), np.empty((q, 2 * K), kind), np.empty(q, f32)
     first, second = (both[:, K:], both[:, :K]) if swapped else (both[:, :K], both[:, K:])
 
     def work(i, j):
@@ -101,9 +106,52 @@ def digits(x: np.ndarray, swapped: bool = False) -> tuple[Tensor, Tensor, np.nda
     return torch.from_numpy(high), torch.from_numpy(both), scale
 
 
+def for_products(digits: Tensor) -> Tensor:
+    """Digits of a weight, int8, as `sums` takes them."""
+    return digits if int8_works() else digits.float()
+
+
 def sums(high: Tensor, both: Tensor, other_high: Tensor, other_both: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of high by high digits, and of high by low and low by high: int32 [q, N] each."""
-    return torch._int_mm(high, other_high.T).numpy(), torch._int_mm(both, other_both.T).numpy()
+    """Sums of high by high digits, and of high by low and low by high: [q, N] each, whole numbers in int32, float32 or
+    float64."""
+    if high.dtype == torch.int8:
+        return torch._int_mm(high, other_high.T).numpy(), torch._int_mm(both, other_both.T).numpy()
+    return _exact_product(high, other_high), _exact_product(both, other_both)
+
+
+def _exact_product(a: Tensor, b: Tensor) -> np.ndarray:
+    """Digits in float32, [q, K] and [N, K]  ->  [q, N], in float64 where float32 could not hold the sums"""
+    if a.size(1) <= EXACT_TERMS:
+        return (a @ b.T).numpy()
+    parts = zip(a.split(EXACT_TERMS, dim=1), b.split(EXACT_TERMS, dim=1), strict=True)
+    return sum((x @ y.T).double() for x, y in parts).numpy()
+
+
+@functools.cache
+def int8_works() -> bool:
+    """Whether torch's int8 matrix product is there, exact at its extremes (older processors saturate), and quicker than
+    that of float32. Either answer gives the same bits."""
+    draw = torch.Generator().manual_seed(0)
+    a = torch.randint(-128, 128, (512, 512), dtype=torch.int8, generator=draw)
+    b = torch.randint(-128, 128, (256, 512), dtype=torch.int8, generator=draw).T
+    a[:8], b[:, :8] = -128, -128
+    a[8:16], b[:, 8:16] = 127, 127
+    floats = a.float(), b.float()
+    try:
+        if not torch.equal(torch._int_mm(a, b).double(), floats[0].double() @ floats[1].double()):
+            return False
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return _seconds(lambda: torch._int_mm(a, b)) < _seconds(lambda: floats[0] @ floats[1])
+
+
+def _seconds(run) -> float:
+    best = math.inf
+    for _ in range(20):
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+    return best
 
 
 # ---- sums -----------------------------------------------------------------------------------------------------------
@@ -130,8 +178,8 @@ def _scaled(high, cross, row_scale, scale, bias, out):
 
 
 def linear(x: Tensor, high: Tensor, both: Tensor, scale: np.ndarray, bias: np.ndarray) -> Tensor:
-    """x: [q, K]; the weight's digits, high [N, K] and low beside high [N, 2 K]; scale: [N], bias: [N] or empty
-    ->  [q, N]"""
+    """x: [q, K]; the weight's digits `for_products`, high [N, K] and low beside high [N, 2 K]; scale: [N], bias: [N] or
+    empty  ->  [q, N]"""
     rows = array(x)
     out = np.empty((len(rows), len(scale)), dtype=f32)
     *parts, row_scale = digits(rows)

@@ -55,7 +55,8 @@ def _scores(high, cross, scale, k_scale, position, out):
     """Scores of one query, [n], from sums of digits: 65536 high + 256 cross, rounded once, times both scales, plus what
     the position gives."""
     for j in range(len(out)):
-        out[j] = f32(i32(i32(high[j] * i32(256)) + cross[j])) * f32(256) * (scale * k_scale[j]) + position
+        whole = i32(i32(i32(high[j]) * i32(256)) + i32(cross[j]))
+        out[j] = f32(whole) * f32(256) * (scale * k_scale[j]) + position
 
 
 @loop
