@@ -6,7 +6,7 @@ goes on from weights whose config stands in their metadata, for so many seconds.
 `--warm` of them and then falls to 0. With `--ms-ssim-seconds` a version for MS-SSIM is finetuned behind it. With
 `--kinds serial:1e-3 parallel@192:1e-3 serial#1:1e-3 parallel+:5e-4 serial/top_k=8:1e-3` entropy models alone are
 trained in its place, all at the same time on the same crops: of a kind, a width, a seed, with + from what fits of the
-old entropy model, and with another field of the config.
+old entropy model, with ^ from its hyperprior alone, and with another field of the config.
 
 Loss and optimizer are those of the loop (training/loss.py, training/optimizer.py). Some things differ, because a step
 has to take milliseconds: crops are cut from copies of the pictures that were scaled once, chance comes from the GPU's
@@ -49,6 +49,7 @@ KINDS |= {
 CROP, VERSIONS, PIECE = 256, 10, 15 * 2**20
 MS_SSIM_OVER_MSE = 1290.0  # as in training/initial.py
 HIDDEN = ("missing", "one_way")  # words of --kinds that are no fields of the config
+HYPERPRIOR = ("h_a.", "h_s.", "z_prior.", "rate_knowledge.")
 DRAWN = 1  # crops of a batch that are drawn by code
 low = torch.bfloat16
 
@@ -571,7 +572,7 @@ def entropy_model(
     weights that it has in `before`."""
     name, lr = word.split(":")
     name, *changes = name.split("/")
-    kind, width, seed, warm = re.fullmatch(r"([a-z0-9-]+)(?:@(\d+))?(?:#(\d+))?(\+)?", name).groups()
+    kind, width, seed, warm = re.fullmatch(r"([a-z0-9-]+)(?:@(\d+))?(?:#(\d+))?([+^])?", name).groups()
     variant, fields = KINDS[kind]
     wanted = named_config(f"tiny-{variant}")
     fields = {field: getattr(wanted, field) for field in ("context", "hyper", "hyperprior", "context_layers")} | fields
@@ -584,14 +585,15 @@ def entropy_model(
     model = network.Network(config.replaced(**fields))
     own = model.state_dict()
     fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
-    if not warm:
-        fits = {k: v for k, v in fits.items() if k.startswith(("g_a.", "g_s.", "gain."))}
-    name = name.translate(str.maketrans("@#+", "-_w"))
+    if warm != "+":
+        taken = ("g_a.", "g_s.", "gain.", *(HYPERPRIOR if warm else ()))
+        fits = {k: v for k, v in fits.items() if k.startswith(taken)}
+    name = name.translate(str.maketrans("@#+^", "-_wh"))
     known = {k.removeprefix(f"{name}/"): v for k, v in (before or {}).items() if k.startswith(f"{name}/")}
     nn.Module.load_state_dict(model, fits | known, strict=False)
     say(name, f"{len(fits)} tensors of the old model, {len(known)} of its own before")
     note = {"config": model.config.to_json(), "kind": kind, "lr": float(lr), "seed": int(seed or 0), "warm": bool(warm)}
-    note |= {"name": name, "hidden": hidden, "fresh": not (warm or known)}
+    note |= {"name": name, "hidden": hidden, "fresh": warm != "+" and not known}
     return model.to(device).train(), note
 
 

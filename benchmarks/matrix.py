@@ -112,7 +112,8 @@ def configurations(pythons: tuple[str, ...] = (), emulate: tuple[str, ...] = ())
         C("all of these at once, without loops", everything, old, numba=False),
     ]
     for python in pythons:
-        found += [C(about(python), start=(python,)), C(f"{about(python)}, float32 products", S(int8=False), start=(python,))]
+        name = about(python)
+        found += [C(name, start=(python,)), C(f"{name}, float32 products", S(int8=False), start=(python,))]
     for name, _, command in (text.partition("=") for text in emulate):
         found.append(C(f"{name}, without numba", numba=False, start=tuple(shlex.split(command)), few=True))
     import torch

@@ -58,7 +58,7 @@ def run(model, paths: list[Path]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def save(kodak: Path, transforms: str = "tiny-rates@0.0035") -> None:
+def save(kodak: Path, transforms: str = "blocks-parallel@0.0035") -> None:
     """Measures and writes data/results/repetition.json.
 
     Args:

@@ -76,7 +76,7 @@ def test_in_another_size_other_rows_coincide():
 
 
 def test_only_what_a_row_names_differs():
-    terms = Terms("tiny-rates@0.02", "latents", "photos", "kodak")
+    terms = Terms("blocks-parallel@0.014", "latents", "photos", "kodak")
     configs = [
         ablation.config_of(terms, run.entry, run.seed, Path("runs") / run.name)
         for run in runs_of(grids_of(GRIDS), (0,))

@@ -160,3 +160,16 @@ def test_weights_in_pieces_come_back(tmp_path, restored, monkeypatch):
         model.context_model.embed.weight.zero_()
     again, _ = long_run_gpu.entropy_model(word, config, {}, torch.device("cpu"), before)
     assert torch.equal(again.context_model.embed.weight, before["serial_2-top_k8/context_model.embed.weight"])
+
+
+def test_what_of_the_old_entropy_model_a_new_one_begins_with(restored):
+    """Nothing, with + all that fits, with ^ its hyperprior."""
+    config, cpu = named_config("tiny-parallel", **BLOCKS), torch.device("cpu")
+    old = Network(config).state_dict()
+    parts = ("h_s", "context_model")
+    for ending, begins in (("", ()), ("+", parts), ("^", parts[:1])):
+        model, note = long_run_gpu.entropy_model(f"serial{ending}:1e-3", config, old, cpu)
+        for name, parameter in model.named_parameters():
+            if name in old and name.split(".")[0] in parts and parameter.dim() > 1:
+                assert torch.equal(parameter, old[name]) == (name.split(".")[0] in begins), name
+        assert note["fresh"] == (ending != "+")

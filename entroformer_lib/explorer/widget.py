@@ -1,6 +1,6 @@
 """The attention explorer as a widget of Jupyter: its JavaScript asks, Python answers.
 
-server = RowServer(load_model("tiny-parallel"), "photo.png")
+server = RowServer(load_model("blocks-parallel"), "photo.png")
 Explorer(server, row=12, column=20)
 """
 

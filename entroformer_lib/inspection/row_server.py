@@ -1,7 +1,7 @@
 """What one latent of one picture looks at in a serial or parallel model, what that saves in bits, and what each
 attended latent is worth to it.
 
-    server = RowServer(load_model("tiny-parallel"), "photo.png")
+    server = RowServer(load_model("blocks-parallel"), "photo.png")
     server.rows(site=100, k=32)  # [layers, heads, n]
     server.costs(site=100, k=32)  # positions, and what the absence of each costs in bits
 """

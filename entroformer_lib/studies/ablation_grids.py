@@ -23,7 +23,7 @@ RECIPE = dict(batch=8, optimizer="muon", lr=2e-3, schedule="linear", precision="
 class Terms:
     """What all runs of a study share. The line under a field is its help text on the command line."""
 
-    transforms: str = "tiny-rates@0.02"
+    transforms: str = "blocks-parallel@0.014"
     """The model whose transforms all have, at a lambda; or zoo:NAME:QUALITY for CompressAI's own."""
     latents: str | None = None
     """Folder of the latents' cache; by default latents/ in the folder of the runs."""
