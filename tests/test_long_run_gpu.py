@@ -165,6 +165,7 @@ def test_weights_in_pieces_come_back(tmp_path, restored, monkeypatch):
 def test_what_of_the_old_entropy_model_a_new_one_begins_with(restored):
     """Nothing, with + all that fits, with ^ its hyperprior."""
     config, cpu = named_config("tiny-parallel", **BLOCKS), torch.device("cpu")
+    torch.manual_seed(7)
     old = Network(config).state_dict()
     parts = ("h_s", "context_model")
     for ending, begins in (("", ()), ("+", parts), ("^", parts[:1])):
