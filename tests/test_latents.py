@@ -12,6 +12,7 @@ from conftest import MICRO, micro_model
 from entroformer_lib.codec import codec
 from entroformer_lib.errors import ConfigError, DataError, TrainingError, WeightsError
 from entroformer_lib.models import config as model_config
+from entroformer_lib.models.context import first_slice
 from entroformer_lib.training import latents, loop
 from entroformer_lib.training.chance import random_missing
 from entroformer_lib.training.config import TrainConfig
@@ -265,6 +266,17 @@ def test_training_goes_on_from_weights(config, source, tmp_path):
     third = load_model(train(wider, progress=False), "cpu")
     assert len(third.context_model.stack.blocks) == 3
     torch.testing.assert_close(third.context_model.embed.weight, before.context_model.embed.weight, atol=1e-6, rtol=0)
+
+
+def test_without_its_context_a_model_begins_with_what_it_predicts_before_there_is_any(config, source):
+    parallel = load_model(source, "cpu")
+    alone = loop.initial_model(replace(config, init=source, missing=0, architecture=("context=none",)))
+    y = torch.randint(-3, 4, (1, parallel.config.M, 8, 8)).float()
+    hyper = parallel.h_s(torch.randn(1, parallel.config.Z, 2, 2))
+    before = first_slice(8, 8)  # of the parallel model's sites
+    for one, other in zip(alone.distributions(y, hyper), parallel.distributions(y, hyper), strict=True):
+        torch.testing.assert_close(one[..., before], other[..., before])
+        assert not torch.allclose(one[..., ~before], other[..., ~before])
 
 
 def test_weights_made_for_other_transforms_are_refused(config, tmp_path):

@@ -50,7 +50,8 @@ def _model(config: TrainConfig, trunk: dict | None) -> Entroformer:
 def changed(model: Entroformer, fields: dict, lmbda_scale: float = 1.0) -> Entroformer:
     """A model of another architecture that begins with all that fits: every tensor of the same name and shape.
 
-    What does not fit begins afresh. Gains of other lambdas begin from those interpolated at them.
+    What does not fit begins afresh. Gains of other lambdas begin from those interpolated at them. Where a context model
+    is given up, the rest begins with what it predicts before any context is known.
 
     Args:
         model: the one to begin from.
@@ -65,6 +66,8 @@ def changed(model: Entroformer, fields: dict, lmbda_scale: float = 1.0) -> Entro
         new.gain = RateGain(config.lmbdas, config.M, reference=model.card.get("lmbda"))
     state = new.state_dict()
     for name, tensor in model.state_dict().items():
+        if name == "entropy_parameters.layers.0.weight" and config.context == "none" and config.hyperprior:
+            tensor = tensor[:, : config.dim]  # of the hyperprior's feature; the rest is the context's
         fits = name in state and state[name].shape == tensor.shape
         if fits and name != "_extra_state" and not name.startswith("gain."):
             state[name] = tensor
