@@ -65,7 +65,7 @@ def in_motion(text: str, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def main(model: str = "tiny-parallel-rates", out: Path | None = None, quality: int = 70) -> None:
+def main(model: str = "blocks-parallel", out: Path | None = None, quality: int = 70) -> None:
     """Writes explorer.webp and overview.png.
 
     Args:

@@ -70,7 +70,7 @@ def bits(
     out: tyro.conf.Positional[Path],
     pictures: tyro.conf.Positional[tuple[Path, ...]],
     *,
-    model: str = "tiny-parallel-rates@0.013",
+    model: str = "blocks-parallel@0.013",
     windows: tuple[int | None, ...] = (None, 8, 16, 32, 64),
 ) -> None:
     """Bytes of the file of each picture with each window; None is without. Given again, it goes on where it stopped."""

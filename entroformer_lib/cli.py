@@ -212,9 +212,9 @@ def evaluate(
     Per picture and mean: bits per pixel of the file and as estimated, PSNR, MS-SSIM, seconds to encode and decode.
     With --json, the same command goes on where it was interrupted.
 
-    Example: entroformer eval tiny-parallel --data kodak/ --limit 3 --json result.json
+    Example: entroformer eval blocks-parallel --data kodak/ --limit 3 --json result.json
 
-    On many machines: entroformer eval tiny-parallel --data kodak/ --json result.json --scheduler tcp://host:8786
+    On many machines: entroformer eval blocks-parallel --data kodak/ --json result.json --scheduler tcp://host:8786
 
     Args:
         data: Folder of pictures, with its subfolders.
@@ -323,7 +323,7 @@ def study_paper(
     Whole files of every picture at every rate, masked positions of the context, attention maps. Models read from the
     authors' checkpoints are measured like any other. After a kill the same command goes on.
 
-    Example: entroformer study paper --model tiny-parallel --pictures kodak/ --dry-run
+    Example: entroformer study paper --model blocks-parallel --pictures kodak/ --dry-run
 
     Args:
         model: A name from `entroformer models`, or a .safetensors file.
@@ -355,7 +355,7 @@ def study_paper(
 def explore(
     image: Positional[Path | None] = None,
     output: Output = None,
-    model: Model = "tiny-parallel-rates",
+    model: Model = "blocks-parallel",
     layer: int | None = None,
     head: int | None = None,
     table: Annotated[Path | None, arg(metavar="FILE")] = None,

@@ -78,7 +78,7 @@ def test_models_without_a_k_refuse_one(variant, flat_picture):
 
 def test_the_command_line_takes_several(flat_picture, tmp_path):
     flat_picture.save(tmp_path / "a.png")
-    call("compress", tmp_path / "a.png", "--model", "tiny-parallel-rates@0.013", "--k", 2, 3)
+    call("compress", tmp_path / "a.png", "--model", "blocks-parallel@0.013", "--k", 2, 3)
     assert '"k": ' in call("info", tmp_path / "a.ef", "--json")[0]
     call("decompress", tmp_path / "a.ef", "-o", tmp_path / "b.png")
     for words in (["--k", 70000], ["--k", 8, "--model", "tiny-groupedmixer-rates@0.013"]):
