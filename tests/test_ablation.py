@@ -90,7 +90,7 @@ def test_only_what_a_row_names_differs():
         for name in group[0]:
             if name not in free:
                 assert all(config[name] == group[0][name] for config in group), name
-    assert {config["lmbda"] for config in joint} == {0.02}
+    assert {config["lmbda"] for config in joint} == {0.014}
 
 
 # ---- the study at micro size ----
