@@ -99,7 +99,7 @@ train-tiny: $(READY)
 	$(BIN)/entroformer train --data "$(ENTROFORMER_DATA)/train" --out runs/tiny-blocks --model tiny-parallel \
 		--architecture transforms=blocks 'stages=[[8,192,4]]' linear_path=dct M=320 rate_aware=true \
 		--lmbdas 0.00035 0.0008 0.0017 0.0035 0.007 0.014 0.029 0.06 0.12 --steps 6000 --batch 16 --crop 128 --last-crop 192 \
-		--optimizer muon --lr 2e-3 --schedule linear --precision bfloat16
+		--optimizer muon --lr 2e-3 --schedule linear --precision auto
 	@test -d "$(ENTROFORMER_DATA)/kodak" || echo "No $(ENTROFORMER_DATA)/kodak: weights are in runs/tiny-blocks, not measured."
 	test ! -d "$(ENTROFORMER_DATA)/kodak" || $(BIN)/python benchmarks/publish.py publish runs/tiny-blocks tiny-blocks \
 		--kodak "$(ENTROFORMER_DATA)/kodak" --data "$(TINY_DATA)" --limits "$(TINY_LIMITS)"

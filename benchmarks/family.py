@@ -84,7 +84,7 @@ class Run:
             optimizer="muon",
             lr=self.lr,
             schedule="linear",
-            precision="bfloat16",
+            precision="auto",
             seed=self.seed,
             held_out_every=max(50, self.steps // 20),
             accelerator="cpu",

@@ -21,7 +21,7 @@ from torch import nn
 from entroformer_lib import cli
 from entroformer_lib.errors import ConfigError, TrainingError, UserError
 from entroformer_lib.models import config as model_config
-from entroformer_lib.training import folder
+from entroformer_lib.training import folder, loop
 from entroformer_lib.training.chance import DRAWN, random_choice
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.data import PreloadedCrops, Sampling, held_out_crops
@@ -254,6 +254,16 @@ def test_bfloat16_trains_close_to_float32(config, tmp_path):
     train(narrow, progress=False)
     for a, b in zip(log_of(config), log_of(narrow), strict=True):
         assert b["rd_loss"] == pytest.approx(a["rd_loss"], rel=0.05)
+
+
+@pytest.mark.parametrize("quick", [torch.float32, torch.bfloat16])
+def test_the_quick_type_is_taken_where_it_is_left_open(config, tmp_path, monkeypatch, quick):
+    monkeypatch.setattr(loop, "quick_type", lambda device: quick)
+    for precision in ("auto", "float32", "bfloat16"):
+        train(replace(config, steps=2, precision=precision, out=str(tmp_path / precision)), progress=False)
+    found = {precision: losses(replace(config, out=str(tmp_path / precision))) for precision in ("float32", "bfloat16")}
+    left_open = losses(replace(config, out=str(tmp_path / "auto")))
+    assert [name for name, values in found.items() if values == left_open] == [str(quick).removeprefix("torch.")]
 
 
 def test_compiled_transforms_train_the_same(held_out, monkeypatch):

@@ -16,7 +16,7 @@ from entroformer_lib.models.config import named_config, parse_fields
 from entroformer_lib.training.config import TrainConfig
 
 BOTH = "both directions"
-RECIPE = dict(batch=8, optimizer="muon", lr=2e-3, schedule="linear", precision="bfloat16")
+RECIPE = dict(batch=8, optimizer="muon", lr=2e-3, schedule="linear", precision="auto")
 
 
 @dataclass(frozen=True)

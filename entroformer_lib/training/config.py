@@ -129,8 +129,8 @@ class TrainConfig:
     """Compare every shard with the checksum in its manifest, when it is fetched or opened."""
     pass_over_shards: bool = False
     """Name a shard that is broken or cannot be fetched, and go on without it."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 is for layers, never for attention scores or likelihoods."""
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    """bfloat16 is for layers, never for attention scores or likelihoods; auto: where the device computes in it."""
     compile: bool = False
     """Compile g_a and g_s with torch.compile: a minute or more at the start, and a C++ compiler (docs/scaling.md)."""
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"

@@ -30,7 +30,7 @@ from entroformer_lib.training.initial import initial_model
 from entroformer_lib.training.interruptions import Signals, largest_that_fits
 from entroformer_lib.training.latents import LatentCrops, trained_lmbda
 from entroformer_lib.training.loss import RateStep, TrainingStep, rates_and_distortions, rates_of_latents
-from entroformer_lib.training.optimizer import Mean, build_optimizer, learning_rate_factor
+from entroformer_lib.training.optimizer import Mean, build_optimizer, learning_rate_factor, quick_type
 from entroformer_lib.training.processes import machines, meet
 from entroformer_lib.training.shard_cache import ShardCache, default_folder
 from entroformer_lib.training.shards import Reading
@@ -121,7 +121,8 @@ class Run:
         if config.strategy == "ddp":  # FSDP takes no other layout than the usual one
             for part in (model.g_a, model.g_s):
                 part.to(memory_format=torch.channels_last)
-        bf16 = config.precision == "bfloat16"
+        fast = quick_type(fabric.device) == torch.bfloat16
+        bf16 = config.precision == "bfloat16" or (config.precision == "auto" and fast)
         if config.transforms:
             goal = RateStep(model, bf16, config.even_rates, config.rounded)
         else:
