@@ -239,6 +239,19 @@ def test_a_stack_computes_what_the_floating_one_computes(changes):
     assert (ours - expected).abs().mean() < 2e-3 * expected.abs().mean()
 
 
+def steps_and_at_once(context, y_hat) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features site by site, as a serial decoder computes them, and all at once, as an encoder does: [D, n] each."""
+    known, found = y_hat[0].flatten(1).T, []
+    with torch.inference_mode(), Exact():
+        steps, latents = context.steps(*y_hat.shape[2:]), None
+        for i in range(len(known)):
+            sites, feature = steps.send(latents)
+            found.append(feature[0, :, 0, 0])
+            latents = known[sites]
+            assert sites.tolist() == [i]
+        return torch.stack(found, 1), context(y_hat)[0].flatten(1)
+
+
 @pytest.mark.parametrize("position", ["none", "absolute", "relative_1d", "relative_2d", "diamond"])
 @pytest.mark.parametrize("variant", ["serial", "cnn"])
 @pytest.mark.parametrize("flat", [False, True])
@@ -248,16 +261,28 @@ def test_all_features_at_once_are_the_bits_of_single_steps(variant, position, fl
     for size in ((1, 1), (1, 5), (5, 5)):
         y_hat = torch.zeros(1, 24, *size) if flat else torch.randn(1, 24, *size).mul(3).round()
         y_hat[..., -1, -1] += 1
-        known, found = y_hat[0].flatten(1).T, []
-        with torch.inference_mode(), Exact():
-            steps, latents = context.steps(*size), None
-            for i in range(size[0] * size[1]):
-                sites, feature = steps.send(latents)
-                found.append(feature[0, :, 0, 0])
-                latents = known[sites]
-                assert sites.tolist() == [i]
-            at_once = context(y_hat)
-        assert torch.equal(at_once[0].flatten(1), torch.stack(found, 1)) and at_once.abs().max() > 0
+        single, at_once = steps_and_at_once(context, y_hat)
+        assert torch.equal(single, at_once) and at_once.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(activation="leaky_relu", attention_scale="width"),
+        dict(activation="gelu"),
+        dict(top_k=None, share_position=True),
+        dict(search_window=2),
+    ],
+)
+def test_a_token_in_one_loop_is_the_token_layer_by_layer(changes, monkeypatch):
+    calls, loop = [], loops.one_token
+    monkeypatch.setattr(loops, "one_token", lambda *args: calls.append(args) or loop(*args))
+    model = micro_model("serial", **{"top_k": 4, **changes})
+    with torch.no_grad():
+        for parameter in model.context_model.parameters():
+            parameter.mul_(3 if parameter.dim() > 1 else 1)
+    single, at_once = steps_and_at_once(ExactCoder(model).model.context, torch.randn(1, 24, 6, 7).mul(3).round())
+    assert torch.equal(single, at_once) and len(calls) == (0 if "gelu" in changes.values() else 41 * 2)
 
 
 @pytest.mark.parametrize("told", [False, True])

@@ -33,6 +33,7 @@ from entroformer_lib.errors import WeightsError
 from entroformer_lib.exact import loops, ranked
 from entroformer_lib.exact.constants import FIXED_STEPS, LARGEST_VALUE, LOWEST_POWER, PEAK, POLYNOMIAL
 from entroformer_lib.models import attention, primitives
+from entroformer_lib.models.position import RelativePosition
 from entroformer_lib.tiles import in_tiles, queries_with_keys
 
 
@@ -43,6 +44,8 @@ class Exact(TorchFunctionMode):
         super().__init__()
         self._weights: dict[int, tuple[Tensor, Weight]] = {}
         self._arrays: dict[int, tuple[Tensor, np.ndarray]] = {}
+        self._blocks: dict[int, tuple[nn.Module, loops.BlockWeights | None]] = {}
+        self._positions: dict[int, tuple[nn.Module, tuple]] = {}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         ours = EXACT.get(function)
@@ -72,6 +75,45 @@ class Exact(TorchFunctionMode):
         if known is None:
             known = self._arrays[id(parameter)] = parameter, loops.array(finite(parameter))
         return known[1]
+
+    def through(self, block: attention.Block, x, sites, visible=None, relative=None, top_k=None, memory=None) -> Tensor:
+        """`Block.forward`. The tokens of a serial decoder come one by one, and each goes through in a single loop."""
+        single = memory is not None and not memory.closed and visible is None and x.shape[:2] == (1, 1)
+        weights = self.block(block) if single and loops.serve(x) else None
+        if weights is None:
+            return type(block).forward(block, x, sites, visible=visible, relative=relative, top_k=top_k, memory=memory)
+        layer = block.attention
+        if memory.length == 0:
+            memory.kept = loops.memory_of(layer.heads, memory.capacity, x.size(2) // layer.heads)
+        memory.length += 1
+        k, window = min(top_k or layer.top_k or memory.length, memory.length), layer.window or 0
+        return loops.one_token(x, weights, memory.kept, self.position(relative), sites, k, window)
+
+    def block(self, block: attention.Block) -> loops.BlockWeights | None:
+        """A transformer block as `loops.one_token` takes it; None where it takes none like it."""
+        if id(block) not in self._blocks:
+            self._blocks[id(block)] = block, self._block(block)
+        return self._blocks[id(block)][1]
+
+    def _block(self, block: attention.Block) -> loops.BlockWeights | None:
+        up, activation, down = block.feed_forward
+        slope = {nn.ReLU: 0.0, nn.LeakyReLU: getattr(activation, "negative_slope", None)}.get(type(activation))
+        if slope is None or down.in_features >= loops.EXACT_TERMS:
+            return None
+        norms = (self.array(v) for norm in (block.norm1, block.norm2) for v in (norm.weight, norm.bias))
+        layers = (block.attention.qkv, block.attention.out, up, down)
+        rows = ((*self.weight(layer.weight).for_row, self.array(layer.bias)) for layer in layers)
+        scalars = block.norm1.eps, np.float32(slope), np.float32(block.attention.scale)
+        return loops.BlockWeights(*norms, *rows, *scalars)
+
+    def position(self, relative: RelativePosition | None) -> tuple:
+        """Position vectors as `loops.one_token` takes them."""
+        if relative is None:
+            return loops.NO_POSITION
+        if id(relative) not in self._positions:
+            values = *self.weight(relative.table()).for_keys, loops.array(relative.lookup)
+            self._positions[id(relative)] = relative, values
+        return self._positions[id(relative)][1]
 
 
 class Weight:
@@ -185,31 +227,12 @@ def layer_norm(exact: Exact, x: Tensor, shape, weight: Tensor, bias: Tensor, eps
     return integers.sub_(mean.float()).mul_(factor.float()).mul_(weight).add_(bias)
 
 
-def remember(exact: Exact, memory: attention.Memory, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Beside keys and values, which single queries will meet again and again, what the loops make of them."""
-    first = memory.length
-    keys, values = memory(k, v)
-    if loops.serve(k) and len(k) == 1 and not memory.closed and k.size(2) == 1:
-        if first == 0:
-            memory.kept = loops.Kept(k.size(1), memory.capacity, k.size(3))
-        memory.kept.add(k, v, first, FIXED_STEPS * LARGEST_VALUE)
-        keys.kept = memory.kept
-    return keys, values
-
-
 def attend(exact: Exact, q, k, v, layer, sites, visible, relative, top_k, own) -> Tensor:
-    """Not a sum, but made of some. A single query that sees all keys, as a serial decoder has it, takes the loops one
-    after the other."""
-    kept = getattr(k, "kept", None)
-    if kept is None or q.size(-2) > 1:
-        if loops.serve(q) and ranks(q, visible, relative, top_k):
-            return attend_ranked(exact, q, k, v, layer, sites, visible, relative, top_k, own)
-        with exact:
-            return in_tiles(q, k, v, layer, sites, visible, relative, top_k, own, trim=True)
-    position = loops.NO_POSITION
-    if relative is not None:
-        position = *exact.weight(relative.table()).for_keys, loops.array(relative.lookup)
-    return loops.attend_one(q * layer.scale, kept, sites, position, top_k, layer.window)
+    """Not a sum, but made of some."""
+    if loops.serve(q) and ranks(q, visible, relative, top_k):
+        return attend_ranked(exact, q, k, v, layer, sites, visible, relative, top_k, own)
+    with exact:
+        return in_tiles(q, k, v, layer, sites, visible, relative, top_k, own, trim=True)
 
 
 def ranks(q: Tensor, visible, relative, top_k: int | None) -> bool:
@@ -295,7 +318,6 @@ EXACT = {
     F.gelu: gelu,
     Tensor.exp: exp,
     attention.attend: attend,
-    attention.remember: remember,
     primitives.dot_products: dot_products,
     primitives.keep_top_k: keep_top_k,
     primitives.weighted_sum: weighted_sum,

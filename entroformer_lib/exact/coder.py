@@ -8,6 +8,7 @@ the latents: a machine that breaks the rules of arithmetic gives an error, never
 """
 
 import copy
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from entroformer_lib.errors import WeightsError
 from entroformer_lib.exact.arithmetic import Exact
+from entroformer_lib.models.attention import Block
 from entroformer_lib.models.entropy_model import ToldTheRate
 from entroformer_lib.models.gain import Rate
 from entroformer_lib.rangecoder import SymbolDecoder, SymbolEncoder, scale_of
@@ -67,6 +69,9 @@ class ExactCoder:
             if part is not None:
                 part.to(self.device)
         self.exact = Exact()
+        for block in context.modules() if self.model.one_by_one else ():
+            if isinstance(block, Block):
+                block.forward = functools.partial(self.exact.through, block)
 
     def rate(self, network, level: float | None) -> Rate | None:
         """What the entropy model is told of a level, exactly."""

@@ -13,12 +13,13 @@ import functools
 import itertools
 import math
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from entroformer_lib.exact.constants import FIXED_STEPS, LOWEST_POWER, PEAK, POLYNOMIAL
+from entroformer_lib.exact.constants import FIXED_STEPS, LARGEST_VALUE, LOWEST_POWER, PEAK, POLYNOMIAL
 
 try:
     import numba
@@ -428,28 +429,42 @@ def keep_top_k(scores: Tensor, k: int) -> Tensor:
     return torch.from_numpy(out).view(scores.shape)
 
 
-# ---- a single query -------------------------------------------------------------------------------------------------
+# ---- a single token -------------------------------------------------------------------------------------------------
 
 
-class Kept:
-    """Keys in digits and values as integers, as a serial decoder's memory holds them."""
+class BlockWeights(NamedTuple):
+    """A transformer block.
 
-    def __init__(self, heads: int, capacity: int, d: int):
-        self.high, self.low = (np.empty((heads, capacity, d), dtype=np.int8) for _ in range(2))
-        self.scale, self.fixed = np.empty((heads, capacity), dtype=f32), np.empty((heads, capacity, d), dtype=f64)
+    qkv, out, up, down: of a linear layer the weight in int16 [N, K], its scale [N] and its bias, [N] or empty.
+    eps: what a norm adds to the variance. slope: of the activation below 0. scale: of the queries.
+    """
 
-    def add(self, k: Tensor, v: Tensor, first: int, limit: float) -> None:
-        """k, v: [1, heads, q, d], tokens from number `first` on"""
-        _add(array(k)[0], array(v)[0], first, limit, self.high, self.low, self.scale, self.fixed)
+    norm1_weight: np.ndarray
+    norm1_bias: np.ndarray
+    norm2_weight: np.ndarray
+    norm2_bias: np.ndarray
+    qkv: tuple
+    out: tuple
+    up: tuple
+    down: tuple
+    eps: float
+    slope: np.float32
+    scale: np.float32
+
+
+def memory_of(heads: int, capacity: int, d: int) -> tuple[np.ndarray, ...]:
+    """Room for keys in high and low digits, their scales, and values as integers."""
+    shape = (heads, capacity, d)
+    return np.empty(shape, np.int8), np.empty(shape, np.int8), np.empty(shape[:2], f32), np.empty(shape, f64)
 
 
 @loop
-def _add(keys, values, first, limit, high, low, scale, fixed):
-    """keys, values: [heads, q, d]; the others as in Kept"""
+def _remember(keys, values, first, high, low, scale, fixed):
+    """keys, values: [heads, q, d], tokens from number `first` on; the others as in memory_of"""
     stop = first + keys.shape[1]
     for h in range(len(keys)):
         _digits(keys[h], high[h, first:stop], low[h, first:stop], scale[h, first:stop])
-        _fixed(values[h], limit, fixed[h, first:stop])
+        _fixed(values[h], FIXED_STEPS * LARGEST_VALUE, fixed[h, first:stop])
 
 
 @loop
@@ -493,12 +508,38 @@ def _attend_one(q, high, low, scale, fixed, n, p_high, p_low, p_scale, lookup, s
         _weighted_sum(probs, fixed[h, seen], out[h : h + 1])
 
 
-def attend_one(q: Tensor, kept: Kept, sites: Tensor, position: tuple, top_k: int | None, window: int | None) -> Tensor:
-    """q: [1, heads, 1, d]; sites: [n, 2]; position: digits and scale of the vectors, lookup  ->  [1, heads, 1, d]"""
-    query, places = array(q), array(sites)
-    out, n = np.empty(query.shape, dtype=f32), len(places)
-    parts = kept.high, kept.low, kept.scale, kept.fixed, n
-    _attend_one(query[0, :, 0], *parts, *position, places, min(top_k or n, n), window or 0, out[0, :, 0])
+@loop
+def _one_token(x, block, memory, position, sites, top_k, window, out):
+    """models/attention.py's Block for the token of the last site.  x: [1, D], sites: [n, 2]  ->  out: [1, D]"""
+    D, n = x.shape[1], len(sites)
+    high, low, scale, fixed = memory
+    heads, d = high.shape[0], high.shape[2]
+    normed, qkv, mixed = np.empty((1, D), dtype=f32), np.empty(3 * D, dtype=f32), np.empty(D, dtype=f32)
+    _layer_norm(x, block.norm1_weight, block.norm1_bias, block.eps, normed)
+    _linear_row(normed[0], *block.qkv, qkv)
+    _remember(qkv[D : 2 * D].reshape(heads, 1, d), qkv[2 * D :].reshape(heads, 1, d), n - 1, *memory)
+    q, gathered = qkv[:D].reshape(heads, d) * block.scale, np.empty((heads, d), dtype=f32)
+    _attend_one(q, high, low, scale, fixed, n, *position, sites, top_k, window, gathered)
+    _linear_row(gathered.reshape(-1), *block.out, mixed)
+    for i in range(D):
+        out[0, i] = x[0, i] + mixed[i]
+    _layer_norm(out, block.norm2_weight, block.norm2_bias, block.eps, normed)
+    hidden = np.empty(len(block.up[0]), dtype=f32)
+    _linear_row(normed[0], *block.up, hidden)
+    for i in range(len(hidden)):
+        hidden[i] = hidden[i] if hidden[i] > 0 else hidden[i] * block.slope
+    _linear_row(hidden, *block.down, mixed)
+    for i in range(D):
+        out[0, i] += mixed[i]
+
+
+def one_token(
+    x: Tensor, block: BlockWeights, memory: tuple, position: tuple, sites: Tensor, top_k: int, window: int
+) -> Tensor:
+    """x: [1, 1, D], of the last of the sites [n, 2]; position: digits and scale of the vectors, lookup; window: how far
+    the token looks, 0 for everywhere  ->  [1, 1, D]"""
+    out = np.empty(x.shape, dtype=f32)
+    _one_token(array(x)[0], block, memory, position, array(sites), top_k, window, out[0])
     return torch.from_numpy(out)
 
 

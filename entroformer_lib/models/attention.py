@@ -91,19 +91,13 @@ class TopKAttention(nn.Module):
         q, k, v = self.project(x)
         own = (k, v) if memory is not None and memory.closed else None
         if memory is not None:
-            k, v = remember(memory, k, v)
+            k, v = memory(k, v)
         out = attend(q, k, v, self, sites, visible, relative, top_k or self.top_k, own)  # [B, heads, q, d]
         return self.out(out.transpose(1, 2).flatten(2))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values.  x: [B, q, D]  ->  [B, heads, q, d] each"""
         return self.qkv(x).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
-
-
-@replaceable
-def remember(memory: Memory, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of new tokens to a memory  ->  all that it holds then."""
-    return memory(k, v)
 
 
 @replaceable
@@ -219,7 +213,7 @@ class Stack(nn.Module):
         """Tokens that only others look at: of the last block nothing is needed but their keys and values."""
         last = self.blocks[-1]
         x = self._through(range(len(self.blocks) - 1), x, sites, None, memory)
-        remember(memory[-1], *last.attention.project(last.norm1(x))[1:])
+        memory[-1](*last.attention.project(last.norm1(x))[1:])
 
     def _through(self, layers: range, x: Tensor, sites: Tensor, visible, memory) -> Tensor:
         if self.absolute and 0 in layers:
