@@ -23,7 +23,7 @@ from entroformer_lib.weights.zoo import load_model
 
 KS = (8, 16, 32, 64, 128, 0)  # 0: all keys
 LMBDAS = (0.00035, 0.0017, 0.007, 0.029, 0.12)
-MODELS = ("tiny-serial-rates", "tiny-parallel-rates")
+MODELS = ("blocks-serial", "blocks-parallel")
 
 
 def saved(rows: pd.DataFrame, ks: tuple[int, ...] = (16, 32, 64)) -> pd.DataFrame:

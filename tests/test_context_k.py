@@ -81,6 +81,6 @@ def test_the_command_line_takes_several(flat_picture, tmp_path):
     call("compress", tmp_path / "a.png", "--model", "blocks-parallel@0.013", "--k", 2, 3)
     assert '"k": ' in call("info", tmp_path / "a.ef", "--json")[0]
     call("decompress", tmp_path / "a.ef", "-o", tmp_path / "b.png")
-    for words in (["--k", 70000], ["--k", 8, "--model", "tiny-groupedmixer-rates@0.013"]):
+    for words in (["--k", 70000], ["--k", 8, "--model", "blocks-groupedmixer@0.013"]):
         said = call("compress", tmp_path / "a.png", "-o", tmp_path / "c.ef", *words, expect=1)[1]
         assert "k" in said and said.count("\n") == 1 and not (tmp_path / "c.ef").exists()

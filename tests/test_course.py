@@ -131,7 +131,7 @@ def test_the_archive_has_the_library_and_the_weights(packed):
     script = (
         "import entroformer_lib, sys; from entroformer_lib.teaching import lesson1, lesson2;"
         "assert 'compressai' not in sys.modules;"  # the one package that Windows must build
-        "print(entroformer_lib.__file__); entroformer_lib.load_model('tiny-hyperprior-rates@0.0067')"
+        "print(entroformer_lib.__file__); entroformer_lib.load_model('blocks-hyperprior@0.007')"
     )
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     given = dict(cwd=packed, env=environment, capture_output=True, text=True)

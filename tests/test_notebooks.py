@@ -109,4 +109,4 @@ def test_rate_and_distortion_take_models_of_one_rate_and_of_many(ours, listed):
 
 
 def test_a_groupedmixer_at_any_lambda():
-    run_cells("07_groupedmixer", "maps = GroupServer(", model="tiny-groupedmixer-rates@0.02")
+    run_cells("07_groupedmixer", "maps = GroupServer(", model="blocks-groupedmixer@0.014")

@@ -161,7 +161,7 @@ def test_the_command_line_takes_a_window(flat_picture, tmp_path):
     call("compress", tmp_path / "a.png", "--model", "blocks-parallel@0.013", "--window", 16)
     assert '"window": 16' in call("info", tmp_path / "a.ef", "--json")[0]
     call("decompress", tmp_path / "a.ef", "-o", tmp_path / "b.png")
-    for words in (["--window", 0], ["--window", 16, "--model", "tiny-groupedmixer-rates@0.013"]):
+    for words in (["--window", 0], ["--window", 16, "--model", "blocks-groupedmixer@0.014"]):
         said = call("compress", tmp_path / "a.png", "-o", tmp_path / "c.ef", *words, expect=1)[1]
         assert "window" in said and said.count("\n") == 1 and not (tmp_path / "c.ef").exists()
 

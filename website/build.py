@@ -21,7 +21,7 @@ ROOT = WEBSITE.parent
 SITE = ROOT / "site"
 EXPLORERS = ROOT / "build" / "explorers"
 PICTURES = ("coffee", "astronaut", "rocket")
-MODELS = ("blocks-parallel", "tiny-serial-rates", "tiny-groupedmixer-rates")
+MODELS = ("blocks-parallel", "blocks-serial", "blocks-groupedmixer")
 SIDE = 512  # pixels of the longer side: pages of a few MB
 
 

@@ -91,6 +91,7 @@ def packed() -> dict[str, bytes]:
     files += [path for path in (ROOT / "data" / "reference").iterdir() if path.is_file()]
     for name in sorted(set(re.findall(r'load_model\(\\"([\w-]+)', "".join(lessons.values())))):
         files += [ROOT / "data" / "weights" / f"{name}{ending}" for ending in (".safetensors", ".md")]
+    files += [path for path in (ROOT / "data" / "weights" / "shared").iterdir() if path.is_file()]
     members = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in sorted([*files, ROOT / "LICENSE"])}
     members |= {name: text.encode() for name, text in lessons.items()}
     members["README.md"] = (COURSE / "students.md").read_bytes()

@@ -403,7 +403,7 @@ print(f"{cheating.sum() / photo.size:.3f} bits per pixel, and no decoder in the 
 # 16 x 16 pixels, and was trained for hours. Does what you found hold there?
 
 # %%
-shipped = load_model("tiny-hyperprior-rates@0.0067")
+shipped = load_model("blocks-hyperprior@0.007")
 bits = rd.bit_maps(shipped, rd.middle(sample_picture(picture), side))
 share = bits["z"].sum() / (bits["y"].sum() + bits["z"].sum())
 print(f"{(bits['y'].sum() + bits['z'].sum()) / photo.size:.3f} bits per pixel, z takes {share:.1%}")

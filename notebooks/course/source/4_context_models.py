@@ -37,17 +37,17 @@ from entroformer_lib.views import course_figures as cf
 # ## A picture first
 #
 # We take the latents of the shipped model with a hyperprior from the end of lesson 3: a grid with one site for each
-# 16 x 16 pixels, and 192 channels. We keep the 32 channels that cost most bits; they take more than half of all bits.
+# 16 x 16 pixels, and 384 channels. We keep the 32 channels that cost most bits; they take more than half of all bits.
 #
 # `look` gives three things for each latent: $y$, and the mean and the scale that the hyperprior predicts for it.
 
 # %%
-model = load_model("tiny-hyperprior-rates@0.0067")
+model = load_model("blocks-hyperprior@0.007")
 
 
 @torch.no_grad()
 def look(photo):
-    """A picture -> its scene; y, means, scales: [3, 192, h, w]"""
+    """A picture -> its scene; y, means, scales: [3, 384, h, w]"""
     scene = Scene(model, photo, torch.float32)
     means, scales = scene.model.distributions(scene.y_hat, scene.hyper, rate=scene.rate)
     return scene, torch.cat([scene.y_hat, means, scales]).clone()
@@ -89,7 +89,7 @@ def bits(u, scale, shift=NOTHING, stretch=NOTHING):
 y, means, scales = whole
 of_channels = bits((y - means) / scales, scales).sum(dim=(1, 2))
 dear = of_channels.argsort(descending=True)[:32]
-print(f"32 of 192 channels take {of_channels[dear].sum() / of_channels.sum():.0%} of the bits of y")
+print(f"32 of 384 channels take {of_channels[dear].sum() / of_channels.sum():.0%} of the bits of y")
 test, others = whole[:, dear], [one[:, dear] for one in others]
 
 # %% [markdown]
@@ -328,8 +328,8 @@ kernels = {f"kernel, {name}": np.where(seen[name] > 0, kernel, np.nan) for name,
 cf.pictures(kernels, bar="weight", columns=2, height=2.4)
 
 # %% [markdown]
-# **Finding.** Twelve weights for the value, the same for all channels, and a few thousand for the size save between 8%
-# and 18% on *astronaut*. The two direct neighbours have the largest weights, as the first picture of this lesson
+# **Finding.** Twelve weights for the value, the same for all channels, and a few thousand for the size save about a
+# fifth on *astronaut*. The two direct neighbours have the largest weights, as the first picture of this lesson
 # promised. (What is white is not seen.) With one square more in the mask, about half of all bits seem to be gone: the
 # kernel of the mistake looks at the site itself and at hardly anything else. Nobody believes that number, *if* they
 # know what to expect: a codec that is so much better than all others does not come from one square.
@@ -522,14 +522,14 @@ for name, one in list(hyper.items())[1:]:
 # earnest: a transformer, in raster order, thousands of photographs, the same transforms, and so *the same latents*.
 
 # %%
-serial = load_model("tiny-serial-rates@0.0067")
+serial = load_model("blocks-serial@0.007")
 earnest = Scene(serial, photo, torch.float32)
 with torch.no_grad():
     found = earnest.model.distributions(earnest.y_hat, earnest.hyper, rate=earnest.rate)
     with_context = float(-earnest.model.gaussian(earnest.y_hat, *found).log2().sum()) + earnest.z_bits
 without = float(of_channels.sum()) + scene.z_bits
 print(f"the same latents: {bool(torch.equal(earnest.y_hat, scene.y_hat))}")
-print(f"all 192 channels and z: {without / side**2:.4f} bits per pixel without context,", end=" ")
+print(f"all 384 channels and z: {without / side**2:.4f} bits per pixel without context,", end=" ")
 print(f"{with_context / side**2:.4f} with: {1 - with_context / without:.1%} saved")
 
 # %% [markdown]

@@ -42,7 +42,7 @@ _ = torch.set_grad_enabled(False)  # nothing is trained today
 # decides by itself which of them matter. For one latent, the orange frame:
 
 # %%
-model, reference = load_model("tiny-serial-rates@0.0067"), load_model("tiny-hyperprior-rates@0.0067")
+model, reference = load_model("blocks-serial@0.007"), load_model("blocks-hyperprior@0.007")
 photo = middle(sample_picture(picture), side)
 server = RowServer(model, photo, reference)
 row, column = server.height // 2, server.width // 2
@@ -332,9 +332,10 @@ for place, mine, theirs in zip(around, by_hand, missing, strict=True):
 # **Finding.** The token that predicts *carries* the left neighbour: you have hidden a token's key from itself. Each
 # layer adds what it finds to the token, so the token passes through all layers and needs no attention to know itself.
 # For the other positions there is a second way around a hidden key: other tokens have seen the latent, in an earlier
-# layer, and tell it. To hide something from a network you must know all ways in. (The left neighbour's 30% to 60% on
-# *astronaut* are too much for another reason: this model has never met an empty token in training. The paper's model
-# had, it learned with positions taken out by chance. A measurement can be wrong on both sides.)
+# layer, and tell it. To hide something from a network you must know all ways in. (The left neighbour's cost on
+# *astronaut*, about a fifth of the bits, is too much for another reason: this model has never met an empty token in
+# training. The paper's model had, it learned with positions taken out by chance. A measurement can be wrong on both
+# sides.)
 #
 # ## 5. The explorer
 #
@@ -413,7 +414,8 @@ cf.bars(dearer, "more bits of y, in percent")
 # For: with even weights, or with other keys, the bits rise by more than the whole context had saved, and with the token
 # alone by most. The attention is needed, all of it together. Against: "it is needed" is a statement about the *model*,
 # not about one position in one map. And the model was never trained for such changes, so their cost is an upper bound.
-# (The right keys with even weights are about as dear as keys by lot. Who gains a point by that?)
+# (The right keys with even weights cost less than keys by lot, and more than no context at all. Who gains a point by
+# that?)
 #
 # ## To argue about
 #

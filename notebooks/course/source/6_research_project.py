@@ -197,7 +197,7 @@ usual = {"context_layers": 2}
 change = dict(hypothesis["change"])
 rows = Grid("lesson", "two rows", (own_entry("usual", **usual), own_entry("changed", **usual | change)), ("kodak",))
 data = {name: str(root / place) for name, place in (("latents", "latents"), ("train_on", "train"), ("kodak", "test"))}
-terms = Terms(transforms="tiny-hyperprior-rates@0.0067", steps=steps, crop=128, accelerator="cpu", **data)
+terms = Terms(transforms="blocks-hyperprior@0.007", steps=steps, crop=128, accelerator="cpu", **data)
 
 # %%
 words = "_".join(f"{name}-{value}" for name, value in change.items())
@@ -308,7 +308,7 @@ print(report)
 # with the number of its group in each cell; our model has learned the one on the left.
 
 # %%
-mixer = GroupServer(load_model("tiny-groupedmixer-rates@0.0067"), middle(sample_picture(test), 256))
+mixer = GroupServer(load_model("blocks-groupedmixer@0.007"), middle(sample_picture(test), 256))
 grouped_figures.tiling(mixer.counts)
 
 # %%
