@@ -51,3 +51,11 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert cli.main() == 0
     assert "with the model inside" in capsys.readouterr().out
     assert "Model micro runs" in page.read_text("utf-8")
+
+
+def test_the_default_model_fits_into_a_page(tmp_path, monkeypatch):
+    page = tmp_path / "page.html"
+    monkeypatch.setattr(sys, "argv", ["entroformer", "explore", "--live", "-o", str(page)])
+    assert cli.main() == 0
+    text = page.read_text("utf-8")
+    assert "Model blocks-parallel" in text and "blocks-hyperprior" in text  # and what context saves is a real saving
