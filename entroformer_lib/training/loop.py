@@ -34,6 +34,7 @@ from entroformer_lib.training.optimizer import Mean, build_optimizer, learning_r
 from entroformer_lib.training.processes import machines, meet
 from entroformer_lib.training.shard_cache import ShardCache, default_folder
 from entroformer_lib.training.shards import Reading
+from entroformer_lib.training.sparse_attention import SparseAttention
 from entroformer_lib.training.strategies import collected, model_state, optimizer_state, strategy_of
 from entroformer_lib.weights.zoo import device_name, save_weights
 
@@ -216,7 +217,8 @@ class Run:
         h, w = (side // (1 if c.transforms else 16) for side in x.shape[2:])
         given = conditions(c, self.model.config, step, samples, (h, w), self.fabric.device)
         try:
-            terms = self.step_module(x, **given)
+            with nullcontext() if c.compile else SparseAttention():
+                terms = self.step_module(x, **given)
             self.fabric.backward(terms["loss"] / c.accumulate)
         except torch.OutOfMemoryError:
             raise TrainingError(self._too_large(x)) from None
