@@ -1,4 +1,4 @@
-"""training/sparse_attention.py: the numbers and gradients of plain attention, and plain attention where it does not serve."""
+"""training/sparse_attention.py: the numbers and gradients of plain attention, which runs where it does not serve."""
 
 import pytest
 import torch
@@ -15,13 +15,13 @@ SITES, NUMBER = grid_sites(SIDE, SIDE), torch.arange(N)
 
 
 def causal(i):
-    return NUMBER <= i[:, None]
+    return i[:, None] >= NUMBER
 
 
 def gaps(i):
     """Another set of hidden keys in each picture; each query sees itself."""
     there = torch.rand(B, 1, 1, N, generator=torch.Generator().manual_seed(2)) < 0.6
-    return there | (NUMBER == i[:, None])
+    return there | (i[:, None] == NUMBER)
 
 
 def inputs(relative, dtype=torch.float32):

@@ -175,8 +175,8 @@ def _reach(row, x):
 
 @loop
 def _threshold(row, k, high):
-    """A number that the k largest of a row reach, and no other that is not equal to one of them. high: the largest; more
-    than k are above -FAR"""
+    """A number that the k largest of a row reach, and no other that is not equal to one of them. high: the largest of
+    all, of which more than k are above -FAR"""
     step = f32(1)
     low = f32(high - step)
     count = _reach(row, low)
