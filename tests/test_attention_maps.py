@@ -26,6 +26,15 @@ def test_maps(variant, photo):
     assert [np.count_nonzero(m["probs"]) for m in found[-2:]][0] == 3
 
 
+def test_models_trained_with_different_k(photo):
+    servers = [RowServer(micro_model("serial", top_k=k, seed=i), photo) for i, k in enumerate((2, 5, None))]
+    *_, two, five, dense = attention_maps.maps(servers[0], [(5, 5)], trained=servers)
+    assert [m["title"] for m in (two, five, dense)] == ["k = 2", "k = 5", "dense"]
+    for m, server in zip((two, five, dense), servers, strict=True):
+        probs = server.rows(5 * server.width + 5, server.default_k)[-1].mean(0)
+        assert m["figure"] == 10 and np.allclose(np.ravel(m["probs"]), probs, atol=1e-5)
+
+
 def test_saved_with_provenance(tmp_path):
     save_weights(micro_model("parallel"), tmp_path / "micro.safetensors", {})
     attention_maps.save(str(tmp_path / "micro.safetensors"), out=tmp_path / "maps.json")

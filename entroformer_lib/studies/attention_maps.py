@@ -17,41 +17,62 @@ from entroformer_lib.inspection.row_server import RowServer
 from entroformer_lib.studies.results import provenance, result_path
 from entroformer_lib.weights.zoo import load_model
 
+PICTURE = "coffee"
 POINTS = ((8, 12), (14, 20), (20, 30))  # rows and columns of latents; the same as in notebook 03
 KS = (8, 16, 32, 64, None)
 
 
-def maps(server: RowServer, points: Sequence[tuple[int, int]] = POINTS, ks: Sequence[int | None] = KS) -> list[dict]:
+def maps(
+    server: RowServer,
+    points: Sequence[tuple[int, int]] = POINTS,
+    ks: Sequence[int | None] = KS,
+    trained: Sequence[RowServer] = (),
+) -> list[dict]:
     """Attention probabilities of the last layer, from the latents `points` of one picture.
+
+    Args:
+        ks: asked of one model, whatever it was trained with.
+        trained: of models of the same picture, each trained with another k; they take the place of `ks`.
 
     Returns:
         A row for each map: figure, title, query [row, column], probs [h][w]. Figure 8: each point, mean over the heads;
-        9: the last point, head by head; 10: the same, its first head under each k.
+        9: the last point, head by head; 10: the same, its first head under each k, or, of models trained with
+        different k, whose heads have nothing to do with each other, the mean over the heads.
     """
-    k = server.default_k
-
-    def row(figure: int, title: str, point: tuple[int, int], head: int | None, k: int | None) -> dict:
-        probs = server.rows(point[0] * server.width + point[1], k)[-1]  # [heads, n]
-        probs = probs.mean(0) if head is None else probs[head]
-        grid = probs.reshape(server.height, server.width).round(5).tolist()
-        return {"figure": figure, "title": title, "query": list(point), "probs": grid}
-
-    found = [row(8, f"row {point[0]}, column {point[1]}", point, None, k) for point in points]
-    found += [row(9, f"head {head}", points[-1], head, k) for head in range(server.heads)]
-    return found + [row(10, "dense" if n is None else f"k = {n}", points[-1], 0, n) for n in ks]
+    k, last = server.default_k, points[-1]
+    found = [_map(8, f"row {point[0]}, column {point[1]}", server, point, None, k) for point in points]
+    found += [_map(9, f"head {head}", server, last, head, k) for head in range(server.heads)]
+    if trained:
+        return found + [_map(10, _title(one.default_k), one, last, None, one.default_k) for one in trained]
+    return found + [_map(10, _title(n), server, last, 0, n) for n in ks]
 
 
-def save(model: str = "tiny-parallel", picture: str = "coffee", out: Path | None = None) -> None:
+def _map(figure: int, title: str, server: RowServer, point: tuple[int, int], head: int | None, k: int | None) -> dict:
+    probs = server.rows(point[0] * server.width + point[1], k)[-1]  # [heads, n]
+    probs = probs.mean(0) if head is None else probs[head]
+    grid = probs.reshape(server.height, server.width).round(5).tolist()
+    return {"figure": figure, "title": title, "query": list(point), "probs": grid}
+
+
+def _title(k: int | None) -> str:
+    return "dense" if k is None else f"k = {k}"
+
+
+def save(
+    model: str = "blocks-parallel", picture: str = PICTURE, trained: tuple[str, ...] = (), out: Path | None = None
+) -> None:
     """Writes the maps, with where they come from.
 
     Args:
         model: Name or path.
         picture: A sample picture; the points belong to "coffee".
+        trained: For figure 10, names or paths of models that were trained with different k.
         out: The file; by default data/results/attention_maps.json.
     """
-    loaded = load_model(model, "cpu")
-    found = maps(RowServer(loaded, sample_picture(picture)))
-    result = {"model": model, "picture": picture, "provenance": provenance(loaded)}
+    loaded, original = load_model(model, "cpu"), sample_picture(picture)
+    others = [RowServer(load_model(name, "cpu"), original) for name in trained]
+    found = maps(RowServer(loaded, original), trained=others)
+    result = {"model": model, "picture": picture, "trained_k": bool(trained), "provenance": provenance(loaded)}
     text = json.dumps(result, indent=1)[:-2] + ',\n "maps": [\n' + ",\n".join(map(json.dumps, found)) + "\n]}\n"
     write_bytes(out or result_path("attention_maps"), text.encode())
 
