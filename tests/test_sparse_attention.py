@@ -87,12 +87,15 @@ def test_threads_change_nothing():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_a_number_that_is_none_ends():
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38])
+def test_what_is_no_number_ends(value):
     (q, k, v, grad), _ = inputs(None)
-    q.data[0, 0, 3] = torch.nan
+    q.data[0, 0, 3:30:9] = value
+    k.data[0, 1, 7] = value
     layer = TopKAttention(HEADS * D, HEADS, 5, "head")
     with SparseAttention():
-        with_gradients(q, k, v, grad, [], layer, causal, None, 5)
+        out, *_ = with_gradients(q, k, v, grad, [], layer, causal, None, 5)
+    assert not out[0, 0, 3].isfinite().any() and out[1].isfinite().all()
 
 
 @pytest.mark.parametrize("context", ["serial", "parallel"])

@@ -147,7 +147,9 @@ FAR = f32(1e30)  # no score is below -FAR but that of a hidden key
 
 @loop
 def _exp_of_negative(x):
-    t = max(x * LOG2_E, f32(-126))
+    t = x * LOG2_E
+    t = t if t > f32(-126) else f32(-126)  # and what is no number
+    t = t if t < f32(0) else f32(0)
     whole = np.floor(t)
     part = t - whole
     y = TWO_TO[6]
@@ -186,7 +188,7 @@ def _threshold(row, k, high):
         count = _reach(row, low)
     while count != k:
         middle = f32(f32(0.5) * low + f32(0.5) * high)
-        if middle <= low or middle >= high:  # equal ones
+        if not (low < middle and middle < high):  # equal ones, or no numbers
             return high if _reach(row, high) >= k else low
         count = _reach(row, middle)
         if count < k:
@@ -229,8 +231,8 @@ def _forward(content, values, position, index, seen, of_unit, top_k, out):
             for t in range(count):
                 p[t] = _exp_of_negative(p[t] - most)
                 total += p[t]
-            for c in range(out.shape[2]):
-                out[u, i, c] = 0
+            for c in range(out.shape[2]):  # as plain attention, where no score is a number
+                out[u, i, c] = 0 if count > 0 and most < FAR else np.nan
             for t in range(count):
                 p[t] /= total
                 for c in range(out.shape[2]):
