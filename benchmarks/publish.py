@@ -82,7 +82,7 @@ def publish(
         card["training"]["init"] = f"runs/{name}-before/weights.safetensors"
     card["curve"] = training_curve(run / "log.jsonl") if curve is None else json.loads(curve.read_text())
     card |= {"form": form, "shared": transforms, "near": near, "command": command, "family": family}
-    card |= {"differs": differs, "kmac": kmac_per_pixel(trained)}
+    card |= {"differs": differs, **_counted_of(trained)}
     if transforms is not None:
         card["training"]["transforms"] = transforms
     card["lmbdas"], card["measured_at"] = list(trained.config.lmbdas), list(lmbdas or trained.config.lmbdas)
@@ -108,11 +108,18 @@ def card(name: Positional[str], differs: str = "") -> None:
         differs: How far model and training are from the paper's, in words; by default as before.
     """
     model = load_model(_weights(name), "cpu")
-    facts = model.card | {"kmac": kmac_per_pixel(model)}
+    facts = model.card | _counted_of(model)
     facts["differs"] = differs or facts.get("differs", "")
     rows = json.loads(result_path(f"{name}-kodak").read_text())["images"]
     save_card(_weights(name), facts)
     write_bytes(_weights(name).with_suffix(".md"), card_text(name, facts, rows).encode())
+
+
+def _counted_of(model: Entroformer) -> dict:
+    """What a card says of the network itself."""
+    c = model.config
+    sizes = {"variant": c.variant, "dim": c.dim, "layers": c.context_layers if c.context != "none" else 0}
+    return {"kmac": kmac_per_pixel(model), "network": sizes}
 
 
 def kmac_per_pixel(model: Entroformer) -> dict[str, float]:
@@ -217,6 +224,12 @@ def card_text(name: str, card: dict, rows: list[dict]) -> str:
     ) + "\n"  # fmt: skip
 
 
+def _architecture(network: dict | None) -> str | None:
+    """The entropy model in words."""
+    layers = network and network["layers"] and f", {network['layers']} layers of context"
+    return network and f"`{network['variant']}`, {network['dim']} wide{layers or ''}"
+
+
 def _counted(kmac: dict | None) -> str | None:
     """Multiplications in words."""
     return kmac and f"g_a {kmac['g_a']:g}, g_s {kmac['g_s']:g}, entropy model {kmac['rest']:g}, in 256x256 pixels"
@@ -245,7 +258,7 @@ def _facts(card: dict, pictures: pd.DataFrame) -> str:
     training, frozen = card["training"], card["training"].get("transforms")
     lmbdas = card.get("lmbdas") or pictures["lmbda"].unique()
     facts = {
-        "Architecture": f"`{training['model']}`, preset `{training['preset']}`",
+        "Architecture": _architecture(card.get("network")) or f"`{training['model']}`, preset `{training['preset']}`",
         "Trained on": card["trained_on"],
         "Transforms": frozen and f"those of {frozen}, kept; trained on latents",
         "Goal": f"{'rate' if frozen else training['metric']}, lmbda " + ", ".join(f"{v:g}" for v in lmbdas),

@@ -140,7 +140,7 @@ NOT_DRAWN = {
     " [architecture.md](../docs/architecture.md).",
     "figure 4": "The two slices: [context.py](../entroformer_lib/models/context.py), and a drawing of it in"
     " [overview.png](overview.png).",
-    "table 5": "The layers: the preset `base` in [config.py](../entroformer_lib/models/config.py).",
+    "table 5": "The layers: the size `base` in [config.py](../entroformer_lib/models/config.py).",
 }
 
 
@@ -161,8 +161,8 @@ def readme(drawn: dict[str, pd.DataFrame], notebooks: Path) -> str:
         "by one rule ([verdicts.py](../entroformer_lib/studies/verdicts.py)): *reproduced* if all of it is above\n"
         "0 and it reaches the paper's number, *smaller* if it stays below that, *reversed* if all of it is below\n"
         "0, otherwise *cannot tell*. Of a claim that something costs at most so much: *reproduced* or *larger*.\n"
-        "An interval over pictures of models that were trained once does not hold what another training would\n"
-        "change.",
+        "Where each model was trained once, the interval is over the pictures. It does not include how much\n"
+        "another training would change the result.",
         _verdicts(found, shown),
         "## No number in the paper",
         _pictures([(item.item, item.name, item.title) for item in others]),

@@ -318,7 +318,7 @@ def groups_curve(rows: pd.DataFrame, lines: dict[str, float] | None = None) -> F
 
 # ---- rate against decoding time ----
 
-FAMILIES = {"shipped": "shipped models", "runs": "runs of the ablations"}
+FAMILIES = {"shipped": "models behind tiny-rates", "runs": "runs of the ablations"}
 TIMES = {"decode_s": "seconds to decode a picture", "context_s": "of these in the entropy model, s"}
 
 

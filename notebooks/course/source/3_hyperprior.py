@@ -400,7 +400,8 @@ print(f"{cheating.sum() / photo.size:.3f} bits per pixel, and no decoder in the 
 # ## 6. A real one
 #
 # The suite ships a model with a hyperprior and without a context model. It works in colour, with latents on a grid of
-# 16 x 16 pixels, and was trained for hours. Does what you found hold there?
+# 16 x 16 pixels. Its transforms learned for days, and it learned behind them for half an hour more. Does what you found
+# hold there?
 
 # %%
 shipped = load_model("blocks-hyperprior@0.007")

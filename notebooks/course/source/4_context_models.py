@@ -428,7 +428,7 @@ for name, network in networks.items():
 cf.pictures(shown, columns=3)
 
 # %% [markdown]
-# (The 160 other channels are given: the fine lines on the right come from them.) The decoder of the mistake asks the
+# (The 352 other channels are given: the fine lines on the right come from them.) The decoder of the mistake asks the
 # network about a site whose latent it does not have yet, and gets another answer than the encoder got. From the first
 # site on it reads nonsense, until the coder notices that no file can look like this and gives up.
 #
@@ -519,7 +519,7 @@ for name, one in list(hyper.items())[1:]:
 # **Finding, and an honest one.** Behind the hyperprior our small networks find next to nothing: between -2% and +3% on
 # *astronaut*. Either the hyperprior has said all that neighbours know, or a network of a few thousand numbers, with
 # three pictures to learn from, is too small to hear what is left. Which of the two? Ask a model that was trained in
-# earnest: a transformer, in raster order, thousands of photographs, the same transforms, and so *the same latents*.
+# earnest: a transformer, in raster order, a thousand photographs, the same transforms, and so *the same latents*.
 
 # %%
 serial = load_model("blocks-serial@0.007")

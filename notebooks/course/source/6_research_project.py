@@ -299,7 +299,7 @@ print(report)
 # How far would your teacher go with you? What you measured is true for *this* photograph, *these* few steps and *three*
 # photographs to learn from. The seeds say how much chance there is in the training. They say nothing about other
 # pictures. The suite's own ablations (notebook 05, on 24 pictures) find that positions matter much more: there the
-# models learned for hundreds of steps from thousands of photographs.
+# models learned for hundreds of steps from a thousand photographs.
 #
 # ## 6. Outlook: between two steps and a thousand
 #
