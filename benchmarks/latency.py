@@ -107,7 +107,7 @@ def peak_mb() -> float:
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
-    return peak / (1e6 if sys.platform == "darwin" else 1000)
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 def in_own_process(name: str, width: int, height: int, repeats: int) -> list[dict]:

@@ -17,7 +17,7 @@ from entroformer_lib.explorer.answers import Answers
 from entroformer_lib.explorer.page import explorer_page
 from entroformer_lib.inspection.capture import capture
 from entroformer_lib.inspection.group_server import GroupServer, server_of
-from entroformer_lib.inspection.panels import attention_panel, every_head, groups_panel
+from entroformer_lib.inspection.panels import attention_panel, every_head
 from entroformer_lib.inspection.row_server import RowServer
 from entroformer_lib.models.groupedmixer import split
 from entroformer_lib.studies import rate_distortion as rd
@@ -173,14 +173,11 @@ def test_panels(server):
     inner = attention_panel(server, query, 1, 0)
     assert np.array_equal(inner.values.ravel(), server.rows(query)[1, 0]) and not inner.selected.any()
     assert inner.query == (5, 7) and inner.origin == divmod(server.origin(query), server.width)
-    cross = groups_panel(server, query, 1, 0)
-    assert cross.query == (9, 0) and np.array_equal(cross.values, server.groups(query)[1, 0])
-    assert cross.decoded.sum() == 12 * 13 / 2
-    for panels in ([inner, cross], every_head(server, query, 1)):
-        shown = attention_figures.attention_maps(server.picture, panels).axes[: len(panels)]
-        for axis, panel in zip(shown, panels, strict=True):
-            assert axis.get_title().startswith(panel.title)
-            assert axis.images[-1].get_array().shape[:2] == panel.values.shape
+    panels = every_head(server, query, 1)
+    shown = attention_figures.attention_maps(server.picture, panels).axes[: len(panels)]
+    for axis, panel in zip(shown, panels, strict=True):
+        assert axis.get_title().startswith(panel.title)
+        assert axis.images[-1].get_array().shape[:2] == panel.values.shape
 
 
 def test_answers_beside_another_model(photo, server):

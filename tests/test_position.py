@@ -1,9 +1,7 @@
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
+from benchmarks import position_tensors
 from entroformer_lib.models import position
 from entroformer_lib.models.position import RelativePosition, grid_sites, sinusoidal_positions
 
@@ -84,14 +82,10 @@ def test_sinusoidal_positions_are_sines_and_cosines():
 @pytest.mark.parametrize("kind", ["diamond", "relative_1d", "relative_2d"])
 def test_looking_up_equals_the_tensor_of_all_pairs(kind):
     """The slow reference of the benchmark, values and gradients."""
-    path = Path(__file__).parents[1] / "benchmarks" / "position_tensors.py"
-    spec = importlib.util.spec_from_file_location("position_tensors", path)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
     relative, sites = RelativePosition(kind, 2, 8).double(), grid_sites(5, 7)
     q, weights = torch.randn(2, 3, 20, 8).double(), torch.randn(2, 3, 20, 35).double()
     results = []
-    for way in (relative, lambda *words: benchmark.plain_position(relative, *words)):
+    for way in (relative, lambda *words: position_tensors.plain_position(relative, *words)):
         relative.zero_grad()
         out = way(q, sites[4:24], sites)
         (out * weights).sum().backward()

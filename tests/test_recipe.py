@@ -1,20 +1,12 @@
 """The comparison of recipes goes on over several days."""
 
-import importlib.util
 import json
 import math
 from pathlib import Path
 
 import pytest
 
-
-@pytest.fixture(scope="module")
-def recipe():
-    path = Path(__file__).parents[1] / "benchmarks" / "recipe.py"
-    specification = importlib.util.spec_from_file_location("recipe", path)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+from benchmarks import recipe
 
 
 def finished(folder: Path, steps: int, rd_loss: float) -> None:
@@ -26,7 +18,7 @@ def finished(folder: Path, steps: int, rd_loss: float) -> None:
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_rows_of_another_day_stay(recipe, tmp_path):
+def test_rows_of_another_day_stay(tmp_path):
     """A second day on a machine of half the speed: the same steps per minute, and the first day's base."""
     out, first, second = tmp_path / "recipe.json", tmp_path / "first", tmp_path / "second"
     finished(first / "base", 3000, rd_loss=1.0)
@@ -46,7 +38,7 @@ def test_rows_of_another_day_stay(recipe, tmp_path):
     assert math.isclose(recipe.score(saved["rows"][0]["points"]), math.log(2) / 2)
 
 
-def test_a_result_of_another_comparison_is_no_earlier_one(recipe, tmp_path):
+def test_a_result_of_another_comparison_is_no_earlier_one(tmp_path):
     out = tmp_path / "recipe.json"
     out.write_text(json.dumps({"rows": [{"choice": "base"}]}))
     assert recipe.saved_result(out)["rows"] == []

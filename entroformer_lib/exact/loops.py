@@ -32,11 +32,11 @@ def serve(x: Tensor) -> bool:
     return numba is not None and x.device.type == "cpu"
 
 
-def loop(function):
-    """Compiles at the first call, and keeps the result on disk where that can be written."""
+def loop(function, **more):
+    """Compiles at the first call, and keeps the result on disk where that can be written.  more: options of numba"""
     if numba is None:
         return function
-    options = dict(nogil=True, error_model="numpy", boundscheck=False)
+    options = dict(nogil=True, error_model="numpy", boundscheck=False, **more)
     try:
         return numba.njit(function, cache=True, **options)
     except RuntimeError:  # no folder to keep it in

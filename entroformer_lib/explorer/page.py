@@ -249,13 +249,13 @@ def _section(server, sites: Sequence[int], k: int, blob: _Blob, tell) -> dict:
         values.append(codes[codes > 0])
         facts.append(lines)
         tell(len(part))
-    parts = (
-        ("counts", counts, "<u2"),
-        ("positions", positions, "<u2"),
-        ("bytes", values, "u1"),
-        ("facts", facts, "<f4"),
-    )
-    return {"k": k, "sites": list(sites)} | {name: blob.add(np.concatenate(v), kind) for name, v, kind in parts}
+    parts = {
+        "counts": (counts, "<u2"),
+        "positions": (positions, "<u2"),
+        "bytes": (values, "u1"),
+        "facts": (facts, "<f4"),
+    }
+    return {"k": k, "sites": list(sites), **_added(blob, parts)}
 
 
 def _costs(server, sites: Sequence[int], k: int, blob: _Blob, tell) -> dict:

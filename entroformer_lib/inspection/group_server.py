@@ -112,13 +112,6 @@ class GroupServer(PictureServer):
         row, column = row - row % self.counts[1] + phase[0], column - column % self.counts[2] + phase[1]
         return min(row, self.height - 1) * self.width + min(column, self.width - 1)
 
-    def in_words(self, query: int) -> str:
-        """When the query is coded, and what it may look at."""
-        group = self.step(query)
-        before = {0: "no latents", 1: "group 0"}.get(group, f"groups 0 to {group - 1}")
-        place = f"group {group} (of 0 to {len(self.order) - 1})"
-        return f"channel slice {query % self.slices} is {place} and sees {before}."
-
     def _held_phase(self, slot: int) -> tuple[int, int]:
         """Row and column phase of what the tokens of a slot hold; in slot 0, of what they predict."""
         return self.order[max(slot - 1, 0)][1:]

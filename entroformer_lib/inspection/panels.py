@@ -21,9 +21,6 @@ class Panel:
     values: attention (sums to 1), or for kind "cost" bits that the absence of a position costs; decoded: what the
     decoder knows when it comes to the query; selected: what the top-k left; query and origin: (row, column) of the
     latent that is predicted and of the token that predicts it.
-
-    Kind "groups" is no map but a table of a GroupedMixer's groups: arrays are [G, G], a row for each slot and what its
-    tokens at one place see of each slot (a row sums to 1); query and origin: the row of the chosen group.
     """
 
     title: str
@@ -49,14 +46,6 @@ def attention_panel(server, query: int, layer: int, head: int = MEAN, k: int | N
 def every_head(server, query: int, layer: int, k: int | None = None) -> list[Panel]:
     """A map of every head of a layer, and of their mean, last."""
     return [attention_panel(server, query, layer, head, k) for head in (*range(server.heads), MEAN)]
-
-
-def groups_panel(server, query: int, layer: int, head: int = MEAN) -> Panel:
-    """How much each group of a GroupedMixer looks at those before it, at the query's place."""
-    values, row = of_head(server.groups(query)[layer], head), (server.step(query), 0)
-    seen = np.tri(len(values), dtype=bool)
-    title = f"cross mixer, layer {layer}, {head_in_words(head)}"
-    return Panel(title, "groups", values, seen, np.zeros_like(seen), row, row)
 
 
 def cost_panel(server, query: int, k: int | None = None) -> Panel:

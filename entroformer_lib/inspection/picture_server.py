@@ -119,10 +119,6 @@ class PictureServer(Scene, abc.ABC):
     def origin(self, query: int) -> int:
         """The site whose latents are held by the token that predicts the query."""
 
-    @abc.abstractmethod
-    def in_words(self, query: int) -> str:
-        """When the query is coded, and what it may look at."""
-
     # -- answers --
 
     @abc.abstractmethod

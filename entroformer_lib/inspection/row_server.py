@@ -87,14 +87,6 @@ class RowServer(PictureServer):
         seen[site] |= not self.causal
         return seen
 
-    def in_words(self, site: int) -> str:
-        """When the latent is coded, and what it may look at."""
-        if self.causal:
-            return "sees all latents before it." if site else "the first, nothing is decoded yet."
-        if self.has_context(site):
-            return "second pass, sees the whole first pass."
-        return "first pass, coded without context; its row gathers context for others."
-
     # -- answers --
 
     def rows(self, site: int, k: int | None, point: str = "probs") -> np.ndarray:

@@ -16,20 +16,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from entroformer_lib.exact.loops import array, f32, i32, in_threads, numba
+from entroformer_lib.exact import loops
+from entroformer_lib.exact.loops import array, f32, i32, in_threads
 from entroformer_lib.models.attention import TopKAttention, Visible, attend
 from entroformer_lib.models.position import RelativePosition
 
 
 def loop(function):
-    """Compiles at the first call. Unlike those of the coder, these loops may add in any order."""
-    options = dict(nogil=True, error_model="numpy", boundscheck=False, fastmath={"contract", "reassoc", "nsz"})
-    if numba is None:
-        return function
-    try:
-        return numba.njit(function, cache=True, **options)
-    except RuntimeError:  # no folder to keep it in
-        return numba.njit(function, **options)
+    """A compiled loop. Unlike those of the coder, these may add in any order."""
+    return loops.loop(function, fastmath={"contract", "reassoc", "nsz"})
 
 
 class SparseAttention(TorchFunctionMode):
@@ -73,8 +68,7 @@ class SparseAttention(TorchFunctionMode):
 def _serves(q, k, v, layer, sites, visible, relative, top_k, own=None, *rest) -> bool:
     """Whether there is something to gain: gradients, on a CPU, of a choice of keys that nobody looks at."""
     return (
-        numba is not None
-        and q.device.type == "cpu"
+        loops.serve(q)
         and q.dtype in (torch.float32, torch.bfloat16)
         and torch.is_grad_enabled()
         and top_k is not None

@@ -51,8 +51,7 @@ def attention_maps(
     figure, axes = new_figure(width, 1.07 * rows * inches + 0.8, rows, columns, squeeze=False)  # 7% for the scale
     titles = titles or [panel.title for panel in panels]
     for axis, panel, title in zip(axes.flat, panels, titles, strict=False):
-        draw = _table if panel.kind == "groups" else _map
-        draw(axis, picture, panel, f"{title} (up to {_largest(panel):.0%})")
+        _map(axis, picture, panel, f"{title} (up to {np.abs(panel.values).max():.0%})")
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
     scale = ScalarMappable(FuncNorm(ROOT, 0, 1), SEQUENTIAL)
@@ -64,11 +63,6 @@ def attention_maps(
     bar.outline.set_visible(False)
     _legend(figure, panels)
     return figure
-
-
-def _largest(panel: Panel) -> float:
-    """The largest size of a value. The first row of groups has only the start to look at, so it says nothing."""
-    return np.abs(panel.values[1:] if panel.kind == "groups" else panel.values).max()
 
 
 def _legend(figure: Figure, panels: list[Panel]) -> None:
@@ -104,19 +98,6 @@ def _map(axis, picture: Image.Image, panel: Panel, title: str) -> None:
     axis.spines[:].set_visible(False)
 
 
-def _table(axis, picture: Image.Image, panel: Panel, title: str) -> None:
-    """A GroupedMixer's groups: a row for each that is predicted, a column for each that is seen, the start first."""
-    colours = np.where(panel.decoded[..., None], _colours(panel), to_rgba("0.9"))
-    colours[0, 0] = to_rgba("0.75")  # it cannot look elsewhere
-    axis.imshow(colours, interpolation="nearest")
-    row = panel.query[0]
-    for edge, line in (("white", 2.6), (QUERY, 1.4)):
-        axis.add_patch(Rectangle((-0.5, row - 0.5), row + 1, 1, fill=False, edgecolor=edge, linewidth=line))
-    last = len(panel.values) - 1
-    axis.set(xticks=[0, last], xticklabels=["start", f"group {last - 1}"], yticks=[0, last], ylabel="predicted group")
-    axis.set_title(title, fontsize=7)
-
-
 def _veil(decoded: np.ndarray) -> np.ndarray:
     """Shade over what is not decoded yet: [h, w, 4]."""
     return np.stack([np.zeros(decoded.shape)] * 3 + [0.22 * ~decoded], axis=-1)
@@ -124,7 +105,7 @@ def _veil(decoded: np.ndarray) -> np.ndarray:
 
 def _colours(panel: Panel) -> np.ndarray:
     """The values as colours, square-root scale, clear where there is nothing: [h, w, 4]."""
-    strength = np.minimum(np.sqrt(np.abs(panel.values) / (_largest(panel) or 1)), 1)
+    strength = np.minimum(np.sqrt(np.abs(panel.values) / (np.abs(panel.values).max() or 1)), 1)
     if panel.kind == "cost":
         colours = np.where((panel.values > 0)[..., None], to_rgba(DEARER), to_rgba(CHEAPER))
         colours[..., 3] = np.where(panel.selected, 0.45 + 0.55 * strength, 0)
