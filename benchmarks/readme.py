@@ -168,9 +168,9 @@ def cost_bottleneck() -> str:
         f"{starting / crop:.1f} crops on a GPU it waits for the CPU that starts them. The paper's batch of 16 on 8 "
         "GPUs is below that.",
         f"**All-reduce.** Inside a machine it is small. Between machines it takes {exchange:.0f} ms, as long as "
-        f"computing {exchange / crop:.1f} crops. Starting the operations takes {starting:.0f} ms, which is longer. With "
-        "CUDA graphs that time would go, and then all-reduce would be the longest part for fewer crops than that on a "
-        "GPU.",
+        f"computing {exchange / crop:.1f} crops. Starting the operations takes {starting:.0f} ms, which is longer. "
+        "With CUDA graphs that time would go, and then all-reduce would be the longest part for fewer crops than that "
+        "on a GPU.",
         f"**Entropy coding** is no part of training. In evaluation one core codes the symbols of 768x512 pixels in "
         f"{encode:.0f} ms and decodes them in {decode:.0f} ms (measured, `base-serial`); the network's forward pass "
         f"would take {picture:.0f} ms on an H100 (simulated, without the coder's exact arithmetic). So with fewer than "

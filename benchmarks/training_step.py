@@ -4,18 +4,14 @@ python benchmarks/training_step.py --data DATA/train --out data/results/training
 
 Every row runs in a process of its own, because memory settings cannot be taken back. The plain loop reads and decodes
 its pictures anew for each step, computes in float32 and lets the C library return every freed tensor to the system.
-
-Beside that, what `training/sparse_attention.py` saves where an entropy model alone is trained, on larger grids.
 """
 
 import json
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
-import pandas
 import torch
 import tyro
 
@@ -24,9 +20,8 @@ from entroformer_lib.files import write_bytes
 from entroformer_lib.memory import keep_freed_memory
 from entroformer_lib.studies.results import provenance
 from entroformer_lib.training.data import PreloadedCrops, StreamedCrops
-from entroformer_lib.training.loss import RateStep, TrainingStep
+from entroformer_lib.training.loss import TrainingStep
 from entroformer_lib.training.optimizer import build_optimizer
-from entroformer_lib.training.sparse_attention import SparseAttention
 
 ROWS = ("plain", "pictures in memory", "bfloat16", "freed memory kept", "channels last", "Muon", "compiled")
 
@@ -88,33 +83,6 @@ def parts(model, x: torch.Tensor, repeats: int = 5) -> dict:
     return result
 
 
-ATTENTION = "attention"  # a row's name that measures this:
-
-
-def attention(steps: int, batch: int = 8) -> list[dict]:
-    """Milliseconds of a step of entropy models on latents, with attention in tensor operations and in loops; both in
-    turns, the least of each."""
-    keep_freed_memory()
-    rows = []
-    for context in ("parallel", "serial"):
-        torch.manual_seed(0)
-        model = build_model(f"tiny-{context}")
-        optimizer, step = build_optimizer(model, "muon", 1e-3), RateStep(model, rounded=True).train()
-        for side in (16, 20):
-            y, least = 2 * torch.randn(batch, model.config.M, side, side), {}
-            for i, (name, mode) in enumerate((("tensors", nullcontext), ("loops", SparseAttention)) * (steps + 1)):
-                begin = time.perf_counter()
-                with mode():
-                    loss = step(y)["loss"]
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                if i > 1:  # the first ones compile
-                    least[name] = min(least.get(name, 1e9), 1e3 * (time.perf_counter() - begin))
-            rows.append({"context": context, "latents": f"{side}x{side}", **{f"{k}_ms": v for k, v in least.items()}})
-    return rows
-
-
 def main(
     data: str,
     out: Path | None = None,
@@ -136,21 +104,17 @@ def main(
         row: Measure this one alone, in this process.
     """
     if row is not None:
-        print(json.dumps(attention(steps) if row == ATTENTION else measure(row, data, model, batch, crop, steps)))
+        print(json.dumps(measure(row, data, model, batch, crop, steps)))
         return
     rows = []
-    for name in (*ROWS, ATTENTION):
+    for name in ROWS:
         done = subprocess.run([sys.executable, *sys.argv, "--row", name], capture_output=True, text=True, check=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
-        if name == ATTENTION:
-            break
         ratio = rows[-1]["images_per_s"] / rows[0]["images_per_s"]
         print(f"{name:20} {rows[-1]['images_per_s']:7.1f} images a second, {ratio:.2f} times plain", flush=True)
-    of_attention = rows.pop()
-    print(pandas.DataFrame(of_attention).round(0).to_string(index=False))
     settings = {"model": model, "batch": batch, "crop": crop, "steps": steps, "threads": torch.get_num_threads()}
     if out is not None:
-        result = {"rows": rows, ATTENTION: of_attention, "settings": settings, "provenance": provenance(seed=0)}
+        result = {"rows": rows, "settings": settings, "provenance": provenance(seed=0)}
         write_bytes(out, json.dumps(result, indent=1).encode())
 
 
