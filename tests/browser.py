@@ -80,8 +80,9 @@ def jupyter_lab(folder: Path, **environment: str) -> Iterator[tuple[str, str]]:
         process.terminate()
         try:
             process.wait(60)  # it ends its kernels first, and other tests may have the cores
-        finally:
+        except subprocess.TimeoutExpired:  # its kernels end by themselves once it is gone
             process.kill()
+            process.wait()
 
 
 def _wait_for(address: str, process) -> None:

@@ -372,7 +372,7 @@ def test_static_figure_of_costs(server):
 
 
 def test_figures_of_saved_studies_show_their_means():
-    saved = study.read_results()["tiny-parallel"]
+    (saved,) = study.read_results().values()
     explained = saved["explained"]
     left, right = attention_figures.attention_against_cost(explained, 16).axes
     own = explained[(explained["k"] == 16) & (explained["head"] == 1)].groupby("layer")["rho"].mean()

@@ -1,6 +1,6 @@
 """What the heads of the context model look at, and whether attention says what the attended latents are worth in bits.
 
-    python -m entroformer_lib.studies.attention tiny-parallel --images pictures/kodak --limit 6
+    python -m entroformer_lib.studies.attention blocks-parallel --images pictures/kodak --limit 12
 
 Two studies on the row server (`inspection.row_server`), which answers for one latent of one picture: `head_profile` and
 `attention_against_cost`.

@@ -28,7 +28,12 @@ SHARED = ("g_a.", "g_s.", "gain.")  # tensors that another file may hold
 # Weights that are no longer shipped -> the revision that still has them and reads their files
 RETIRED = {"tiny-rates-msssim": "06aa877 (tag tiny-weights)"}
 # The same of weights whose name went over to better ones: the first bytes of their digest, as files tell it
-REPLACED = {"dda61378": "3ff166b (tag blocks-first)", "cda7fdb9": "3ff166b (tag blocks-first)"}
+REPLACED = {
+    "dda61378": "3ff166b (tag blocks-first)",
+    "cda7fdb9": "3ff166b (tag blocks-first)",
+    "0ca4c778": "efa16cf (tag blocks-six)",
+    "1fe9fcea": "efa16cf (tag blocks-six)",
+}
 
 
 def weight_folders() -> list[Path]:
