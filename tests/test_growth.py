@@ -69,6 +69,7 @@ def test_an_entropy_model_twice_as_wide_predicts_the_same_and_its_twins_part(fie
         for parameter in small.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     c = small.config
+    small.refresh_tables()
     large = changed(small, dict(dim=2 * c.dim, heads=2 * c.heads)).double().eval()
     assert large.config.dim == 2 * c.dim
     level = torch.tensor([0.0, 1.5]) if c.lmbdas else None

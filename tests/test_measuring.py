@@ -165,11 +165,11 @@ def test_answers_that_hold_names_belong_to_these_pictures(source, photo, tmp_pat
 
 def test_a_saved_attention_study_is_found_by_its_weights(photo_folder, tmp_path):
     """A model of your own that is called as a shipped one has no saved study."""
-    save_weights(micro_model("parallel", seed=1), tmp_path / "blocks-parallel.safetensors", {})
-    assert attention.saved_of(load_model(tmp_path / "blocks-parallel.safetensors", "cpu")) is None
-    shipped = load_model("blocks-parallel", "cpu")
-    assert attention.saved_of(shipped)["provenance"]["model"] == "blocks-parallel"
-    shipped.level = 2.0  # a model of variable rate has another rate at each level
+    save_weights(micro_model("parallel", seed=1), tmp_path / "tiny-parallel.safetensors", {})
+    assert attention.saved_of(load_model(tmp_path / "tiny-parallel.safetensors", "cpu")) is None
+    shipped = load_model("tiny-parallel", "cpu")
+    assert attention.saved_of(shipped)["provenance"]["model"] == "tiny-parallel"
+    shipped.level = 2.0  # as of a model of variable rate, which has another rate at each level
     assert attention.saved_of(shipped) is None
 
 

@@ -93,10 +93,11 @@ def _with_twins(model: Entroformer, config: EntroformerConfig) -> Entroformer:
         )
     larger = Entroformer(config).train(model.training)
     known, state = model.state_dict(), larger.state_dict()
+    parameters = dict(larger.named_parameters())
     for name, tensor in known.items():
         if name == "_extra_state":
             continue
-        for axis in range(tensor.dim()):
+        for axis in range(tensor.dim() if name in parameters else 0):  # the tables of p(z) stay
             if state[name].size(axis) == 2 * tensor.size(axis):
                 # queries, keys and values are stacked, and so are the features that the last layers read
                 parts = 3 if name.endswith("qkv.weight") and axis == 0 else 1
