@@ -110,6 +110,7 @@ class ConvBlock(nn.Module):
 @replaceable
 def block_of(x: Tensor, block: ConvBlock) -> Tensor:
     """What a ConvBlock does; `replaceable`, so that it can be done strip by strip."""
+    x = x.contiguous(memory_format=torch.channels_last)  # 1x1 convolutions are quicker so
     x = x + block.leave(block.depthwise(F.leaky_relu(block.enter(x), 0.1)))
     a, b = block.gates(x).chunk(2, dim=1)  # [B, N, h, w] each
     return x + block.mix(F.relu6(a) * b.clamp(-LIMIT, LIMIT))
