@@ -105,13 +105,13 @@ def _attend(
     which, scores, probs = np.empty(n + 3, i32), np.empty((1, n + 1), f32), np.empty((1, n + 1), f32)
     weights, total = np.empty(n + 3, f64), np.empty(d, f64)
     for i in range(len(high)):
-        seen, one = limits[i], np.empty(1, f32)
+        seen = limits[i]
         _scores(high[i], cross[i], scale[i], k_scale, position[i, -1], row[:seen])
         for c in range(near.shape[1]):
             j = near[i, c]
-            if 0 <= j < seen:
-                _scores(high[i, j : j + 1], cross[i, j : j + 1], scale[i], k_scale[j : j + 1], position[i, c], one)
-                row[j] = one[0]
+            if 0 <= j < seen:  # as `_scores`
+                whole = i32(i32(i32(high[i, j]) * i32(256)) + i32(cross[i, j]))
+                row[j] = f32(whole) * f32(256) * (scale[i] * k_scale[j]) + position[i, c]
         if window:
             _hide(key_sites[0], key_sites[1], sites[i, 0], sites[i, 1], window, row[:seen])
         # At least k scores reach the k-th largest of the groups' maxima.
@@ -123,13 +123,16 @@ def _attend(
         threshold = f32(-3e38)
         if groups > k:
             threshold = max(threshold, kth_largest(largest[:groups], order, k))
-        count = 0
-        for g in range(groups):
-            if largest[g] >= threshold:
-                for j in range(g, seen, groups):
-                    which[count] = j
-                    scores[0, count] = row[j]
-                    count += i32(row[j] >= threshold)
+        count, found = 0, 0
+        for g in range(groups):  # here and below without a branch, which nobody could foresee
+            order[found] = g
+            found += int(largest[g] >= threshold)
+        for c in range(found):
+            for j in range(order[c], seen, groups):
+                which[count] = j
+                count += int(row[j] >= threshold)
+        for c in range(count):
+            scores[0, c] = row[which[c]]
         listed = count
         if len(own):
             scores[0, count] = own[i]
