@@ -373,7 +373,7 @@ def explore(
     With --table it writes a table instead, of one picture or of all in a folder: a row for each latent, with its bits,
     what the context saved, and where each layer looked.
 
-    With --live the page holds a parallel model itself, up to 50 MB, and takes any photograph that is dropped on it.
+    With --live the page holds a parallel model itself, up to 60 MB, and takes any photograph that is dropped on it.
 
     Example: entroformer explore photo.png -o page.html
 

@@ -38,7 +38,7 @@ SOURCES = ("live_numbers.js", "live_pictures.js", "live.js", "live_view.js", "li
 REACH = 24  # steps of z; farther ones cost as much as the farthest here
 LARGEST_SIDE = 768  # pixels, as in live.js
 SMALLEST_SIDE = 16  # pixels, of the scaled picture
-LARGEST_PAGE = 50_000_000  # bytes
+LARGEST_PAGE = 60_000_000  # bytes
 
 
 def live_page(model: Entroformer, picture=None, reference: Entroformer | None = None) -> str:
