@@ -69,6 +69,22 @@ def test_every_parameter_is_in_one_group():
     assert [g["lr"] for g in groups if g["fixed"]] == [1e-3]
 
 
+def test_queries_and_keys_move_as_far_as_values():
+    """They share a matrix, and their gradients are far smaller."""
+    torch.manual_seed(0)
+    model = Entroformer(named_config("tiny-parallel", **MICRO))
+    optimizer = build_optimizer(model, "muon", 1e-3)
+    qkv = model.context_model.stack.blocks[0].attention.qkv.weight
+    before = qkv.detach().clone()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    qkv.grad = torch.randn_like(qkv)
+    qkv.grad[: 2 * len(qkv) // 3] *= 1e-4
+    optimizer.step()
+    moved = [part.norm() for part in (qkv.detach() - before).chunk(3)]
+    assert max(moved) < 1.1 * min(moved)
+
+
 @pytest.mark.parametrize("bf16, amx", [(False, False), (True, False), (False, True)])
 def test_products_are_in_a_type_that_the_processor_multiplies(bf16, amx, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)

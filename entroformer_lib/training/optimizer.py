@@ -19,20 +19,21 @@ COOL_DOWN = 0.6  # share of the steps over which the linear schedule goes to zer
 
 def build_optimizer(model: nn.Module, kind: str, lr: float) -> torch.optim.Optimizer:
     """The optimizer of a run. The quantiles of the factorized prior form a group with a `fixed` learning rate."""
-    matrices, others, quantiles = [], [], []
+    matrices, threefold, others, quantiles = [], [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if name.endswith(".quantiles"):
             quantiles.append(parameter)
         elif kind == "muon" and _is_matrix(name, parameter):
-            matrices.append(parameter)
+            (threefold if name.endswith("qkv.weight") else matrices).append(parameter)
         else:
             others.append(parameter)
     groups = [{"params": others, "fixed": False}, {"params": quantiles, "lr": QUANTILES_LR, "fixed": True}]
     if kind == "adam":
         return torch.optim.Adam(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8)
-    return Muon([*groups, {"params": matrices, "orthogonal": True}], lr)
+    orthogonal_ones = [{"params": matrices, "orthogonal": True}, {"params": threefold, "orthogonal": True, "parts": 3}]
+    return Muon([*groups, *orthogonal_ones], lr)
 
 
 def _is_matrix(name: str, parameter: Tensor) -> bool:
@@ -50,11 +51,13 @@ class Muon(torch.optim.Optimizer):
     torch.optim.Muon takes matrices alone and one after the other. Here kernels are matrices too, and those of equal
     shape go through one batched product, which is most of a step's time.
 
-    Groups with `orthogonal` hold matrices; a `fixed` learning rate is not scheduled.
+    Groups with `orthogonal` hold matrices of `parts` that lie below each other, each made orthogonal on its own. Queries,
+    keys and values share a matrix; as one, values, whose gradients are by far the largest, would take nearly all of the
+    step. A `fixed` learning rate is not scheduled.
     """
 
     def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95, betas=(0.9, 0.999), eps: float = 1e-8):
-        defaults = dict(lr=lr, momentum=momentum, betas=betas, eps=eps, orthogonal=False, fixed=False)
+        defaults = dict(lr=lr, momentum=momentum, betas=betas, eps=eps, orthogonal=False, parts=1, fixed=False)
         super().__init__(groups, defaults)
 
     @torch.no_grad()
@@ -85,12 +88,12 @@ class Muon(torch.optim.Optimizer):
         by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
         for p, ahead in zip(parameters, aheads, strict=True):
             by_shape.setdefault(ahead.flatten(1).shape, []).append((p, ahead))
-        for shape, members in by_shape.items():  # equal shapes in one batched product
+        for (rows, columns), members in by_shape.items():  # equal shapes in one batched product
             # Of a sharded matrix each process has some rows, and what is made orthogonal is the whole.
-            low = quick_type(aheads[0].device)
-            updates = orthogonal(torch.stack([whole(ahead).flatten(1).to(low) for _, ahead in members]))
-            for (p, _), update in zip(members, updates, strict=True):
-                p.add_(like(update.view(p.shape), p), alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
+            low, part = quick_type(aheads[0].device), (rows // group["parts"], columns)
+            updates = orthogonal(torch.cat([whole(ahead).flatten(1).to(low).view(-1, *part) for _, ahead in members]))
+            for (p, _), update in zip(members, updates.split(group["parts"]), strict=True):
+                p.add_(like(update.reshape(p.shape), p), alpha=-0.2 * math.sqrt(max(part)) * group["lr"])
 
 
 def quick_type(device: torch.device) -> torch.dtype:
