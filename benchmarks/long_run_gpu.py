@@ -330,7 +330,7 @@ class Step:
     """Model, optimizer and one step, which `capture` turns into a graph."""
 
     def __init__(self, model, lmbdas: tuple[float, ...], batch: int, device, metric: str, lr: float):
-        from entroformer_lib.training.optimizer import QUANTILES_LR, _is_matrix
+        from entroformer_lib.training.optimizer import QUANTILES_LR, _is_matrix, parts_of
 
         self.model, self.metric, self.device = model, metric, device
         self.lmbdas, self.peak, self.quantiles_lr = torch.tensor(lmbdas, device=device), lr, QUANTILES_LR
@@ -341,7 +341,8 @@ class Step:
         self.sums = torch.zeros(5, device=device)
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self.quantiles = [p for n, p in named if n.endswith(".quantiles")]
-        self.matrices = [p for n, p in named if _is_matrix(n, p) and not n.endswith(".quantiles")]
+        matrices = [(p, parts_of(n)) for n, p in named if _is_matrix(n, p) and not n.endswith(".quantiles")]
+        self.matrices, self.parts = [p for p, _ in matrices], [parts for _, parts in matrices]
         chosen = {id(p) for p in self.quantiles + self.matrices}
         self.others = [p for _, p in named if id(p) not in chosen]
         self.make_states()
@@ -396,14 +397,15 @@ class Step:
         aheads = [p.grad for p in self.matrices]
         torch._foreach_lerp_(self.momenta, aheads, 0.05)
         torch._foreach_lerp_(aheads, self.momenta, 0.95)
-        by_shape: dict[torch.Size, list[int]] = {}
-        for i, ahead in enumerate(aheads):
-            by_shape.setdefault(ahead.flatten(1).shape, []).append(i)
-        for shape, members in by_shape.items():
-            updates = orthogonal(torch.stack([aheads[i].flatten(1).bfloat16() for i in members])).float()
-            updates = updates * (self.lr * (0.2 * math.sqrt(max(shape))))
+        by_shape: dict[tuple, list[int]] = {}
+        for i, (ahead, parts) in enumerate(zip(aheads, self.parts, strict=True)):
+            by_shape.setdefault((parts, *ahead.flatten(1).shape), []).append(i)
+        for (parts, rows, columns), members in by_shape.items():
+            part = rows // parts, columns
+            updates = orthogonal(torch.cat([aheads[i].flatten(1).bfloat16().view(-1, *part) for i in members])).float()
+            updates = (updates * (self.lr * (0.2 * math.sqrt(max(part))))).split(parts)
             matrices = [self.matrices[i] for i in members]
-            torch._foreach_sub_(matrices, [u.view(m.shape) for m, u in zip(matrices, updates, strict=True)])
+            torch._foreach_sub_(matrices, [u.reshape(m.shape) for m, u in zip(matrices, updates, strict=True)])
 
     @torch.no_grad()
     def _update(self) -> None:

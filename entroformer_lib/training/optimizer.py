@@ -26,7 +26,7 @@ def build_optimizer(model: nn.Module, kind: str, lr: float) -> torch.optim.Optim
         if name.endswith(".quantiles"):
             quantiles.append(parameter)
         elif kind == "muon" and _is_matrix(name, parameter):
-            (threefold if name.endswith("qkv.weight") else matrices).append(parameter)
+            (matrices if parts_of(name) == 1 else threefold).append(parameter)
         else:
             others.append(parameter)
     groups = [{"params": others, "fixed": False}, {"params": quantiles, "lr": QUANTILES_LR, "fixed": True}]
@@ -41,6 +41,11 @@ def _is_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.dim() in (2, 4) and name.endswith("weight") and "z_prior" not in name
 
 
+def parts_of(name: str) -> int:
+    """How many matrices lie below each other in a weight: queries, keys and values share one."""
+    return 3 if name.endswith("qkv.weight") else 1
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised for matrices (Jordan et al. 2024, "Muon"); Adam for everything else.
 
@@ -51,9 +56,9 @@ class Muon(torch.optim.Optimizer):
     torch.optim.Muon takes matrices alone and one after the other. Here kernels are matrices too, and those of equal
     shape go through one batched product, which is most of a step's time.
 
-    Groups with `orthogonal` hold matrices of `parts` that lie below each other, each made orthogonal on its own. Queries,
-    keys and values share a matrix; as one, values, whose gradients are by far the largest, would take nearly all of the
-    step. A `fixed` learning rate is not scheduled.
+    Groups with `orthogonal` hold matrices of `parts` that lie below each other, each made orthogonal on its own. As one
+    with queries and keys, values, whose gradients are by far the largest, would take nearly all of the step. A `fixed`
+    learning rate is not scheduled.
     """
 
     def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95, betas=(0.9, 0.999), eps: float = 1e-8):
