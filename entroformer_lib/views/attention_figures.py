@@ -51,7 +51,7 @@ def attention_maps(
     figure, axes = new_figure(width, 1.07 * rows * inches + 0.8, rows, columns, squeeze=False)  # 7% for the scale
     titles = titles or [panel.title for panel in panels]
     for axis, panel, title in zip(axes.flat, panels, titles, strict=False):
-        _map(axis, picture, panel, f"{title} (up to {np.abs(panel.values).max():.0%})")
+        _map(axis, picture, panel, f"{title} (up to {_percent(np.abs(panel.values).max())})")
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
     scale = ScalarMappable(FuncNorm(ROOT, 0, 1), SEQUENTIAL)
@@ -63,6 +63,11 @@ def attention_maps(
     bar.outline.set_visible(False)
     _legend(figure, panels)
     return figure
+
+
+def _percent(share: float) -> str:
+    """A share in percent; what is less than one gets the first digit that is not 0."""
+    return f"{share:.0%}" if share >= 0.01 else f"{100 * share:.1g}%"
 
 
 def _legend(figure: Figure, panels: list[Panel]) -> None:
