@@ -27,8 +27,9 @@ def maps(
     points: Sequence[tuple[int, int]] = POINTS,
     ks: Sequence[int | None] = KS,
     trained: Sequence[RowServer] = (),
+    layer: int = -1,
 ) -> list[dict]:
-    """Attention probabilities of the last layer, from the latents `points` of one picture.
+    """Attention probabilities of a layer, by default the last, from the latents `points` of one picture.
 
     Args:
         ks: asked of one model, whatever it was trained with.
@@ -40,15 +41,15 @@ def maps(
         different k, whose heads have nothing to do with each other, the mean over the heads.
     """
     k, last = server.default_k, points[-1]
-    found = [_map(8, f"row {point[0]}, column {point[1]}", server, point, None, k) for point in points]
-    found += [_map(9, f"head {head}", server, last, head, k) for head in range(server.heads)]
+    found = [_map(8, f"row {row}, column {column}", server, (row, column), layer, None, k) for row, column in points]
+    found += [_map(9, f"head {head}", server, last, layer, head, k) for head in range(server.heads)]
     if trained:
-        return found + [_map(10, _title(one.default_k), one, last, None, one.default_k) for one in trained]
-    return found + [_map(10, _title(n), server, last, 0, n) for n in ks]
+        return found + [_map(10, _title(one.default_k), one, last, layer, None, one.default_k) for one in trained]
+    return found + [_map(10, _title(n), server, last, layer, 0, n) for n in ks]
 
 
-def _map(figure: int, title: str, server: RowServer, point: tuple[int, int], head: int | None, k: int | None) -> dict:
-    probs = server.rows(point[0] * server.width + point[1], k)[-1]  # [heads, n]
+def _map(figure: int, title: str, server: RowServer, point: tuple[int, int], layer: int, head: int | None, k) -> dict:
+    probs = server.rows(point[0] * server.width + point[1], k)[layer]  # [heads, n]
     probs = probs.mean(0) if head is None else probs[head]
     grid = probs.reshape(server.height, server.width).round(5).tolist()
     return {"figure": figure, "title": title, "query": list(point), "probs": grid}
@@ -59,7 +60,11 @@ def _title(k: int | None) -> str:
 
 
 def save(
-    model: str = "blocks-parallel", picture: str = PICTURE, trained: tuple[str, ...] = (), out: Path | None = None
+    model: str = "blocks-parallel",
+    picture: str = PICTURE,
+    trained: tuple[str, ...] = (),
+    layer: int = -1,
+    out: Path | None = None,
 ) -> None:
     """Writes the maps, with where they come from.
 
@@ -67,12 +72,14 @@ def save(
         model: Name or path.
         picture: A sample picture; the points belong to "coffee".
         trained: For figure 10, names or paths of models that were trained with different k.
+        layer: Counted from 0; -1 is the last.
         out: The file; by default data/results/attention_maps.json.
     """
     loaded, original = load_model(model, "cpu"), sample_picture(picture)
     others = [RowServer(load_model(name, "cpu"), original) for name in trained]
-    found = maps(RowServer(loaded, original), trained=others)
-    result = {"model": model, "picture": picture, "trained_k": bool(trained), "provenance": provenance(loaded)}
+    found = maps(RowServer(loaded, original), trained=others, layer=layer)
+    told = {"model": model, "picture": picture, "layer": layer, "trained_k": bool(trained)}
+    result = {**told, "provenance": provenance(loaded)}
     text = json.dumps(result, indent=1)[:-2] + ',\n "maps": [\n' + ",\n".join(map(json.dumps, found)) + "\n]}\n"
     write_bytes(out or result_path("attention_maps"), text.encode())
 
