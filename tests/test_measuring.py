@@ -167,9 +167,9 @@ def test_a_saved_attention_study_is_found_by_its_weights(photo_folder, tmp_path)
     """A model of your own that is called as a shipped one has no saved study."""
     save_weights(micro_model("parallel", seed=1), tmp_path / "tiny-parallel.safetensors", {})
     assert attention.saved_of(load_model(tmp_path / "tiny-parallel.safetensors", "cpu")) is None
-    shipped = load_model("tiny-parallel", "cpu")
-    assert attention.saved_of(shipped)["provenance"]["model"] == "tiny-parallel"
-    shipped.level = 2.0  # as of a model of variable rate, which has another rate at each level
+    shipped = load_model("blocks-parallel", "cpu")
+    assert attention.saved_of(shipped)["provenance"]["model"] == "blocks-parallel"
+    shipped.level = 2.0  # another rate than that of the study
     assert attention.saved_of(shipped) is None
 
 
