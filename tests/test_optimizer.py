@@ -85,6 +85,15 @@ def test_queries_and_keys_move_as_far_as_values():
     assert max(moved) < 1.1 * min(moved)
 
 
+def test_a_model_without_attention_is_moved():
+    model = Entroformer(named_config("tiny-minnen", **MICRO))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = model.h_a[0].weight.detach().clone()
+    build_optimizer(model, "muon", 1e-3).step()
+    assert not torch.equal(model.h_a[0].weight, before)
+
+
 @pytest.mark.parametrize("bf16, amx", [(False, False), (True, False), (False, True)])
 def test_products_are_in_a_type_that_the_processor_multiplies(bf16, amx, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)

@@ -69,6 +69,8 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None):
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:  # a CNN has no queries
+                continue
             (self._muon if group["orthogonal"] else self._adam)(parameters, group)
 
     def _adam(self, parameters: list[Tensor], group: dict) -> None:
