@@ -19,7 +19,7 @@ from tyro.conf import Positional
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.studies.classical import jpeg_psnr_db
-from entroformer_lib.studies.measuring import finished_rows, measure, tasks_of
+from entroformer_lib.studies.measuring import about, finished_rows, measure, tasks_of
 from entroformer_lib.studies.rate_distortion import pictures_to_test
 from entroformer_lib.studies.results import result_path, save
 from entroformer_lib.training.config import TrainConfig
@@ -151,9 +151,8 @@ def _measure_and_write(card: dict, name: str, kodak: Path) -> None:
         points = means(rows).drop(columns="lmbda").to_dict("records")
         lmbdas = sorted({row["lmbda"] for row in rows} - {None})
         mean = dict(zip((f"{lmbda:g}" for lmbda in lmbdas), points, strict=True)) if lmbdas else points[0]
-        about = {"optimised_for": card["metric"], "variant": model.config.variant}
-        about["transforms"] = card["training"].get("transforms") if card.get("family", True) else None
-        record = save(result, {"images": rows, "mean": mean, **about}, model, seed=card["training"]["seed"])
+        content = {"images": rows, "mean": mean, **about(card, model.config.variant)}
+        record = save(result, content, model, seed=card["training"]["seed"])
 
         card["kodak"] = {**mean, "images": len(rows), "date": record["date"]}
         save_card(weights, card)

@@ -238,7 +238,7 @@ def evaluate(
         check_place(out)
     paths = pictures_to_test(data, limit, lambda sentence: print(sentence, file=sys.stderr))
     loaded = _load(model, device)
-    place = next(loaded.g_s.parameters()).device.type
+    place = str(next(loaded.g_s.parameters()).device)
     named = zip(paths, names_of(paths), strict=True)
     codings = [Coding(model, None, str(path), place, name) for path, name in named]
     columns = ["bpp", "bpp_estimated", "psnr_db", "ms_ssim", "encode_s", "decode_s"]
@@ -616,6 +616,8 @@ def _code(
     if not inputs:
         print(f"entroformer: Name a {work.what}, a folder, a pattern, or - for the standard input.", file=sys.stderr)
         sys.exit(2)
+    if force and resume:
+        raise UserError("--force replaces what exists, and --resume keeps it; choose one.")
     if many.means_many(inputs, output):
         _code_many(work, inputs, output, force, resume, jobs, scheduler, as_json)
         return
@@ -624,7 +626,8 @@ def _code(
         raise UserError("What comes from the standard input needs the name of an output, or -: -o FILE.")
     place = Path("-") if to_stdout else _output(output and Path(output), name, work.ending, force or resume)
     if resume and place.is_file() and not to_stdout:
-        print(f"{place} exists and is kept.")
+        row = {"file": name, "output": str(place), "kept": True}
+        print(json.dumps(row) if as_json else f"{place} exists and is kept.")
         return
     special = to_stdout or (place.exists() and not place.is_file())  # a pipe or a device, whose name has no ending
     work = work.prepared()

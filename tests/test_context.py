@@ -89,11 +89,20 @@ def test_first_slice_is_where_row_plus_column_is_odd():
     assert first_slice(2, 3).tolist() == [[False, True, False], [True, False, True]]
 
 
-@pytest.mark.parametrize("variant", ["serial", "parallel", "cnn"])
+@pytest.mark.parametrize(
+    ("variant", "fields"),
+    [
+        ("serial", {}),
+        ("parallel", {}),
+        ("parallel", {"position": "absolute"}),
+        ("parallel", {"position": "absolute", "context_layers": 1}),
+        ("cnn", {}),
+    ],
+)
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (4, 6)])
-def test_coding_steps_see_what_the_forward_pass_sees(variant, size):
+def test_coding_steps_see_what_the_forward_pass_sees(variant, fields, size):
     """The features handed to the coder, step by step, equal those of one pass over the known latents."""
-    model = micro_model(variant).double()
+    model = micro_model(variant, **fields).double()
     y_hat = torch.randn(1, 24, *size, dtype=torch.float64).mul(4).round()
     seen, asked = torch.zeros(1, 24, size[0] * size[1], dtype=torch.float64), []
     with torch.no_grad(), contextlib.suppress(StopIteration):

@@ -76,6 +76,9 @@ def test_what_is_done_is_kept(home):
     assert under(home / "small") == {**first, "a/cat.ef": b"mine"}
     call(*COMPRESS, "--force")
     assert under(home / "small") == first
+    one = [COMPRESS[0], "photos/b/dog.png", "-o", "small/b/dog.ef"]
+    assert json.loads(call(*one, "--resume", "--json")[0])["kept"]
+    assert "choose one" in call(*one, "--resume", "--force", expect=1)[1]
 
 
 def test_several_processes_give_the_same_files(home):

@@ -239,8 +239,15 @@ def test_measured_models_are_kept(picture, tmp_path, results_folder):
     more = measured("elsewhere", "mine", seed=2)
     assert list(more["models"]) == ["cnn", "none", "mine"]
     assert more["rows"][:8] == saved["rows"]
+    rates = micro_model("serial", lmbdas=(0.01, 0.1))
+    save_weights(rates, tmp_path / "rates.safetensors", {})
+    asked = tuple(f"{tmp_path / 'rates.safetensors'}@{lmbda}" for lmbda in (0.01, 0.1))
+    pm.measure(tmp_path / "elsewhere", tmp_path / "kodak", side=3, crop=128, models=asked)
+    told = json.loads((results_folder / "position_masking.json").read_text())
+    bits = [{row["bpp_all"] for row in told["rows"] if row["model"] == f"rates@{lmbda}"} for lmbda in (0.01, 0.1)]
+    assert bits[0] and bits[1] and bits[0] != bits[1]  # a rate is not taken for another
     again = measured("elsewhere", "none", seed=3)  # other weights take the place of the first
-    assert again["models"]["none"] != first["models"]["none"] and len(again["rows"]) == 12
+    assert again["models"]["none"] != first["models"]["none"] and len(again["rows"]) == 20
 
 
 def test_models_of_the_study_are_trained_once(source, photo_folder, tmp_path, monkeypatch):

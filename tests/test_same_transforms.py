@@ -10,6 +10,7 @@ import torch
 from benchmarks.repetition import repetition
 from entroformer_lib.studies import results, same_transforms
 from entroformer_lib.studies.bd import compare, curve_of
+from entroformer_lib.studies.measuring import about
 from entroformer_lib.views import figures, rate_figures
 
 
@@ -51,8 +52,23 @@ def test_figure(saved):
     figure = rate_figures.same_transforms(data)
     drawn = [line.get_ydata() for line in figure.axes[0].lines]
     assert any(np.allclose(y, 10) for y in drawn)
+    ours = lambda: set(rate_figures.codecs_data(("JPEG",), "JPEG")().query("source.isna()")["codec"])  # noqa: E731
+    assert ours() == {"other"}  # the one outside the family
+    (saved / "other-kodak.json").unlink()
+    assert ours() == {"serial", "minnen", "cnn"}  # there are no others
+    other = json.loads((saved / "cnn-kodak.json").read_text()) | {"variant": "serial-cnn"}
+    (saved / "own-kodak.json").write_text(json.dumps(other))  # a kind without a name in the figures comes last
+    assert list(same_transforms.saved_rates()["variant"].unique())[-1] == "serial-cnn"
+    assert "serial-cnn" in list(rate_figures.same_transforms_data()["label"])
+    rate_figures.same_transforms(rate_figures.same_transforms_data())
     (saved / "minnen-kodak.json").unlink()
     assert rate_figures.same_transforms_data() is None
+
+
+def test_a_card_says_whether_a_model_stands_alone():
+    card = {"training": {"transforms": "blocks"}, "metric": "mse"}
+    assert about(card, "serial")["transforms"] == "blocks"
+    assert about({**card, "family": False}, "serial")["transforms"] is None
 
 
 def test_missing_results_give_an_empty_table(results_folder):

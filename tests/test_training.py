@@ -125,13 +125,16 @@ def test_resume_with_muon_mean_and_variable_rate(config, tmp_path):
     assert_same_run(cut, config)
 
 
-def test_too_large_a_batch_names_one_that_fits(config, monkeypatch):
+@pytest.mark.parametrize("lmbdas", [(), (0.01, 0.1)])
+def test_too_large_a_batch_names_one_that_fits(config, monkeypatch, lmbdas):
     """The memory of a GPU, imitated: no more than three crops at a time."""
     forward = TrainingStep.forward
+    config = replace(config, lmbdas=lmbdas, pretrain_lmbda=None if lmbdas else 0.1)
 
     def small_memory(self, x, *rest, **more):
         if len(x) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
+        assert sys.exc_info()[1] is None  # an error that is being handled would keep the graph that failed
         return forward(self, x, *rest, **more)
 
     train(replace(config, steps=2), progress=False)  # leaves a checkpoint

@@ -100,7 +100,7 @@ def level_within(model: Entroformer, x: Tensor, size: int) -> int:
     """
     if model.gain is None:
         raise RateError("A wanted size takes a model of variable rate, and this one has a single rate.")
-    y = model.g_a(x)
+    y = model.analysis(x)
 
     def estimated_bytes(step: int) -> float:
         level = step / LEVEL_STEPS

@@ -237,8 +237,6 @@ def left_to_do(jobs: list[Job], force: bool, resume: bool) -> list[Job]:
     Raises:
         DataError: outputs exist, and neither `force` nor `resume` says what to do about them.
     """
-    if force and resume:
-        raise DataError("--force replaces what exists, and --resume keeps it; choose one.")
     there = [output for _, output in jobs if output.is_file()]
     if there and not (force or resume):
         raise DataError(

@@ -216,7 +216,7 @@ class Stack(nn.Module):
         memory[-1](*last.attention.project(last.norm1(x))[1:])
 
     def _through(self, layers: range, x: Tensor, sites: Tensor, visible, memory) -> Tensor:
-        if self.absolute and 0 in layers:
+        if self.absolute and layers.start == 0:
             x = x + sinusoidal_positions(sites[sites.size(0) - x.size(1) :], self.dim).to(x.dtype)
         top_k = self.top_k
         if self.jitter and self.training and top_k is not None:

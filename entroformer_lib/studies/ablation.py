@@ -40,6 +40,8 @@ from entroformer_lib.studies.engine import Outcome, Report, Task, check, identit
 from entroformer_lib.studies.rate_distortion import Pictures, digest_of, pictures_of, pictures_to_test
 from entroformer_lib.studies.results import result_path
 from entroformer_lib.training.config import TrainConfig
+from entroformer_lib.training.data import read_names
+from entroformer_lib.training.folder import logged_steps
 from entroformer_lib.training.latents import (
     check_note,
     frozen_transforms,
@@ -304,7 +306,8 @@ def prepare(grids: list[Grid], terms: Terms, root: Path, seeds: Iterable[int] = 
     digest = transforms_digest(source)
     note = Path(terms.latents) / "latents.json"
     if note.exists():
-        check_note(note, {"transforms_sha256": digest, "crop": _largest_crop(terms)})
+        names = read_names(terms.held_out) if terms.held_out else ()
+        check_note(note, {"transforms_sha256": digest, "crop": _largest_crop(terms), "held_out": sorted(names)})
     pictures, mosaic = pictures_to_test(terms.kodak, terms.limit), latent_rates.ROWS * latent_rates.COLUMNS
     if len(pictures) < mosaic and any(grid.name == "table4" for grid in grids):
         raise StudyError(f"Table 4 is measured on mosaics of {mosaic} pictures, and there are {len(pictures)}.")
@@ -346,8 +349,8 @@ def _estimate(task: Task, missing: list[str], tasks: list[Task], root: Path) -> 
 def _left(task: Task, root: Path) -> float:
     """Share of the steps that a training has before it."""
     curve = root / task.name / "log.jsonl"
-    rows = curve.read_text().splitlines() if curve.exists() else []
-    return 1 - json.loads(rows[-1])["step"] / task.identity["steps"] if rows else 1.0
+    steps = logged_steps(curve) if curve.exists() else []
+    return 1 - max(steps, default=0) / task.identity["steps"]
 
 
 # ---- which table comes out ----

@@ -217,6 +217,13 @@ def _tell(row: dict) -> None:
     print(row["codec"], row["setting"], row["image"], f"{row['bpp']:.3f} bpp {row['psnr_db']:.2f} dB", flush=True)
 
 
+def about(card: dict, variant: str) -> dict:
+    """What a saved Kodak result says of its model: `optimised_for`, `variant`, and `transforms`, by which the models of
+    a family find each other; None for one that stands alone."""
+    transforms = card.get("training", {}).get("transforms") if card.get("family", True) else None
+    return {"optimised_for": card.get("metric", "mse"), "variant": variant, "transforms": transforms}
+
+
 def means(rows: list[dict]) -> list[dict]:
     """One row per codec and setting: the means of all pictures, in the order in which they come."""
     table = pd.DataFrame(rows)

@@ -18,7 +18,7 @@ from entroformer_lib.inspection.missing_context import RADII, neighbourhood
 from entroformer_lib.inspection.row_server import RowServer
 from entroformer_lib.studies import attention_maps, position_masking, results
 from entroformer_lib.studies.commands import at_least
-from entroformer_lib.studies.measuring import Coding, finished_rows, means, measure, tasks_of
+from entroformer_lib.studies.measuring import Coding, about, finished_rows, means, measure, tasks_of
 from entroformer_lib.studies.rate_distortion import pictures_of, pictures_to_test
 from entroformer_lib.weights.zoo import load_model
 
@@ -96,9 +96,7 @@ class Paper:
             rows = measure(codings, done, self.jobs)
             mean = means(rows)
             images = [{"lmbda": row.pop("setting"), **row} for row in rows]
-            transforms = model.card.get("training", {}).get("transforms")
-            about = {"optimised_for": model.card.get("metric", "mse"), "variant": model.config.variant}
-            results.save(out, {"images": images, "mean": mean, **about, "transforms": transforms}, model)
+            results.save(out, {"images": images, "mean": mean, **about(model.card, model.config.variant)}, model)
 
 
 def _seconds(coding: Coding) -> float:

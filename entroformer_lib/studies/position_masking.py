@@ -39,7 +39,7 @@ from entroformer_lib.inspection.missing_context import (
     only_positions,
     scene_of,
 )
-from entroformer_lib.inspection.scene import Scene
+from entroformer_lib.inspection.scene import Scene, name_at
 from entroformer_lib.memory import keep_freed_memory
 from entroformer_lib.studies import commands, results
 from entroformer_lib.studies.ablation_grids import RECIPE, Entry
@@ -235,7 +235,7 @@ def measure(
     commands.at_least(1, crop=crop, workers=workers)
     root, kodak = runs.resolve(), kodak.resolve()
     weights = {path.parent.name: str(path) for path in sorted(root.glob("*/weights.safetensors"))}
-    weights |= {model_name(load_model(name, "cpu")): name for name in models}
+    weights |= {_name(load_model(name, "cpu")): name for name in models}
     if not weights:
         raise StudyError(f"There is no finished run in {runs}.")
     paths = pictures_to_test(kodak, limit)
@@ -246,6 +246,10 @@ def measure(
     root = root / "measured"
     complete(list(tasks.values()), root, print, workers=workers, scheduler=scheduler)
     save(settings, {name: task.answer(root) for name, task in tasks.items()})
+
+
+def _name(model: Entroformer) -> str:
+    return name_at(model, model.level)
 
 
 def _measuring(
@@ -268,6 +272,7 @@ def _measuring(
     model = load_model(weights, "cpu")
     neighbourhood(model, side)  # refuses before anything runs
     identity = {"model": name, "weights_sha256": weights_digest(model).hex(), "pictures_sha256": digest}
+    identity |= {} if model.level is None else {"level": model.level}
     return Task.by_identity(name, work, {**identity, **settings})
 
 

@@ -140,7 +140,7 @@ def measured(picture: Image.Image, encode: Callable[[], bytes], decode: Callable
 @torch.inference_mode()
 def latents_of(model: Entroformer, picture: Image.Image) -> Tensor:
     """y of a picture (RGB), not yet rounded, as scaled for coding: [1, M, h, w]"""
-    return model.scaled(model.g_a(codec.to_tensor(picture, model)))
+    return model.scaled(model.analysis(codec.to_tensor(picture, model)))
 
 
 def bit_maps(model: Entroformer, picture: Image.Image) -> dict[str, np.ndarray]:

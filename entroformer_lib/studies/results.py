@@ -44,6 +44,13 @@ ABOUT = ["codec", "variant", "transforms", "optimised_for", "setting"]
 AUTHORS = "Entroformer, serial (authors)"  # among the published curves
 
 
+def in_order(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows by their `variant`, in the order of LABELS; others last."""
+    order = {variant: i for i, variant in enumerate(LABELS)}
+    places = rows["variant"].map(lambda variant: order.get(variant, len(order)))
+    return rows.loc[places.sort_values(kind="stable").index]
+
+
 # ---- saving ----
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from entroformer_lib.errors import StudyError
-from entroformer_lib.studies.results import LABELS, kodak, load
+from entroformer_lib.studies.results import in_order, kodak, load
 
 SAME_QUALITY = 0.02  # dB: what the rounding of folded gains may change
 
@@ -25,7 +25,7 @@ def saved_rates(transforms: str = "tiny-rates") -> pd.DataFrame:
     """
     rows = kodak()
     rows = rows[rows["transforms"] == transforms].rename(columns={"codec": "model", "setting": "lmbda"})
-    rows = rows.sort_values("variant", key=lambda names: names.map(list(LABELS).index), kind="stable")
+    rows = in_order(rows)
     columns = ["variant", "model", "image", "lmbda", "bpp", "psnr_db", "encode_s", "decode_s"]
     return rows.reindex(columns=columns).reset_index(drop=True)
 

@@ -108,6 +108,11 @@ def _step_of(row: bytes) -> int | None:
     return step if isinstance(step, int) else None
 
 
+def logged_steps(log: Path) -> list[int]:
+    """The steps of a log's rows, without damaged ones."""
+    return [step for row in log.read_bytes().splitlines() if (step := _step_of(row)) is not None]
+
+
 def read_checkpoint(path: Path, device: torch.device) -> dict:
     """What `RunFolder.save` wrote.
 

@@ -213,16 +213,15 @@ class Run:
         """One pass, whose gradients are added to those of the passes before.  ->  the terms of the loss"""
         c = self.config
         torch.manual_seed(hash((c.seed, step)) % 2**63)  # what is left to chance inside the model: k's jitter
-        x = x.contiguous(memory_format=torch.channels_last)
-        h, w = (side // (1 if c.transforms else 16) for side in x.shape[2:])
-        given = conditions(c, self.model.config, step, samples, (h, w), self.fabric.device)
+        x, terms = x.contiguous(memory_format=torch.channels_last), None
         try:
             with nullcontext() if c.compile else SparseAttention():
-                terms = self.step_module(x, **given)
+                terms = self.step_module(x, **self._given(x, step, samples))
             self.fabric.backward(terms["loss"] / c.accumulate)
+            return {name: value.detach() for name, value in terms.items()}
         except torch.OutOfMemoryError:
-            raise TrainingError(self._too_large(x)) from None
-        return {name: value.detach() for name, value in terms.items()}
+            terms = None  # its graph holds memory, and while this block lasts so does what the error knows of it
+        raise TrainingError(self._too_large(x, step, samples))
 
     def log(self, step: int, terms: dict, speed: float) -> dict:
         """Writes a row of the log, with the held-out pictures where they are due.  ->  the row"""
@@ -322,12 +321,17 @@ class Run:
             return here
         return bool(self.fabric.all_reduce(torch.tensor(float(here), device=self.fabric.device), reduce_op="sum") > 0)
 
-    def _too_large(self, x: Tensor) -> str:
+    def _given(self, x: Tensor, step: int, samples: range) -> dict:
+        """What a pass has beside its crops."""
+        h, w = (side // (1 if self.config.transforms else 16) for side in x.shape[2:])
+        return conditions(self.config, self.model.config, step, samples, (h, w), self.fabric.device)
+
+    def _too_large(self, x: Tensor, step: int, samples: range) -> str:
         """The sentence to stop with where the memory does not hold the crops x; it says how many fit."""
 
         def attempt(count: int) -> None:
             self.optimizer.zero_grad()
-            self.fabric.backward(self.step_module(x[:count], self.config.lmbda)["loss"])
+            self.fabric.backward(self.step_module(x[:count], **self._given(x, step, samples[:count]))["loss"])
 
         fits, size = largest_that_fits(len(x), attempt), len(x)
         advice = "not even one fits; a smaller --crop may"

@@ -18,6 +18,7 @@ from entroformer_lib.studies.results import (
     LABELS,
     QUALITIES,
     ablation,
+    in_order,
     kodak_means,
     load,
     published,
@@ -49,6 +50,7 @@ LOOKS = {  # variant: colour, marker, dashes of a line
     "context-cnn": ("0.3", "h", ":"),
     "context-serial": (COLOURS[0], "P", ":"),
 }
+OTHER = ("0.35", "o", "-")
 
 
 # ---- rate and quality ----
@@ -65,7 +67,7 @@ def whole_models_data() -> pd.DataFrame | None:
     ours = ours[ours["transforms"].notna() & ours["variant"].isin((BASE, "serial", "parallel", "groupedmixer"))]
     if not (ours["variant"] == BASE).any():
         return None
-    ours = ours.sort_values("variant", key=lambda names: names.map(list(LABELS).index), kind="stable")
+    ours = in_order(ours)
     ours = ours.assign(codec=ours["variant"].map(LABELS), base=LABELS[BASE])
     theirs = _named(published(), (AUTHORS, CNN_OF_THE_PAPER)).assign(base=CNN_OF_THE_PAPER)
     return pd.concat([ours, theirs], ignore_index=True)[["codec", "source", "bpp", "psnr_db", "base"]]
@@ -78,8 +80,8 @@ def codecs_data(names: tuple[str, ...], base: str) -> Callable[[], pd.DataFrame 
     """
 
     def read() -> pd.DataFrame | None:
-        ours = kodak_means()
-        ours = ours[ours["transforms"].isna() & (ours["optimised_for"] == "mse")]
+        ours = _alone()
+        ours = ours[ours["optimised_for"] == "mse"]
         if ours.empty:
             return None
         points = ours.groupby("codec")["bpp"].transform("size")
@@ -94,8 +96,8 @@ def goals_data(names: tuple[str, ...]) -> Callable[[], pd.DataFrame | None]:
     """Figure 12, by MS-SSIM: codec, optimised_for ("mse" for classical codecs too), source, bpp, ms_ssim_db."""
 
     def read() -> pd.DataFrame | None:
-        ours = kodak_means()
-        ours = ours[ours["transforms"].isna() & ours["optimised_for"].isin(list(GOALS))]
+        ours = _alone()
+        ours = ours[ours["optimised_for"].isin(list(GOALS))]
         if ours.empty:
             return None
         theirs = [_named(published(optimised_for=goals), names) for goals in (("ms-ssim",), ("mse", "codec"))]
@@ -104,6 +106,12 @@ def goals_data(names: tuple[str, ...]) -> Callable[[], pd.DataFrame | None]:
         return curves[["codec", "optimised_for", "source", "bpp", "ms_ssim_db"]]
 
     return read
+
+
+def _alone() -> pd.DataFrame:
+    """Our models without those of a family, or all where there are no others."""
+    ours = kodak_means()
+    return ours[ours["transforms"].isna() | ours["transforms"].notna().all()]
 
 
 def _named(curves: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
@@ -242,7 +250,7 @@ def same_transforms_data() -> pd.DataFrame | None:
     if not (rates["variant"] == BASE).any():
         return None
     data = against(rates, BASE)
-    return data.assign(label=data["variant"].map(LABELS))
+    return data.assign(label=data["variant"].map(lambda variant: LABELS.get(variant, variant)))
 
 
 @styled()
@@ -257,7 +265,7 @@ def same_transforms(data: pd.DataFrame, width: float = TWO_COLUMNS) -> Figure:
     panels = {"context and hyperprior": data[~halves], "one alone": data[halves]}
     for ax, (title, part) in zip(axes, panels.items(), strict=True):
         for (variant, label), line in part.groupby(["variant", "label"], sort=False):
-            colour, marker, dashes = LOOKS[variant]
+            colour, marker, dashes = LOOKS.get(variant, OTHER)
             ax.plot(line["base_bpp"], line["percent"], marker + dashes, color=colour, markersize=4, label=label)
         ax.axhline(0, color="0.3", linewidth=0.6, zorder=0)
         ax.set(xlabel="bits per pixel of CNNs throughout", ylabel="rate against CNNs, %")
@@ -356,7 +364,7 @@ def _points_and_front(ax, points: pd.DataFrame, seconds: str) -> None:
     ax.plot(best[seconds], best["percent"], "--", **look)
     ax.plot(groups[seconds], groups["percent"], color=LOOKS["groupedmixer"][0], linewidth=1, zorder=2)
     for variant, part in points.groupby("variant", sort=False):
-        colour, marker, dashes = LOOKS.get(variant, ("0.35", "o", "-"))
+        colour, marker, dashes = LOOKS.get(variant, OTHER)
         face = colour if dashes == "-" else "white"
         label = LABELS.get(variant, variant)
         ax.plot(part[seconds], part["percent"], marker, color=colour, markerfacecolor=face, markersize=5, label=label)
