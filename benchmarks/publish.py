@@ -100,16 +100,17 @@ def again(name: Positional[str], kodak: Path) -> None:
     _measure_and_write(load_model(_weights(name), "cpu").card, name, kodak)
 
 
-def card(name: Positional[str], differs: str = "") -> None:
+def card(name: Positional[str], differs: str = "", before: str = "") -> None:
     """Writes a shipped model's card anew, without measuring.
 
     Args:
         name: Name of the model.
-        differs: How far model and training are from the paper's, in words; by default as before.
+        differs: How far model and training are from the paper's, in words; by default what the card says now.
+        before: What had been trained before the last run; the same.
     """
     model = load_model(_weights(name), "cpu")
     facts = model.card | _counted_of(model)
-    facts["differs"] = differs or facts.get("differs", "")
+    facts |= {name: words for name, words in {"differs": differs, "before": before}.items() if words}
     rows = json.loads(result_path(f"{name}-kodak").read_text())["images"]
     save_card(_weights(name), facts)
     write_bytes(_weights(name).with_suffix(".md"), card_text(name, facts, rows).encode())

@@ -69,6 +69,17 @@ def shipped_bd() -> str:
     )
 
 
+def shipped_models() -> str:
+    """BD-rates of all models for PSNR with these transforms, the best first."""
+    anchors = {"JPEG": "JPEG", "BPG 4:4:4": "BPG 4:4:4", "VTM 9.1 (VVC)": "VTM 9.1"}
+    names = [name for name in kodak_means()["codec"].unique() if name.startswith("blocks-") and "msssim" not in name]
+    rates = [[_bd(name, anchor, "psnr_db").rate_percent for anchor in anchors] for name in names]
+    table = pd.DataFrame(rates, columns=list(anchors.values())).sort_values("BPG 4:4:4")
+    links = [f"[{names[i]}](../data/weights/{names[i]}.md)" for i in table.index]
+    table.insert(0, "BD-rate against", links)
+    return _table(table, ("{}", *["{:+.1f}%"] * len(anchors)))
+
+
 def shipped_msssim() -> str:
     """BD-rates by MS-SSIM of the model that was trained for it."""
     jpeg, bpg, vtm = (
@@ -386,7 +397,7 @@ def window_times() -> str:
 BLOCKS = {
     block.__name__: block
     for block in (
-        *(in_short, shipped, shipped_bd, shipped_msssim, speed, both_systems, both_systems_bd, claims),
+        *(in_short, shipped, shipped_bd, shipped_models, shipped_msssim, speed, both_systems, both_systems_bd, claims),
         *(reliability, tried, matrix, workers, window_bits, window_times),
         *(cost_sizes, cost_paper, cost_fast, cost_bottleneck),
     )

@@ -160,7 +160,10 @@ def readme(drawn: dict[str, pd.DataFrame], notebooks: Path) -> str:
         "A saving is positive where it is in the paper's direction. The verdict follows from an interval of 95%\n"
         "by one rule ([verdicts.py](../entroformer_lib/studies/verdicts.py)): *reproduced* if all of it is above\n"
         "0 and it reaches the paper's number, *smaller* if it stays below that, *reversed* if all of it is below\n"
-        "0, otherwise *cannot tell*. Of a claim that something costs at most so much: *reproduced* or *larger*.\n"
+        "0, otherwise *cannot tell*. Of a claim that something costs at most so much, a limit stands in 0's place\n"
+        "(1.5% for two passes, 0.5% for *no difference*, 1% for the size): *reproduced* if all of the interval is\n"
+        "within it, *larger* if all of it is beyond, otherwise *cannot tell*. That may still rule out the paper's\n"
+        "number, as for the last two steps within table 1: here an effect of that size is not there.\n"
         "Where each model was trained once, the interval is over the pictures. It does not include how much\n"
         "another training would change the result.",
         _verdicts(found, shown),
