@@ -195,7 +195,8 @@ def test_what_cannot_take_a_tiles_place(change, sentence, model, photo):
 def exact_maps(model, photo, k) -> dict:
     """All maps of a context model as one run over all sites, in float64."""
     context = copy.deepcopy(model.context_model).double()
-    context.stack.top_k = k or 10**6
+    for block in context.stack.blocks:
+        block.attention.top_k = k
     wide = copy.copy(model)
     wide._modules = {**model._modules, "context_model": context}
     y_hat, _ = model.latents(codec.to_tensor(photo, model))

@@ -141,7 +141,7 @@ def test_info_and_models_as_json(folder):
     rows = {row["name"]: row for row in json.loads(call("models", "--json")[0])}
     row = rows["micro"]
     assert row["variant"] == "parallel" and row["lmbda"] == 0.5 and len(row["sha256"]) == 64 and row["bytes"] > 1000
-    assert {"preset", "kodak_bpp", "kodak_psnr_db"} <= set(row)
+    assert {"architecture", "kodak_bpp", "kodak_psnr_db"} <= set(row)
     assert "micro" in call("models")[0]
 
 

@@ -62,7 +62,9 @@ def test_weights_are_the_same_with_any_k():
     model = micro_model("serial", top_k=4)
     digest = weights_digest(model)
     model.context_k = None
-    assert weights_digest(model) == digest and model.context_model.stack.blocks[0].attention.top_k is None
+    assert weights_digest(model) == digest and all(
+        block.attention.top_k is None for block in model.context_model.stack.blocks
+    )
 
 
 @pytest.mark.parametrize("variant", ["groupedmixer", "cnn", "hyperprior"])

@@ -81,7 +81,7 @@ class ExactCoder:
 
     @torch.inference_mode()
     def encode(self, y_hat: Tensor, z_hat: Tensor | None, rate: Rate | None = None) -> bytes:
-        """y_hat: [1, M, h, w] integers, z_hat: [1, Z, h/4, w/4], rate: of `network.rate(..., exact=True)`
+        """y_hat: [1, M, h, w] integers, z_hat: [1, Z, h/4, w/4], rate: as `rate` above gives it
         ->  the string of y."""
         y_hat = y_hat.to(self.device, torch.float32)
         known, encoder = y_hat[0].flatten(1), SymbolEncoder()  # [M, n]

@@ -1,8 +1,8 @@
 """Top-k self-attention and the transformer block (sections 3.1 and 3.3).
 
-Bottom up: memory of keys and values, attention, feed-forward, block, a stack of blocks. Each quantity a reader may want
-to look at passes through a module that does nothing (`nn.Identity`): a hook on it sees the tensor, and without a hook
-it costs nothing.
+Bottom up: memory of keys and values, attention, a block of attention and feed-forward, a stack of blocks. Each quantity
+a reader may want to look at passes through a module that does nothing (`nn.Identity`): a hook on it sees the tensor,
+and without a hook it costs nothing.
 """
 
 import copy
@@ -87,7 +87,8 @@ class TopKAttention(nn.Module):
         top_k: int | None = None,
         memory: Memory | None = None,
     ) -> Tensor:
-        """x: [B, q, D]; sites: [n, 2] of all tokens, those of the memory first and x's last  ->  [B, q, D]"""
+        """x: [B, q, D]; sites: [n, 2] of all tokens, those of the memory first and x's last; top_k: in the place of the
+        layer's own, for this pass  ->  [B, q, D]"""
         q, k, v = self.project(x)
         own = (k, v) if memory is not None and memory.closed else None
         if memory is not None:
@@ -184,8 +185,7 @@ class Stack(nn.Module):
 
     def __init__(self, c, layers: int, top_k: int | None, radius: int):
         super().__init__()
-        self.top_k, self.jitter = top_k, c.top_k_jitter
-        self.dim, self.absolute = c.dim, c.position == "absolute"
+        self.jitter, self.dim, self.absolute = c.top_k_jitter, c.dim, c.position == "absolute"
         self.blocks = nn.ModuleList(
             Block(c.dim, c.heads, top_k, c.ffn_ratio, c.attention_scale, c.activation) for _ in range(layers)
         )
@@ -207,24 +207,21 @@ class Stack(nn.Module):
     ) -> Tensor:
         """x: [B, q, D]; sites: [n, 2] of all tokens, those of the memory first and x's last; layers: those to go
         through, by default all  ->  [B, q, D]"""
-        return self._through(range(len(self.blocks)) if layers is None else layers, x, sites, visible, memory)
-
-    def remember(self, x: Tensor, sites: Tensor, memory: list[Memory]) -> None:
-        """Tokens that only others look at: of the last block nothing is needed but their keys and values."""
-        last = self.blocks[-1]
-        x = self._through(range(len(self.blocks) - 1), x, sites, None, memory)
-        memory[-1](*last.attention.project(last.norm1(x))[1:])
-
-    def _through(self, layers: range, x: Tensor, sites: Tensor, visible, memory) -> Tensor:
+        layers, top_k = range(len(self.blocks)) if layers is None else layers, None  # None: each block's own
         if self.absolute and layers.start == 0:
             x = x + sinusoidal_positions(sites[sites.size(0) - x.size(1) :], self.dim).to(x.dtype)
-        top_k = self.top_k
-        if self.jitter and self.training and top_k is not None:
-            top_k = int(torch.randint(max(2, top_k // 2), 2 * top_k, ()))
+        if self.jitter and self.training and (k := self.blocks[0].attention.top_k) is not None:
+            top_k = int(torch.randint(max(2, k // 2), 2 * k, ()))
         for i in layers:
             relative = self.positions[min(i, len(self.positions) - 1)] if len(self.positions) else None
             x = self.blocks[i](x, sites, visible=visible, relative=relative, top_k=top_k, memory=memory and memory[i])
         return x
+
+    def remember(self, x: Tensor, sites: Tensor, memory: list[Memory]) -> None:
+        """Tokens that only others look at: of the last block nothing is needed but their keys and values."""
+        last = self.blocks[-1]
+        x = self.forward(x, sites, memory=memory, layers=range(len(self.blocks) - 1))
+        memory[-1](*last.attention.project(last.norm1(x))[1:])
 
 
 def init_linear(module: nn.Module) -> None:

@@ -67,7 +67,7 @@ class PerSite:
 
     def __init__(self, context: nn.Module, parameters: EntropyParameters):
         self.context, self.parameters = context, parameters
-        self.one_by_one, self.heads = context.one_by_one, [(slice(None), parameters.layers[-1])]
+        self.one_by_one, self.output_layers = context.one_by_one, [(slice(None), parameters.layers[-1])]
 
     def predict(self, y_hat: Tensor, hyper: Tensor | None, gaps: Gaps = NO_GAPS) -> tuple[Tensor, Tensor]:
         return self.parameters(hyper, self.context(y_hat, gaps))
@@ -87,12 +87,12 @@ class PerSite:
 
 
 class PerGroup:
-    """GroupedMixer's: it has heads of its own."""
+    """GroupedMixer's: it has output layers of its own, one for each channel slice."""
 
     one_by_one = False
 
     def __init__(self, mixer: GroupedMixer, parameters: Bounds):
-        self.mixer, self.heads = mixer, list(zip(mixer.slices, mixer.head, strict=True))
+        self.mixer, self.output_layers = mixer, list(zip(mixer.slices, mixer.head, strict=True))
 
     def predict(self, y_hat: Tensor, hyper: Tensor, gaps: Gaps = NO_GAPS) -> tuple[Tensor, Tensor]:
         if gaps != NO_GAPS:

@@ -82,7 +82,7 @@ class Network(CompressionModel):
     def context_k(self) -> int | None:
         """How many keys the context model's attention keeps; None: all. `config.top_k` unless it was changed, which may
         be at any time; a file says which one it was coded with. None too where the context model has no such number."""
-        return self.context_model.stack.top_k if self.takes_k else None
+        return self.context_model.stack.blocks[0].attention.top_k if self.takes_k else None
 
     @context_k.setter
     def context_k(self, k: int | None) -> None:
@@ -93,9 +93,7 @@ class Network(CompressionModel):
             )
         if k is not None and not 1 <= k <= LARGEST_K:
             raise ConfigError(f"k is a number from 1 to {LARGEST_K:,}, not {k:,}.")
-        stack = self.context_model.stack
-        stack.top_k = k
-        for block in stack.blocks:
+        for block in self.context_model.stack.blocks:
             block.attention.top_k = k
 
     @property
@@ -175,8 +173,8 @@ class Network(CompressionModel):
         if self.gain is not None and self.rate_knowledge is None:  # behind such a model nothing multiplies by the gain
             gain = self.gain.log_gain.mean(dim=0).exp()
             means, scales = gain * means, gain * scales
-        for channels, head in self.kind(self.context_model, self.entropy_parameters).heads:
-            for part, values in zip(head.bias.chunk(2), (scales.log()[channels], means[channels]), strict=True):
+        for channels, layer in self.kind(self.context_model, self.entropy_parameters).output_layers:
+            for part, values in zip(layer.bias.chunk(2), (scales.log()[channels], means[channels]), strict=True):
                 part[: len(values)] = values  # a channel to spare keeps what it has
 
     def distributions(

@@ -35,6 +35,7 @@ def gaussian_mass(v: Tensor, means: Tensor, scales: Tensor) -> Tensor:
 
 class GaussianConditional(nn.Module):
     """p(y | ...): each latent a Gaussian of its own mean and scale (eq. 1). No parameters, no tables, no `update()`.
+    (CompressAI's class of this name takes scales before means.)
 
     y: [B, M, h, w] integers or noisy, means and scales alike  ->  likelihoods: [B, M, h, w] in [1e-9, 1]
     """

@@ -210,16 +210,14 @@ def kodak() -> pd.DataFrame:
     return pd.concat([table.astype(texts) for table in tables], ignore_index=True)
 
 
-def kodak_means(rows: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Means over the pictures: a row for each codec and setting, from low rate to high.
-
-    rows: of `kodak`; by default all of them.
+def kodak_means() -> pd.DataFrame:
+    """Means of `kodak` over the pictures: a row for each codec and setting, from low rate to high.
 
     Returns:
         codec, variant, transforms, optimised_for, setting, bpp, psnr_db, ms_ssim_db (of the mean MS-SSIM), source
         (None: it was measured here).
     """
-    groups = (kodak() if rows is None else rows).groupby(ABOUT, dropna=False, sort=False)
+    groups = kodak().groupby(ABOUT, dropna=False, sort=False)
     means = groups[["bpp", "psnr_db", "ms_ssim"]].mean().reset_index()
     means["ms_ssim_db"] = decibels(means.pop("ms_ssim"))
     return means.assign(source=None).sort_values(["codec", "bpp"], ignore_index=True)

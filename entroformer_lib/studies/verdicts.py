@@ -154,12 +154,12 @@ def no_difference(better: str, base: str, grid: str) -> Effect | None:
     return effect and Effect(abs(effect.value), effect.half_width, effect.over, effect.sources)
 
 
-def sooner(better: str, base: str, part: float = 0.25) -> Effect | None:
-    """`between_seeds` in figure 7, after a part of the steps."""
+def sooner(better: str, base: str) -> Effect | None:
+    """`between_seeds` in figure 7, after a quarter of the steps."""
     rows = ablation("figure7")
     if rows is None:
         return None
-    step = rows["step"][(rows["step"] - part * rows["step"].max()).abs().idxmin()]
+    step = rows["step"][(rows["step"] - 0.25 * rows["step"].max()).abs().idxmin()]
     return between_seeds(_kinds(rows[rows["step"] == step]), better, base, "figure7")
 
 
@@ -256,10 +256,10 @@ def _mean_over_pictures(values: pd.Series) -> Effect:
 # ---- against published curves, time, size: numbers without an interval ----
 
 
-def against(model: str, anchor: str, quality: str = "psnr_db") -> Effect | None:
+def against(model: str, anchor: str) -> Effect | None:
     """BD-rate of a model against a published curve, as a saving; None where they have too little in common."""
     try:
-        ours, theirs = bd.curve_of(kodak_means(), model, quality), bd.curve_of(published(), anchor, quality)
+        ours, theirs = bd.curve_of(kodak_means(), model), bd.curve_of(published(), anchor)
         value = -bd.compare(ours, theirs).rate_percent
     except DataError:
         return None
@@ -319,7 +319,8 @@ def claims() -> list[Claim]:
         Claim("figure 3", "The closer a position of the context, the more bits its absence costs.",
               falls_with_distance, unit="rank correlation", doubt="The paper shows a map and no number."),
         Claim("figure 3", "What it costs falls with L1 distance: the map has the shape of a diamond.",
-              diamond, unit="rank correlation", doubt="By the missing position, in the model without positions, against the better of L2 and L-infinity "
+              diamond, unit="rank correlation",
+              doubt="By the missing position, in the model without positions, against the better of L2 and L-infinity "
               "distance. By one position alone L1 beats L-infinity but not L2 (notebook 02)."),
         Claim("figure 5", "At low rates Entroformer saves bits over the best CNN entropy model.",
               partial(same_pictures, "serial", "minnen"), 5.2, doubt=small),
@@ -333,7 +334,8 @@ def claims() -> list[Claim]:
               doubt=short),
         Claim("figure 6", "It is better than 5: with more, the saving falls again.",
               partial(whole, "diamond", "h-5", "figure6"), doubt=short),
-        Claim("figure 6", "It is better than no limit.", partial(whole, "diamond", "h-all", "figure6"), doubt=short + crops),
+        Claim("figure 6", "It is better than no limit.", partial(whole, "diamond", "h-all", "figure6"),
+              doubt=short + crops),
         Claim("figure 7", "The rate falls with k up to 64: 64 is better than 8.",
               partial(whole, "k-64", "k-8", "figure7"), doubt=short),
         Claim("figure 7", "At 64 there is no difference from dense attention.",

@@ -14,8 +14,8 @@ from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.context import NO_GAPS, Gaps
 from entroformer_lib.training.config import TrainConfig
 
-# What a generator decides, so that no two decisions about a sample hang together. (7 is which crop of the latents.)
-EPOCH, NOISE, KEPT, SHARDS, LEVEL, MISSING, ONE_WAY, DRAWN, HELD_OUT = 1, 2, 3, 4, 5, 6, 8, 9, 10
+# What a generator decides, so that no two decisions about a sample hang together
+EPOCH, NOISE, KEPT, SHARDS, LEVEL, MISSING, LATENTS, ONE_WAY, DRAWN, HELD_OUT = range(1, 11)
 
 
 def generator(seed: int, *key: int) -> np.random.Generator:

@@ -29,6 +29,7 @@ from entroformer_lib.errors import DataError, UserError, WeightsError
 from entroformer_lib.files import replacing, write_bytes
 from entroformer_lib.models.config import TRANSFORM_FIELDS, named_config
 from entroformer_lib.models.transforms import fold_gain
+from entroformer_lib.training.chance import LATENTS, generator
 from entroformer_lib.training.config import Count, Seed, Side, Text, check
 from entroformer_lib.training.data import crop_of, held_out_crops, picture_number, pictures_in, read_names
 from entroformer_lib.weights.pretrained import PREFIX, pretrained_lmbda, pretrained_transforms
@@ -223,7 +224,7 @@ class LatentCrops:
 
     def _sample(self, g: int, side: int) -> np.ndarray:
         pictures, per_picture, *_, whole = self.table.shape
-        rng = np.random.default_rng((self.seed, 7, g))
+        rng = generator(self.seed, LATENTS, g)
         y = self.table[picture_number(g, pictures, self.seed), rng.integers(per_picture)]
         top, left = rng.integers(0, whole - side + 1, 2)
         return y[:, top : top + side, left : left + side]

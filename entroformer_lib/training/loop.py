@@ -70,7 +70,7 @@ def train(config: TrainConfig, progress: bool = True, watch: Watch | None = None
         trunk = read_checkpoint(Path(config.branch), fabric.device) if config.branch else None
         model = initial_model(config, trunk)
         crops = crops_of(config, model, fabric.device)
-        if config.transforms and not (config.init or config.branch):
+        if config.transforms and not config.init:
             model.begin_at_channels(next(crops.batches([range(64)])).to("cpu"))
         run = Run(config, fabric, folder, model, crops)
         if fabric.is_global_zero:

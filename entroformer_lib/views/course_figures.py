@@ -173,22 +173,19 @@ Box = tuple[str, float, float]  # text, and the place of its middle: columns fro
 
 
 @styled()
-def diagram(boxes: dict[str, Box], arrows: list[tuple[str, str, str]], dashed: tuple[str, ...] = ()) -> Figure:
+def diagram(boxes: dict[str, Box], arrows: list[tuple[str, str, str]]) -> Figure:
     """Boxes and arrows between them.
 
     Args:
         boxes: {name: (text, column, row)}.
         arrows: (name, name, text beside the arrow).
-        dashed: names of boxes with a dashed frame, for what only the training has.
     """
     columns = max(column for _, column, _ in boxes.values())
     rows = max(row for *_, row in boxes.values())
     figure, ax = new_figure(TWO_COLUMNS, 0.95 * (rows + 1))
-    for name, (text, column, row) in boxes.items():
+    for text, column, row in boxes.values():
         style = dict(boxstyle="round,pad=0.02,rounding_size=0.08", facecolor="#eef3f8", edgecolor=COLOURS[0])
-        ax.add_patch(
-            FancyBboxPatch((column - 0.33, -row - 0.24), 0.66, 0.48, linestyle="--" if name in dashed else "-", **style)
-        )
+        ax.add_patch(FancyBboxPatch((column - 0.33, -row - 0.24), 0.66, 0.48, **style))
         ax.text(column, -row, text, ha="center", va="center", fontsize=7.5)
     for start, end, text in arrows:
         (_, c0, r0), (_, c1, r1) = boxes[start], boxes[end]

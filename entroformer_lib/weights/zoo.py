@@ -344,8 +344,8 @@ def weights_digest(model: Entroformer) -> bytes:
 def list_models() -> list[dict]:
     """One row per model that `load_model` finds by name; of a variable-rate model one for each of its lambdas.
 
-    Keys: name, size (preset), variant, lmbda, metric, bytes, sha256 (of the file), kodak_bpp, kodak_psnr_db (None where
-    not measured), path. A file that is none of ours is passed over with a warning.
+    Keys: name, architecture (what `--model` was in training, such as tiny-parallel), variant, lmbda, metric, bytes,
+    sha256 (of the file), kodak_bpp, kodak_psnr_db (None where not measured), path. A file that is none of ours is passed over with a warning.
     """
     found, rows = _files(), []
     for name in sorted(found):
@@ -377,7 +377,7 @@ def _describe(path: Path) -> list[dict]:
     config, metadata = _config_and_metadata(path)
     card = _record(path, metadata, "card")
     row = {
-        "preset": card.get("training", {}).get("model"),
+        "architecture": card.get("training", {}).get("model"),
         "variant": config.variant,
         "metric": card.get("metric"),
         "bytes": path.stat().st_size,
