@@ -53,6 +53,7 @@ def publish(
     curve: Path | None = None,
     command: str = "",
     family: bool = True,
+    kind: str = "",
     differs: str = "",
 ) -> None:
     """Writes data/weights/NAME.safetensors, NAME.md and data/results/NAME-kodak.json.
@@ -72,6 +73,7 @@ def publish(
         command: How it was trained, where it was not by `entroformer train`.
         differs: How far model and training are from the paper's, in words.
         family: It was trained on equal terms with the others behind its transforms, and is compared with them.
+        kind: What it is in this family, where its variant does not say it: groupedmixer-32.
     """
     trained = load_model(run / "weights.safetensors", "cpu")
     card = {**trained.card, "trained_on": data, "limits": limits, "before": before}
@@ -81,7 +83,7 @@ def publish(
     if (card["training"].get("init") or "").endswith(".safetensors"):
         card["training"]["init"] = f"runs/{name}-before/weights.safetensors"
     card["curve"] = training_curve(run / "log.jsonl") if curve is None else json.loads(curve.read_text())
-    card |= {"form": form, "shared": transforms, "near": near, "command": command, "family": family}
+    card |= {"form": form, "shared": transforms, "near": near, "command": command, "family": family, "kind": kind}
     card |= {"differs": differs, **_counted_of(trained)}
     if transforms is not None:
         card["training"]["transforms"] = transforms

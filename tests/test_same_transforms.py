@@ -69,6 +69,7 @@ def test_a_card_says_whether_a_model_stands_alone():
     card = {"training": {"transforms": "blocks"}, "metric": "mse"}
     assert about(card, "serial")["transforms"] == "blocks"
     assert about({**card, "family": False}, "serial")["transforms"] is None
+    assert about({**card, "kind": "groupedmixer-32"}, "groupedmixer")["variant"] == "groupedmixer-32"
 
 
 def test_missing_results_give_an_empty_table(results_folder):

@@ -218,10 +218,15 @@ def _tell(row: dict) -> None:
 
 
 def about(card: dict, variant: str) -> dict:
-    """What a saved Kodak result says of its model: `optimised_for`, `variant`, and `transforms`, by which the models of
-    a family find each other; None for one that stands alone."""
+    """What a saved Kodak result says of its model: `optimised_for`, `variant` (or the card's `kind`, where a family has
+    two of a variant), and `transforms`, by which the models of a family find each other; None for one that stands
+    alone."""
     transforms = card.get("training", {}).get("transforms") if card.get("family", True) else None
-    return {"optimised_for": card.get("metric", "mse"), "variant": variant, "transforms": transforms}
+    return {
+        "optimised_for": card.get("metric", "mse"),
+        "variant": card.get("kind") or variant,
+        "transforms": transforms,
+    }
 
 
 def means(rows: list[dict]) -> list[dict]:

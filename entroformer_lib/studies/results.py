@@ -34,6 +34,7 @@ LABELS = {
     "serial": "Entroformer, serial",
     "parallel": "Entroformer, parallel",
     "groupedmixer": "GroupedMixer",
+    "groupedmixer-32": "GroupedMixer, 32 groups",
     "hyperprior-cnn": "CNN hyperprior alone",
     "hyperprior": "transformer hyperprior alone",
     "context-cnn": "CNN context alone",

@@ -45,6 +45,7 @@ LOOKS = {  # variant: colour, marker, dashes of a line
     "serial": (COLOURS[0], "o", "-"),
     "parallel": (COLOURS[4], "v", "-"),
     "groupedmixer": (COLOURS[2], "^", "-"),
+    "groupedmixer-32": (COLOURS[3], ">", "-"),
     "hyperprior-cnn": ("0.3", "X", "--"),
     "hyperprior": (COLOURS[0], "*", "--"),
     "context-cnn": ("0.3", "h", ":"),
@@ -64,7 +65,8 @@ def whole_models_data() -> pd.DataFrame | None:
     """Figure 5, left: entropy models behind the same transforms, and the paper's own: codec, source (None: ours), bpp,
     psnr_db, base (the CNN entropy model to compare with: ours is behind the same transforms)."""
     ours = kodak_means()
-    ours = ours[ours["transforms"].notna() & ours["variant"].isin((BASE, "serial", "parallel", "groupedmixer"))]
+    whole = (BASE, "serial", "parallel", "groupedmixer", "groupedmixer-32")
+    ours = ours[ours["transforms"].notna() & ours["variant"].isin(whole)]
     if not (ours["variant"] == BASE).any():
         return None
     ours = in_order(ours)
