@@ -345,8 +345,8 @@ def list_models() -> list[dict]:
     """One row per model that `load_model` finds by name; of a variable-rate model one for each of its lambdas.
 
     Keys: name, architecture (what `--model` was in training, such as tiny-parallel), variant, lmbda, metric, bytes,
-    sha256 (of the file), kodak_bpp, kodak_psnr_db (None where not measured), path. A file that is none of ours is passed
-    over with a warning.
+    sha256 (of the file), kodak_bpp, kodak_psnr_db (None where not measured), path. A file that is none of ours is
+    passed over with a warning.
     """
     found, rows = _files(), []
     for name in sorted(found):
