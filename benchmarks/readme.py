@@ -80,6 +80,31 @@ def shipped_models() -> str:
     return _table(table, ("{}", *["{:+.1f}%"] * len(anchors)))
 
 
+def other_pictures() -> str:
+    """The shipped model on other photographs than Kodak's, and on graphics."""
+    if not (saved := load("other_pictures")):
+        return "There is no data/results/other_pictures.json yet."
+    rates = pd.DataFrame(saved["rates"])
+    table = rates.pivot(index=["pictures", "count"], columns="anchor", values="rate_percent")
+    table = table.loc[
+        list(dict.fromkeys(zip(rates["pictures"], rates["count"], strict=True))), ["jpeg", "webp", "avif"]
+    ]
+    heads = ["photographs", "how many", "against JPEG", "against WebP", "against AVIF"]
+    best = pd.DataFrame(saved["graphics"]).groupby("image").last()
+    words = [
+        f"{name} {row['psnr_db']:.1f} dB at {row['bpp']:.2f} bits per pixel (JPEG of the same bytes "
+        f"{row['jpeg_psnr_db']:.1f} dB)"
+        for name, row in zip(
+            ("a chart drawn by matplotlib", "a page of coloured text"), best.to_dict("records"), strict=True
+        )
+    ]
+    return (
+        _table(table.reset_index().set_axis(heads, axis=1), ("{}", "{}", *["{:+.1f}%"] * 3))
+        + "\n\n"
+        + _paragraph(f"Graphics at the highest rate: {', '.join(words)}.")
+    )
+
+
 def shipped_msssim() -> str:
     """BD-rates by MS-SSIM of the model that was trained for it."""
     jpeg, bpg, vtm = (
@@ -397,7 +422,18 @@ def window_times() -> str:
 BLOCKS = {
     block.__name__: block
     for block in (
-        *(in_short, shipped, shipped_bd, shipped_models, shipped_msssim, speed, both_systems, both_systems_bd, claims),
+        *(
+            in_short,
+            shipped,
+            shipped_bd,
+            shipped_models,
+            other_pictures,
+            shipped_msssim,
+            speed,
+            both_systems,
+            both_systems_bd,
+            claims,
+        ),
         *(reliability, tried, matrix, workers, window_bits, window_times),
         *(cost_sizes, cost_paper, cost_fast, cost_bottleneck),
     )

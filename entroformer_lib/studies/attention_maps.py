@@ -5,16 +5,15 @@
 What heads look at on average is in `attention.py`; the explorer shows any latent of any picture.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
 
 from entroformer_lib.datasets import sample_picture
-from entroformer_lib.files import write_bytes
 from entroformer_lib.inspection.row_server import RowServer
-from entroformer_lib.studies.results import provenance, result_path
+from entroformer_lib.studies import results
+from entroformer_lib.studies.commands import run
 from entroformer_lib.weights.zoo import load_model
 
 PICTURE = "coffee"
@@ -79,10 +78,8 @@ def save(
     others = [RowServer(load_model(name, "cpu"), original) for name in trained]
     found = maps(RowServer(loaded, original), trained=others, layer=layer)
     told = {"model": model, "picture": picture, "layer": layer, "trained_k": bool(trained)}
-    result = {**told, "provenance": provenance(loaded)}
-    text = json.dumps(result, indent=1)[:-2] + ',\n "maps": [\n' + ",\n".join(map(json.dumps, found)) + "\n]}\n"
-    write_bytes(out or result_path("attention_maps"), text.encode())
+    results.save(out or results.result_path("attention_maps"), {**told, "maps": found}, loaded)
 
 
 if __name__ == "__main__":
-    tyro.cli(save)
+    run(lambda: tyro.cli(save))
