@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from entroformer_lib.errors import DataError, WeightsError
 from entroformer_lib.exact.coder import ExactCoder
+from entroformer_lib.exact.quick import QuickTopK
 from entroformer_lib.models.config import EntroformerConfig, named_config
 from entroformer_lib.models.network import Network
 from entroformer_lib.models.priors import FactorizedPrior
@@ -59,12 +60,12 @@ class Entroformer(Network):
 
     def forward(self, *args, **more) -> dict:
         """As Network.forward; without gradients in tiles, so that memory grows with the number of latents."""
-        with nullcontext() if torch.is_grad_enabled() else Tiles():
+        with nullcontext() if torch.is_grad_enabled() else in_parts():
             return super().forward(*args, **more)
 
     def likelihoods(self, *args, **more):
         """As Network.likelihoods; without gradients in tiles."""
-        with nullcontext() if torch.is_grad_enabled() else Tiles():
+        with nullcontext() if torch.is_grad_enabled() else in_parts():
             return super().likelihoods(*args, **more)
 
     @torch.no_grad()
@@ -90,7 +91,7 @@ class Entroformer(Network):
             raise DataError("The picture has values that are not finite numbers.")
         with stage("transforms"):
             y = self.scaled(self.analysis(x), level)
-        with stage("hyper"), Tiles():
+        with stage("hyper"), in_parts():
             return torch.floor(y + 0.5), None if self.h_a is None else self.hyper_analysis(y, self.rate(level))
 
     @torch.no_grad()
@@ -100,7 +101,7 @@ class Entroformer(Network):
         y_hat, z: as `latents` gives them. Raises ConfigError for a k that cannot be.
         """
         rate = self.rate(level)
-        with Tiles():
+        with in_parts():
             hyper = None if z is None else self.hyper_synthesis(self.z_prior.quantize_z(z), rate)
 
             def bits(k: int) -> float:
@@ -271,6 +272,13 @@ def fingerprint(modules: list[nn.Module]) -> int:
 def in_float32(model: Entroformer) -> Entroformer:
     """The model as it codes: a copy, where it has another precision."""
     return model if all(p.dtype == torch.float32 for p in model.parameters()) else copy.deepcopy(model).float()
+
+
+@contextmanager
+def in_parts() -> Iterator[None]:
+    """Inside the block memory grows with the number of latents and pixels, where no gradient is wanted."""
+    with QuickTopK(), Tiles():
+        yield
 
 
 @contextmanager

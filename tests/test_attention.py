@@ -3,6 +3,7 @@ import torch
 from conftest import MICRO
 
 from entroformer_lib import tiles
+from entroformer_lib.exact.quick import QuickTopK
 from entroformer_lib.models.attention import Stack, TopKAttention, UpToItself
 from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.position import RelativePosition, grid_sites
@@ -45,6 +46,20 @@ def test_k_of_all_keys_is_dense_attention():
     assert torch.equal(dense(x, sites, top_k=20), dense(x, sites))
     assert torch.equal(dense(x, sites, top_k=99), dense(x, sites))
     assert not torch.allclose(dense(x, sites, top_k=5), dense(x, sites))
+
+
+def test_the_loop_keeps_the_same_scores():
+    """Ties, too few visible keys and rows without any among them; with gradients the loop is not asked."""
+    scores = torch.randn(2, 3, 40, 30).mul(4).round()
+    scores[..., 20:, 3:] = -torch.inf
+    scores[..., 30:, :] = -torch.inf
+    for k in (1, 5, 29, 30, None):
+        with torch.no_grad():
+            usual = keep_top_k(scores, k)
+            with QuickTopK():
+                assert torch.equal(keep_top_k(scores, k), usual)
+    with QuickTopK():
+        assert keep_top_k(scores.requires_grad_(), 5).grad_fn is not None
 
 
 def test_keep_top_k_keeps_the_largest():

@@ -34,11 +34,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from entroformer_lib.entroformer import Entroformer
+from entroformer_lib.entroformer import Entroformer, in_parts
 from entroformer_lib.errors import StudyError
 from entroformer_lib.inspection.scene import Scene
 from entroformer_lib.models.context import Gaps, first_slice
-from entroformer_lib.tiles import Tiles
 
 Offset = tuple[int, int]  # (dy, dx) of a context position from the site to be coded: (0, -1) is left, (-1, 0) above
 
@@ -87,7 +86,7 @@ def site_bits(scene: Scene, missing: Tensor | None = None) -> Tensor:
 
 
 def _bits(scene: Scene, y_hat: Tensor, hyper: Tensor | None, missing: Tensor) -> Tensor:
-    with Tiles():
+    with in_parts():
         means, scales = scene.model.distributions(y_hat, hyper, Gaps(missing=missing), scene.rate)
     return -scene.model.gaussian(y_hat, means, scales).double().log2().sum(1)
 
