@@ -1,5 +1,5 @@
 """What a step of training an entropy model alone takes on a CPU, with attention in tensor operations and in the loops
-of `training/sparse_attention.py`.
+of `sparse_attention.py`.
 
 python benchmarks/training_attention.py --out data/results/training_attention.json
 """
@@ -14,10 +14,10 @@ import tyro
 
 from entroformer_lib.entroformer import build_model
 from entroformer_lib.memory import keep_freed_memory
+from entroformer_lib.sparse_attention import SparseAttention
 from entroformer_lib.studies.results import records, save
 from entroformer_lib.training.loss import RateStep
 from entroformer_lib.training.optimizer import build_optimizer
-from entroformer_lib.training.sparse_attention import SparseAttention
 
 WAYS = {"tensors_ms": nullcontext, "loops_ms": SparseAttention}
 

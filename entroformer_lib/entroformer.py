@@ -17,6 +17,7 @@ from entroformer_lib.models.config import EntroformerConfig, named_config
 from entroformer_lib.models.network import Network
 from entroformer_lib.models.priors import FactorizedPrior
 from entroformer_lib.rangecoder import LARGEST
+from entroformer_lib.sparse_attention import SparseAttention
 from entroformer_lib.stages import stage
 from entroformer_lib.tiles import Tiles
 
@@ -91,7 +92,7 @@ class Entroformer(Network):
             raise DataError("The picture has values that are not finite numbers.")
         with stage("transforms"):
             y = self.scaled(self.analysis(x), level)
-        with stage("hyper"), in_parts():
+        with stage("hyper"), Tiles():
             return torch.floor(y + 0.5), None if self.h_a is None else self.hyper_analysis(y, self.rate(level))
 
     @torch.no_grad()
@@ -276,8 +277,9 @@ def in_float32(model: Entroformer) -> Entroformer:
 
 @contextmanager
 def in_parts() -> Iterator[None]:
-    """Inside the block memory grows with the number of latents and pixels, where no gradient is wanted."""
-    with QuickTopK(), Tiles():
+    """Inside the block, where no gradient is wanted, attention takes little time, and memory grows with the number of
+    latents and pixels."""
+    with QuickTopK(), Tiles(), SparseAttention():
         yield
 
 

@@ -43,6 +43,7 @@ def hooks_of(model) -> int:
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "minnen"])  # which has no attention
 def test_capture_changes_nothing(variant, photo, grad):
+    """But for rounding: attention that somebody looks at is computed with all keys."""
     any_variant = micro_model(variant)
     x = codec.to_tensor(photo, any_variant)
     with torch.set_grad_enabled(grad):
@@ -52,7 +53,7 @@ def test_capture_changes_nothing(variant, photo, grad):
     assert maps and hooks_of(any_variant) == 0
     assert torch.equal(before["x_hat"], during["x_hat"])
     for name, likelihood in before["likelihoods"].items():
-        assert torch.equal(likelihood, during["likelihoods"][name])
+        torch.testing.assert_close(likelihood, during["likelihoods"][name], rtol=1e-4, atol=1e-6)
 
 
 def test_tiles_are_put_together(model, photo, monkeypatch):

@@ -63,6 +63,7 @@ ORDER = (
     ("models",),
     ("tiles",),
     ("exact",),
+    ("sparse_attention",),
     ("entroformer",),
     ("weights",),
     ("onnx_export",),

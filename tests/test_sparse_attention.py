@@ -1,13 +1,14 @@
-"""training/sparse_attention.py: the numbers and gradients of plain attention, which runs where it does not serve."""
+"""sparse_attention.py: the numbers and gradients of plain attention, which runs where it does not serve."""
 
 import pytest
 import torch
 from conftest import micro_model
 
+from entroformer_lib import sparse_attention
 from entroformer_lib.inspection.capture import capture
 from entroformer_lib.models.attention import TopKAttention, attend
 from entroformer_lib.models.position import RelativePosition, grid_sites
-from entroformer_lib.training.sparse_attention import SparseAttention, _TopK
+from entroformer_lib.sparse_attention import SparseAttention, _TopK
 
 B, HEADS, D, SIDE = 2, 3, 8, 6
 N = SIDE * SIDE
@@ -52,6 +53,23 @@ def test_the_same_numbers_and_gradients(visible, kind, window):
     assert type(quick[0].grad_fn) is not type(plain[0].grad_fn)  # it was another way
     for a, b in zip(plain, quick, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("visible", [None, causal, gaps])
+def test_without_gradients_where_all_scores_may_be_held(visible, monkeypatch):
+    relative = RelativePosition("diamond", 2, D)
+    (q, k, v, _), _ = inputs(relative)
+    layer, calls, forward = TopKAttention(HEADS * D, HEADS, 5, "head"), [], _TopK.forward
+    monkeypatch.setattr(_TopK, "forward", staticmethod(lambda *a: calls.append(1) or forward(*a)))
+    with torch.no_grad():
+        plain = attend(q, k, v, layer, SITES, visible, relative, 5, None)
+        for pairs, count in ((B * N * N, 1), (B * N * N - 1, 0)):
+            calls.clear()
+            monkeypatch.setattr(sparse_attention, "PAIRS", pairs)
+            with SparseAttention():
+                quick = attend(q, k, v, layer, SITES, visible, relative, 5, None)
+            assert len(calls) == count
+            torch.testing.assert_close(plain, quick, rtol=1e-5, atol=1e-5)
 
 
 def test_all_equal_scores_are_kept():

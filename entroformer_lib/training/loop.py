@@ -22,6 +22,7 @@ from tqdm import tqdm
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import Stopped, TrainingError
 from entroformer_lib.memory import keep_freed_memory
+from entroformer_lib.sparse_attention import SparseAttention
 from entroformer_lib.training.chance import conditions
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.data import PreloadedCrops, StreamedCrops, held_out_crops, read_names
@@ -34,7 +35,6 @@ from entroformer_lib.training.optimizer import Mean, build_optimizer, learning_r
 from entroformer_lib.training.processes import machines, meet
 from entroformer_lib.training.shard_cache import ShardCache, default_folder
 from entroformer_lib.training.shards import Reading
-from entroformer_lib.training.sparse_attention import SparseAttention
 from entroformer_lib.training.strategies import collected, model_state, optimizer_state, strategy_of
 from entroformer_lib.weights.zoo import device_name, save_weights
 

@@ -1,9 +1,9 @@
-"""Top-k attention for training on a CPU: what `attend` computes, and its gradients, from the k chosen keys alone.
+"""Top-k attention on a CPU: what `attend` computes, and its gradients, from the k chosen keys alone.
 
 In tensor operations each of some twenty passes, forward and backward, goes through all n scores of a query. Here a
 query's scores are one row, which stays in cache while the k best are found; the softmax, the sum and every gradient
-then have about k keys to go through. A step of an entropy model alone takes a fifth to a third less time
-(benchmarks/training_attention.py).
+then have about k keys to go through. A training step of an entropy model alone takes a fifth to a third less time
+(benchmarks/training_attention.py), and the likelihoods of a whole picture far less.
 
     with SparseAttention():
         loss = model(x)
@@ -22,6 +22,8 @@ from entroformer_lib.exact.loops import array, f32, i32, in_threads
 from entroformer_lib.models.attention import TopKAttention, Visible, attend
 from entroformer_lib.models.position import RelativePosition
 
+PAIRS = 2**23  # of queries and keys: those of 860 x 860 pixels
+
 
 def loop(function):
     """A compiled loop. Unlike those of the coder, these may add in any order."""
@@ -29,7 +31,7 @@ def loop(function):
 
 
 class SparseAttention(TorchFunctionMode):
-    """Inside the block top-k attention with gradients runs in these loops, where they serve."""
+    """Inside the block top-k attention runs in these loops, where they serve."""
 
     def __init__(self):
         super().__init__()
@@ -67,14 +69,16 @@ class SparseAttention(TorchFunctionMode):
 
 
 def _serves(q, k, v, layer, sites, visible, relative, top_k, own=None, *rest) -> bool:
-    """Whether there is something to gain: gradients, on a CPU, of a choice of keys that nobody looks at."""
+    """Whether there is something to gain: on a CPU, with a choice of keys that nobody looks at, and without gradients
+    only where the scores of all pairs may be held at once."""
     return (
         loops.serve(q)
         and q.dtype in (torch.float32, torch.bfloat16)
-        and torch.is_grad_enabled()
+        and (torch.is_grad_enabled() or len(q) * q.size(2) * k.size(2) <= PAIRS)
         and top_k is not None
         and top_k < k.size(2)
         and own is None
+        and q.size(2) == k.size(2)
         and not rest
         and not any(point._forward_hooks for point in layer.children())
     )
