@@ -42,6 +42,7 @@ WHAT = {  # by the beginning of a name, the longest that fits
     "many_files": "Memory over many files in one process",
     "matrix": "Files coded under one configuration of software and decoded under another",
     "model_sizes": "Megabytes and parameters of the entropy models",
+    "other_pictures": "The shipped model on other photographs than Kodak's, and on graphics",
     "position_masking": "What one position of the context is worth",
     "position_tensors": "Two ways to add relative positions to scores",
     "recipe": "Choices of training at equal steps",
