@@ -15,7 +15,7 @@ LIBRARY = ROOT / "entroformer_lib"
 NAMED = set(re.findall(r"[\w/.-]+\.md$", (ROOT / "website" / "mkdocs.yml").read_text(), re.M))
 # Parts whose functions are called by other parts alone.
 INTERNAL = {"__init__", "__main__", "cli", "cluster", "exact", "explorer", "files", "memory", "rangecoder", "stages"}
-INTERNAL |= {"teaching", "tiles"}
+INTERNAL |= {"sparse_attention", "teaching", "tiles"}
 
 
 def test_every_page_and_notebook_is_in_the_navigation():
