@@ -22,7 +22,7 @@ from entroformer_lib.weights.zoo import load_model
 
 LMBDAS = (0.00035, 0.0017, 0.007, 0.029, 0.12)
 SIDES = (64, 128, 256, 512)  # pixels
-MODELS = ("blocks-serial", "blocks-parallel", "blocks-cnn", "blocks-minnen", "blocks-groupedmixer")
+MODELS = tuple(f"equal-{kind}" for kind in ("serial", "parallel", "cnn", "minnen", "groupedmixer"))
 
 
 def measure(
