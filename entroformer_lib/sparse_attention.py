@@ -59,13 +59,13 @@ class SparseAttention(TorchFunctionMode):
         key = id(sites), id(visible), kind, layer.window
         if key not in self.indices:  # with what it was made of, so that nothing else gets their ids
             self.indices[key] = (*_index(sites, visible, relative, layer.window), sites, visible)
-        index, seen, *_ = self.indices[key]
+        index, seen, end, *_ = self.indices[key]
         with torch.autocast("cpu", enabled=False):
             q, k, wide = q.float() * layer.scale, k.float(), v.float()
             products = q.new_zeros(*q.shape[:3], 1) if relative is None else q @ relative.table().float().T
             products = F.pad(products, (0, 1), value=-torch.inf)
             units = [t.flatten(0, 1) for t in (q, k, wide, products)]
-            return _TopK.apply(*units, index, seen, top_k).view(v.shape).to(v.dtype)
+            return _TopK.apply(*units, index, seen, end, top_k).view(v.shape).to(v.dtype)
 
 
 def _serves(q, k, v, layer, sites, visible, relative, top_k, own=None, *rest) -> bool:
@@ -86,9 +86,9 @@ def _serves(q, k, v, layer, sites, visible, relative, top_k, own=None, *rest) ->
 
 def _index(
     sites: Tensor, visible: Visible | None, relative: RelativePosition | None, window: int | None
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which of the position vectors belongs to each pair, or one number more where the key is hidden: int32
-    [B or 1, n, n]; and how many keys each query sees: [B or 1, n]"""
+    [B or 1, n, n]; how many keys each query sees, and behind the last of them: [B or 1, n] each"""
     n, vectors = len(sites), 1 if relative is None else len(relative.table())
     bucket = torch.zeros(n, n, dtype=torch.long) if relative is None else relative.buckets(sites, sites)
     hidden = torch.zeros(1, n, n, dtype=torch.bool)
@@ -96,25 +96,26 @@ def _index(
         hidden = ~visible(torch.arange(n)).view(-1, n, n)
     if window is not None:
         hidden = hidden | ((sites[:, None] - sites).abs().amax(-1) > window)
-    return array(bucket.masked_fill(hidden, vectors).int()), array((~hidden).sum(-1))
+    behind = n - (~hidden).flip(-1).int().argmax(-1)
+    return array(bucket.masked_fill(hidden, vectors).int()), array((~hidden).sum(-1)), array(behind)
 
 
 class _TopK(torch.autograd.Function):
     """softmax(f_k(q k^T + position)) v of units, each a head of a picture.
 
     q, scaled, k, v: [U, n, d]; products: of the queries and the position vectors, [U, n, vectors + 1], the last -inf;
-    index, seen: as from `_index`  ->  [U, n, d]
+    index, seen, end: as from `_index`  ->  [U, n, d]
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, products, index, seen, top_k):
+    def forward(ctx, q, k, v, products, index, seen, end, top_k):
         content, values, position = array(torch.bmm(q, k.mT)), array(v), array(products)
         of_unit = np.arange(len(q)) // (len(q) // len(index))  # which index
         out, parts = np.empty(values.shape, f32), []
 
         def work(i, j):
             mine = of_unit[i:j]
-            chosen = _forward(content[i:j], values[i:j], position[i:j], index, seen, mine, top_k, out[i:j])
+            chosen = _forward(content[i:j], values[i:j], position[i:j], index, seen, end, mine, top_k, out[i:j])
             parts.append((i, j, *chosen))
 
         in_threads(work, len(q), least=1)
@@ -135,7 +136,7 @@ class _TopK(torch.autograd.Function):
                 _backward(ctx.index, ctx.of_unit[i:j], which, probs, start, *given)
 
         in_threads(work, len(ctx.parts), least=1)
-        return *(torch.from_numpy(part) for part in (dq, dk, dv, dp)), None, None, None
+        return *(torch.from_numpy(part) for part in (dq, dk, dv, dp)), None, None, None, None
 
 
 LOG2_E = f32(1.4426950408889634)
@@ -198,18 +199,19 @@ def _threshold(row, k, high):
 
 
 @loop
-def _forward(content, values, position, index, seen, of_unit, top_k, out):
+def _forward(content, values, position, index, seen, end, of_unit, top_k, out):
     """Units one after the other, a query at a time.  ->  which keys were chosen and their weights, those of all queries
     behind each other, and where those of each query start"""
     U, n, _ = content.shape
     room, at = U * n * (top_k + 4) + n, 0
     which, probs, start = np.empty(room, i32), np.empty(room, f32), np.zeros(U * n + 1, np.int64)
-    row, largest = np.empty(n, f32), np.empty(1, f32)
-    bits, largest_bits = row.view(np.int32), largest.view(np.int32)
+    whole, largest = np.empty(n, f32), np.empty(1, f32)
+    whole_bits, largest_bits = whole.view(np.int32), largest.view(np.int32)
     for u in range(U):
         for i in range(n):
-            scores, given, where = content[u, i], position[u, i], index[of_unit[u], i]
-            for j in range(n):
+            scores, given, where, last = content[u, i], position[u, i], index[of_unit[u], i], end[of_unit[u], i]
+            row, bits = whole[:last], whole_bits[:last]
+            for j in range(last):
                 row[j] = scores[j] + given[where[j]]
             limit = -FAR
             if seen[of_unit[u], i] > top_k:
@@ -220,7 +222,7 @@ def _forward(content, values, position, index, seen, of_unit, top_k, out):
                 more[:at], heavier[:at] = which[:at], probs[:at]
                 which, probs = more, heavier
             count, chosen, p = 0, which[at : at + n], probs[at : at + n]
-            for j in range(n):
+            for j in range(last):
                 chosen[count] = j
                 count += i32(row[j] >= limit)
             most, total = -FAR, f32(0)
