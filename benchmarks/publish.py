@@ -2,6 +2,7 @@
 
 python benchmarks/publish.py publish runs/blocks-parallel blocks-parallel --kodak pictures/kodak
 python benchmarks/publish.py again blocks-parallel --kodak pictures/kodak
+python benchmarks/publish.py effort blocks-parallel --kodak pictures/kodak
 python benchmarks/publish.py card blocks-parallel --differs "..."
 """
 
@@ -100,6 +101,23 @@ def again(name: Positional[str], kodak: Path) -> None:
         kodak: Folder of the 24 Kodak pictures.
     """
     _measure_and_write(load_model(_weights(name), "cpu").card, name, kodak)
+
+
+def effort(name: Positional[str], kodak: Path, rounds: int = 8) -> None:
+    """Measures a shipped model with effort at all its rates, and writes data/results/NAME-effortROUNDS-kodak.json.
+
+    Args:
+        name: Name of the model.
+        kodak: Folder of the 24 Kodak pictures.
+        rounds: Of search, see codec/search.py.
+    """
+    model, result = load_model(_weights(name)), result_path(f"{name}-effort{rounds}-kodak")
+    with finished_rows(result) as done:
+        measured = measure(tasks_of(name, pictures_to_test(kodak), effort=rounds), done, report=_tell)
+        left = ("codec", "setting", "bpp_estimated")
+        rows = [{"lmbda": row["setting"], **{k: v for k, v in row.items() if k not in left}} for row in measured]
+        mean = {f"{point['lmbda']:g}": point for point in means(rows).to_dict("records")}
+        save(result, {"images": rows, "mean": mean, **about({}, model.config.variant), "effort": rounds}, model)
 
 
 def card(name: Positional[str], differs: str = "", before: str = "") -> None:
@@ -278,4 +296,4 @@ def _facts(card: dict, pictures: pd.DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"publish": publish, "again": again, "card": card})
+    tyro.extras.subcommand_cli_from_dict({"publish": publish, "again": again, "effort": effort, "card": card})

@@ -47,6 +47,7 @@ def compress(
     bpp: float | None = None,
     window: int | None = None,
     k: tuple[int, ...] = (),
+    effort: int = 0,
     force: Force = False,
     resume: Resume = False,
     jobs: Jobs = None,
@@ -75,11 +76,14 @@ def compress(
             direction. By default everywhere, which takes a time that grows with the square of the pixels.
         k: How many keys attention keeps in the context model (0: all), by default as it was trained. Of several numbers
             each picture gets the one with the fewest bits, which costs a pass through the context model for each.
+        effort: Rounds of search for better latents than the nearest integers, each of which takes about as long as
+            coding without. 8 save 7 to 10% of the bits. For models that were trained for a mean squared error.
     """
     from entroformer_lib.codec.many import Compress
 
     said = "{output}: {bytes:,} bytes, {bpp:.3f} bits per pixel"
-    _code(Compress(model, bpp, device, window, k), said, images, output, force, resume, jobs, scheduler, as_json)
+    work = Compress(model, bpp, device, window, k, effort)
+    _code(work, said, images, output, force, resume, jobs, scheduler, as_json)
 
 
 @app.command
@@ -202,6 +206,7 @@ def evaluate(
     model: Positional[Model],
     data: Path,
     limit: int | None = None,
+    effort: int = 0,
     json_file: Annotated[Path | None, arg(name="json")] = None,
     device: Device = "auto",
     jobs: int | None = None,
@@ -219,6 +224,7 @@ def evaluate(
     Args:
         data: Folder of pictures, with its subfolders.
         limit: Take only the first so many.
+        effort: As of compress; there are no estimated bits then.
         json_file: Write rows, mean and provenance there; - prints them.
         jobs: Pictures at a time, each on one core; default: as many as there are cores.
         scheduler: Address of a dask scheduler to run on.
@@ -226,6 +232,7 @@ def evaluate(
     import pandas as pd
     from tqdm import tqdm
 
+    from entroformer_lib.codec.search import check_effort
     from entroformer_lib.studies import results
     from entroformer_lib.studies.commands import at_least, check_place
     from entroformer_lib.studies.measuring import Coding, finished_rows, measure
@@ -238,9 +245,10 @@ def evaluate(
         check_place(out)
     paths = pictures_to_test(data, limit, lambda sentence: print(sentence, file=sys.stderr))
     loaded = _load(model, device)
+    check_effort(loaded, effort)
     place = str(next(loaded.g_s.parameters()).device)
     named = zip(paths, names_of(paths), strict=True)
-    codings = [Coding(model, None, str(path), place, name) for path, name in named]
+    codings = [Coding(model, None, str(path), place, name, effort=effort) for path, name in named]
     columns = ["bpp", "bpp_estimated", "psnr_db", "ms_ssim", "encode_s", "decode_s"]
     with finished_rows(out) as done:
         with tqdm(total=len(codings), unit="picture", disable=None) as bar:

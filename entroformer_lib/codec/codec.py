@@ -17,6 +17,7 @@ from torch import Tensor
 from entroformer_lib.codec.container import LARGEST_SIDE, LEVEL_STEPS, MAX_PIXELS, Container
 from entroformer_lib.codec.pictures import open_picture, to_picture, to_rgb, to_tensor, unpad
 from entroformer_lib.codec.pictures import pad as pad
+from entroformer_lib.codec.search import searched
 from entroformer_lib.entroformer import Entroformer, evaluating, in_float32, searching
 from entroformer_lib.errors import BitstreamError, DataError, RateError, WeightsError
 from entroformer_lib.rangecoder import MORE_BYTES, Y_BYTES, Z_BYTES
@@ -26,10 +27,11 @@ CONTAINER_BYTES = 45  # about what surrounds the coded strings
 # Decoding takes 244 and 384 bytes of memory a pixel with the parallel study and base models, of 96 and 192 channels
 # inside g_s (data/results/latency_growth.json), and 212 with tiny, of 64. So many a pixel, and a pixel and channel:
 BYTES_PER_PIXEL, BYTES_PER_CHANNEL = 130, 1.3
+SEARCH_BYTES = 1300  # a pixel, with the blocks-* models
 
 
 @torch.no_grad()
-def encode(model: Entroformer, image, bpp: float | None = None, ks: Sequence[int] = ()) -> bytes:
+def encode(model: Entroformer, image, bpp: float | None = None, ks: Sequence[int] = (), effort: int = 0) -> bytes:
     """A picture as the bytes of an `.ef` file.
 
     Args:
@@ -40,28 +42,30 @@ def encode(model: Entroformer, image, bpp: float | None = None, ks: Sequence[int
         bpp: the most bits per pixel that the whole file may have; takes a model of variable rate.
         ks: values of k, the number of keys that the context model's attention keeps (0 for all). The one with the
             fewest estimated bits is taken for this picture. By default the model's own.
+        effort: rounds of search for better latents than the nearest integers (codec/search.py).
 
     Raises:
         DataError: the picture cannot be read, or is larger than 65,535 pixels on a side or than the memory allows.
         RateError: the wanted size cannot be had.
         WeightsError: weights that give no finite numbers.
-        ConfigError: a k that cannot be, or a model that takes none.
+        ConfigError: a k that cannot be, or a model that takes none; effort with a model that was not trained for a mean
+            squared error.
     """
     check_bpp(bpp)
     picture, grey = to_rgb(open_picture(image))
     width, height = picture.size
     if max(width, height) > LARGEST_SIDE:
         raise DataError(f"The picture has {width} x {height} pixels; .ef files hold up to {LARGEST_SIDE} on a side.")
-    _check_memory(width, height, 24)  # pixels in float32, and a copy
+    _check_memory(width, height, SEARCH_BYTES if effort else 24)  # pixels in float32, and a copy
     with evaluating(in_float32(model)) as model:
         x = to_tensor(picture, model)
         if bpp is None:
-            return _encode_at(model, x, picture.size, grey, level_of_file(model), ks)
+            return _encode_at(model, x, picture.size, grey, level_of_file(model), ks, effort)
         most = math.floor(bpp * width * height / 8)
         best = level_within(model, x, most)
         # a little less where the estimate was too small
         for step in sorted({max(best - less, 0) for less in (0, 2, 8, 32, best)}, reverse=True):
-            data = _encode_at(model, x, picture.size, grey, step / LEVEL_STEPS, ks)
+            data = _encode_at(model, x, picture.size, grey, step / LEVEL_STEPS, ks, effort)
             if len(data) <= most:
                 return data
     least = 8 * len(data) / (width * height)
@@ -112,11 +116,19 @@ def level_within(model: Entroformer, x: Tensor, size: int) -> int:
 
 
 def _encode_at(
-    model: Entroformer, x: Tensor, size: tuple[int, int], grey: bool, level: float | None, ks: Sequence[int]
+    model: Entroformer,
+    x: Tensor,
+    size: tuple[int, int],
+    grey: bool,
+    level: float | None,
+    ks: Sequence[int],
+    effort: int,
 ) -> bytes:
     y_hat, z = model.latents(x, level)
     best = model.best_k(y_hat, z, ks, level) if ks else model.context_k or 0
     with searching(model, model.search_window, best if model.takes_k else None):
+        if effort:
+            y_hat = searched(model, x, size, y_hat, z, effort, level)
         coded = model.compress_latents(y_hat, z, level)
     y_string, z_string, z_hat = coded["strings"][0][0], b"", None
     if z is not None:

@@ -18,6 +18,7 @@ import torch
 from entroformer_lib.cluster import over, processes
 from entroformer_lib.codec import codec, pictures
 from entroformer_lib.codec.container import MAX_PIXELS, Container
+from entroformer_lib.codec.search import check_effort
 from entroformer_lib.datasets import files_under, is_picture
 from entroformer_lib.entroformer import Entroformer, searching
 from entroformer_lib.errors import DataError, in_words
@@ -49,8 +50,8 @@ class Compress:
     """Pictures to `.ef` files.
 
     model: name or file. bpp: the most bits per pixel that a file may have. window: how far a latent looks for context,
-    in latents; None: as the model does. ks: as `encode` takes them. weights: the digest that they must have; None takes
-    those that are there.
+    in latents; None: as the model does. ks, effort: as `encode` takes them. weights: the digest that they must have;
+    None takes those that are there.
     """
 
     model: str
@@ -58,6 +59,7 @@ class Compress:
     device: str = "auto"
     window: int | None = None
     ks: tuple[int, ...] = ()
+    effort: int = 0
     weights: str | None = None
 
     ending = ".ef"
@@ -68,6 +70,7 @@ class Compress:
         codec.check_bpp(self.bpp)
         device = _ready(self.device)
         kept = kept_model(self.model, device)
+        check_effort(kept.model, self.effort)
         with self._searching(kept.model):
             for k in self.ks:
                 with searching(kept.model, None, k):
@@ -83,7 +86,7 @@ class Compress:
         picture = pictures.open_picture(source)
         model = kept_model(self.model, self.device, self.weights).model
         with self._searching(model):
-            data = codec.encode(model, picture, self.bpp, self.ks)
+            data = codec.encode(model, picture, self.bpp, self.ks, self.effort)
         bpp = 8 * len(data) / (picture.width * picture.height)
         facts = {"bytes": len(data), "width": picture.width, "height": picture.height, "bpp": bpp}
         return data, {**facts, "notes": pictures.losses(picture)}

@@ -44,7 +44,7 @@ class Coding:
 
     codec: a model (name or file), or a classical codec. setting: the lambda of a variable-rate model, the quality of a
     classical codec, or None where there is only one. name: of the picture in this run, see `names_of`. weights: the
-    digest that they must have; None takes those that are there.
+    digest that they must have; None takes those that are there. effort: a model's, see `encode`.
     """
 
     codec: str
@@ -53,13 +53,15 @@ class Coding:
     device: str = "cpu"
     name: str | None = None
     weights: str | None = None
+    effort: int = 0
 
     def __call__(self, folder: Path | None = None, answer: str = "answer") -> dict:
         """Does it.  ->  the columns of `evaluate_picture`"""
         with _one_thread():
             if self.codec in CODECS:
                 return evaluate_classical(Path(self.picture), self.codec, self.setting)
-            return evaluate_picture(_model(self.codec, self.setting, self.device, self.weights), Path(self.picture))
+            model = _model(self.codec, self.setting, self.device, self.weights)
+            return evaluate_picture(model, Path(self.picture), self.effort)
 
     def row(self, measured: dict) -> dict:
         """What was measured, under the names of this run: codec, setting, image, and the columns of
@@ -77,6 +79,7 @@ class Coding:
         kept, model = kept_model(self.codec, self.device), _model(self.codec, self.setting, self.device)
         work = dataclasses.replace(work, codec=name_elsewhere(self.codec), weights=kept.digest)
         weights = {"model": model.name, "weights": kept.digest, "level": model.level}
+        weights |= {"effort": self.effort} if self.effort else {}
         return Task.by_identity(model.name, work, {**identity, **weights})
 
 
@@ -106,8 +109,8 @@ def picture_at(name: str, setting: float | None, picture: Image.Image) -> tuple[
     return codec.decode(data, model, max_pixels=None).convert("RGB"), len(data)
 
 
-def tasks_of(codec: str, pictures: Iterable[Path], device: str = "cpu") -> list[Coding]:
-    """All settings of a codec on all pictures, setting by setting.
+def tasks_of(codec: str, pictures: Iterable[Path], device: str = "cpu", effort: int = 0) -> list[Coding]:
+    """All settings of a codec on all pictures, setting by setting. effort: a model's, see `encode`.
 
     Raises:
         WeightsError: neither a model nor a classical codec.
@@ -121,7 +124,9 @@ def tasks_of(codec: str, pictures: Iterable[Path], device: str = "cpu") -> list[
         settings = (None,) if split_name(codec)[1] or not config.lmbdas else config.lmbdas
     paths = [Path(picture) for picture in pictures]
     named = list(zip(paths, names_of(paths), strict=True))
-    return [Coding(codec, setting, str(path), device, name) for setting in settings for path, name in named]
+    return [
+        Coding(codec, setting, str(path), device, name, effort=effort) for setting in settings for path, name in named
+    ]
 
 
 def measure(

@@ -101,16 +101,17 @@ def middle(picture: Image.Image, side: int) -> Image.Image:
     return picture.crop((left, top, min(picture.width, left + side), min(picture.height, top + side)))
 
 
-def evaluate_picture(model: Entroformer, path: Path) -> dict:
-    """One picture through the codec.
+def evaluate_picture(model: Entroformer, path: Path, effort: int = 0) -> dict:
+    """One picture through the codec, with the effort of `encode`.
 
     Returns:
-        The columns of `measured`, and bpp_estimated: from the likelihoods alone.
+        The columns of `measured`, and bpp_estimated: from the likelihoods of rounded latents alone; None with effort.
     """
     picture, _ = codec.to_rgb(codec.open_picture(path))
     decode = functools.partial(codec.decode, model=model, max_pixels=None)
-    row = measured(picture, lambda: codec.encode(model, path), decode)
-    return {**row, "bpp_estimated": estimated_bits(model, picture) / (picture.width * picture.height)}
+    row = measured(picture, lambda: codec.encode(model, path, effort=effort), decode)
+    estimated = None if effort else estimated_bits(model, picture) / (picture.width * picture.height)
+    return {**row, "bpp_estimated": estimated}
 
 
 def measured(picture: Image.Image, encode: Callable[[], bytes], decode: Callable[[bytes], Image.Image]) -> dict:
