@@ -103,17 +103,19 @@ def again(name: Positional[str], kodak: Path) -> None:
     _measure_and_write(load_model(_weights(name), "cpu").card, name, kodak)
 
 
-def effort(name: Positional[str], kodak: Path, rounds: int = 8) -> None:
-    """Measures a shipped model with effort at all its rates, and writes data/results/NAME-effortROUNDS-kodak.json.
+def effort(name: Positional[str], kodak: Path, rounds: int = 8, lmbdas: tuple[float, ...] = ()) -> None:
+    """Measures a shipped model with effort, and writes data/results/NAME-effortROUNDS-kodak.json.
 
     Args:
         name: Name of the model.
         kodak: Folder of the 24 Kodak pictures.
         rounds: Of search, see codec/search.py.
+        lmbdas: Measure at these alone; by default at all that the model serves.
     """
     model, result = load_model(_weights(name)), result_path(f"{name}-effort{rounds}-kodak")
     with finished_rows(result) as done:
-        measured = measure(tasks_of(name, pictures_to_test(kodak), effort=rounds), done, report=_tell)
+        tasks = tasks_of(name, pictures_to_test(kodak), effort=rounds)
+        measured = measure([task for task in tasks if task.setting in (lmbdas or (task.setting,))], done, report=_tell)
         left = ("codec", "setting", "bpp_estimated")
         rows = [{"lmbda": row["setting"], **{k: v for k, v in row.items() if k not in left}} for row in measured]
         mean = {f"{point['lmbda']:g}": point for point in means(rows).to_dict("records")}

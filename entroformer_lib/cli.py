@@ -278,6 +278,7 @@ def study_ablation(
     workers: int = 1,
     dry_run: bool = False,
     save_only: bool = False,
+    keep: bool = False,
     results: Path | None = None,
 ) -> None:
     """Train entropy models that differ in one choice, on equal terms, and measure them: tables 1, 3, 4, figures 6, 7.
@@ -301,16 +302,20 @@ def study_ablation(
         workers: Runs at a time on this machine, each on one core, or one GPU each.
         dry_run: Print what would run and the time it is estimated to take, and start nothing.
         save_only: Write the results of the runs that are finished, and start nothing.
+        keep: Runs that saved results on the same terms have are not done again, and stay in them.
         results: Folder for the results; by default data/results.
     """
     from entroformer_lib.studies import ablation
+    from entroformer_lib.studies.results import results_folder
 
     study = ablation.prepare(grids_of(grid, fields, model), terms, out, seeds)
     if dry_run:
         print(ablation.plan_in_words(study))
         return
-    outcomes = [] if save_only else study.go(scheduler, workers, lambda outcome: print(outcome, flush=True))
-    for path in ablation.save(study, results):
+    folder = results or results_folder()
+    kept_in = folder if keep else None
+    outcomes = [] if save_only else study.go(scheduler, workers, lambda outcome: print(outcome, flush=True), kept_in)
+    for path in ablation.save(study, folder, keep):
         print(path)
     failed = [outcome.name for outcome in outcomes if outcome.error]
     if failed:

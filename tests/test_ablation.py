@@ -115,6 +115,33 @@ def test_study_trains_measures_and_saves(terms, tmp_path):
     assert len(digests) == 12  # no two are the same model
 
 
+def test_saved_runs_are_kept_where_their_folders_are_lost(terms, tmp_path):
+    """Only where they are asked for, by all grids that want them, on the same terms."""
+    A, B = "diamond-seed0", "h-2-seed0"  # what these rows are called among all grids
+    saved, entries = tmp_path / "results", [micro_entry("a"), micro_entry("b", radius=2)]
+    one, both = Grid("one", "", tuple(entries[:1])), Grid("both", "", tuple(entries))
+
+    def go(grids: list[Grid], folder: str, keep: bool = True, **other) -> tuple[list[str], list[dict]]:
+        study = ablation.prepare(grids, dataclasses.replace(terms, **other), tmp_path / folder, seeds=(0,))
+        done = [outcome.name for outcome in study.go(kept_in=saved if keep else None)]
+        ablation.save(study, saved, keep)
+        return done, json.loads((saved / f"ablation-{grids[0].name}.json").read_text())["rows"]
+
+    done, (before,) = go([one], "first")
+    assert done == [A]
+    assert go([one], "lost") == ([], [before])
+    assert go([both, one], "lost")[0] == [A, B]  # one of the results does not have it
+    for path in saved.iterdir():  # as after the first run of two
+        result = json.loads(path.read_text())
+        for key in ("pictures", "runs"):
+            result[key].pop(B, None)
+        path.write_text(json.dumps({**result, "rows": [row for row in result["rows"] if row["run"] != B]}))
+    done, rows = go([both], "lost again")
+    assert done == [B] and [row["run"] for row in rows] == [A, B]
+    assert go([both], "other terms", batch=4)[0] == [A, B]
+    assert go([both], "anew", keep=False)[0] == [A, B]
+
+
 def test_estimates_come_from_finished_runs(terms, tmp_path):
     two = Grid("two", "", (Entry("a", "context", {}), Entry("b", "context", {"radius": 2})))
     one = ablation.prepare([dataclasses.replace(two, entries=two.entries[:1])], terms, tmp_path, seeds=(0,))

@@ -65,11 +65,11 @@ TABLE4_SIZES = (300, 600, 900, 1200)  # pixels
 
 def config_of(terms: Terms, entry: Entry, seed: int, out: Path) -> TrainConfig:
     """The training of a row, in the folder `out`."""
-    ours = ("transforms", "latents", "steps", "crop", "accelerator", "checkpoint_seconds")
+    ours = ("transforms", "latents", "steps", "batch", "crop", "accelerator", "checkpoint_seconds")
     values = {name: getattr(terms, name) for name in ours}
     values |= {"last_crop": terms.last_crop, "last_share": LAST_SHARE} if terms.last_crop else {}
     values["log_every"] = max(1, terms.steps // POINTS)
-    config = entry.config(TrainConfig("DATA", str(out), devices=1, **RECIPE, **values), terms.size, seed)
+    config = entry.config(TrainConfig("DATA", str(out), devices=1, **RECIPE | values), terms.size, seed)
     if config.transforms is None:
         joint = {"data": terms.train_on, "init": str(out / "start.safetensors"), "architecture": (), "last_crop": None}
         joint |= {"crop": min(JOINT_CROP, terms.crop), "batch": JOINT_BATCH, "lmbda": trained_lmbda(terms.transforms)}
@@ -259,9 +259,16 @@ class Study:
         ]
 
     def go(
-        self, scheduler: str | None = None, workers: int = 1, report: Report = lambda outcome: None
+        self,
+        scheduler: str | None = None,
+        workers: int = 1,
+        report: Report = lambda outcome: None,
+        kept_in: Path | None = None,
     ) -> list[Outcome]:
-        """Computes the latents where they are missing, then does every run that is not finished; see `sweep`."""
+        """Computes the latents where they are missing, then does every run that is not finished; see `sweep`.
+
+        kept_in: a folder of results. Runs that results on the same terms there have are not done.
+        """
         at_least(1, workers=workers)
         if scheduler is not None:
             with connected(scheduler):
@@ -270,7 +277,17 @@ class Study:
         if not (latents / "latents.json").exists():
             t, largest = self.terms, _largest_crop(self.terms)
             write_latents(t.transforms, t.train_on, latents, largest, held_out=t.held_out)
-        return sweep(self.tasks, self.root, scheduler, workers, report)
+        saved = {grid: kept["runs"] for grid, kept in self.kept(kept_in).items()}
+        done = {run.name for run in self.runs if all(run.name in saved.get(grid, ()) for grid, _ in run.rows)}
+        tasks = [task for task in self.tasks if task.name not in done]
+        return sweep(tasks, self.root, scheduler, workers, report)
+
+    def kept(self, folder: Path | None) -> dict[str, dict]:
+        """The results of these grids in a folder that are on the same terms."""
+        if folder is None:
+            return {}
+        found = {grid.name: results.load(folder / _file_of(grid.name)) for grid in self.grids}
+        return {name: saved for name, saved in found.items() if saved and saved["settings"] == _settings(self)}
 
     def plan(self) -> list[dict]:
         """A row for each run: run, grids, state (finished, begun, not begun), missing (answers), seconds (estimated
@@ -409,14 +426,17 @@ def _rounded(row: dict) -> dict:
     return {key: round(value, 6) if key in ROUNDED else value for key, value in row.items()}
 
 
-def save(study: Study, folder: Path | None = None) -> list[Path]:
+def save(study: Study, folder: Path | None = None, keep: bool = False) -> list[Path]:
     """Writes ablation-GRID.json for each grid of which a run is finished: settings, rows, the rate of each picture,
     what the runs were, provenance.
 
     Args:
         folder: by default data/results.
+        keep: runs that are not finished here stay as an earlier result on the same terms has them.
     """
+    folder = results.results_folder() if folder is None else folder
     paths, finished = [], study.finished()
+    kept = study.kept(folder) if keep else {}
     for grid, rows in rows_of(study).items():
         if rows:
             runs = [(run, answers) for run, answers in finished if grid in dict(run.rows)]
@@ -426,10 +446,22 @@ def save(study: Study, folder: Path | None = None) -> list[Path]:
                 "pictures": {run.name: _pictures(answers) for run, answers in runs},
                 "runs": {run.name: _record(run, answers) for run, answers in runs},
             }
-            path = result_path(f"ablation-{grid}")
-            paths.append(path if folder is None else folder / path.name)
+            if grid in kept:
+                result = _joined(kept[grid], result)
+            paths.append(folder / _file_of(grid))
             results.save(paths[-1], result)
     return paths
+
+
+def _file_of(grid: str) -> str:
+    return result_path(f"ablation-{grid}").name
+
+
+def _joined(earlier: dict, result: dict) -> dict:
+    """A result with those runs of an earlier one that it lacks."""
+    more = {key: earlier[key] | result[key] for key in ("pictures", "runs")}
+    rows = [row for row in earlier["rows"] if row["run"] not in result["runs"]]
+    return {**result, **more, "rows": rows + result["rows"]}
 
 
 def _settings(study: Study) -> dict:
@@ -440,6 +472,7 @@ def _settings(study: Study) -> dict:
         "transforms_sha256": study.transforms_sha256,
         **{key: getattr(terms, key) for key in ("size", "steps", "crop", "last_crop")},
         **RECIPE,
+        "batch": terms.batch,
         "latents": {key: latents[key] for key in ("pictures", "per_picture", "seed")},
         "test_pictures": len(pictures_to_test(terms.kodak, terms.limit)),
     }

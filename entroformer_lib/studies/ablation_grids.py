@@ -35,6 +35,8 @@ class Terms:
     """Of the entropy models: tiny, study or base."""
     steps: int = 400
     """Steps of each run."""
+    batch: int = RECIPE["batch"]
+    """Crops of a step."""
     crop: int = 256
     """Side of a crop in pixels."""
     last_crop: int | None = None
