@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,12 +32,21 @@ Inputs = Positional[Annotated[tuple[str, ...], arg(metavar="FILE ...", help_beha
 Model = Annotated[str, arg(help="A name from `entroformer models`, or a .safetensors file.")]
 Device = Annotated[str, arg(help="cpu, cuda, or auto.")]
 Force = Annotated[bool, arg(help="Replace an output that exists.")]
-Resume = Annotated[bool, arg(help="Of many, keep outputs that exist: an interrupted command leaves none by halves.")]
-Jobs = Annotated[int | None, arg(help="Of many, so many at a time, each on one core; default: as many as cores.")]
-Scheduler = Annotated[
-    str | None, arg(help="Of many, let the workers of a dask cluster do it: the address, such as tcp://host:8786.")
-]
 AsJson = Annotated[bool, arg(name="json", help="Print JSON.")]
+
+
+@dataclass(frozen=True)
+class Files:
+    """Options of the commands that go through files."""
+
+    force: Force = False
+    resume: bool = False
+    """Of many, keep outputs that exist: an interrupted command leaves none by halves."""
+    jobs: int | None = None
+    """Of many, so many at a time, each on one core; default: as many as cores."""
+    scheduler: str | None = None
+    """Of many, let the workers of a dask cluster do it: the address, such as tcp://host:8786."""
+    as_json: AsJson = False
 
 
 @app.command
@@ -48,12 +58,8 @@ def compress(
     window: int | None = None,
     k: tuple[int, ...] = (),
     effort: int = 0,
-    force: Force = False,
-    resume: Resume = False,
-    jobs: Jobs = None,
-    scheduler: Scheduler = None,
     device: Device = "auto",
-    as_json: AsJson = False,
+    how: Annotated[Files, arg(name="")] = Files(),
 ) -> None:
     """Compress pictures into .ef files.
 
@@ -83,7 +89,7 @@ def compress(
 
     said = "{output}: {bytes:,} bytes, {bpp:.3f} bits per pixel"
     work = Compress(model, bpp, device, window, k, effort)
-    _code(work, said, images, output, force, resume, jobs, scheduler, as_json)
+    _code(work, said, images, output, how)
 
 
 @app.command
@@ -92,12 +98,8 @@ def decompress(
     output: OutputOrFolder = None,
     model: str | None = None,
     max_pixels: int = MAX_PIXELS,
-    force: Force = False,
-    resume: Resume = False,
-    jobs: Jobs = None,
-    scheduler: Scheduler = None,
     device: Device = "auto",
-    as_json: AsJson = False,
+    how: Annotated[Files, arg(name="")] = Files(),
 ) -> None:
     """Turn .ef files back into pictures.
 
@@ -116,7 +118,7 @@ def decompress(
     from entroformer_lib.codec.many import Decompress
 
     said = "{output}: {width} x {height}"
-    _code(Decompress(model, device, max_pixels), said, files, output, force, resume, jobs, scheduler, as_json)
+    _code(Decompress(model, device, max_pixels), said, files, output, how)
 
 
 @app.command
@@ -608,17 +610,7 @@ def export_onnx(model: Positional[Model], folder: Positional[Path], force: Force
 # ---- what the commands share ----
 
 
-def _code(
-    work,
-    said: str,
-    inputs: tuple[str, ...],
-    output: str | None,
-    force: bool,
-    resume: bool,
-    jobs: int | None,
-    scheduler: str | None,
-    as_json: bool,
-) -> None:
+def _code(work, said: str, inputs: tuple[str, ...], output: str | None, how: Files) -> None:
     """Compresses or decompresses one file or many.
 
     work: of codec/many.py. said: what is told of one file, to be filled with its row.
@@ -629,18 +621,18 @@ def _code(
     if not inputs:
         print(f"entroformer: Name a {work.what}, a folder, a pattern, or - for the standard input.", file=sys.stderr)
         sys.exit(2)
-    if force and resume:
+    if how.force and how.resume:
         raise UserError("--force replaces what exists, and --resume keeps it; choose one.")
     if many.means_many(inputs, output):
-        _code_many(work, inputs, output, force, resume, jobs, scheduler, as_json)
+        _code_many(work, inputs, output, how)
         return
     name, to_stdout = inputs[0], output == "-"
     if name == "-" and output is None:
         raise UserError("What comes from the standard input needs the name of an output, or -: -o FILE.")
-    place = Path("-") if to_stdout else _output(output and Path(output), name, work.ending, force or resume)
-    if resume and place.is_file() and not to_stdout:
+    place = Path("-") if to_stdout else _output(output and Path(output), name, work.ending, how.force or how.resume)
+    if how.resume and place.is_file() and not to_stdout:
         row = {"file": name, "output": str(place), "kept": True}
-        print(json.dumps(row) if as_json else f"{place} exists and is kept.")
+        print(json.dumps(row) if how.as_json else f"{place} exists and is kept.")
         return
     special = to_stdout or (place.exists() and not place.is_file())  # a pipe or a device, whose name has no ending
     work = work.prepared()
@@ -654,19 +646,10 @@ def _code(
     else:
         write_bytes(place, data)
     row = {"file": name, "output": str(place), **facts}
-    print(json.dumps(row) if as_json else said.format(**row), file=sys.stderr if to_stdout else sys.stdout)
+    print(json.dumps(row) if how.as_json else said.format(**row), file=sys.stderr if to_stdout else sys.stdout)
 
 
-def _code_many(
-    work,
-    inputs: tuple[str, ...],
-    output: str | None,
-    force: bool,
-    resume: bool,
-    jobs: int | None,
-    scheduler: str | None,
-    as_json: bool,
-) -> None:
+def _code_many(work, inputs: tuple[str, ...], output: str | None, how: Files) -> None:
     """Many files into a folder. Each has a row, of which JSON is one line; the summary is for people."""
     from tqdm import tqdm
 
@@ -674,30 +657,30 @@ def _code_many(
 
     if output in (None, "-") or Path(output).is_file():
         raise UserError(f"Many files go into a folder; name it with -o FOLDER. So does the content of {inputs[0]}.")
-    if jobs is not None and jobs < 1:
-        raise UserError(f"--jobs must be at least 1; it is {jobs}.")
-    _one_of_two(jobs, scheduler)
+    if how.jobs is not None and how.jobs < 1:
+        raise UserError(f"--jobs must be at least 1; it is {how.jobs}.")
+    _one_of_two(how.jobs, how.scheduler)
     every = many.jobs_of(inputs, Path(output), work)
-    left = many.left_to_do(every, force, resume)
+    left = many.left_to_do(every, how.force, how.resume)
     kept, failed, size, pixels = len(every) - len(left), 0, 0, 0
-    if as_json:
+    if how.as_json:
         for source, place in every:
-            if resume and place.is_file():
+            if how.resume and place.is_file():
                 print(json.dumps({"file": str(source), "output": str(place), "kept": True}))
     with tqdm(total=len(every), initial=kept, unit=f" {work.what}s", disable=None) as bar:
-        for row in many.go_through(work, left, jobs, scheduler):
+        for row in many.go_through(work, left, how.jobs, how.scheduler):
             bar.update()
             notes = [row["error"]] if "error" in row else row.pop("notes")
             for sentence in notes:
                 bar.write(f"entroformer: {row['file']}: {sentence}", file=sys.stderr)
             failed += "error" in row
             size, pixels = size + row.get("bytes", 0), pixels + row.get("width", 0) * row.get("height", 0)
-            if as_json:
+            if how.as_json:
                 bar.write(json.dumps(row), file=sys.stdout)
     words = f"{output}: {len(left) - failed} of {len(every)} {work.what}s done, {kept} kept, {failed} failed"
     if size:
         words += f"; {size:,} bytes, {8 * size / pixels:.3f} bits per pixel"
-    print(words, file=sys.stderr if as_json else sys.stdout)
+    print(words, file=sys.stderr if how.as_json else sys.stdout)
     if failed:
         raise UserError(f"{failed} of {len(every)} files failed.")
 
