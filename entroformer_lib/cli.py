@@ -83,7 +83,7 @@ def compress(
         k: How many keys attention keeps in the context model (0: all), by default as it was trained. Of several numbers
             each picture gets the one with the fewest bits, which costs a pass through the context model for each.
         effort: Rounds of search for better latents than the nearest integers, each of which takes about as long as
-            coding without. 8 save 7 to 10% of the bits. For models that were trained for a mean squared error.
+            coding without. 8 save about 7% of the bits. For models that were trained for a mean squared error.
     """
     from entroformer_lib.codec.many import Compress
 
