@@ -27,7 +27,7 @@ CONTAINER_BYTES = 45  # about what surrounds the coded strings
 # Decoding takes 244 and 384 bytes of memory a pixel with the parallel study and base models, of 96 and 192 channels
 # inside g_s (data/results/latency_growth.json), and 212 with tiny, of 64. So many a pixel, and a pixel and channel:
 BYTES_PER_PIXEL, BYTES_PER_CHANNEL = 130, 1.3
-SEARCH_BYTES = 1300  # a pixel, with the blocks-* models
+SEARCH_BYTES = 2500  # a pixel, with blocks-parallel; 1,840 with the base models
 
 
 @torch.no_grad()
