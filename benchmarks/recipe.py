@@ -2,7 +2,7 @@
 
     python benchmarks/recipe.py times  --data DATA/train --runs runs/recipe
     python benchmarks/recipe.py train  --data DATA/train --runs runs/recipe --rows base "other seed"
-    python benchmarks/recipe.py result --runs runs/recipe --out data/results/recipe.json
+    python benchmarks/recipe.py result --runs runs/recipe --out data/results/recipe_equal_time.json
 
 Every row changes one thing about `base`. All have equal time: so many minutes of one core, divided by the time of a
 quiet step of the row, which `times` measures once. What else runs on the machine while they train changes nothing. They
@@ -38,7 +38,7 @@ from entroformer_lib.training.loss import TrainingStep
 from entroformer_lib.training.optimizer import build_optimizer, quick_type
 from entroformer_lib.weights.zoo import save_weights
 
-OUT = data_folder() / "results" / "recipe.json"
+OUT = data_folder() / "results" / "recipe_equal_time.json"
 LMBDAS = (0.00035, 0.0008, 0.0017, 0.0035, 0.007, 0.014, 0.029, 0.06, 0.12)
 # What is quick on this processor: it changes times, not what is learned, and a row has the steps of the saved times
 PRECISION = str(quick_type(torch.device("cpu"))).removeprefix("torch.")

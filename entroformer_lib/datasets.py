@@ -80,9 +80,9 @@ def fetch(name: str, folder: Path) -> list[Path]:
         raise DataError(f"There is no data set '{name}'; there are samples, {', '.join(DATASETS)}.")
     folder.mkdir(parents=True, exist_ok=True)
     for url, checksum in tqdm(DATASETS[name](), unit="file", disable=None):
-        fetch_file(url, checksum, folder)
-    for path in folder.glob("*.zip"):
-        _unpack(path, folder)
+        path = fetch_file(url, checksum, folder)
+        if path.suffix == ".zip":
+            _unpack(path, folder)
     return sorted(folder.rglob("*.png"))
 
 
@@ -120,6 +120,8 @@ def _download(url: str, part: Path) -> None:
             mode = "ab" if answer.status == 206 else "wb"  # a server that ignores Range sends all of it again
             with part.open(mode) as file:
                 shutil.copyfileobj(answer, file)
+            if answer.length:  # what urllib still waits for
+                raise OSError(f"the connection ended {answer.length} bytes before the end; the same command goes on")
     except urllib.error.HTTPError as error:
         if not have or error.code != 416:  # 416: the part is as long as the file already
             raise

@@ -140,6 +140,21 @@ def test_saved_runs_are_kept_where_their_folders_are_lost(terms, tmp_path):
     assert done == [B] and [row["run"] for row in rows] == [A, B]
     assert go([both], "other terms", batch=4)[0] == [A, B]
     assert go([both], "anew", keep=False)[0] == [A, B]
+    other = tmp_path / "pictures"
+    other.mkdir()
+    for number, name in enumerate(sorted(path.name for path in Path(terms.kodak).iterdir())):
+        pixels = np.random.default_rng(number).integers(0, 256, (96, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save((other / name).with_suffix(".png"))
+    assert go([both], "other pictures", kodak=str(other))[0] == [A, B]
+
+
+def test_runs_with_another_batch_or_other_photographs_are_refused(terms, tmp_path):
+    grids = [Grid("one", "", (micro_entry("a"),))]
+    ablation.prepare(grids, terms, tmp_path, seeds=(0,)).go()
+    with pytest.raises(StudyError, match="another batch"):
+        ablation.prepare(grids, dataclasses.replace(terms, batch=4), tmp_path, seeds=(0,))
+    with pytest.raises(StudyError, match=f"are those of .*{Path(terms.train_on).name}, and not of .*elsewhere"):
+        ablation.prepare(grids, dataclasses.replace(terms, train_on=str(tmp_path / "elsewhere")), tmp_path, seeds=(0,))
 
 
 def test_estimates_come_from_finished_runs(terms, tmp_path):

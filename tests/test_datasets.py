@@ -21,6 +21,7 @@ CHECKSUM = "sha256:" + hashlib.sha256(CONTENT).hexdigest()
 
 class Server(http.server.BaseHTTPRequestHandler):
     asked: list = []
+    ends_at: int | None = None
 
     def do_GET(self):
         start = self.headers.get("Range")
@@ -35,7 +36,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(CONTENT) - first))
         self.end_headers()
-        self.wfile.write(CONTENT[first:])
+        self.wfile.write(CONTENT[first : self.ends_at])
 
     def log_message(self, *args):
         pass
@@ -56,6 +57,24 @@ def test_a_broken_download_is_continued(address, tmp_path):
     assert path.read_bytes() == CONTENT and Server.asked == ["bytes=1000-"]
     fetch_file(f"{address}/file.bin", CHECKSUM, tmp_path)
     assert len(Server.asked) == 1  # what is whole is not fetched again
+
+
+def test_a_connection_that_ends_early_keeps_what_came(address, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Server, "ends_at", 700)
+        with pytest.raises(DataError, match=f"{len(CONTENT) - 700} bytes before the end"):
+            fetch_file(f"{address}/file.bin", CHECKSUM, tmp_path)
+    assert fetch_file(f"{address}/file.bin", CHECKSUM, tmp_path).read_bytes() == CONTENT
+    assert Server.asked == [None, "bytes=700-"]
+
+
+def test_archives_of_other_people_stay_closed(tmp_path):
+    (tmp_path / "holiday.zip").write_bytes(b"no archive")
+    kodak = pictures_folder("kodak")
+    if kodak:
+        for path in kodak.glob("*.png"):
+            (tmp_path / path.name).symlink_to(path)
+        assert len(fetch("kodak", tmp_path)) == 24
 
 
 def test_a_download_that_was_complete_but_not_moved(address, tmp_path):

@@ -6,7 +6,6 @@ from conftest import LMBDAS, micro_model
 
 from entroformer_lib.errors import TrainingError
 from entroformer_lib.training.growth import grown
-from entroformer_lib.training.initial import changed
 
 SMALL = dict(transforms="blocks", stages=((4, 6, 1), (8, 10, 2)), linear_path="dct", lmbdas=LMBDAS, rate_aware=True)
 
@@ -50,46 +49,6 @@ def test_what_is_new_learns(small):
             assert (weight.grad != 0).any(), name
             if weight.dim() == 4:
                 assert (weight.grad.flatten(1).abs().sum(1) > 0).float().mean() > 0.5, name
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        dict(context="serial"),
-        dict(context="parallel", lmbdas=LMBDAS, rate_aware=True),
-        dict(context="cnn", hyper="cnn"),
-        dict(context="none"),
-        dict(context="serial", hyperprior=False),
-    ],
-    ids=lambda fields: "-".join(str(value) for value in fields.values()),
-)
-def test_an_entropy_model_twice_as_wide_predicts_the_same_and_its_twins_part(fields):
-    small = micro_model(**fields).double().eval()
-    with torch.no_grad():
-        for parameter in small.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    c = small.config
-    small.refresh_tables()
-    large = changed(small, dict(dim=2 * c.dim, heads=2 * c.heads)).double().eval()
-    assert large.config.dim == 2 * c.dim
-    level = torch.tensor([0.0, 1.5]) if c.lmbdas else None
-    y = 3 * torch.randn(2, c.M, 8, 12, dtype=torch.float64)
-    before, after = (model.likelihoods(y, level=level)[0] for model in (small, large))
-    assert before.keys() == after.keys()
-    for name in before:
-        torch.testing.assert_close(after[name], before[name], atol=1e-7, rtol=1e-5)
-    sum(-p.log().sum() for p in after.values()).backward()
-    of_heads = [p.grad for name, p in large.named_parameters() if name.endswith("attention.out.weight")]
-    for gradient in of_heads or [large.entropy_parameters.layers[0].weight.grad]:
-        one, other = gradient.chunk(2)
-        assert (one - other).abs().max() > 1e-3 * gradient.abs().max()
-
-
-def test_width_grows_by_twins_alone():
-    with pytest.raises(TrainingError, match="dim=32, heads=4"):
-        grown(micro_model(dim=16, heads=2), dict(dim=48, heads=6))
-    with pytest.raises(TrainingError, match="size of a head"):
-        grown(micro_model("groupedmixer"), dict(dim=64, heads=4))
 
 
 @pytest.mark.parametrize(

@@ -161,4 +161,6 @@ def test_an_index_that_is_none(tmp_path):
     ):
         with pytest.raises(DataError, match=sentence):
             plan_download(files, tmp_path / "out", count=10)
+    with pytest.raises(DataError, match="--count must be at least 1"):
+        plan_download([good], tmp_path / "out", count=-5)
     assert not (tmp_path / "out").exists()

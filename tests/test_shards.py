@@ -235,6 +235,12 @@ def test_what_cannot_be_fetched_is_one_sentence_and_leaves_nothing(name, sentenc
     assert [path.suffix for path in cache.folder.iterdir()] == [".lock"]
 
 
+@pytest.mark.parametrize("name", ["gone.json", "forbidden.json"])
+def test_a_manifest_that_is_not_there_is_named(name, web):
+    with pytest.raises(DataError, match=f"no manifest at .*{name}"):
+        find_sources(f"{web}/{name}")
+
+
 @pytest.fixture(scope="module")
 def bucket(folder, tmp_path_factory):
     """A real S3 server with the shards in it."""

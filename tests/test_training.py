@@ -225,6 +225,23 @@ def test_a_loss_that_is_no_number_names_the_step(config, monkeypatch):
     assert state["step"] == 3 and all(t.isfinite().all() for t in state["model"].values())
 
 
+def test_a_gradient_that_is_no_number_moves_no_weight(config, monkeypatch):
+    config = replace(config, steps=3, checkpoint_seconds=0.0)
+    backward = Run.forward_and_backward
+
+    def with_infinity(self, x, step, samples):
+        terms = backward(self, x, step, samples)
+        if step == 1:
+            self.model.g_s[0].weight.grad[0, 0, 0, 0] = float("inf")
+        return terms
+
+    monkeypatch.setattr(Run, "forward_and_backward", with_infinity)
+    with pytest.raises(TrainingError, match="step 2, or its gradient"):
+        train(config, progress=False)
+    state = torch.load(Path(config.out) / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 1 and all(t.isfinite().all() for t in state["model"].values())
+
+
 @pytest.mark.parametrize("changes, sentence", [
     (dict(crop=100), "multiple of 64"),
     (dict(metric="ms-ssim"), "160"),
@@ -237,6 +254,8 @@ def test_a_loss_that_is_no_number_names_the_step(config, monkeypatch):
     (dict(branch="nowhere.pt"), "cannot be read"),
     (dict(branch="nowhere.pt", init="blocks-parallel"), "not for it"),
     (dict(held_out="nowhere.txt"), "cannot be read"),
+    (dict(transforms="tiny-parallel", latents="there", lmbdas=(0.1, 0.2)), "goes with pictures"),
+    (dict(transforms="tiny-parallel", latents="there", metric="ms-ssim", crop=256), "goes with pictures"),
     (dict(accumulate=3), r"A batch of 2 does not divide into 3 equal parts \(processes: 1, passes of each: 3\)\.$"),
 ])  # fmt: skip
 def test_runs_that_cannot_start(config, changes, sentence):

@@ -192,8 +192,7 @@ def lattice(server, ks: list[int]) -> list[int]:
     stride = 1
     while -(-server.height // stride) * -(-server.width // stride) * per_site > LARGEST_REST:
         stride *= 2
-    rows = range(stride // 2, server.height, stride)
-    columns = range(stride // 2, server.width, stride)
+    rows, columns = (range(min(stride // 2, n - 1), n, stride) for n in (server.height, server.width))
     return [row * server.width + column for row in rows for column in columns]
 
 

@@ -244,6 +244,7 @@ class Study:
     def tasks(self) -> list[Task]:
         """The runs as the engine takes them."""
         tasks, more = [], {"transforms_sha256": self.transforms_sha256, "test_pictures": self.pictures_sha256}
+        more["batch"] = self.terms.batch  # one that goes on may have another; here all runs have the same
         for run in self.runs:
             identity = identity_of(config_of(self.terms, run.entry, run.seed, self.root / run.name))
             work = functools.partial(answer_of, self.terms, run.entry, run.seed)
@@ -309,7 +310,7 @@ def prepare(grids: list[Grid], terms: Terms, root: Path, seeds: Iterable[int] = 
         UserError: transforms that do not exist, latents of other transforms, no test pictures, a seed below 0, runs of
             another kind.
     """
-    root, seeds = root.resolve(), tuple(seeds)
+    root, seeds, asked = root.resolve(), tuple(seeds), terms.train_on
     at_least(0, seed=min(seeds, default=None))
     terms = terms.placed(root)
     if terms.size not in SIZES:
@@ -324,7 +325,12 @@ def prepare(grids: list[Grid], terms: Terms, root: Path, seeds: Iterable[int] = 
     note = Path(terms.latents) / "latents.json"
     if note.exists():
         names = read_names(terms.held_out) if terms.held_out else ()
-        check_note(note, {"transforms_sha256": digest, "crop": _largest_crop(terms), "held_out": sorted(names)})
+        found = check_note(note, {"transforms_sha256": digest, "crop": _largest_crop(terms), "held_out": sorted(names)})
+        if asked and found.get("data", terms.train_on) != terms.train_on:
+            raise StudyError(
+                f"The latents in {note.parent} are those of {found['data']}, and not of {terms.train_on}; choose "
+                "another folder."
+            )
     pictures, mosaic = pictures_to_test(terms.kodak, terms.limit), latent_rates.ROWS * latent_rates.COLUMNS
     if len(pictures) < mosaic and any(grid.name == "table4" for grid in grids):
         raise StudyError(f"Table 4 is measured on mosaics of {mosaic} pictures, and there are {len(pictures)}.")
@@ -473,8 +479,9 @@ def _settings(study: Study) -> dict:
         **{key: getattr(terms, key) for key in ("size", "steps", "crop", "last_crop")},
         **RECIPE,
         "batch": terms.batch,
-        "latents": {key: latents[key] for key in ("pictures", "per_picture", "seed")},
+        "latents": {key: latents.get(key) for key in ("pictures", "pictures_sha256", "per_picture", "seed")},
         "test_pictures": len(pictures_to_test(terms.kodak, terms.limit)),
+        "test_pictures_sha256": study.pictures_sha256,
     }
 
 

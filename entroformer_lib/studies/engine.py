@@ -30,7 +30,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from entroformer_lib.cluster import over, processes
-from entroformer_lib.errors import Stopped, StudyError, UserError
+from entroformer_lib.errors import Stopped, StudyError, in_words
 from entroformer_lib.files import remove_parts, write_bytes
 from entroformer_lib.studies.commands import at_least
 from entroformer_lib.training.config import RUNTIME_FIELDS, TrainConfig
@@ -197,7 +197,7 @@ def perform(task: Task, root: Path, wait: bool = True) -> Outcome | None:
     except Stopped:
         raise
     except Exception as problem:
-        error = str(problem) if isinstance(problem, UserError) else f"{type(problem).__name__}: {problem}"
+        error = in_words(problem)
     return Outcome(task.name, error, round(time.monotonic() - begin, 2))
 
 

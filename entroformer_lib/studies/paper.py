@@ -19,8 +19,8 @@ from entroformer_lib.inspection.row_server import RowServer
 from entroformer_lib.studies import attention_maps, position_masking, results
 from entroformer_lib.studies.commands import at_least
 from entroformer_lib.studies.measuring import Coding, about, finished_rows, means, measure, tasks_of
-from entroformer_lib.studies.rate_distortion import pictures_of, pictures_to_test
-from entroformer_lib.weights.zoo import load_model
+from entroformer_lib.studies.rate_distortion import digest_of, pictures_of, pictures_to_test
+from entroformer_lib.weights.zoo import load_model, weights_digest
 
 SIDE, CROP = 7, 256  # of the neighbourhood in latents, and of what is masked in pixels; as in data/results
 
@@ -74,12 +74,12 @@ class Paper:
             tell("Rates are measured.")
             try:
                 neighbourhood(model, SIDE)
-                position_masking.measure(
-                    self.out / "masking", self.pictures, SIDE, CROP, self.limit, (self.name,), workers=1
-                )
-                tell("Masked positions are measured.")
             except UserError as error:
                 tell(f"No figure 3: {error}")
+            else:
+                folder = self.out / "masking"
+                position_masking.measure(folder, self.pictures, SIDE, CROP, self.limit, (self.name,), workers=1)
+                tell("Masked positions are measured.")
             if note := _why_no_maps(model):
                 tell(f"No figures 8 to 10: {note}")
             else:
@@ -90,13 +90,18 @@ class Paper:
         return tasks_of(self.name, pictures_to_test(self.pictures, self.limit))
 
     def _rates(self, model: Entroformer) -> None:
-        """As the card of a shipped model has them."""
+        """As the card of a shipped model has them. A result of these weights and pictures stays as it is."""
         out, codings = results.result_path(f"{model.name or Path(self.name).stem}-kodak"), self._codings()
+        digest, saved = digest_of(pictures_to_test(self.pictures, self.limit)), results.load(out) or {}
+        measured = saved.get("pictures_sha256"), saved.get("provenance", {}).get("weights_sha256")
+        if measured == (digest, weights_digest(model).hex()):
+            return
         with finished_rows(out) as done:
             rows = measure(codings, done, self.jobs)
             mean = means(rows)
             images = [{"lmbda": row.pop("setting"), **row} for row in rows]
-            results.save(out, {"images": images, "mean": mean, **about(model.card, model.config.variant)}, model)
+            told = {"pictures_sha256": digest, **about(model.card, model.config.variant)}
+            results.save(out, {"images": images, "mean": mean, **told}, model)
 
 
 def _seconds(coding: Coding) -> float:

@@ -45,7 +45,8 @@ class TrainConfig:
     out: Text
     """Folder of the run. The same command again continues it."""
     model: Text = "tiny-parallel"
-    """Size and variant: {base, study, tiny}-{serial, parallel, cnn, hyperprior, context, groupedmixer}."""
+    """Size and variant: {base, study, tiny}-{serial, parallel, cnn, minnen, hyperprior, hyperprior-cnn, context,
+    context-cnn, groupedmixer}. With init or branch the model is theirs."""
     architecture: tuple[Text, ...] = ()
     """Fields of the architecture to change, of the model's or of init's, such as: position=none top_k=64."""
     preset: Literal["paper", "official"] = "paper"
@@ -163,6 +164,10 @@ class TrainConfig:
         for name in ("rounded", "missing", "one_way"):
             wrong = not on_latents and bool(getattr(self, name))
             yield wrong, f"{name} goes with the latents of frozen transforms."
+        wrong = on_latents and len(self.lmbdas) > 0
+        yield wrong, "The rates are those of the frozen transforms: lmbdas goes with pictures."
+        wrong = on_latents and self.metric != "mse"
+        yield wrong, "With frozen transforms the rate alone is trained: metric goes with pictures."
         wrong = self.branch is not None and (self.init is not None or on_latents or len(self.lmbdas) > 0)
         yield wrong, "A branch has model and lambdas of its trunk: init, transforms and lmbdas are not for it."
         wrong = self.schedule == "decay" and self.branch is None

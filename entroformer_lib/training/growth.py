@@ -2,18 +2,13 @@
 
 More channels or blocks in the transforms of blocks: what is new is computed from old and new, and nothing old reads it
 yet. Those weights begin at zero, and the gradient moves them from the first step on.
-
-An entropy model twice as wide: a layer norm looks at all channels together, so there every channel and every head gets
-a twin instead. Twins have the mean and the variance of the old channels. Who read a channel now reads both twins, with
-two weights that are random and add up to the old one; so twins have different gradients and go ways of their own.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import TrainingError
-from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.transforms import ConvBlock, WithLinearPath
 
 
@@ -21,8 +16,7 @@ def grown(model: Entroformer, fields: dict) -> Entroformer:
     """A model of another config with the same outputs.
 
     Args:
-        fields: of the config, to change: wider or longer `stages` on the same grids; or `dim` and `heads`, both
-            twice as large.
+        fields: of the config, to change: wider or longer `stages` on the same grids.
 
     Raises:
         TrainingError: another field, or something would become smaller.
@@ -31,8 +25,6 @@ def grown(model: Entroformer, fields: dict) -> Entroformer:
     different = {name for name in fields if getattr(config, name) != getattr(model.config, name)}
     if not different:
         return model
-    if "dim" in different:
-        return _with_twins(model, config)
     if different != {"stages"}:
         raise TrainingError(f"A model grows in stages, not in {(different - {'stages'}).pop()}.")
     old, new = model.config.stages, config.stages
@@ -79,41 +71,3 @@ def _widen(old: nn.Conv2d, new: nn.Conv2d, halves: bool = False) -> None:
         weight[:outputs, :inputs] = known
     for known, bias in zip(old.bias.chunk(1 + halves), new.bias.chunk(1 + halves), strict=True):
         bias[: len(known)] = known
-
-
-@torch.no_grad()
-def _with_twins(model: Entroformer, config: EntroformerConfig) -> Entroformer:
-    """The model with an entropy model twice as wide."""
-    old = model.config
-    if old.context == "grouped" or old.attention_scale != "head":
-        raise TrainingError("Only an Entroformer whose scores are divided by the size of a head grows in width.")
-    if config != old.replaced(dim=2 * old.dim, heads=2 * old.heads):
-        raise TrainingError(
-            f"An entropy model grows to twice its width and heads: dim={2 * old.dim}, heads={2 * old.heads}."
-        )
-    larger = Entroformer(config).train(model.training)
-    known, state = model.state_dict(), larger.state_dict()
-    parameters = dict(larger.named_parameters())
-    for name, tensor in known.items():
-        if name == "_extra_state":
-            continue
-        for axis in range(tensor.dim() if name in parameters else 0):  # the tables of p(z) stay
-            if state[name].size(axis) == 2 * tensor.size(axis):
-                # queries, keys and values are stacked, and so are the features that the last layers read
-                parts = 3 if name.endswith("qkv.weight") and axis == 0 else 1
-                if name == "entropy_parameters.layers.0.weight" and axis == 1:
-                    parts = tensor.size(1) // old.dim
-                reads = axis == 1 and name.endswith("weight")
-                halves = tensor.chunk(parts, axis)
-                tensor = torch.cat([twin for half in halves for twin in _twins(half, reads)], axis)
-        state[name] = tensor
-    larger.load_state_dict(state)
-    return larger
-
-
-def _twins(weight: Tensor, reads: bool) -> tuple[Tensor, Tensor]:
-    """Weights of a channel and its twin; of a layer that reads them both, two that add up to the old ones."""
-    if not reads:
-        return weight, weight
-    share = weight / 2 + torch.randn_like(weight) * weight.std() / 2
-    return share, weight - share

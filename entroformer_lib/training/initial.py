@@ -50,9 +50,8 @@ def _model(config: TrainConfig, trunk: dict | None) -> Entroformer:
 def changed(model: Entroformer, fields: dict, lmbda_scale: float = 1.0) -> Entroformer:
     """A model of another architecture that begins with all that fits: every tensor of the same name and shape.
 
-    What does not fit begins afresh, but an entropy model twice as wide begins as the old one (`grown`). Gains of other
-    lambdas begin from those interpolated at them. Where a context model is given up, the rest begins with what it
-    predicts before any context is known.
+    What does not fit begins afresh. Gains of other lambdas begin from those interpolated at them. Where a context model
+    is given up, the rest begins with what it predicts before any context is known.
 
     Args:
         model: the one to begin from.
@@ -62,9 +61,6 @@ def changed(model: Entroformer, fields: dict, lmbda_scale: float = 1.0) -> Entro
     config = model.config.replaced(**fields)
     if config == model.config:
         return model
-    width = dict(dim=config.dim, heads=config.heads)
-    if width == dict(dim=2 * model.config.dim, heads=2 * model.config.heads) and model.config.context != "grouped":
-        return changed(grown(model, width), fields, lmbda_scale)
     new = Entroformer(config)
     if new.gain is not None and model.gain is None:
         new.gain = RateGain(config.lmbdas, config.M, reference=model.card.get("lmbda"))

@@ -114,6 +114,7 @@ def write_latents(
     held_out: Text | None = None,
 ) -> Path:
     """Computes y of random crops of every picture and keeps them in half precision. A finished cache is left as it is.
+    Its latents.json says what is in it, with the SHA-256 over the pixels of the pictures.
 
     Args:
         transforms: The model whose g_a is used; with @ and a lambda, at that rate; or zoo:NAME:QUALITY of CompressAI.
@@ -142,6 +143,9 @@ def write_latents(
     pictures = [p for p in pictures_in(data, lambda name: name not in names) if min(p.shape[:2]) >= crop]
     if not pictures:
         raise DataError(f"No picture at {data} has {crop} pixels on both sides.")
+    digest = hashlib.sha256()
+    for picture in pictures:
+        digest.update(repr(picture.shape).encode() + picture.tobytes())
     shape = (len(pictures), per_picture, model.config.M, crop // 16, crop // 16)
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float16)), "fortran_order": False, "shape": shape}
     try:
@@ -157,7 +161,8 @@ def write_latents(
                 np.save(file, held)
     except OSError as error:
         raise DataError(f"Latents could not be written to {out}: {error.strerror or error}.") from None
-    words = {"transforms": transforms, "pictures": len(pictures), "shape": shape}
+    words = {"transforms": transforms, "data": data, "pictures": len(pictures), "shape": shape}
+    words["pictures_sha256"] = digest.hexdigest()
     write_bytes(note, json.dumps({**wanted, **words}, indent=1).encode())
     return out
 

@@ -35,7 +35,7 @@ from entroformer_lib.training.optimizer import Mean, build_optimizer, learning_r
 from entroformer_lib.training.processes import machines, meet
 from entroformer_lib.training.shard_cache import ShardCache, default_folder
 from entroformer_lib.training.shards import Reading
-from entroformer_lib.training.strategies import collected, model_state, optimizer_state, strategy_of
+from entroformer_lib.training.strategies import collected, model_state, optimizer_state, strategy_of, whole
 from entroformer_lib.weights.zoo import device_name, save_weights
 
 Crops = PreloadedCrops | StreamedCrops | LatentCrops
@@ -198,12 +198,12 @@ class Run:
             with self.fabric.no_backward_sync(self.step_module, enabled=not last):
                 passes.append(self.forward_and_backward(x[start : start + count], step, samples[start : start + count]))
         terms = {name: torch.stack([one[name] for one in passes]).mean(0) for name in passes[0]}
-        if not math.isfinite(terms["loss"]):
+        norm = torch.nn.utils.clip_grad_norm_([p for group in scheduled for p in group["params"]], c.clip)
+        if not (math.isfinite(terms["loss"]) and math.isfinite(whole(norm))):
             raise TrainingError(
-                f"The loss at step {step + 1} is not a finite number; the run stopped there, and the checkpoint "
-                "before it is kept. A smaller lr or clip usually helps."
+                f"The loss at step {step + 1}, or its gradient, is not a finite number; the run stopped there, and the "
+                "checkpoint before it is kept. A smaller lr or clip usually helps."
             )
-        torch.nn.utils.clip_grad_norm_([p for group in scheduled for p in group["params"]], c.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.mean.update(step)

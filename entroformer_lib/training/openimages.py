@@ -41,6 +41,8 @@ def plan_download(
     Raises:
         DataError: an index that cannot be read or has other columns, or too few pictures in it.
     """
+    if count < 1:
+        raise DataError(f"--count must be at least 1; it is {count}.")
     wanted = (row for row in _rows(index) if subset in ("all", row["Subset"]))
     chosen = heapq.nsmallest(round(count * (1 + spare)), wanted, key=lambda row: _rank(row["ImageID"], seed))
     if len(chosen) < count:

@@ -109,7 +109,13 @@ READING = Reading()
 
 
 def shard_names(manifest: str) -> list[str]:
-    """The shards that a manifest lists, by their whole names."""
+    """The shards that a manifest lists, by their whole names.
+
+    Raises:
+        DataError: it is not there, or damaged.
+    """
+    if read(manifest) is None:
+        raise DataError(f"There is no manifest at {manifest}, or it may not be read.")
     return [_beside(manifest, file) for file in _manifest(manifest)]
 
 
