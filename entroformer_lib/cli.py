@@ -41,11 +41,11 @@ class Files:
 
     force: Force = False
     resume: bool = False
-    """Of many, keep outputs that exist: an interrupted command leaves none by halves."""
+    """With many files: keep outputs that exist. An interrupted command never leaves half a file."""
     jobs: int | None = None
-    """Of many, so many at a time, each on one core; default: as many as cores."""
+    """With many files: how many at a time, each on one core; default: as many as cores."""
     scheduler: str | None = None
-    """Of many, let the workers of a dask cluster do it: the address, such as tcp://host:8786."""
+    """With many files: the address of a dask scheduler whose workers do it, such as tcp://host:8786."""
     as_json: AsJson = False
 
 
@@ -297,7 +297,8 @@ def study_ablation(
     Args:
         terms: What all runs share.
         fields: One more row, of your own: fields of the architecture to change.
-        model: Variant of that row: context, serial, parallel, cnn, minnen, hyperprior, groupedmixer.
+        model: Variant of that row: context, context-cnn, serial, parallel, cnn, minnen, hyperprior, hyperprior-cnn,
+            groupedmixer.
         out: Folder of the runs.
         seeds: A run of each row for each of them.
         scheduler: Address of a dask scheduler to run on.

@@ -1,8 +1,8 @@
 """The same function for many items: one after the other in this process, or on a cluster of dask.distributed.
 
 `processes` opens the cluster, or says that there is none; `over` goes through the items on it. Sweeps, `eval` and the
-coding of folders all go this way. A task is one item. Never more tasks are under way than the workers have threads:
-dask suspects every task that waits at a worker when that one dies, and so only those that ran there are suspected.
+coding of folders all go this way. A task is one item. When a worker dies, dask blames every task that waits there. So
+there are never more tasks under way than the workers have threads.
 
 Workers on other machines need this library, and the same files under the same paths.
 """

@@ -115,7 +115,7 @@ def evaluate_picture(model: Entroformer, path: Path, effort: int = 0) -> dict:
 
 
 def measured(picture: Image.Image, encode: Callable[[], bytes], decode: Callable[[bytes], Image.Image]) -> dict:
-    """What a codec makes of a picture. No name is in it: that one has the picture in a run.
+    """What a codec makes of a picture. The row has no name of the picture; the run adds it.
 
     Returns:
         width, height (pixels), bytes (the whole file), bpp (of the whole file), psnr_db and ms_ssim (8-bit RGB;

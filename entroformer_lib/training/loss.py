@@ -99,8 +99,8 @@ class TrainingStep(nn.Module):
     def terms(
         self, goal: Tensor, bpp: dict[str, Tensor], lmbda: float | Tensor | None, drawn: Tensor | None, more=0.0
     ) -> dict:
-        """The scalars that are minimised and logged. goal: [B], what each crop should have little of; more: [B], what
-        is minimised with it."""
+        """The scalars that are minimised and logged. goal: [B], R + lambda D of each crop, or R; more: [B],
+        what is minimised with it."""
         loss = goal + more
         if self.even and torch.is_tensor(lmbda):
             loss = evenly(lmbda, self.model.config.lmbdas) * loss
