@@ -1,4 +1,4 @@
-"""Fills the marked blocks of README.md and of results, reliability and scaling in docs/ from saved results.
+"""Fills the marked blocks of README.md and of some pages in docs/ from saved results.
 
     python benchmarks/readme.py
 
@@ -22,7 +22,7 @@ from entroformer_lib.views.rate_figures import groups_data, lines_beside
 from entroformer_lib.views.window_figures import window_data
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "reliability", "scaling")))
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "reliability", "scaling", "training")))
 
 
 def filled(text: str) -> str:
@@ -67,7 +67,7 @@ def shipped_bd() -> str:
         f"{bpg.low:.1f} to {bpg.high:.1f} and {vtm.low:.1f} to {vtm.high:.1f} dB, published anchors). "
         f"([card](../data/weights/{verdicts.SHIPPED}.md), "
         f"[numbers per picture](../data/results/{verdicts.SHIPPED}-kodak.json), "
-        "[how it was trained](training.md))"
+        "[how it was trained](weights.md))"
     )
 
 
@@ -261,7 +261,7 @@ def both_systems_bd() -> str:
     change = 100 * (groups / lines_beside()[LABELS["parallel"]] - 1)
     steps = load("ablation-groups")["settings"]["steps"]
     return _paragraph(
-        "([what differs in training](training.md#entropy-models-behind-the-same-transforms), "
+        "([what differs in training](comparing.md#entropy-models-behind-the-same-transforms), "
         "[figure](../figures/figure05_variants.png), "
         "[trade-off of rate and time](../figures/groupedmixer_tradeoff.png)). "
         f"In BD-rate ({bd.METHOD}, {cnns.low:.1f} to {cnns.high:.1f} dB) the serial Entroformer is "
@@ -436,6 +436,19 @@ def window_times() -> str:
     return "\n\n".join((_paragraph(what), seconds, where, markdown(pd.DataFrame(shares))))
 
 
+def recipe_rows() -> str:
+    """What ended below and above the base of the comparison at equal time, the best first."""
+    rows = load("recipe_equal_time")["rows"]
+    bases = {row["minutes"]: row["points"] for row in rows if row["row"] in ("base", "short base")}
+    lines = []
+    for row in sorted(rows, key=lambda row: (-row["minutes"], row["percent"])):
+        ends = [100 * (row["points"][i]["rd_loss"] / bases[row["minutes"]][i]["rd_loss"] - 1) for i in (0, -1)]
+        name = re.sub("^short(,)? ", "", row["row"])
+        lines.append([name, f"{row['minutes']:g}", row["steps"], row["percent"], *ends])
+    heads = ["row", "minutes", "steps", "R + lambda D", "at the lowest lambda", "at the highest"]
+    return _table(pd.DataFrame(lines, columns=heads), ("{}", "{}", "{:,}", *["{:+.1f}%"] * 3))
+
+
 BLOCKS = {
     block.__name__: block
     for block in (
@@ -453,7 +466,7 @@ BLOCKS = {
             claims,
         ),
         *(reliability, tried, matrix, workers, window_bits, window_times),
-        *(cost_sizes, cost_paper, cost_fast, cost_bottleneck),
+        *(cost_sizes, cost_paper, cost_fast, cost_bottleneck, recipe_rows),
     )
 }
 

@@ -233,7 +233,7 @@ def _describe(hint) -> str:
 
 SIZES = {
     "base": {},  # the paper's Table 5
-    # The smaller ones keep at least half of the 384 channels of y: with fewer, fine detail is lost (docs/training.md).
+    # The smaller ones keep at least half of the 384 channels of y: with fewer, fine detail is lost.
     "study": dict(N=96, M=256, Z=64, dim=128, heads=4),  # about a third as wide: trains in minutes on a GPU
     "tiny": dict(N=64, M=192, Z=48, dim=96, heads=3, top_k=16, hyper_top_k=(16, 16, 16)),  # two CPU cores
 }
