@@ -23,6 +23,7 @@ import tyro
 from compressai.zoo import bmshj2018_hyperprior, mbt2018
 
 from entroformer_lib.codec import codec
+from entroformer_lib.codec.pictures import pad
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.entroformer import Entroformer, build_model
 from entroformer_lib.errors import StudyError
@@ -54,7 +55,7 @@ def measure(model: Entroformer, picture, data: bytes | None = None) -> tuple[dic
 
 def measure_compressai(model, picture, data: dict | None = None) -> tuple[dict, dict]:
     """Seconds of CompressAI's compress, or of its decompress where there is `data`, with the transforms in it."""
-    x = codec.pad(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255, 64)
+    x = pad(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255, 64)
     with torch.inference_mode():
         start = time.perf_counter()
         if data is None:

@@ -22,7 +22,10 @@ from entroformer_lib.views.rate_figures import groups_data, lines_beside
 from entroformer_lib.views.window_figures import window_data
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "reliability", "scaling", "training")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "reliability", "scaling", "training")),
+)
 
 
 def filled(text: str) -> str:

@@ -183,7 +183,8 @@ class Entroformer(Network):
 
     def _exact(self) -> ExactCoder:
         """The entropy model as the coder runs it; made anew when a weight has changed."""
-        state = fingerprint(self.entropy_model_parts()), self.search_window, self.context_k
+        device = next(self.g_s.parameters()).device
+        state = fingerprint(self.entropy_model_parts()), self.search_window, self.context_k, device
         if self._coder_of != state:
             self._coder, self._coder_of = ExactCoder(self), state
         return self._coder

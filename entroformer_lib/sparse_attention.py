@@ -103,8 +103,8 @@ def _index(
 class _TopK(torch.autograd.Function):
     """softmax(f_k(q k^T + position)) v of units, each a head of a picture.
 
-    q, scaled, k, v: [U, n, d]; products: of the queries and the position vectors, [U, n, vectors + 1], the last -inf;
-    index, seen, end: as from `_index`  ->  [U, n, d]
+    q (already scaled), k, v: [U, n, d]; products: of the queries and the position vectors, [U, n, vectors + 1], the
+    last -inf; index, seen, end: as from `_index`  ->  [U, n, d]
     """
 
     @staticmethod

@@ -1,5 +1,6 @@
 """Pictures to real bytes and back."""
 
+import io
 import itertools
 import os
 import subprocess
@@ -116,6 +117,19 @@ def test_a_file_and_its_bytes_are_the_same_picture(photo, tmp_path):
         pictures.open_picture(data[:900])
     with pytest.raises(DataError, match="not a picture"):
         pictures.open_picture(b"hello")
+
+
+def test_an_image_that_is_not_loaded_yet_is_its_file(photo):
+    """Its transparent value in the bits of the file, and what is wrong with it in a sentence."""
+    file = io.BytesIO()
+    grey = Image.fromarray(np.array([[0, 1, 2, 3]] * 4, np.uint8) * 85)
+    grey.save(file, "PNG", bits=2, transparency=1)
+    opened = [pictures.open_picture(file.getvalue()), pictures.open_picture(Image.open(io.BytesIO(file.getvalue())))]
+    assert np.array_equal(*(np.asarray(pictures.to_rgb(image)[0]) for image in opened))
+    file = io.BytesIO()
+    photo.save(file, "JPEG")
+    with pytest.raises(DataError, match="cannot be read"):
+        pictures.open_picture(Image.open(io.BytesIO(file.getvalue()[:-2000])))
 
 
 def test_orientation_is_applied(tmp_path):

@@ -193,11 +193,24 @@ def test_what_has_no_exact_form_is_refused():
     x = torch.rand(1, 3, 3, 3)
     for function in (
         lambda: x @ x, lambda: x.sum(), lambda: x.mean(), lambda: torch.einsum("bijk->i", x), x.sin, lambda: 2**x,
-        lambda: x**3, lambda: torch.sigmoid(x), lambda: F.softplus(x),
+        lambda: x**3, lambda: torch.sigmoid(x), lambda: F.softplus(x), lambda: F.rms_norm(x, (3,)),
+        lambda: F.normalize(x), lambda: F.glu(torch.rand(1, 4)), lambda: torch.dot(x[0, 0, 0], x[0, 0, 1]),
+        lambda: torch.linalg.norm(x),
         lambda: nn.ConvTranspose2d(3, 3, 3)(x),
     ):  # fmt: skip
         with Exact(), pytest.raises(NotImplementedError, match="no exact form"):
             function()
+    for function in (lambda: x.softmax(1), lambda: F.conv2d(torch.rand(2, 3, 3, 3), torch.rand(3, 3, 1, 1))):
+        with Exact(), pytest.raises(NotImplementedError, match="has an exact form"):
+            function()
+
+
+def test_scores_that_are_no_numbers_read_no_foreign_memory():
+    scores = torch.full((4, 1, 300), torch.inf)
+    scores[1:] = torch.nan
+    with Exact():
+        scores.softmax(-1)
+    assert loops._exp_of_negative(np.float32(np.nan)) == loops._exp_of_negative(np.float32(-1e9))
 
 
 def test_scales_are_rounded_as_they_should_be():

@@ -73,6 +73,13 @@ def test_a_level_the_model_does_not_have(model, photo):
         codec.decode(dataclasses.replace(container, level=1.0).pack(), fixed)
 
 
+@pytest.mark.parametrize("level", [-0.5, 2.5, 1e6, float("nan")])
+def test_a_level_that_no_file_can_have_is_refused_before_coding(level, model, photo):
+    model.level = level
+    with pytest.raises(RateError, match="go from 0 to 2"):
+        codec.encode(model, photo)
+
+
 def test_rate_control_gives_the_largest_file_that_fits(model, photo):
     pixels = photo.width * photo.height
     sizes = []

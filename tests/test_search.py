@@ -7,7 +7,7 @@ from conftest import aware_model, micro_model
 from PIL import Image
 
 from entroformer_lib.codec import codec, search
-from entroformer_lib.codec.pictures import to_tensor
+from entroformer_lib.codec.pictures import to_tensor, unpad
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import ConfigError
@@ -47,15 +47,24 @@ def test_a_level_between_two_is_searched_for_its_own_lambda(photo):
 
 
 def test_errors_in_the_padding_do_not_count(photo):
-    """A picture of 64 x 64 pixels gets the same search as part of a larger one whose rest is padding."""
-    model, picture = micro_model("hyperprior", card=CARD), photo.resize((64, 64))
-    x = to_tensor(picture, model)
+    model, picture = micro_model("hyperprior", card=CARD), photo.resize((70, 100))
+    x = to_tensor(picture, model)  # padded on all four sides
     y_hat, z = model.latents(x)
-    wide = torch.cat((x, torch.rand_like(x)), dim=3)
-    padded = search._Cost(model, wide, (64, 64), model.latents(wide)[1], None)
-    error = padded._error(torch.zeros_like(wide))
-    assert error[..., 64:].abs().max() == 0 and error[..., :64].min() >= 0 and error.sum() > 0
-    assert search._Cost(model, x, (64, 64), z, None).of(y_hat).cost.shape == (1, 1, 4, 4)
+    cost = search._Cost(model, x, picture.size, z, None)
+    assert torch.equal(unpad(cost.inside, 100, 70), torch.ones(1, 1, 100, 70)) and cost.inside.sum() == 7000
+    assert cost.of(y_hat).cost.shape == (1, 1, 8, 8)
+
+
+def test_all_of_a_picture_gains_whatever_its_size(photo):
+    """The last rows and columns too: their error may not grow while the rest of the picture gets better."""
+    model, picture = load_model("blocks-parallel@0.014", "cpu"), photo.resize((200, 100))
+    wanted = np.asarray(picture, dtype=float)
+    errors = []
+    for effort in (0, 6):
+        found = np.asarray(codec.decode(codec.encode(model, picture, effort=effort), model), dtype=float)
+        errors.append(np.square(found - wanted))
+    plain, searched = errors
+    assert searched[-14:].mean() < 1.1 * plain[-14:].mean() and searched.mean() < 1.1 * plain.mean()
 
 
 @pytest.mark.parametrize("linear_path", ["none", "dct"])

@@ -1,7 +1,7 @@
 """Pictures to `.ef` bytes and back.
 
 encode: picture -> RGB -> pad to the model's blocks -> latents -> strings -> container
-decode: the same backwards; every way it can fail is a BitstreamError, never a wrong picture
+decode: the same backwards; damage is a BitstreamError, never a wrong picture
 """
 
 import bisect
@@ -16,10 +16,9 @@ from torch import Tensor
 
 from entroformer_lib.codec.container import LARGEST_SIDE, LEVEL_STEPS, MAX_PIXELS, Container
 from entroformer_lib.codec.pictures import open_picture, to_picture, to_rgb, to_tensor, unpad
-from entroformer_lib.codec.pictures import pad as pad
 from entroformer_lib.codec.search import searched
 from entroformer_lib.entroformer import Entroformer, evaluating, in_float32, searching
-from entroformer_lib.errors import BitstreamError, DataError, RateError, WeightsError
+from entroformer_lib.errors import BitstreamError, ConfigError, DataError, RateError, WeightsError
 from entroformer_lib.rangecoder import MORE_BYTES, Y_BYTES, Z_BYTES
 from entroformer_lib.weights.zoo import REPLACED, load_model, weights_digest
 
@@ -30,6 +29,7 @@ BYTES_PER_PIXEL, BYTES_PER_CHANNEL = 130, 1.3
 SEARCH_BYTES = 2500  # a pixel, with blocks-parallel; 1,840 with the base models
 
 
+@torch.inference_mode(False)  # a search needs gradients
 @torch.no_grad()
 def encode(model: Entroformer, image, bpp: float | None = None, ks: Sequence[int] = (), effort: int = 0) -> bytes:
     """A picture as the bytes of an `.ef` file.
@@ -89,8 +89,17 @@ def _check_memory(width: int, height: int, per_pixel: float) -> None:
 
 
 def level_of_file(model: Entroformer) -> float | None:
-    """The level that `encode` codes at: the model's, as a file can say it; None in a model of one rate."""
-    return None if model.gain is None else round(model.level * LEVEL_STEPS) / LEVEL_STEPS
+    """The level that `encode` codes at: the model's, as a file can say it; None in a model of one rate.
+
+    Raises:
+        RateError: the model has no such level.
+    """
+    if model.gain is None:
+        return None
+    last = len(model.config.lmbdas) - 1
+    if not 0 <= model.level <= last:
+        raise RateError(f"The levels of this model go from 0 to {last}, and its level is {model.level:g}.")
+    return round(model.level * LEVEL_STEPS) / LEVEL_STEPS
 
 
 @torch.no_grad()
@@ -221,7 +230,7 @@ def model_named(name: str, device: str = "auto") -> Entroformer:
         raise BitstreamError("The file names a path where its model's name should be; give its weights, with --model.")
     try:
         return load_model(name, device)
-    except (WeightsError, RateError) as error:
+    except (ConfigError, WeightsError, RateError) as error:
         raise BitstreamError(
             f"The file needs a model that is not here: give its weights, with --model FILE.safetensors. {error}"
         ) from None

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -38,6 +39,8 @@ def open_picture(image) -> Image.Image:
         image = _from_array(image)
     elif not isinstance(image, Image.Image):
         raise DataError(f"A picture cannot be made of a {type(image).__name__}.")
+    elif getattr(image, "tile", None):  # opened, and its pixels are not read yet
+        image = _loaded(lambda: image, "The picture")
     if 0 in image.size:
         raise DataError("The picture has no pixels.")
     return _upright(image)
@@ -63,15 +66,19 @@ def _from_file(file: Path | BinaryIO, name: str) -> Image.Image:
     """name: what an error calls the picture."""
     if isinstance(file, Path) and file.is_dir():
         raise DataError(f"{file} is a folder, not a picture.")
+    return _loaded(lambda: Image.open(file), name)
+
+
+def _loaded(opened: Callable[[], Image.Image], name: str) -> Image.Image:
     try:
-        image = Image.open(file)
+        image = opened()
         stored = str(image.tile[0][3]) if image.format == "PNG" else ""  # the bits of its values, such as "L;4"
         with contextlib.suppress(Exception):  # of a damaged second frame
             image.info["animated"] = getattr(image, "is_animated", False)
         image.load()
         _scale_transparency(image, stored)
-    except FileNotFoundError:
-        raise DataError(f"There is no picture {file}.") from None
+    except FileNotFoundError as error:
+        raise DataError(f"There is no picture {error.filename}.") from None
     except Image.DecompressionBombError:
         most = 2 * Image.MAX_IMAGE_PIXELS // 10**6
         raise DataError(f"{name} is too large: up to {most} million pixels can be read.") from None
@@ -97,7 +104,7 @@ def _scale_transparency(image: Image.Image, stored: str) -> None:
 def _from_tensor(x: Tensor) -> Image.Image:
     if x.dim() != 3 or x.size(0) != 3 or not x.is_floating_point():
         raise DataError(f"A tensor of {x.dtype} and shape {list(x.shape)} is no picture: [3, H, W] in [0, 1].")
-    if not (x.isfinite().all() and x.amin() >= 0 and x.amax() <= 1):
+    if x.numel() and not (x.isfinite().all() and x.amin() >= 0 and x.amax() <= 1):
         raise DataError("A picture as a tensor has values from 0 to 1, and this one has others.")
     return to_picture(x[None].detach())
 

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
+from entroformer_lib.codec.pictures import unpad
 from entroformer_lib.entroformer import Entroformer, in_parts
 from entroformer_lib.errors import ConfigError
-from entroformer_lib.models.priors import LIKELIHOOD_FLOOR, gaussian_mass
 from entroformer_lib.models.transforms import SIDE
 from entroformer_lib.stages import tell
 from entroformer_lib.tiles import Tiles
@@ -113,7 +113,7 @@ class _Cost:
         lmbda = model.card["lmbda"] if model.gain is None else model.gain.lmbda_of(level)
         self.weight = lmbda * 255**2 / 3  # bits that a squared error of one pixel and channel counts
         self.inside = x.new_zeros(1, 1, *x.shape[2:])
-        self.inside[..., : size[1], : size[0]] = 1
+        unpad(self.inside, size[1], size[0]).fill_(1)
         self.inverse, self.rate, self.hyper = model.gains(level)[1], model.rate(level), None
         if z is not None:
             with in_parts():
@@ -142,7 +142,7 @@ class _Cost:
         """The bits of other values in the place of each latent, where all others stay.  y_hat: [1, M, h, w]"""
         with in_parts():
             means, scales = self.model.distributions(y_hat, self.hyper, rate=self.rate)
-        return lambda v: -gaussian_mass(v, means, scales).clamp_min(LIKELIHOOD_FLOOR).log2()
+        return lambda v: -self.model.gaussian(v, means, scales).log2()
 
     def _error(self, x_hat: Tensor) -> Tensor:
         """[1, 3, H, W]"""

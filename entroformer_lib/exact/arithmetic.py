@@ -190,6 +190,8 @@ def linear(exact: Exact, x: Tensor, weight: Tensor, bias: Tensor | None = None) 
 
 def conv2d(exact: Exact, x, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1) -> Tensor:
     """Of one picture: a linear layer over the patches."""
+    if groups != 1 or len(x) != 1:
+        raise NotImplementedError("conv2d has an exact form for one picture and one group of channels")
     patches = F.unfold(x, weight.shape[2:], dilation, padding, stride)[0].T.contiguous()  # [sites, C k k]
     out = linear(exact, patches, weight, bias)
     step, border = (v if isinstance(v, int) else v[0] for v in (stride, padding))
@@ -280,6 +282,8 @@ def keep_top_k(exact: Exact, scores: Tensor, k: int | None) -> Tensor:
 
 def softmax(exact: Exact, scores: Tensor, dim: int = -1) -> Tensor:
     """Tensor.softmax over the last axis: exp in steps of 2^-14, and their sum."""
+    if dim not in (-1, scores.dim() - 1):
+        raise NotImplementedError("softmax has an exact form over the last axis alone")
     if loops.serve(scores):
         return loops.softmax(scores)
     weights = exp(exact, scores - scores.amax(-1, keepdim=True)).mul_(PEAK).round_()
@@ -323,11 +327,14 @@ EXACT = {
     primitives.weighted_sum: weighted_sum,
 }
 # Sums, and functions whose last bits no standard fixes
-NAMES = """matmul __matmul__ mm bmm addmm baddbmm einsum tensordot mean sum nansum prod cumsum cumprod var std norm dist
-    cdist softmax log_softmax logsumexp layer_norm group_norm batch_norm instance_norm conv1d conv3d conv_transpose2d
-    avg_pool2d adaptive_avg_pool2d interpolate scaled_dot_product_attention lerp addcmul addcdiv exp exp2 expm1 log log2
-    log10 log1p logaddexp pow __pow__ __rpow__ float_power ldexp rsqrt sin cos tan sinh cosh tanh asin acos atan atan2
-    sigmoid logsigmoid softplus silu mish elu erf erfc erfinv"""
+NAMES = """matmul __matmul__ mm bmm addmm baddbmm einsum tensordot dot vdot mv inner outer addmv addbmm addr
+    chain_matmul mean nanmean sum nansum trace prod cumsum cumprod var std var_mean std_mean cov corrcoef norm dist
+    cdist softmax softmin log_softmax logsumexp layer_norm rms_norm group_norm batch_norm instance_norm
+    local_response_norm normalize cosine_similarity bilinear mse_loss conv1d conv3d conv_transpose2d avg_pool1d
+    avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d interpolate scaled_dot_product_attention lerp addcmul
+    addcdiv exp exp2 expm1 log log2 log10 log1p logaddexp pow __pow__ __rpow__ float_power ldexp rsqrt sin cos tan sinh
+    cosh tanh asin acos atan atan2 sigmoid logsigmoid softplus silu mish elu selu celu glu erf erfc erfinv"""
 NOT_FIXED = {
-    getattr(place, name) for place in (torch, Tensor, F) for name in NAMES.split() if hasattr(place, name)
+    *(getattr(place, name) for place in (torch, Tensor, F) for name in NAMES.split() if hasattr(place, name)),
+    *(function for function in vars(torch.linalg).values() if callable(function)),
 } - set(EXACT)

@@ -344,7 +344,8 @@ def layer_norm(x: Tensor, weight: np.ndarray, bias: np.ndarray, eps: float) -> T
 
 @loop
 def _exp_of_negative(x):
-    t = max(x * LOG2_E, f32(LOWEST_POWER))
+    t = x * LOG2_E
+    t = t if t > f32(LOWEST_POWER) else f32(LOWEST_POWER)  # also where it is no number
     whole = np.floor(t)
     part = t - whole
     p = COEFFICIENTS[-1]

@@ -6,7 +6,6 @@ whose largest is among the k largest are looked at again. So the choice, the sof
 through and not n.
 """
 
-import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -61,7 +60,7 @@ def _scores(high, cross, scale, k_scale, position, out):
 
 @loop
 def _hide(rows, columns, row, column, window, scores):
-    """Those of keys beyond the window."""
+    """Sets the scores of keys beyond the window to -inf."""
     for j in range(len(scores)):
         inside = abs(rows[j] - row) <= window and abs(columns[j] - column) <= window
         scores[j] = scores[j] if inside else f32(-np.inf)
@@ -192,7 +191,7 @@ def attend(
     values, fixed = array(v), np.empty(v.shape, dtype=f64)
     for h in heads:
         in_threads(lambda i, j, h=h: _fixed(values[h, i:j], limit, fixed[h, i:j]), values.shape[1])
-    for (queries, keys, *seen), h in itertools.product(pieces, heads):
+    for (queries, keys, *seen), h in ((piece, h) for piece in pieces for h in heads):  # one piece at a time
         q_high, q_both, scale = (_rows(part, queries) for part in of_queries[h])
         k_high, k_both, k_scale = (_rows(part, keys) for part in of_keys[h])
         scale, k_scale = scale.numpy(), k_scale.numpy()

@@ -29,7 +29,7 @@ class EntroformerConfig:
     """
 
     # serial: causal, one site a step; parallel: checkerboard, two passes (section 3.4); cnn: a masked 5x5 convolution;
-    # grouped: GroupedMixer, its own fields below
+    # grouped: GroupedMixer, its own fields below; none: the hyperprior alone
     context: Context = "serial"
     hyperprior: bool = True  # False leaves only the context model (Figure 5, right)
     hyper: Literal["transformer", "cnn"] = "transformer"  # layers of h_a and h_s; cnn: as Minnen et al. (2018)
@@ -96,8 +96,8 @@ class EntroformerConfig:
                 "The config describes a network that no machine can hold: sizes go up to 16,384, layers, blocks of a "
                 "stage, ffn_ratio and radii up to 32, windows and groups up to 1,024."
             )
-        if len(self.lmbdas) > 2**10:
-            raise ConfigError(f"A model has up to 1,024 lmbdas, not {len(self.lmbdas):,}.")
+        if len(self.lmbdas) > 2**8:
+            raise ConfigError(f"A model has up to 256 lmbdas, not {len(self.lmbdas):,}.")
         if self.context == "none" and not self.hyperprior:
             raise ConfigError("A model without context and without hyperprior has nothing to predict from.")
         if self.context == "grouped" and not self.hyperprior:
@@ -179,7 +179,7 @@ class EntroformerConfig:
         """Reads `to_json`'s text back; an unknown key is a ConfigError."""
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"This is not a config in JSON: {error}.") from None
         if not isinstance(values, dict):
             raise ConfigError("A config in JSON is an object of fields and values.")

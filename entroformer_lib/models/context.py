@@ -208,7 +208,7 @@ class NoContext(nn.Module):
 
 
 def _shown(y_hat: Tensor, gaps: Gaps) -> Tensor:
-    """Latents as a model sees them whose sites look back."""
+    """Latents as a model sees them in which a site looks only back."""
     if gaps.one_way is not None:
         raise NotImplementedError("This context model sees its context one way anyhow.")
     if gaps.kept is not None:

@@ -5,7 +5,8 @@ same two questions:
     steps(h, w, hyper)           the same, step by step, as they are coded: a generator that yields a `Step` and is sent
                                  the latents it asks for, [k, m]
 
-`heads` are the last linear layers of either, each with the channels of which it gives logarithms of scales, then means.
+`output_layers` are the last linear layers of either, each with its channels, of which it gives logarithms of scales,
+then means.
 
 y_hat: [B, M, h, w]; hyper: the hyperprior feature [B, D, h, w] or None  ->  means, logarithms of scales: [B, M, h, w]
 """
@@ -55,7 +56,7 @@ class EntropyParameters(Bounds):
     def forward(self, hyper: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if not self.hyperprior and hyper is not None:  # only what the model is told of the rate (gain.py)
             hyper, context = None, context + hyper
-        if self.context and context is None:  # as before there is any: what the hyperprior alone predicts
+        if self.context and context is None:  # none yet, as in the first pass
             context = torch.zeros_like(hyper)
         joined = torch.cat([feature for feature in (hyper, context) if feature is not None], dim=1)
         log_scales, means = float_or_wider(per_site(self.layers, joined)).chunk(2, dim=1)  # the weights' order
@@ -74,6 +75,7 @@ class PerSite:
 
     def steps(self, h: int, w: int, hyper: Tensor | None) -> Steps:
         everything = slice(None)
+        # without hyperprior it is what the model is told of the rate, [1, D, 1, 1]
         hyper = None if hyper is None else hyper.expand(-1, -1, h, w).flatten(2)[..., None]  # [1, D, n, 1]
         features, latents = self.context.steps(h, w), None
         while True:

@@ -86,8 +86,8 @@ def split(y: Tensor, counts: Counts, order: str = "channels") -> Tensor:
     slices = [y[:, s] for s in channel_slices(y.size(1), k_c)]
     m = slices[0].size(1)
     down, right = rows * k_h - y.size(2), columns * k_w - y.size(3)
-    y = torch.stack([F.pad(part, (0, right, 0, down, 0, m - part.size(1))) for part in slices], dim=1)
-    y = y.view(len(y), k_c, m, rows, k_h, columns, k_w)
+    y = torch.stack([F.pad(part, (0, right, 0, down, 0, m - part.size(1))) for part in slices], dim=1)  # k_c slices
+    y = y.view(len(y), k_c, m, rows, k_h, columns, k_w)  # from [B, k_c, m, rows k_h, columns k_w]
     y = y.permute(0, 1, 4, 6, 3, 5, 2).flatten(4, 5)  # [B, k_c, k_h, k_w, n, m]
     return torch.stack([y[:, s, i, j] for s, i, j in group_order(counts, order)], dim=1)
 

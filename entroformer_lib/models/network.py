@@ -6,8 +6,8 @@ x --g_a--> y --round--> y_hat --g_s--> x_hat          (the picture's way)
            |              |
            z --round--> z_hat --h_s--+--> entropy parameters --> means, scales of y
 
-GroupedMixer takes the place of both boxes on the right and below. A model with several lambdas also scales y behind g_a
-and scales y_hat back before g_s, and may tell the entropy model of it: gain.py.
+GroupedMixer takes the place of the context model and the entropy parameters. A model with several lambdas also scales y
+behind g_a and scales y_hat back before g_s, and may tell the entropy model of it: gain.py.
 """
 
 import torch

@@ -27,7 +27,7 @@ LONGEST_NAME = 255 - len(".safetensors")  # bytes of a file's name
 SHARED = ("g_a.", "g_s.", "gain.")  # tensors that another file may hold
 # Weights that are no longer shipped -> the revision that still has them and reads their files
 RETIRED = {"tiny-rates-msssim": "06aa877 (tag tiny-weights)"}
-# The same of weights whose name went over to better ones: the first bytes of their digest, as files tell it
+# Weights whose name now belongs to better ones: first bytes of their digest, as files tell it -> the revision
 REPLACED = {
     "dda61378": "3ff166b (tag blocks-first)",
     "cda7fdb9": "3ff166b (tag blocks-first)",
@@ -61,6 +61,8 @@ def save_weights(
     Raises:
         WeightsError: the file cannot be written, or the model has other transforms than those named.
     """
+    if near is not None and (form != "int8" or transforms is not None):
+        raise WeightsError(f"The weights {path} are stored as differences in int8 alone, and not beside transforms.")
     _check_finite(model.state_dict(), path)
     tensors = {name: t.detach().contiguous().cpu() for name, t in _with_tables(model).state_dict().items()}
     metadata, base = {"format": "entroformer", "card": json.dumps(card)}, None
@@ -71,7 +73,7 @@ def save_weights(
             raise WeightsError(f"The model for {path} has other transforms than {transforms}.")
         tensors = {name: t for name, t in tensors.items() if name not in own}
         metadata["transforms"] = json.dumps({"name": transforms, "sha256": digest})
-    elif near is not None:
+    if near is not None:
         base = _read(_holder(path, near), SHARED)[0]
         metadata["near"] = json.dumps({"name": near, "sha256": shared_digest(base)})
     tensors = shortened(tensors, form, base)
@@ -92,8 +94,8 @@ def save_card(path: Path, card: dict) -> None:
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
             save_file(tensors, part, metadata=metadata)
     except (OSError, SafetensorError) as error:
@@ -189,6 +191,8 @@ def split_name(name_or_path: str | os.PathLike) -> tuple[str, str]:
     if "@" not in text or text.endswith(".safetensors") or _weights_of(text):
         return text, ""
     name, _, lmbda = text.rpartition("@")
+    if not lmbda:
+        raise RateError(f"Behind the @ of '{text}' there is no lambda.")
     return name, lmbda
 
 
