@@ -120,9 +120,9 @@ def index() -> str:
         record = _provenance(json.loads(path.read_text()))
         command = re.sub(r"^__main__.py", "entroformer", record.get("command", ""))
         command = re.sub(r"^benchmarks/", "", command)
-        short = command if len(command) < 70 else command[:67] + "..."
-        rows.append((f"[{path.stem}]({path.name})", what(path.stem), f"`{short}`", record.get("date", "")[:10]))
-    saved = markdown(pd.DataFrame(rows, columns=["file", "what was measured", "command", "date"]))
+        first = " ".join(command.split()[:2])
+        rows.append((f"[{path.stem}]({path.name})", what(path.stem), f"`{first}`", record.get("date", "")[:10]))
+    saved = markdown(pd.DataFrame(rows, columns=["file", "what was measured", "made by", "date"]))
     csv = markdown(pd.DataFrame([(f"[{name}]({name})", ", ".join(t)) for name, t in tables().items()],
                                 columns=["file", "columns"]))  # fmt: skip
     return PAGE.format(saved=saved, csv=csv)

@@ -306,16 +306,15 @@ def study_ablation(
         dry_run: Print what would run and the time it is estimated to take, and start nothing.
         save_only: Write the results of the runs that are finished, and start nothing.
         keep: Runs that saved results on the same terms have are not done again, and stay in them.
-        results: Folder for the results; by default data/results.
+        results: Folder for the results; by default results/ in the folder of the runs.
     """
     from entroformer_lib.studies import ablation
-    from entroformer_lib.studies.results import results_folder
 
     study = ablation.prepare(grids_of(grid, fields, model), terms, out, seeds)
     if dry_run:
         print(ablation.plan_in_words(study))
         return
-    folder = results or results_folder()
+    folder = results or out / "results"
     kept_in = folder if keep else None
     outcomes = [] if save_only else study.go(scheduler, workers, lambda outcome: print(outcome, flush=True), kept_in)
     for path in ablation.save(study, folder, keep):

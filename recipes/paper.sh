@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # The paper's training (its appendix A.5): 300 epochs of 14,886 pictures, 16 crops of 384 pixels a step, Adam at 1e-4.
-# One model for each lambda; the paper does not say which lambdas, these are CompressAI's and begin at low rates.
+# Its random mask before that is left out (--pretrain SHARE adds it, of the steps; the paper does not say how many).
+# One model for each lambda. The paper names 0.02, for table 1 and figures 6 and 7; these are CompressAI's and begin at
+# low rates.
 #
 #   DATA=shards/manifest.json bash recipes/paper.sh
 #

@@ -17,7 +17,7 @@ from entroformer_lib.studies.commands import run
 from entroformer_lib.weights.zoo import load_model
 
 PICTURE = "coffee"
-POINTS = ((8, 12), (14, 20), (20, 30))  # rows and columns of latents; the same as in notebook 03
+POINTS = ((8, 12), (14, 20), (20, 30))  # rows and columns of latents
 KS = (8, 16, 32, 64, None)
 
 

@@ -55,7 +55,8 @@ class TrainConfig:
     lmbdas: tuple[Positive, ...] = ()
     """Several weights, rising: one model of variable rate, every crop with one of them. Replaces lmbda."""
     even_rates: bool = True
-    """Of several lmbdas, weight the loss of each crop by 1 / sqrt(lmbda), so that every rate counts alike."""
+    """Of several lmbdas, the loss of each crop counts 1 / sqrt(lmbda), so that every rate counts alike;
+    --no-even-rates: all crops count alike."""
     metric: Literal["mse", "ms-ssim"] = "mse"
     steps: Count = 20_000
     batch: Count = 8

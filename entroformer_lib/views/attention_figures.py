@@ -116,7 +116,9 @@ def _colours(panel: Panel) -> np.ndarray:
         colours[..., 3] = np.where(panel.selected, 0.45 + 0.55 * strength, 0)
         return colours
     colours = colormaps[SEQUENTIAL](strength)
-    colours[..., 3] = np.where(panel.values > 0, 0.9, 0)
+    # where nothing is chosen each site has a little, and the picture shows through
+    seen = 0.9 if panel.selected.any() else 0.9 * np.minimum(0.2 + 2 * strength, 1)
+    colours[..., 3] = np.where(panel.values > 0, seen, 0)
     return colours
 
 
@@ -157,16 +159,20 @@ def saved_maps(data: pd.DataFrame) -> Figure:
         query = tuple(part[["query_row", "query_column"]].iloc[0])
         panels.append(Panel(title, "attention", values, decoded, selected, query, query))
     height, width = values.shape
-    name = load("attention_maps").get("picture")
+    saved = load("attention_maps")
+    name, layer = saved.get("picture"), saved.get("layer", -1)
     picture = Image.new("L", (16 * width, 16 * height), "white") if name is None else sample_picture(name)
-    return attention_maps(_on_grid(picture, height, width), panels, columns=2, width=ONE_COLUMN)
+    figure = attention_maps(_on_grid(picture, height, width), panels, columns=2, width=ONE_COLUMN)
+    which = "last layer" if layer < 0 else f"layer {layer}, counted from 0"
+    figure.suptitle(f"{saved.get('model', '')}, {which}; white margins are padding", fontsize=6.5)
+    return figure
 
 
 def _on_grid(picture: Image.Image, height: int, width: int) -> Image.Image:
-    """A picture padded as the codec does, to a grid of latents."""
+    """A picture on a grid of latents, in the place where the codec has it; the padding is white."""
     down, right = 16 * height - picture.height, 16 * width - picture.width  # the smaller half comes on top and left
     sides = ((down // 2, down - down // 2), (right // 2, right - right // 2))
-    return Image.fromarray(np.pad(np.asarray(picture.convert("L")), sides, mode="edge"))
+    return Image.fromarray(np.pad(np.asarray(picture.convert("L")), sides, constant_values=255))
 
 
 # ---- attention and cost ----

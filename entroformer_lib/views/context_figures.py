@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from entroformer_lib.studies.results import load
 from entroformer_lib.views.style import (
@@ -73,13 +74,16 @@ def _plain(data: pd.DataFrame) -> pd.DataFrame:
 
 
 def two_measures(data: pd.DataFrame) -> Figure:
-    """Figure 3: what a position costs when it is missing, and what it saves alone, in the model with two passes.
+    """Figure 3: what a position costs when it is missing, and what it saves alone, in the model without positions, as
+    in the paper; where there is none, in the last.
 
     data: of `masking_by_distance_data`
     """
-    model = data["model"].iloc[-1]
+    model = "none" if (data["model"] == "none").any() else data["model"].iloc[-1]
     parts = {label: data[(data["model"] == model) & (data["measure"] == name)] for name, label in LABELS.items()}
-    return _maps(parts, rings=True)
+    figure = _maps(parts, rings=True)
+    figure.suptitle(f"model: {NAMES.get(model, model)}", fontsize=7)
+    return figure
 
 
 def masking_maps(data: pd.DataFrame, label: str = LABELS["missing"]) -> Figure:
@@ -169,7 +173,11 @@ def masking_by_distance(data: pd.DataFrame) -> Figure:
             ax.axhline(0, color="0.7", linewidth=0.6)
             ax.set(xlabel=f"{norm} distance, latents" if measure == "alone" else "", ylabel=label)
         row[0].set_yscale("symlog", linthresh=0.1 if measure == "missing" else 2)
-    axes[0, -1].legend(loc="upper right", fontsize=5.5)
+    handles, words = axes[0, -1].get_legend_handles_labels()
+    axes[0, -1].get_legend().remove()
+    figure.legend(handles, words, loc="outside lower center", ncols=4, fontsize=6)
+    for ax in axes[-1]:
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
@@ -182,6 +190,6 @@ def beyond_curve(data: pd.DataFrame) -> Figure:
     figure, ax = new_figure(ONE_COLUMN, 2.8)
     points_and_means(ax, _plain(data), "radius", "percent", "model")
     ax.axhline(0, color="0.6", linewidth=0.8)
-    ax.set(xlabel="L1 distance up to which the context is known, latents", ylabel="rate against all context, %")
+    ax.set(xlabel="L1 distance up to which context is known", ylabel="rate against all context, %")
     ax.legend()
     return figure

@@ -31,8 +31,8 @@ from entroformer_lib.views import window_figures as windows
 
 BPG = "BPG 4:4:4"
 CODECS = (  # published curves of figure 11
-    *(AUTHORS, "VTM 9.1 (VVC)", BPG, "Minnen 2020 channel-wise (paper)", "cheng2020-anchor (CompressAI)"),
-    *("Ballé 2018 hyperprior (paper)", "AV1", "JPEG"),
+    *(AUTHORS, "VTM 9.1 (VVC)", BPG, "cheng2020-anchor (CompressAI)", "Minnen 2018 context + hyperprior (paper)"),
+    "JPEG",
 )
 WITH_MS_SSIM = (AUTHORS, "cheng2020-anchor (CompressAI)", "mbt2018 (CompressAI)", "VTM 9.1 (VVC)", BPG, "JPEG")
 
@@ -154,8 +154,10 @@ def readme(drawn: dict[str, pd.DataFrame], notebooks: Path) -> str:
     more = [item for item in ITEMS if item.name in drawn and item not in others and item.name != shown[item.item]]
     parts = [
         "# The paper's figures and tables, and what stands here",
-        "Written by `make figures`; nothing here is drawn by hand. Everything is drawn from data/results alone, as\n"
-        "PNG and SVG, with its data as CSV; tables as Markdown too. Published numbers come from data/reference.",
+        "Written by `make figures`; nothing here is drawn by hand. Figures and tables of the paper are drawn from\n"
+        "data/results alone, as PNG and SVG, with their data as CSV, and tables as Markdown too; these alone draws\n"
+        "`python -m entroformer_lib.views.paper`, in a minute. The other pictures here are those of the notebooks,\n"
+        "which `make figures` executes. Published numbers come from data/reference.",
         f"## Verdicts\n\nOf {len(found)} claims: {counts}." if len(found) else "## Verdicts\n\nNo results yet.",
         "A saving is positive where it is in the paper's direction. The verdict follows from an interval of 95%\n"
         "by one rule ([verdicts.py](../entroformer_lib/studies/verdicts.py)): *reproduced* if all of it is above\n"

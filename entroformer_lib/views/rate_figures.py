@@ -36,9 +36,28 @@ from entroformer_lib.views.style import (
     styled,
 )
 
-# Of published curves: a colour and dashes for each, none of them a colour of ours
-THEIRS = ("black", "#7a4a21", "#7b5ea7", "0.45", "#8a8a00", "#b03060", "0.65", "#2f6f6f")
-DASHES = ((0, (5, 2)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (2, 1)))
+# One look for a name in all figures: colour and marker of our models, colour and dashes of published curves
+OURS = {
+    "blocks-parallel": (COLOURS[0], "o"),
+    "blocks-parallel-effort8": (COLOURS[4], "v"),
+    "blocks-serial": (COLOURS[1], "s"),
+    "blocks-serial-effort8": (COLOURS[5], "^"),
+    "blocks-groupedmixer": (COLOURS[2], "D"),
+    "blocks-hyperprior": (COLOURS[3], "X"),
+    "blocks-parallel-msssim": ("black", "P"),
+}
+THEIRS = {
+    AUTHORS: ("black", (0, (5, 2))),
+    "BPG 4:4:4": ("0.45", (0, (4, 1, 1, 1))),
+    "VTM 9.1 (VVC)": ("#7b5ea7", (0, (5, 2))),
+    "JPEG": ("0.6", (0, (1, 1))),
+    "Minnen 2018 context + hyperprior (paper)": ("#7a4a21", (0, (2, 1))),
+    "cheng2020-anchor (CompressAI)": ("#b03060", (0, (1, 1))),
+    "mbt2018 (CompressAI)": ("#7a4a21", (0, (4, 1, 1, 1))),
+}
+# Of other names, in their order
+MORE = ("#2f6f6f", "#8a8a00", "#d08770", "#4c566a")
+DASHES = ((0, (5, 2)), (0, (1, 1)), (0, (4, 1, 1, 1)))
 LOOKS = {  # variant: colour, marker, dashes of a line
     "minnen": ("0.3", "s", "-"),
     "cnn": (COLOURS[1], "D", "-"),
@@ -58,6 +77,7 @@ OTHER = ("0.35", "o", "-")
 
 BASE = "minnen"  # what figure 5 compares with: context and hyperprior are CNNs
 CNN_OF_THE_PAPER = "Minnen 2018 context + hyperprior (paper)"
+MOST = 60  # percent that are shown
 GOALS = {"ms-ssim": "trained for MS-SSIM", "mse": "for mean squared error; classical codecs"}
 
 
@@ -76,7 +96,8 @@ def whole_models_data() -> pd.DataFrame | None:
 
 
 def codecs_data(names: tuple[str, ...], base: str) -> Callable[[], pd.DataFrame | None]:
-    """Figure 11: our best models and other people's codecs, by PSNR: codec, source (None: ours), bpp, psnr_db, base.
+    """Figure 11: our serial and parallel models (or, where there are none, all) and other people's codecs, by PSNR:
+    codec, source (None: ours), bpp, psnr_db, base.
 
     names: of the published curves; base: the one to compare with.
     """
@@ -86,6 +107,7 @@ def codecs_data(names: tuple[str, ...], base: str) -> Callable[[], pd.DataFrame 
         ours = ours[ours["optimised_for"] == "mse"]
         if ours.empty:
             return None
+        ours = _whole(ours)
         points = ours.groupby("codec")["bpp"].transform("size")
         ours = ours.loc[points.sort_values(ascending=False, kind="stable").index]  # whole curves first
         curves = pd.concat([ours, _named(published(), names)], ignore_index=True)
@@ -99,7 +121,7 @@ def goals_data(names: tuple[str, ...]) -> Callable[[], pd.DataFrame | None]:
 
     def read() -> pd.DataFrame | None:
         ours = _alone()
-        ours = ours[ours["optimised_for"].isin(list(GOALS)) & ~ours["codec"].str.contains("-effort")]
+        ours = _whole(ours[ours["optimised_for"].isin(list(GOALS)) & ~ours["codec"].str.contains("-effort")])
         if ours.empty:
             return None
         theirs = [_named(published(optimised_for=goals), names) for goals in (("ms-ssim",), ("mse", "codec"))]
@@ -114,6 +136,12 @@ def _alone() -> pd.DataFrame:
     """Our models without those of a family, or all where there are no others."""
     ours = kodak_means()
     return ours[ours["transforms"].isna() | ours["transforms"].notna().all()]
+
+
+def _whole(ours: pd.DataFrame) -> pd.DataFrame:
+    """Serial and parallel models; all where there are none."""
+    main = ours["variant"].isin(["serial", "parallel"])
+    return ours[main | ~main.any()]
 
 
 def _named(curves: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
@@ -174,13 +202,23 @@ def by_goal(curves: pd.DataFrame, quality: str = "ms_ssim_db", width: float = ON
 
 def _looks(curves: pd.DataFrame) -> dict[str, dict]:
     """Of each codec: how its line is drawn."""
-    looks, variants = {}, {LABELS[variant]: look for variant, look in LOOKS.items()}
-    for i, name in enumerate(curves[curves["source"].isna()]["codec"].unique()):
-        usual = (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], "-")
-        colour, marker, dashes = variants.get(name, usual)
+    known = {LABELS[variant]: look for variant, look in LOOKS.items()} | {n: (*look, "-") for n, look in OURS.items()}
+    ours, theirs = (
+        list(curves[here]["codec"].unique()) for here in (curves["source"].isna(), curves["source"].notna())
+    )
+    taken = {known[name][0] for name in ours if name in known}
+    free = [(colour, MARKERS[-1 - i], "-") for i, colour in enumerate(c for c in COLOURS if c not in taken)] or [OTHER]
+    looks = {}
+    for i, name in enumerate(name for name in ours if name not in known):
+        known[name] = free[i % len(free)]
+    for i, name in enumerate(name for name in theirs if name not in THEIRS):
+        looks[name] = dict(color=MORE[i % len(MORE)], linewidth=1, linestyle=DASHES[i % len(DASHES)])
+    for name in ours:
+        colour, marker, dashes = known[name]
         looks[name] = dict(color=colour, linewidth=1.2, marker=marker, markersize=4, linestyle=dashes)
-    for i, name in enumerate(curves[curves["source"].notna()]["codec"].unique()):
-        looks[name] = dict(color=THEIRS[i % len(THEIRS)], linewidth=1, linestyle=DASHES[i % len(DASHES)])
+    for name in theirs:
+        if name in THEIRS:
+            looks[name] = dict(color=THEIRS[name][0], linewidth=1, linestyle=THEIRS[name][1])
     return looks
 
 
@@ -212,7 +250,7 @@ def _percent(ax, curves: pd.DataFrame, quality: str, looks: dict[str, dict], bas
             at = np.linspace(low, high, 60)
             percent = 100 * np.expm1(logs[name](at) - logs[bases[name]](at))
             ax.plot(at, percent, **{**looks[name], "marker": None})
-            ends += [percent.min(), percent.max()]
+            ends += [percent.min(), percent.max()] if percent.min() < MOST else []  # JPEG lies far outside
         if looks[name].get("marker"):
             inside = part[part[quality].between(low, high)]
             there = 100 * np.expm1(np.log(inside["bpp"]) - logs[bases[name]](inside[quality]))
@@ -220,7 +258,7 @@ def _percent(ax, curves: pd.DataFrame, quality: str, looks: dict[str, dict], bas
             ends += list(there)
     ax.axhline(0, color="0.3", linewidth=0.6, zorder=0)
     if ends:
-        ax.set_ylim(max(min(ends), -60) - 4, min(max(ends), 60) + 4)
+        ax.set_ylim(max(min(ends), -MOST) - 4, min(max(ends), MOST) + 4)
     against = bases.unique()
     words = "CNNs of the same source" if len(against) > 1 else against[0].removesuffix(" (paper)")
     edge = 0 if ours.max() > ours.min() else 1
