@@ -288,10 +288,9 @@ def test_losses_are_announced(folder, tmp_path):
 
 def test_the_command_on_a_card_is_its_run():
     """What a model card prints, typed again, is the same run: switches, lists and all."""
+    several = dict(even_rates=False, architecture=("position=none",), lmbdas=(0.01, 0.04), init="x")
     frozen = dict(transforms="tiny-rates", latents="runs/latents", rounded=True)
-    run = TrainConfig(
-        "DATA", "runs/x", even_rates=False, architecture=("position=none",), lmbdas=(0.01, 0.04), init="x", **frozen
-    )
-    words = shlex.split(training_command(dataclasses.asdict(run)))
-    assert words[:2] == ["entroformer", "train"]
-    assert tyro.cli(TrainConfig, args=words[2:]) == run
+    for run in (TrainConfig("DATA", "runs/x", **fields) for fields in (several, frozen)):
+        words = shlex.split(training_command(dataclasses.asdict(run)))
+        assert words[:2] == ["entroformer", "train"]
+        assert tyro.cli(TrainConfig, args=words[2:]) == run

@@ -170,7 +170,7 @@ def test_results_that_come_later_are_drawn(other_results, tmp_path, monkeypatch)
     ]
     (other_results / "attention_maps.json").write_text(json.dumps({"maps": maps}))
     rates = [{"lmbda": r, "image": "a", "bpp": r, "psnr_db": 30 + r, "ms_ssim": 0.9 + r / 20} for r in (0.2, 0.4, 0.8)]
-    (other_results / "tiny-rates-kodak.json").write_text(json.dumps({"images": rates}))
+    (other_results / "tiny-rates-kodak.json").write_text(json.dumps({"images": rates, "variant": "parallel"}))
     drawn = paper.regenerate(tmp_path / "figures", ROOT / "notebooks")
     assert set(drawn) == {item.name for item in later}
     table1 = drawn["table1_position_encoding"].set_index("position")
