@@ -140,6 +140,22 @@ def shipped_msssim() -> str:
     )
 
 
+def shipped_times() -> str:
+    """Seconds of the shipped models for one Kodak picture, over the lambdas that were measured."""
+    saved = load("shipped_times")
+    rows = pd.DataFrame(saved["rows"])
+    lines = []
+    for (model, effort), part in rows.groupby(["model", "effort"], sort=False):
+        ranges = [f"{part[f'{way}_s'].min():.2f} to {part[f'{way}_s'].max():.2f}" for way in ("encode", "decode")]
+        lines.append((f"`{model}`" + (f", effort {effort}" if effort else ""), *ranges))
+    width, height = saved["size"]
+    what = (
+        f"Seconds for one Kodak picture ({saved['picture'].split('.')[0]}, {width}x{height}) in "
+        f"{saved['provenance']['threads']} threads, at the lowest, a middle and the highest lambda:"
+    )
+    return "\n\n".join((_paragraph(what), markdown(pd.DataFrame(lines, columns=["model", "encode", "decode"]))))
+
+
 def speed() -> str:
     """Times at the paper's size, as ratios."""
     rows = pd.DataFrame(load("latency")["rows"])
@@ -463,6 +479,7 @@ BLOCKS = {
             with_effort,
             other_pictures,
             shipped_msssim,
+            shipped_times,
             speed,
             both_systems,
             both_systems_bd,
