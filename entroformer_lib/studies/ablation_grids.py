@@ -81,7 +81,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Grid:
-    """Rows that are compared.  answers: what is measured of each run, names of MEASURES"""
+    """Rows that are compared.  about: for those who read this file; answers: what is measured of each run, names of
+    MEASURES"""
 
     name: str
     about: str

@@ -31,30 +31,27 @@ FAR = 8  # sites; what is farther away counts as long-range: 128 pixels
 # ---- what each head looks at ----
 
 
-def head_profile(model, pictures: Sequence, k: int | str | None = "own", masking: bool = True) -> pd.DataFrame:
+def head_profile(model, pictures: Sequence) -> pd.DataFrame:
     """Where each head looks, as a mean over all latents that have context.
 
     Args:
         pictures: paths or pictures; large ones are scaled down, see `fitting`.
-        k: "own" is the model's.
-        masking: also measure what setting the head's output to zero costs, one run of the context model per head.
 
     Returns:
         One row per image, layer and head. Distances are L1, in latent sites (16 pixels), from the token that predicts.
         distance_sites: mean under the attention. entropy_bits: of the row. share_own: attention on the token itself;
         share_diamond: within L1 distance `radius`, itself included; share_far: beyond FAR sites; the rest lies between.
         uniform_distance_sites, uniform_share_diamond, …: what looking at all visible sites alike would give.
-        masked_bits and masked_percent: what zeroing the head adds to the bits of y; None without `masking`.
+        masked_bits and masked_percent: what zeroing the head's output adds to the bits of y.
     """
     rows = []
     for name, server in _servers(model, pictures):
-        used = server.default_k if k == "own" else k
-        table = _profile_of_picture(server, used)
-        usual = server.total_bits(used) if masking else None
+        k, table = server.default_k, _profile_of_picture(server, server.default_k)
+        usual = server.total_bits(k)
         for row in table:
-            more = server.total_bits(used, (row["layer"], row["head"])) - usual if masking else None
-            row |= {"masked_bits": more, "masked_percent": None if more is None else 100 * more / usual}
-        rows += [{"image": name, "k": used, **row} for row in table]
+            more = server.total_bits(k, (row["layer"], row["head"])) - usual
+            row |= {"masked_bits": more, "masked_percent": 100 * more / usual}
+        rows += [{"image": name, "k": k, **row} for row in table]
     return pd.DataFrame(rows)
 
 
