@@ -140,6 +140,13 @@ def shipped_msssim() -> str:
     )
 
 
+def k_of_each_picture() -> str:
+    """What a choice of k for each picture does to files, against the best k for all."""
+    rows = pd.DataFrame(load("picture_k")["choice"])[["model", "lmbda", "fixed", "percent", "others"]]
+    heads = ["model", "lambda", "best k for all", "files", "pictures that take another k"]
+    return _table(rows.set_axis(heads, axis=1), ("`{}`", "{:g}", "{}", "{:+.2f}%", "{}"))
+
+
 def shipped_times() -> str:
     """Seconds of the shipped models for one Kodak picture, over the lambdas that were measured."""
     saved = load("shipped_times")
@@ -479,6 +486,7 @@ BLOCKS = {
             with_effort,
             other_pictures,
             shipped_msssim,
+            k_of_each_picture,
             shipped_times,
             speed,
             both_systems,
