@@ -207,7 +207,8 @@ def _looks(curves: pd.DataFrame) -> dict[str, dict]:
         list(curves[here]["codec"].unique()) for here in (curves["source"].isna(), curves["source"].notna())
     )
     taken = {known[name][0] for name in ours if name in known}
-    free = [(colour, MARKERS[-1 - i], "-") for i, colour in enumerate(c for c in COLOURS if c not in taken)] or [OTHER]
+    colours = [colour for colour in (*COLOURS, "0.5", *MORE) if colour not in taken]
+    free = [(colour, MARKERS[-1 - i % len(MARKERS)], "-") for i, colour in enumerate(colours)]
     looks = {}
     for i, name in enumerate(name for name in ours if name not in known):
         known[name] = free[i % len(free)]
