@@ -634,6 +634,8 @@ def _code(work, said: str, inputs: tuple[str, ...], output: str | None, how: Fil
         row = {"file": name, "output": str(place), "kept": True}
         print(json.dumps(row) if how.as_json else f"{place} exists and is kept.")
         return
+    if place.exists() and name != "-" and os.path.samefile(name, place):
+        raise UserError(f"{place} is the input itself; name another output.")
     special = to_stdout or (place.exists() and not place.is_file())  # a pipe or a device, whose name has no ending
     work = work.prepared()
     with _progress():
@@ -756,6 +758,7 @@ def main() -> int:
         sys.stdout.flush()
     except BrokenPipeError:  # who read the output has read enough; Python would complain once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1  # work may be left
     except KeyboardInterrupt:
         return _fail("Stopped.")
     except Exception as error:

@@ -294,3 +294,13 @@ def test_the_command_on_a_card_is_its_run():
         words = shlex.split(training_command(dataclasses.asdict(run)))
         assert words[:2] == ["entroformer", "train"]
         assert tyro.cli(TrainConfig, args=words[2:]) == run
+
+
+def test_an_input_is_never_replaced_by_its_output(photo, tmp_path):
+    photo.save(tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "b.png").symlink_to("a.png")
+    for output in ("a.png", "b.png"):
+        words = "compress", tmp_path / "a.png", "-o", tmp_path / output, "--model", "tiny-parallel", "--force"
+        assert "is the input itself" in call(*words, expect=1)[1]
+    assert (tmp_path / "a.png").read_bytes() == before

@@ -204,6 +204,13 @@ def test_a_finished_run_is_not_repeated(config):
     assert (Path(config.out) / "log.jsonl").read_text() == before
 
 
+def test_a_run_does_not_become_shorter(config):
+    config = replace(config, schedule="constant", steps=2)
+    train(config, progress=False)
+    with pytest.raises(TrainingError, match="has 2 steps already, and not 1"):
+        train(replace(config, steps=1), progress=False)
+
+
 def test_another_run_in_the_same_folder_is_refused(config):
     train(replace(config, steps=1), progress=False)
     with pytest.raises(TrainingError, match="another lmbda"):

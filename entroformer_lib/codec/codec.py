@@ -74,8 +74,8 @@ def encode(model: Entroformer, image, bpp: float | None = None, ks: Sequence[int
 
 def check_bpp(bpp: float | None) -> None:
     """Raises RateError for bits per pixel that no file can have."""
-    if bpp is not None and not 0 < bpp < math.inf:
-        raise RateError(f"The bits per pixel must be a number above 0, and are {bpp:g}.")
+    if bpp is not None and not 0 < bpp <= 1e6:
+        raise RateError(f"The bits per pixel must be a number above 0 and up to a million, and are {bpp:g}.")
 
 
 def _check_memory(width: int, height: int, per_pixel: float) -> None:
@@ -96,10 +96,10 @@ def level_of_file(model: Entroformer) -> float | None:
     """
     if model.gain is None:
         return None
-    last = len(model.config.lmbdas) - 1
-    if not 0 <= model.level <= last:
+    step, last = model.level * LEVEL_STEPS, len(model.config.lmbdas) - 1
+    if not -0.5 <= step <= last * LEVEL_STEPS + 0.5:
         raise RateError(f"The levels of this model go from 0 to {last}, and its level is {model.level:g}.")
-    return round(model.level * LEVEL_STEPS) / LEVEL_STEPS
+    return round(step) / LEVEL_STEPS
 
 
 @torch.no_grad()

@@ -283,6 +283,10 @@ class Run:
                 self.optimizer.load_state_dict(optimizer_state(self.optimizer, state["optimizer"]))
                 self.mean.values = state["mean"] and model_state(self.model, state["mean"])
                 self.seconds, self.first_sample = state["seconds"], state.get("first_sample", 0)
+            if step > self.config.steps:
+                raise TrainingError(
+                    f"The run in {self.folder.path} has {step} steps already, and not {self.config.steps}."
+                )
         elif trunk is not None:
             with taking_up(Path(self.config.branch)):
                 self.first_sample = trunk.get("first_sample", 0) + trunk["step"] * trunk["batch"]
