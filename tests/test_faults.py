@@ -427,4 +427,4 @@ def test_a_name_that_is_no_text_and_a_reader_that_leaves(home):
     os.close(read)
     gone = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=environment)
     os.close(write)
-    assert gone.returncode == 0 and not gone.stderr, gone.stderr
+    assert gone.returncode == 1 and not gone.stderr, gone.stderr
