@@ -315,10 +315,15 @@ def study_ablation(
         print(ablation.plan_in_words(study))
         return
     folder = results or out / "results"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; results go into a folder.")
     kept_in = folder if keep else None
     outcomes = [] if save_only else study.go(scheduler, workers, lambda outcome: print(outcome, flush=True), kept_in)
-    for path in ablation.save(study, folder, keep):
+    saved = ablation.save(study, folder, keep)
+    for path in saved:
         print(path)
+    if not saved:
+        print("No run is finished, so there is no result.")
     failed = [outcome.name for outcome in outcomes if outcome.error]
     if failed:
         raise UserError(f"{len(failed)} of {len(study.runs)} runs failed: {', '.join(failed)}.")
@@ -422,7 +427,7 @@ def explore(
         return
     from entroformer_lib.explorer.effort import effort
     from entroformer_lib.explorer.page import explorer_page, serve_page
-    from entroformer_lib.files import write_bytes
+    from entroformer_lib.files import in_text, write_bytes
     from entroformer_lib.inspection.group_server import server_of
     from entroformer_lib.weights.zoo import reference_of
 
@@ -433,7 +438,7 @@ def explore(
     seconds, size = effort(rows)
     print(f"{rows.n:,} latents: about {seconds:.0f} seconds and {size:.1f} MB", file=sys.stderr)
     with _progress() as show:
-        page = explorer_page(rows, image.stem, show, **start)
+        page = explorer_page(rows, in_text(image.stem), show, **start)
     if output is not None:
         write_bytes(output, page.text.encode())
     print(f"{output or image}: {page.in_words()}")
@@ -623,6 +628,8 @@ def _code(work, said: str, inputs: tuple[str, ...], output: str | None, how: Fil
         sys.exit(2)
     if how.force and how.resume:
         raise UserError("--force replaces what exists, and --resume keeps it; choose one.")
+    if how.jobs is not None and how.jobs < 1:
+        raise UserError(f"--jobs must be at least 1; it is {how.jobs}.")
     if many.means_many(inputs, output):
         _code_many(work, inputs, output, how)
         return
@@ -659,8 +666,6 @@ def _code_many(work, inputs: tuple[str, ...], output: str | None, how: Files) ->
 
     if output in (None, "-") or Path(output).is_file():
         raise UserError(f"Many files go into a folder; name it with -o FOLDER. So does the content of {inputs[0]}.")
-    if how.jobs is not None and how.jobs < 1:
-        raise UserError(f"--jobs must be at least 1; it is {how.jobs}.")
     _one_of_two(how.jobs, how.scheduler)
     every = many.jobs_of(inputs, Path(output), work)
     left = many.left_to_do(every, how.force, how.resume)
@@ -732,6 +737,8 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 def _output(output: Path | None, source: str | Path, ending: str, force: bool) -> Path:
     """The output as given, or beside the source with another ending."""
+    if str(output) == "-":
+        raise UserError("This is not written to the standard output; name a file.")
     if output is None and not Path(source).name:
         raise UserError(f"'{source}' does not name a file.")
     output = Path(source).with_suffix(ending) if output is None else output

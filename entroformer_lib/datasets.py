@@ -1,6 +1,7 @@
 """Pictures in folders, and pictures to test on: fetched with checksums, or scikit-image's samples."""
 
 import functools
+import io
 import os
 import shutil
 import urllib.error
@@ -11,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from entroformer_lib.errors import DataError
-from entroformer_lib.files import data_folder, file_digest, replacing
+from entroformer_lib.files import data_folder, file_digest, replacing, write_bytes
 
 Remote = tuple[str, str]  # the address of a file, and its checksum as `algorithm:hex`
 
@@ -72,7 +73,8 @@ def fetch(name: str, folder: Path) -> list[Path]:
         The pictures, sorted.
 
     Raises:
-        DataError: unknown name, no network, or a file that does not have its checksum.
+        DataError: unknown name, no network, a file that does not have its checksum, or something else under the name of
+            a sample.
     """
     if name == "samples":
         return _write_samples(folder)
@@ -151,6 +153,9 @@ def _write_samples(folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png" for name in SAMPLES]
     for path in paths:
-        with replacing(path) as part:
-            sample_picture(path.stem).save(part, format="png")
+        file = io.BytesIO()
+        sample_picture(path.stem).save(file, format="png")
+        if path.exists() and path.read_bytes() != file.getvalue():
+            raise DataError(f"{path} exists and is another picture; choose another folder.")
+        write_bytes(path, file.getvalue())
     return paths

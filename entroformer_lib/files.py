@@ -1,6 +1,7 @@
 """Files that are either whole or not there, and where the project's own data lies."""
 
 import hashlib
+import json
 import os
 import shutil
 import stat
@@ -9,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from entroformer_lib.errors import UserError
 
@@ -20,8 +22,8 @@ def replacing(path: Path) -> Iterator[Path]:
     A link is followed, a file that is replaced keeps its mode, and into what is no regular file, such as a pipe or a
     device, the bytes are copied.
     """
-    path = Path(os.path.realpath(path))
     special = path.exists() and not path.is_file()
+    path = path if special else Path(os.path.realpath(path))  # the pipe behind /dev/stdout has no other name
     folder = Path(tempfile.gettempdir()) if special else path.parent
     part = folder / f".entroformer-{uuid.uuid4().hex}.part"
     part.touch()  # which gives it the mode of a new file, whatever its writer does later
@@ -61,10 +63,27 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise UserError(f"{path} could not be written: {error.strerror or error}.") from None
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds that this library wrote.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        raise UserError(f"{path} is damaged: it holds no JSON.") from None
+
+
 def file_digest(path: Path, algorithm: str = "sha256") -> str:
     """Checksum of a file in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def in_text(name: str) -> str:
+    """A file's name, which need not be text, as text."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def data_folder() -> Path:

@@ -204,6 +204,10 @@ def bad(folder, tmp_path):
     (tmp_path / "dir.ef").mkdir()
     (tmp_path / "there.png").write_bytes(b"precious")
     (tmp_path / "text.safetensors").write_text("no weights")
+    (tmp_path / "list.txt").write_bytes(b"\xff.png\n")
+    (tmp_path / "foreign").mkdir()
+    for name in ("weights.safetensors", "coffee.png", "shard-000000.tar"):
+        (tmp_path / "foreign" / name).write_text("somebody else's")
     return tmp_path
 
 
@@ -231,13 +235,24 @@ def bad(folder, tmp_path):
         (["train", "--data", "{bad}/nothing", "--out", "{bad}/run", "--devices", "1"], "no training pictures"),
         (["data", "pack", "{bad}/nothing", "{bad}/d"], "no folder"),
         (["data", "openimages", "{bad}/nothing.csv", "--to", "{bad}/d"], "nothing.csv cannot be read"),
+        (["compress", "{good}/cat.png", "-o", "{bad}/x.webp", "--model", "micro"], "taken for a picture"),
+        (["compress", "{good}/cat.png", "-o", "{bad}/x.ef", "--model", "micro", "--jobs", "0"], "at least 1"),
+        (["eval", "micro", "--data", "{good}", "--json", "{bad}/there.png"], "exists and is not a result"),
+        (["explore", "{good}/cat.png", "-o", "-"], "name a file"),
+        (["study", "ablation", "--grid", "table1", "--seeds", "--kodak", "{good}"], "Name a seed"),
+        (["train", "--data", "{good}", "--out", "{bad}/foreign"], "no config.json beside it"),
+        (["train", "--data", "{good}", "--out", "{bad}/run", "--lr", "1e39"], "up to 1000"),
+        (["train", "--data", "{bad}/list.txt", "--out", "{bad}/run"], "not text in UTF-8"),
+        (["data", "samples", "--to", "{bad}/foreign"], "is another picture"),
+        (["data", "pack", "{good}", "{bad}/foreign"], "no manifest says of what"),
+        (["data", "openimages", "{bad}/nothing.csv", "--to", "{bad}/d", "--spare", "nan"], "--spare"),
         (["import-official", "{bad}/text.safetensors", "{bad}/w.safetensors"], "not a checkpoint"),
         (["import-official", "{bad}/missing.pth", "{bad}/w.safetensors"], "missing.pth"),
         (["import-official", "{bad}/there.png", "{bad}/text.safetensors"], "--force"),
     ],
 )
 def test_bad_input(arguments, sentence, folder, bad):
-    before = {p: p.read_bytes() for p in bad.iterdir() if p.is_file()}
+    before = {p: p.read_bytes() for p in bad.rglob("*") if p.is_file()}
     _, errors = call(*[a.format(bad=bad, good=folder) for a in arguments], expect=1)
     lines = [line for line in errors.splitlines() if line.startswith("entroformer: ")]
     assert len(lines) == 1 and sentence in lines[0]

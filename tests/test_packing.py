@@ -88,6 +88,19 @@ def test_an_interrupted_command_goes_on_and_ends_with_the_same_bytes(photos, tmp
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     with pytest.raises(DataError, match="other pictures or options"):
         pack(photos, tmp_path / "cut", per_shard=4, jobs=1)
+    (tmp_path / "cut" / "shard-000001.tar").write_bytes(b"")
+    with pytest.raises(DataError, match="shard-000001.tar is missing or damaged"):
+        pack(photos, tmp_path / "cut", per_shard=3, jobs=1)
+
+
+def test_links_to_nothing_are_left_out(photos, tmp_path):
+    (photos / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (photos / "round.png").symlink_to(photos / "round.png")
+    left_out = {row["name"]: row["reason"] for row in pack(photos, tmp_path / "out", jobs=1)["left_out"]}
+    assert {"gone.png", "round.png"} <= left_out.keys()
+    assert str(tmp_path) not in " ".join(left_out.values())
+    with pytest.raises(DataError, match="All 12 pictures in .* are broken or too small"):
+        pack(photos, tmp_path / "none", min_side=999, jobs=1)
 
 
 def test_a_table_gives_pictures_order_and_licences(photos, tmp_path):

@@ -83,6 +83,8 @@ class Compress:
 
     def __call__(self, source: Path | bytes, form: str) -> tuple[bytes, dict]:
         """An `.ef` file; and its bytes, width, height, bpp, and notes: a sentence for each thing that is not kept."""
+        if is_picture(f"a{form}"):
+            raise DataError(f"An .ef file under a name that ends with {form} could be taken for a picture.")
         picture = pictures.open_picture(source)
         model = kept_model(self.model, self.device, self.weights).model
         with self._searching(model):

@@ -311,7 +311,9 @@ def prepare(grids: list[Grid], terms: Terms, root: Path, seeds: Iterable[int] = 
             another kind.
     """
     root, seeds, asked = root.resolve(), tuple(seeds), terms.train_on
-    at_least(0, seed=min(seeds, default=None))
+    if not seeds:
+        raise StudyError("Name a seed.")
+    at_least(0, seed=min(seeds))
     terms = terms.placed(root)
     if terms.size not in SIZES:
         raise StudyError(f"There is no size '{terms.size}'; there are {', '.join(SIZES)}.")

@@ -1,5 +1,6 @@
 """What the commands of the studies share: nonsense is refused before any work, in one sentence."""
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -23,16 +24,25 @@ def check_place(out: Path) -> None:
     """Makes the folder of a result, before anything is measured.
 
     Raises:
-        StudyError: the result could not be written there.
+        StudyError: the result could not be written there, or a file there is none.
     """
     if out.is_dir():
         raise StudyError(f"{out} is a folder; the result must be a file.")
+    if out.is_file() and not _is_result(out):
+        raise StudyError(f"{out} exists and is not a result; choose another name.")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StudyError(f"The folder {out.parent} cannot be made: {error.strerror}.") from None
     if not os.access(out.parent, os.W_OK):
         raise StudyError(f"Nothing can be written into the folder {out.parent}.")
+
+
+def _is_result(path: Path) -> bool:
+    try:
+        return "provenance" in json.loads(path.read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def run(command: Callable[[], object]) -> None:

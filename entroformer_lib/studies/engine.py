@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 
 from entroformer_lib.cluster import over, processes
 from entroformer_lib.errors import Stopped, StudyError, in_words
-from entroformer_lib.files import remove_parts, write_bytes
+from entroformer_lib.files import read_json, remove_parts, write_bytes
 from entroformer_lib.studies.commands import at_least
 from entroformer_lib.training.config import RUNTIME_FIELDS, TrainConfig
 
@@ -75,7 +75,7 @@ class Task:
         return self._saved(root, name)["seconds"]
 
     def _saved(self, root: Path, name: str) -> dict:
-        return json.loads((root / self.name / f"{name}.json").read_text())
+        return read_json(root / self.name / f"{name}.json")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def check(tasks: Iterable[Task], root: Path) -> None:
     """
     for task in tasks:
         note = root / task.name / "task.json"
-        found = json.loads(note.read_text()) if note.exists() else task.identity
+        found = read_json(note) if note.exists() else task.identity
         for key in sorted({*found, *task.identity}):
             was, is_now = str(found.get(key))[:60], str(task.identity.get(key))[:60]
             if found.get(key) != task.identity.get(key):

@@ -48,8 +48,6 @@ def latent_table(server: PictureServer) -> pd.DataFrame:
 def save_latents(path: Path, model, pictures: Iterable[tuple[str, Image.Image]]) -> pd.DataFrame:
     """Writes the rows of some pictures, and beside them FILE.json with what `alone` is and the provenance.
 
-    Either the whole table is written or nothing.
-
     Args:
         path: .csv or .parquet.
         pictures: name and picture (RGB).
@@ -72,8 +70,8 @@ def save_latents(path: Path, model, pictures: Iterable[tuple[str, Image.Image]])
     else:
         whole.to_parquet(file, index=False)
     names = [table["picture"][0] for table in tables]
-    save(path.with_name(f"{path.name}.json"), {"alone": alone, "level": model.level, "images": names}, model)
     write_bytes(path, file.getvalue())
+    save(path.with_name(f"{path.name}.json"), {"alone": alone, "level": model.level, "images": names}, model)
     return whole
 
 

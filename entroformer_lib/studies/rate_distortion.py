@@ -21,7 +21,7 @@ from entroformer_lib.codec.quality import ms_ssim, psnr_db
 from entroformer_lib.datasets import files_under, is_picture
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import DataError
-from entroformer_lib.files import file_digest
+from entroformer_lib.files import file_digest, in_text
 from entroformer_lib.studies.commands import at_least
 from entroformer_lib.training.data import find_sources
 
@@ -86,7 +86,7 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     stems = collections.Counter(path.stem for path in paths)
     places = [path.absolute() for path in paths]
     root = os.path.commonpath([place.parent for place in places])
-    return [p.stem if stems[p.stem] == 1 else p.relative_to(root).as_posix() for p in places]
+    return [in_text(p.stem if stems[p.stem] == 1 else p.relative_to(root).as_posix()) for p in places]
 
 
 def digest_of(paths: Sequence[Path]) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from entroformer_lib.files import data_folder, write_bytes
+from entroformer_lib.files import data_folder, read_json, write_bytes
 from entroformer_lib.weights.zoo import device_name, weights_digest
 
 LIBRARIES = ("torch", "compressai", "constriction", "numpy", "pillow")
@@ -153,12 +153,12 @@ def result_path(name: str) -> Path:
 def load(name: str | Path) -> dict | None:
     """A saved result by its name or its file, or None where there is none."""
     path = name if isinstance(name, Path) else result_path(name)
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def reference(name: str):
     """Published numbers: `paper_tables` or `rd_curves`."""
-    return json.loads((data_folder() / "reference" / f"{name}.json").read_text())
+    return read_json(data_folder() / "reference" / f"{name}.json")
 
 
 def pending(name: str) -> str:
@@ -170,7 +170,7 @@ def ablation(grid: str) -> pd.DataFrame | None:
     """The rows of a grid out of all ablation*.json, or None where there are none."""
     rows = []
     for path in sorted((results_folder()).glob("ablation*.json")):
-        rows += [row for row in json.loads(path.read_text())["rows"] if row.get("grid") == grid]
+        rows += [row for row in read_json(path)["rows"] if row.get("grid") == grid]
     return pd.DataFrame(rows).drop(columns="grid") if rows else None
 
 
@@ -181,7 +181,7 @@ def trainings(grid: str) -> pd.DataFrame | None:
     if own is None:
         return None
     for path in sorted((results_folder()).glob("ablation*.json")):
-        saved = json.loads(path.read_text())
+        saved = read_json(path)
         if saved["settings"] == own["settings"]:
             found += [row for row in saved["rows"] if "bpp_middle" in row]  # which only rates of whole pictures have
     rows = pd.DataFrame(found).drop_duplicates("run")
@@ -198,7 +198,7 @@ def kodak() -> pd.DataFrame:
     """
     tables = []
     for path in sorted((results_folder()).glob("*-kodak.json")):
-        saved = json.loads(path.read_text())
+        saved = read_json(path)
         about = {"codec": path.name.removesuffix("-kodak.json"), "optimised_for": saved.get("optimised_for", "mse")}
         about |= {"variant": saved.get("variant"), "transforms": saved.get("transforms")}
         tables.append(pd.DataFrame(saved["images"]).rename(columns={"lmbda": "setting"}).assign(**about))

@@ -22,6 +22,7 @@ Workers = Annotated[int, Must("a whole number of at least 0", lambda n: n >= 0)]
 Seed = Annotated[int, Must("a whole number of at least 0 and below 2^63", lambda n: 0 <= n < 2**63)]
 Side = Annotated[int, Must("a multiple of 64 pixels", lambda n: n >= 64 and n % 64 == 0)]
 Positive = Annotated[float, Must("a number above 0", lambda n: 0 < n < math.inf)]
+LearningRate = Annotated[float, Must("a number above 0 and up to 1000", lambda n: 0 < n <= 1000)]
 Seconds = Annotated[float, Must("a number of at least 0", lambda n: 0 <= n < math.inf)]
 Share = Annotated[float, Must("a share from 0 to 1", lambda n: 0 <= n <= 1)]
 LessThanOne = Annotated[float, Must("at least 0 and below 1", lambda n: 0 <= n < 1)]
@@ -71,7 +72,7 @@ class TrainConfig:
     """Share of the steps that have last_crop."""
     optimizer: Literal["adam", "muon"] = "adam"
     """muon: orthogonalised momentum for matrices and kernels, Adam for the rest; far fewer steps (docs/training.md)."""
-    lr: Positive = 1e-4
+    lr: LearningRate = 1e-4
     schedule: Literal["steps", "linear", "constant", "decay"] = "steps"
     """After the warm-up: steps of `decay` (the paper); constant and then linearly down to 0 over the last 60%;
     constant; or, with branch and without warm-up, linearly down to 0 from the first step on."""

@@ -118,10 +118,7 @@ def read_names(path: str | os.PathLike) -> frozenset[str]:
     Raises:
         DataError: no such list, or an empty one.
     """
-    try:
-        names = frozenset(_lines(Path(path)))
-    except (OSError, UnicodeError) as error:
-        raise DataError(f"The list of held-out pictures {path} cannot be read: {error}.") from None
+    names = frozenset(_lines(Path(path)))
     if not names:
         raise DataError(f"The list of held-out pictures {path} names none.")
     return names
@@ -129,7 +126,12 @@ def read_names(path: str | os.PathLike) -> frozenset[str]:
 
 def _lines(path: Path) -> list[str]:
     """The lines of a list, without comments (# at the beginning or behind a space) and empty lines."""
-    lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in path.read_text().splitlines())
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
+        raise DataError(f"The list {path} cannot be read: {reason}.") from None
+    lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines())
     return [line for line in lines if line]
 
 

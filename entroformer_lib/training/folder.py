@@ -59,6 +59,10 @@ class RunFolder:
                         f"The folder {self.path} holds a run with another {name} ({before[name]}); "
                         "choose another folder, or remove it to start afresh."
                     )
+        else:
+            for path in (self.weights, self.checkpoint, self.log):
+                if path.exists():
+                    raise TrainingError(f"{path} exists, and no {self.config.name} beside it; choose another folder.")
         write_bytes(self.config, json.dumps(now, indent=1).encode())
 
     def _saved_config(self) -> dict:
@@ -79,8 +83,9 @@ class RunFolder:
             with replacing(self.checkpoint) as part:
                 torch.save(state, part)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            reason = getattr(error, "strerror", None) or "the disk may be full"
             raise TrainingError(
-                f"The checkpoint of step {state['step']} could not be written to {self.checkpoint}: {error}"
+                f"The checkpoint of step {state['step']} could not be written to {self.checkpoint}: {reason}."
             ) from None
 
     def append(self, row: dict) -> None:

@@ -39,10 +39,12 @@ def plan_download(
         subset: train, validation or test; or all.
 
     Raises:
-        DataError: an index that cannot be read or has other columns, or too few pictures in it.
+        DataError: an index that cannot be read or has other columns, or too few pictures in it; other files there.
     """
     if count < 1:
         raise DataError(f"--count must be at least 1; it is {count}.")
+    if not 0 <= spare <= 1000:
+        raise DataError(f"--spare must be a number from 0 to 1000; it is {spare:g}.")
     wanted = (row for row in _rows(index) if subset in ("all", row["Subset"]))
     chosen = heapq.nsmallest(round(count * (1 + spare)), wanted, key=lambda row: _rank(row["ImageID"], seed))
     if len(chosen) < count:
@@ -51,13 +53,17 @@ def plan_download(
     writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(chosen)
-    out.mkdir(parents=True, exist_ok=True)
-    write_bytes(out / "list.csv", table.getvalue().encode())
-    write_bytes(out / "download.txt", "".join(map(_entry, chosen)).encode())
     words = f"{len(chosen)} pictures of Open Images ({subset}), seed {seed}; {count} of them are wanted.\n\n"
     words += "aria2c --input-file download.txt --dir pictures --continue --auto-file-renaming=false\n"
     words += f"entroformer data pack pictures shards --table list.csv --min-side {MIN_SIDE} --limit {count}\n"
-    write_bytes(out / "README.txt", words.encode())
+    texts = {"list.csv": table.getvalue(), "download.txt": "".join(map(_entry, chosen)), "README.txt": words}
+    files = {out / name: text.encode() for name, text in texts.items()}
+    for path, data in files.items():
+        if path.exists() and path.read_bytes() != data:
+            raise DataError(f"{path} exists and holds something else; choose another folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    for path, data in files.items():
+        write_bytes(path, data)
     return len(chosen)
 
 

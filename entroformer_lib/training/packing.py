@@ -13,6 +13,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,13 +24,14 @@ from entroformer_lib.codec.many import go_through
 from entroformer_lib.codec.pictures import pixels_of
 from entroformer_lib.datasets import files_under, is_picture
 from entroformer_lib.errors import DataError
-from entroformer_lib.files import write_bytes
+from entroformer_lib.files import read_json, write_bytes
 from entroformer_lib.training.chance import generator
 from entroformer_lib.training.shards import MANIFEST
 
 LICENCE_FILES = ("licence", "license", "copying")
 NAME_COLUMNS, LICENCE_COLUMNS = ("name", "ImageID"), ("licence", "license", "License")
 UNKNOWN = "unknown"
+BEGUN = "packing.json"  # says what an unfinished folder is made of
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Plan:
     @property
     def digest(self) -> str:
         """Other pictures, sizes of files, licences or options have another one."""
-        files = [(name, (self.folder / name).stat().st_size) for name in self.names]
+        files = [(name, _size(self.folder / name)) for name in self.names]
         told = [files, self.licences, self.texts, self.per_shard, self.min_side]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
@@ -75,7 +77,7 @@ class _Packing:
                     if min(height, width) < self.min_side:
                         raise DataError(f"Its shorter side has {min(height, width)} pixels.")
                 except (DataError, OSError) as error:
-                    row["left_out"].append({"name": name, "reason": str(error)})
+                    row["left_out"].append({"name": name, "reason": getattr(error, "strerror", None) or str(error)})
                     continue
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
@@ -118,23 +120,26 @@ def pack(
         if number is not None and number < 1:
             raise DataError(f"--{what} must be at least 1; it is {number}.")
     plan = _plan(folder, out, min_side, per_shard, table, limit)
-    digest, path = plan.digest, out / MANIFEST
-    if path.exists():
-        try:
-            manifest = json.loads(path.read_bytes())
-            same = manifest["plan"] == digest
-        except (ValueError, KeyError, TypeError):
-            same = False
-        if not same:
+    digest, path, begun = plan.digest, out / MANIFEST, out / BEGUN
+    for note in (path, begun):
+        if note.exists() and not _is_of(note, digest):
             raise DataError(f"{out} holds shards of other pictures or options; choose another folder, or remove it.")
+    if path.exists():
+        manifest = read_json(path)
+        for shard in manifest["shards"]:
+            if _size(out / shard["file"]) != shard["bytes"]:
+                raise DataError(f"{out / shard['file']} is missing or damaged; remove {out} and pack again.")
         return manifest
+    if not begun.exists() and any(out.glob("shard-*.tar")):
+        raise DataError(f"{out} holds shards already, and no manifest says of what; choose another folder.")
     out.mkdir(parents=True, exist_ok=True)
+    write_bytes(begun, json.dumps({"plan": digest}).encode())
     pictures = list(zip(plan.names, plan.licences, strict=True))
     parts = [pictures[i : i + per_shard] for i in range(0, len(pictures), per_shard)]
     files = [out / f"shard-{i:06}.tar" for i in range(len(parts))]
     rows: dict[Path, dict] = {}
     for file in files:
-        if note := _note(file, digest):
+        if note := _note(file):
             rows[file] = note
             tell(note, len(files))
     left = [(part, file) for part, file in zip(parts, files, strict=True) if file not in rows]
@@ -143,25 +148,40 @@ def pack(
             raise DataError(f"{row['output']}: {row['error']}")
         file = Path(row.pop("output"))
         rows[file] = {**row, "file": file.name}  # where `file` was the list of its pictures
-        write_bytes(file.with_suffix(".json"), json.dumps({"plan": digest, **rows[file]}).encode())
+        write_bytes(file.with_suffix(".json"), json.dumps(rows[file]).encode())
         tell(rows[file], len(files))
     manifest = _manifest_of(plan, digest, [rows[file] for file in files])
+    if not manifest["pictures"]:
+        raise DataError(f"All {len(plan.names)} pictures in {folder} are broken or too small.")
     write_bytes(path, json.dumps(manifest).encode())
-    for file in files:
-        file.with_suffix(".json").unlink(missing_ok=True)
+    for note in (begun, *(file.with_suffix(".json") for file in files)):
+        note.unlink(missing_ok=True)
     return manifest
 
 
-def _note(file: Path, digest: str) -> dict | None:
+def _is_of(note: Path, digest: str) -> bool:
+    """Whether a manifest, or what is there before it, is that of a plan."""
+    try:
+        return json.loads(note.read_bytes())["plan"] == digest
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _note(file: Path) -> dict | None:
     """What an earlier call has told of a shard that it has finished."""
     try:
         note = json.loads(file.with_suffix(".json").read_bytes())
-        whole = note.pop("plan") == digest and file.stat().st_size == note["bytes"]
+        return note if _size(file) == note["bytes"] else None
     except (OSError, ValueError, KeyError):
         return None
-    if not whole:
-        raise DataError(f"{file} was made of other pictures or with other options; choose another folder.")
-    return note
+
+
+def _size(file: Path) -> int | None:
+    """Bytes of a file; None where there is none."""
+    try:
+        return file.stat().st_size
+    except OSError:  # a broken link, or one to itself
+        return None
 
 
 def _manifest_of(plan: Plan, digest: str, rows: list[dict]) -> dict:
@@ -186,8 +206,8 @@ def _manifest_of(plan: Plan, digest: str, rows: list[dict]) -> dict:
 def _plan(folder: Path, out: Path, min_side: int, per_shard: int, table: Path | None, limit: int | None) -> Plan:
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}.")
-    inside = out.resolve()
-    files = [path for path in files_under(folder) if inside not in path.resolve().parents]
+    inside = Path(os.path.realpath(out))
+    files = [path for path in files_under(folder) if inside not in Path(os.path.realpath(path)).parents]
     texts = {
         path.relative_to(folder).as_posix(): path.read_text(errors="replace")
         for path in files
