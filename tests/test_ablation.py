@@ -104,8 +104,12 @@ def test_study_trains_measures_and_saves(terms, tmp_path):
     assert study.go() == []
     (path,) = ablation.save(study, tmp_path / "results")
     result = json.loads(path.read_text())
-    assert len(result["rows"]) == 12 and len(result["runs"]) == 12
-    for row in result["rows"]:
+    rows = [row for row in result["rows"] if row["grid"] == "table1"]
+    assert len(rows) == 12 and len(result["runs"]) == 12
+    curve = [row for row in result["rows"] if row["grid"] == "table1_curve" and row["run"] == "cnn-seed1"]
+    assert [row["step"] for row in curve] == [1, 2, 3, 4]
+    assert curve[-1]["bpp"] == next(row["bpp_middle"] for row in rows if row["run"] == "cnn-seed1")
+    for row in rows:
         pictures = result["pictures"][row["run"]]
         assert row["bpp"] == pytest.approx(np.mean(list(pictures.values())), abs=1e-5) and len(pictures) == 2
     assert result["settings"]["transforms_sha256"] == transforms_digest(frozen_transforms(terms.transforms))

@@ -398,6 +398,10 @@ def _whole_rows(columns: dict, answers: dict) -> list[dict]:
     return [{"bpp": bpp, "bpp_middle": answers["kodak"]["bpp_middle"]}]
 
 
+def _table1_rows(columns: dict, answers: dict) -> list[dict]:
+    return _whole_rows(columns, answers) + [{"grid": "table1_curve", **row} for row in answers["curve"]]
+
+
 def _figure7_rows(columns: dict, answers: dict) -> list[dict]:
     """The learning curve over the middles; at its end the whole pictures, and the middles with other k."""
     end = [{"grid": "figure7_end", **row} for row in _whole_rows(columns, answers)]
@@ -422,6 +426,7 @@ def _joint_rows(columns: dict, answers: dict) -> list[dict]:
 
 
 ROWS_OF: dict[str, Callable[[dict, dict], list[dict]]] = {
+    "table1": _table1_rows,
     "figure7": _figure7_rows,
     "table3": _table3_rows,
     "table4": lambda columns, answers: answers["sizes"],

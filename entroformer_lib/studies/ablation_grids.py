@@ -125,11 +125,12 @@ GRIDS = {
     for grid in (
         Grid(
             "table1",
-            "position encodings of a context model without hyperprior, and the convolution",
+            "position encodings of a context model without hyperprior, and the convolution, with learning curves",
             (
                 Entry("cnn", "cnn", {"hyperprior": False}, columns={"context": "cnn", "position": "none"}),
                 *map(_position, ("none", "absolute", "relative_1d", "relative_2d", "diamond")),
             ),
+            ("kodak", "curve"),
         ),
         Grid(
             "figure6",

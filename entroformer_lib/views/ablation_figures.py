@@ -66,29 +66,40 @@ def figure6(data: pd.DataFrame) -> Figure:
 
 
 def figure7_data() -> pd.DataFrame | None:
-    """top_k (infinite: dense), step, seed, bpp."""
+    """top_k (infinite: dense), model (in words), step, seed, bpp."""
     rows = ablation("figure7")
     if rows is None:
         return None
-    rows = rows.assign(top_k=rows["top_k"].fillna(np.inf))[["top_k", "step", "seed", "bpp"]]
-    return rows.sort_values(["top_k", "seed", "step"], ignore_index=True)
+    rows = rows.assign(top_k=rows["top_k"].fillna(np.inf)).sort_values(["top_k", "seed", "step"], ignore_index=True)
+    return rows.assign(model=rows["top_k"].map(_k_name))[["top_k", "model", "step", "seed", "bpp"]]
+
+
+def figure7(data: pd.DataFrame) -> Figure:
+    """Learning curves, one for each k, and against dense attention."""
+    return curves(data, "dense", "dense attention")
 
 
 @styled()
-def figure7(data: pd.DataFrame) -> Figure:
-    """Learning curves, one for each k: the mean over the seeds with their range; and against dense attention."""
+def curves(data: pd.DataFrame, base: str, base_in_words: str) -> Figure:
+    """Learning curves: the mean over the seeds with their range; and how far they lie from one of them.
+
+    Args:
+        data: model, step, seed, bpp.
+        base: The model that the others are compared with; it is dashed.
+        base_in_words: For the axis.
+    """
     import seaborn
 
-    dense = data[np.isinf(data["top_k"])].groupby("step")["bpp"].mean()
-    data = data.assign(model=data["top_k"].map(_k_name), percent=100 * (data["bpp"] / data["step"].map(dense) - 1))
-    dashes = {name: (2, 1) if name == "dense" else "" for name in data["model"]}
+    reference = data[data["model"] == base].groupby("step")["bpp"].mean()
+    data = data.assign(percent=100 * (data["bpp"] / data["step"].map(reference) - 1))
+    dashes = {name: (2, 1) if name == base else "" for name in data["model"]}
     look = dict(x="step", hue="model", style="model", palette=list(COLOURS[: len(dashes)]), dashes=dashes)
     figure, axes = new_figure(ONE_COLUMN, 4.6, 2, 1, sharex=True)
     for ax, y in zip(axes, ("bpp", "percent"), strict=True):
         seaborn.lineplot(data, y=y, **look, errorbar=("pi", 100), err_kws={"linewidth": 0}, legend=ax is axes[0], ax=ax)
         ax.grid(alpha=0.25, linewidth=0.5)
     axes[0].set(ylabel="bits per pixel", xlabel="")
-    axes[1].set(ylabel="rate against dense attention, %")
+    axes[1].set(ylabel=f"rate against {base_in_words}, %")
     axes[0].get_legend().remove()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
@@ -109,6 +120,15 @@ def table1_data() -> pd.DataFrame | None:
     data[["bpp", "spread", "seeds"]] = _seeds(rows["bpp"], kinds, ["cnn", *POSITIONS])
     data["saving_percent"] = 100 * (1 - data["bpp"] / data["bpp"][0])
     return data
+
+
+def table1_curves_data() -> pd.DataFrame | None:
+    """model (as POSITIONS, or convolution), step, seed, bpp of the parts as large as the crops."""
+    rows = ablation("table1_curve")
+    if rows is None:
+        return None
+    model = rows["position"].where(rows["context"] != "cnn", "convolution")
+    return rows.assign(model=model.str.replace("_", " "))[["model", "step", "seed", "bpp"]]
 
 
 def table1_dots(rows: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
