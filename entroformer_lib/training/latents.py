@@ -109,7 +109,7 @@ def write_latents(
     data: Text,
     out: Path,
     crop: Side = 256,
-    per_picture: Count = 4,
+    per_picture: Count = 8,
     seed: Seed = 0,
     held_out: Text | None = None,
 ) -> Path:
