@@ -81,6 +81,9 @@ def test_held_out_pictures_are_left_out_and_their_rate_is_logged(config, source,
     assert (folder / "latents.npy").read_bytes() == (alone / "latents.npy").read_bytes()
     with pytest.raises(DataError, match="other held-out pictures"):
         write_latents(source, str(photo_folder), folder, 128, per_picture=1)
+    with pytest.raises(DataError, match="Of 1 held-out pictures 0"):
+        write_latents(source, str(rest), tmp_path / "lacking", 128, per_picture=1, held_out=str(listed))
+    assert not (tmp_path / "lacking").exists()  # refused before anything is computed
 
     weights = train(replace(config, latents=str(folder), held_out_every=4), progress=False)
     logged = [json.loads(line).get("held_out") for line in Path(config.out, "log.jsonl").read_text().splitlines()]

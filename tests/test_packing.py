@@ -93,6 +93,11 @@ def test_an_interrupted_command_goes_on_and_ends_with_the_same_bytes(photos, tmp
         pack(photos, tmp_path / "cut", per_shard=3, jobs=1)
 
 
+def test_shards_do_not_go_among_the_pictures(photos, tmp_path):
+    with pytest.raises(DataError, match="name another one"):
+        pack(photos, tmp_path / ".." / tmp_path.name / photos.relative_to(tmp_path))
+
+
 def test_links_to_nothing_are_left_out(photos, tmp_path):
     (photos / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (photos / "round.png").symlink_to(photos / "round.png")

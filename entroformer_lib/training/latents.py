@@ -139,10 +139,11 @@ def write_latents(
     if note.exists():
         check_note(note, wanted)
         return out
-    out.mkdir(parents=True, exist_ok=True)
+    crops = held_out_crops(data, names) if names else None  # refuses before anything is computed
     pictures = [p for p in pictures_in(data, lambda name: name not in names) if min(p.shape[:2]) >= crop]
     if not pictures:
         raise DataError(f"No picture at {data} has {crop} pixels on both sides.")
+    out.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     for picture in pictures:
         digest.update(repr(picture.shape).encode() + picture.tobytes())
@@ -154,8 +155,7 @@ def write_latents(
             np.lib.format.write_array_header_1_0(file, header)
             for i, picture in enumerate(tqdm(pictures, unit="picture")):
                 file.write(latents_of(model, picture, crop, [(seed, i, j) for j in range(per_picture)]).tobytes())
-        if names:
-            crops = held_out_crops(data, names)
+        if crops is not None:
             held = torch.cat([model.analysis(x) for x in crops.split(8)]).half().numpy()  # [n, M, h, w]
             with replacing(out / "held_out.npy") as part, open(part, "wb") as file:
                 np.save(file, held)

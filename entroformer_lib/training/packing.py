@@ -119,6 +119,8 @@ def pack(
     for what, number in {"per-shard": per_shard, "limit": limit, "jobs": jobs}.items():
         if number is not None and number < 1:
             raise DataError(f"--{what} must be at least 1; it is {number}.")
+    if folder.resolve() == out.resolve():
+        raise DataError(f"{out} is the folder of the pictures; name another one for the shards.")
     plan = _plan(folder, out, min_side, per_shard, table, limit)
     digest, path, begun = plan.digest, out / MANIFEST, out / BEGUN
     for note in (path, begun):
