@@ -86,7 +86,8 @@ class Entroformer(Network):
 
     @torch.no_grad()
     def latents(self, x: Tensor, level: float | None = None) -> tuple[Tensor, Tensor | None]:
-        """Quantised latents as they are coded.  x: [B, 3, H, W]  ->  y_hat, z (not yet rounded) or None."""
+        """What `compress_latents` takes.  x: [B, 3, H, W]  ->  y_hat, rounded; z, which p(z) rounds to its own grid, or
+        None"""
         self.check_size(x)
         if not x.isfinite().all():
             raise DataError("The picture has values that are not finite numbers.")
@@ -299,7 +300,7 @@ def evaluating(model: Entroformer) -> Iterator[Entroformer]:
 def searching(model: Entroformer, window: int | None, k: int | None) -> Iterator[None]:
     """A model with another search window and another k of its context model inside the block.
 
-    window: None for none. k: as a file says it: 0 for all keys, None for that of the model's config.
+    window: None is no window. k: 0 is all keys, None is that of the model's config.
     """
     before = model.search_window, model.context_k
     try:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from entroformer_lib.models.position import RelativePosition, sinusoidal_positions
-from entroformer_lib.models.primitives import dot_products, keep_top_k, replaceable, weighted_sum
+from entroformer_lib.models.primitives import dot_products, float_or_wider, keep_top_k, replaceable, weighted_sum
 
-# Which keys may a query see? Maps query numbers [q] to a mask, True = visible: [q, n] or [B, 1, q, n].
+# Which keys may a query see? Maps query numbers [q] to a mask, True = visible: [q, n] or [B, 1, q, n]. With a closed
+# memory it has one column more, for each query's own key.
 Visible = Callable[[Tensor], Tensor]
 
 
@@ -33,8 +34,9 @@ class UpToItself(NamedTuple):
 class Memory:
     """Keys and values of the tokens seen so far, of one attention layer: nothing is computed twice.
 
-    Called with those of new tokens, [B, heads, q, d], it gives all. When it is `closed`, new tokens see the remembered
-    ones and themselves, not each other, and are not remembered.
+    Called with those of new tokens, [B, heads, q, d], it keeps them and returns all it has. When it is `closed`, it
+    keeps nothing more and returns what it had: new tokens do not see each other, and `attend` gets the own key and
+    value of each one apart.
     """
 
     def __init__(self, capacity: int):
@@ -63,6 +65,8 @@ class TopKAttention(nn.Module):
 
         softmax(f_k(Q (K + P)^T / sqrt(d_k))) V
 
+    f_k is `keep_top_k` (eq. 7). With `top_k=None` and without positions this is eq. 3.
+
     Points to look at, each [B, heads, q, n]: `content` = Q K^T / sqrt(d_k) and `position` = Q P^T / sqrt(d_k),
     their sum `scores` (-inf where not visible), `selected` (after f_k) and `probs`. (In the second pass of the parallel
     coder the last three have one column more, for each query's own key.)
@@ -87,18 +91,19 @@ class TopKAttention(nn.Module):
         top_k: int | None = None,
         memory: Memory | None = None,
     ) -> Tensor:
-        """x: [B, q, D]; sites: [n, 2] of all tokens, those of the memory first and x's last; top_k: in the place of the
-        layer's own, for this pass  ->  [B, q, D]"""
+        """x: [B, q, D]; sites: [t, 2] of all t tokens, those of the memory first and x's last; top_k: in the place of
+        the layer's own, for this pass  ->  [B, q, D]"""
         q, k, v = self.project(x)
         own = (k, v) if memory is not None and memory.closed else None
         if memory is not None:
             k, v = memory(k, v)
         out = attend(q, k, v, self, sites, visible, relative, top_k or self.top_k, own)  # [B, heads, q, d]
-        return self.out(out.transpose(1, 2).flatten(2))
+        return self.out(out.transpose(1, 2).flatten(2))  # heads joined: [B, q, D]
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values.  x: [B, q, D]  ->  [B, heads, q, d] each"""
-        return self.qkv(x).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
+        qkv = self.qkv(x).view(*x.shape[:2], 3, self.heads, -1)  # [B, q, 3, heads, d]
+        return qkv.permute(2, 0, 3, 1, 4).unbind()
 
 
 @replaceable
@@ -117,9 +122,10 @@ def attend(
 ) -> Tensor:
     """From queries, keys and values to what attention has gathered; each query independent of the others.
 
-    q: [B, heads, q, d]; k, v: [B, heads, n, d]; layer: its scale and points; visible: of k; own: key and value of each
-    query itself, [B, heads, q, d] each, where it is not among k; numbers: of the queries among all tokens, [q], where
-    they are not the last; keys: numbers of k, where they are not the first n  ->  [B, heads, q, d]
+    q: [B, heads, q, d]; k, v: [B, heads, n, d]; sites: [t, 2] of all t tokens  ->  [B, heads, q, d]
+
+    The queries are the last q tokens, or those of `numbers` [q]. The keys are the first n, or those of `keys` [n].
+    `own`: key and value of each query itself, [B, heads, q, d] each, where they are not in k and v (a closed memory).
     """
     n = k.size(2)
     places = sites[:n] if keys is None else sites[keys]
@@ -127,19 +133,18 @@ def attend(
         numbers = torch.arange(len(sites) - q.size(2), len(sites), device=q.device)
     # The ranking needs more digits than bfloat16 has, so the scores leave autocast.
     with torch.autocast(q.device.type, enabled=False):
-        wide = torch.promote_types(q.dtype, torch.float32)
-        q = q.to(wide) * layer.scale
-        scores = layer.content(dot_products(q, k.to(wide)))  # [B, heads, q, n]
+        q = float_or_wider(q) * layer.scale
+        scores = layer.content(dot_products(q, float_or_wider(k)))  # [B, heads, q, n]
         if relative is not None:
             scores = scores + layer.position(relative(q, sites[numbers], places))
         if own is not None:  # each query's own key as one column more
-            mine = dot_products(q[..., None, :], own[0].to(wide)[..., None, :])[..., 0]  # [B, heads, q, 1]
+            mine = dot_products(q[..., None, :], float_or_wider(own[0])[..., None, :])[..., 0]  # [B, heads, q, 1]
             scores = torch.cat((scores, mine if relative is None else mine + relative.own(q)), dim=-1)
         if visible is not None:
             seen = visible(numbers)
             if keys is not None:  # in the last column a query's own key
                 seen = seen[..., keys] if own is None else torch.cat((seen[..., keys], seen[..., -1:]), dim=-1)
-            seen = seen[..., : scores.size(-1)]
+            seen = seen[..., : scores.size(-1)]  # tiles.py may pass the first keys only
             scores = scores + torch.where(seen, 0.0, -torch.inf)  # quicker than masked_fill
         if layer.window is not None:
             far = (sites[numbers][:, None] - places).abs().amax(-1) > layer.window  # [q, n]
@@ -153,6 +158,12 @@ def attend(
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "leaky_relu": lambda: nn.LeakyReLU(0.2)}
 
 
+def feed_forward(c) -> nn.Sequential:
+    """The two linear layers of a block.  c: an EntroformerConfig; [..., D]  ->  [..., D]"""
+    inner = c.ffn_ratio * c.dim
+    return nn.Sequential(nn.Linear(c.dim, inner), ACTIVATIONS[c.activation](), nn.Linear(inner, c.dim))
+
+
 class Block(nn.Module):
     """One transformer block: x + Attention(LN(x)), then x + FeedForward(LN(x)).
 
@@ -161,14 +172,12 @@ class Block(nn.Module):
     x: [B, q, D]  ->  [B, q, D]
     """
 
-    def __init__(self, dim: int, heads: int, top_k: int | None, ffn_ratio: int, scale: str, activation: str):
+    def __init__(self, c, top_k: int | None):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attention = TopKAttention(dim, heads, top_k, scale)
-        self.norm2 = nn.LayerNorm(dim)
-        self.feed_forward = nn.Sequential(
-            nn.Linear(dim, ffn_ratio * dim), ACTIVATIONS[activation](), nn.Linear(ffn_ratio * dim, dim)
-        )
+        self.norm1 = nn.LayerNorm(c.dim)
+        self.attention = TopKAttention(c.dim, c.heads, top_k, c.attention_scale)
+        self.norm2 = nn.LayerNorm(c.dim)
+        self.feed_forward = feed_forward(c)
 
     def forward(self, x: Tensor, sites: Tensor, **attention) -> Tensor:
         x = x + self.attention(self.norm1(x), sites, **attention)
@@ -178,6 +187,9 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """Blocks in a row with their position encoding; the context model has one, each stage of the hyperprior too.
 
+    The encoder and decoder layers of section 3.1 are both these blocks of self-attention; a decoder has a mask. What
+    context and hyperprior say meets only in `EntropyParameters`.
+
     Args:
         c: an EntroformerConfig; widths, heads and switches come from it.
         layers, top_k, radius: what differs between the stacks of one model.
@@ -185,10 +197,8 @@ class Stack(nn.Module):
 
     def __init__(self, c, layers: int, top_k: int | None, radius: int):
         super().__init__()
-        self.jitter, self.dim, self.absolute = c.top_k_jitter, c.dim, c.position == "absolute"
-        self.blocks = nn.ModuleList(
-            Block(c.dim, c.heads, top_k, c.ffn_ratio, c.attention_scale, c.activation) for _ in range(layers)
-        )
+        self.jitter, self.absolute = c.top_k_jitter, c.position == "absolute"
+        self.blocks = nn.ModuleList(Block(c, top_k) for _ in range(layers))
         tables = 0 if c.position in ("none", "absolute") else 1 if c.share_position else layers
         self.positions = nn.ModuleList(RelativePosition(c.position, radius, c.dim // c.heads) for _ in range(tables))
         init_linear(self)
@@ -205,11 +215,12 @@ class Stack(nn.Module):
         memory: list[Memory] | None = None,
         layers: range | None = None,
     ) -> Tensor:
-        """x: [B, q, D]; sites: [n, 2] of all tokens, those of the memory first and x's last; layers: those to go
+        """x: [B, q, D]; sites: [t, 2] of all t tokens, those of the memory first and x's last; layers: those to go
         through, by default all  ->  [B, q, D]"""
-        layers, top_k = range(len(self.blocks)) if layers is None else layers, None  # None: each block's own
+        layers = range(len(self.blocks)) if layers is None else layers
+        top_k = None  # each block's own
         if self.absolute and layers.start == 0:
-            x = x + sinusoidal_positions(sites[sites.size(0) - x.size(1) :], self.dim).to(x.dtype)
+            x = x + sinusoidal_positions(sites[len(sites) - x.size(1) :], x.size(2)).to(x.dtype)
         if self.jitter and self.training and (k := self.blocks[0].attention.top_k) is not None:
             top_k = int(torch.randint(max(2, k // 2), 2 * k, ()))
         for i in layers:
@@ -225,7 +236,8 @@ class Stack(nn.Module):
 
 
 def init_linear(module: nn.Module) -> None:
-    """Truncated normal weights of linear layers (appendix A.5; 0.02 as in BERT and ViT), biases zero."""
+    """Truncated normal weights of the linear layers inside (appendix A.5; 0.02 as in BERT and ViT), biases zero. Layers
+    outside of stacks and mixers begin as torch's."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.trunc_normal_(layer.weight, std=0.02)

@@ -13,8 +13,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from entroformer_lib.errors import ConfigError
 
-LARGEST_WINDOW = 2**12  # sites of the largest pictures that are coded
-LARGEST_K = 2**16  # that a file may say
+LARGEST_WINDOW = 2**12  # sites along a side of the largest picture, 65,535 pixels
+LARGEST_K = 2**16  # the largest k in a file's header
 
 Context = Literal["serial", "parallel", "cnn", "grouped", "none"]
 Position = Literal["none", "absolute", "relative_1d", "relative_2d", "diamond"]
@@ -44,10 +44,10 @@ class EntroformerConfig:
     # Sizes (Table 5)
     N: int = 192  # channels inside g_a and g_s
     M: int = 384  # channels of the latents y
-    Z: int = 192  # channels of the hyper-latents z
+    Z: int = 192  # channels of the hyper-latents z, as released; Table 5 prints 384
     dim: int = 384  # width of the transformers, D in our shapes
     heads: int = 6
-    context_layers: int = 6
+    context_layers: int = 6  # 2N in section 3.1, whose N = 3 are the blocks of h_a and of h_s
     ffn_ratio: int = 4
 
     # Top-k attention (section 3.3)
@@ -70,7 +70,8 @@ class EntroformerConfig:
     scale_floor: float = 0.11  # smallest sigma of y; CompressAI's bound. Released: exp(-7)
 
     # GroupedMixer (context "grouped", see groupedmixer.py); context_layers counts its pairs of mixers. Its positions
-    # are always a diamond of its own: position, share_position and top_k_jitter hold for the hyperprior alone.
+    # are always a diamond of its own: position, share_position and top_k_jitter hold for the hyperprior alone, and
+    # attention_scale for it and inner="top_k".
     groups: tuple[int, int, int] = (5, 2, 2)  # k_c channel slices, k_h x k_w spatial phases: G = k_c k_h k_w
     group_order: Literal["channels", "raster", "sites"] = "channels"
     inner: Literal["window", "top_k", "none"] = "window"  # inner-group mixer; top_k: Entroformer's attention
@@ -232,7 +233,7 @@ def _describe(hint) -> str:
 
 
 SIZES = {
-    "base": {},  # the paper's Table 5
+    "base": {},  # the paper's Table 5, but for Z
     # The smaller ones keep at least half of the 384 channels of y: with fewer, fine detail is lost.
     "study": dict(N=96, M=256, Z=64, dim=128, heads=4),  # about a third as wide: trains in minutes on a GPU
     "tiny": dict(N=64, M=192, Z=48, dim=96, heads=3, top_k=16, hyper_top_k=(16, 16, 16)),  # two CPU cores
@@ -253,9 +254,9 @@ VARIANTS = {
     "groupedmixer-large": dict(context="grouped"),
 }
 
-# k_c of GroupedMixer's sizes; with 2 x 2 phases G = 4 k_c, so with k_c = 1 the groups are those of space alone. M of
-# `base` is 320, because 384 channels do not divide into 5 slices. And the pairs of mixers: each runs for G groups,
-# which has k_c times as many tokens as a layer of Entroformer, so there are fewer.
+# k_c of each size of GroupedMixer; with 2 x 2 phases G = 4 k_c. `base` has M = 320, so that its 5 slices are of equal
+# size. context_layers is 3 and not 6, because a pair of mixers runs over k_c times as many tokens as a layer of
+# Entroformer.
 GROUPED = {
     "base": ({"groupedmixer": 5, "groupedmixer-fast": 2, "groupedmixer-large": 10}, dict(M=320, context_layers=3)),
     "study": ({"groupedmixer": 4, "groupedmixer-fast": 2, "groupedmixer-large": 8}, dict(context_layers=3)),

@@ -7,9 +7,9 @@ of Table 1): a masked 5x5 convolution in the place of the serial transformer. No
 All answer two questions:
 
     forward(y_hat, gaps)  the features of all sites at once, for training and study
-    steps(h, w)           the same, step by step, as they are coded: a generator that yields (site numbers [k], feature
-                          [1, D, k, 1]) and is sent these sites' latents, [k, M]. A feature of k sites is laid out as
-                          one of a picture k high and 1 wide.
+    steps(h, w)           the same, step by step, as they are coded: a generator that yields (site numbers [s], feature
+                          [1, D, s, 1]) and is sent these sites' latents, [s, M]. A feature of s sites is laid out as
+                          one of a picture s high and 1 wide. Where there is no context it is None.
 
 `one_by_one` says that the steps go site by site. An encoder, which knows all latents, then calls `forward` instead.
 """
@@ -30,8 +30,8 @@ Features = Generator[tuple[Tensor, Tensor | None], Tensor, None]
 
 
 class Step(NamedTuple):
-    """What an entropy model yields: distributions of some channels at some sites.  sites: [k]; means, log_scales:
-    [k, m]"""
+    """What an entropy model (entropy_model.py) yields, made from the features above: distributions of some channels at
+    some sites.  sites: [s]; means, log_scales: [s, m]"""
 
     channels: slice
     sites: Tensor
@@ -66,7 +66,8 @@ NO_GAPS = Gaps()
 
 
 def first_slice(height: int, width: int, device=None) -> Tensor:
-    """Sites coded in the first pass of the parallel model, those with row + column odd: bool [height, width]."""
+    """Sites coded in the first pass of the parallel model, y_hat_1 of Figure 4: those with row + column odd, as
+    released.  ->  bool [height, width]"""
     return grid_sites(height, width, device).sum(-1).remainder(2).bool().view(height, width)
 
 
@@ -120,7 +121,6 @@ class ParallelContext(nn.Module):
 
     def __init__(self, c: EntroformerConfig):
         super().__init__()
-        self.M = c.M
         self.embed = nn.Linear(c.M, c.dim)
         self.stack = Stack(c, c.context_layers, c.top_k, c.radius)
 
@@ -144,7 +144,7 @@ class ParallelContext(nn.Module):
         """Two passes: the first slice without context, then all of the second at once.
 
         No site of the first slice sees one of the second, so the first slice runs through the blocks alone and leaves
-        its keys and values; the second reads them. That is half of what `forward` computes.
+        its keys and values; the second reads them. That saves half of attention's products.
         """
         device = self.embed.weight.device
         first, sites = first_slice(height, width, device).flatten(), grid_sites(height, width, device)
@@ -155,7 +155,7 @@ class ParallelContext(nn.Module):
             self.stack.remember(self.embed(latents)[None], sites[one], memory)
         for part in memory:
             part.closed = True
-        unknown = self.embed(self.embed.weight.new_zeros(1, len(two), self.M))
+        unknown = self.embed(self.embed.weight.new_zeros(1, len(two), self.embed.in_features))
         feature = self.stack(unknown, sites[torch.cat((one, two))], memory=memory if len(one) else None)
         yield two, feature.transpose(1, 2)[..., None]
 
@@ -181,7 +181,7 @@ class CnnContext(nn.Module):
         B, M, h, w = y_hat.shape
         patches = F.unfold(_shown(y_hat, gaps), 5, padding=2)  # [B, 25 M, n]
         patches = patches.view(B, M, 25, h * w)[:, :, :12].flatten(1, 2)  # [B, 12 M, n]
-        feature = self.taps(patches.transpose(1, 2)).transpose(1, 2)
+        feature = self.taps(patches.transpose(1, 2)).transpose(1, 2)  # [B, D, n]
         return _at_kept(feature.reshape(B, -1, h, w), gaps)
 
     def steps(self, height: int, width: int) -> Features:
@@ -226,4 +226,4 @@ def _causal(n: int, missing: Tensor | None):
     if missing is None:
         return UpToItself(n)
     there, number = ~missing.flatten(2)[:, :, None], torch.arange(n, device=missing.device)  # [B, 1, 1, n], [n]
-    return lambda i: (number < i[:, None]) & there | (number == i[:, None])
+    return lambda i: ((number < i[:, None]) & there) | (number == i[:, None])

@@ -1,12 +1,12 @@
-"""Entropy models: from what is known to the Gaussian of every latent. Serial, parallel, CNN and GroupedMixer answer the
-same two questions:
+"""Entropy models: from what is known to the Gaussian of every latent. With each kind of context, or none, and in
+GroupedMixer, they answer the same two questions:
 
     predict(y_hat, hyper, gaps)  the distributions of all latents at once, for training and study
     steps(h, w, hyper)           the same, step by step, as they are coded: a generator that yields a `Step` and is sent
-                                 the latents it asks for, [k, m]
+                                 the latents it asks for, [s, m]
 
-`output_layers` are the last linear layers of either, each with its channels, of which it gives logarithms of scales,
-then means.
+`output_layers` are pairs: channels, and the last linear layer for these channels. What the layer gives are first the
+logarithms of scales, then the means.
 
 y_hat: [B, M, h, w]; hyper: the hyperprior feature [B, D, h, w] or None  ->  means, logarithms of scales: [B, M, h, w]
 """
@@ -42,22 +42,21 @@ class Bounds(nn.Module):
 class EntropyParameters(Bounds):
     """Two linear layers from the joined features to the Gaussian of every latent ("Linear" in Table 5).
 
-    The hidden width is 4 D where Table 5 prints 768, which is 2 D: only 4 D gives the sizes of Table 6.
+    The hidden width is 4 D where Table 5 prints 768, which is 2 D: only 4 D comes to the 142.7M of Table 6, read as MiB
+    of float32. The slope of 0.2 is the released one.
 
     hyper, context: [B, D, h, w] or None  ->  means, logarithms of scales: [B, M, h, w]
     """
 
     def __init__(self, c: EntroformerConfig):
         super().__init__(c)
-        self.hyperprior, self.context = c.hyperprior, c.context != "none"
-        width = (self.hyperprior + self.context) * c.dim
+        self.hyperprior = c.hyperprior
+        width = (c.hyperprior + (c.context != "none")) * c.dim
         self.layers = nn.Sequential(nn.Linear(width, 4 * c.dim), nn.LeakyReLU(0.2), nn.Linear(4 * c.dim, 2 * c.M))
 
     def forward(self, hyper: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if not self.hyperprior and hyper is not None:  # only what the model is told of the rate (gain.py)
             hyper, context = None, context + hyper
-        if self.context and context is None:  # none yet, as in the first pass
-            context = torch.zeros_like(hyper)
         joined = torch.cat([feature for feature in (hyper, context) if feature is not None], dim=1)
         log_scales, means = float_or_wider(per_site(self.layers, joined)).chunk(2, dim=1)  # the weights' order
         return means, log_scales
@@ -83,8 +82,8 @@ class PerSite:
                 sites, feature = features.send(latents)
             except StopIteration:
                 return
-            here = None if hyper is None else hyper[:, :, sites]  # [1, D, k, 1]
-            means, log_scales = self.parameters(here, feature)  # [1, M, k, 1]
+            here = None if hyper is None else hyper[:, :, sites]  # [1, D, s, 1]
+            means, log_scales = self.parameters(here, feature)  # [1, M, s, 1]
             latents = yield Step(everything, sites, means[0, :, :, 0].T, log_scales[0, :, :, 0].T)
 
 

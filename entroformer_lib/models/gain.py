@@ -28,13 +28,13 @@ from torch import Tensor, nn
 class RateGain(nn.Module):
     """Gains of every level and channel, stored as logarithms.
 
-    Theory for fine steps says distortion grows with the square of the step and so the best step with
-    1 / sqrt(lambda); that is where training starts.
+    With fine steps distortion grows as the square of the step. So the best step is proportional to 1 / sqrt(lambda),
+    and the gain to sqrt(lambda): that is where training starts.
 
     Args:
         lmbdas: the lambda of each level, rising.
         M: channels of y.
-        reference: the lambda whose gain starts at 1.
+        reference: the lambda whose gain starts at 1; None: the geometric mean of all.
     """
 
     def __init__(self, lmbdas: tuple[float, ...], M: int, reference: float | None = None):

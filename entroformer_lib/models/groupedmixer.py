@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from entroformer_lib.models.attention import ACTIVATIONS, TopKAttention, init_linear
+from entroformer_lib.models.attention import TopKAttention, feed_forward, init_linear
 from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.context import Step, Steps
 from entroformer_lib.models.position import RelativePosition, grid_sites
@@ -119,8 +119,9 @@ def windows(
     of each token in the flattened windows: [height * width]
     """
     down, right = -(height + shift) % side, -(width + shift) % side
-    number = F.pad(torch.arange(height * width).view(1, height, width), (shift, right, shift, down), value=-1)[0]
-    index = number.unfold(0, side, side).unfold(1, side, side).reshape(-1, side * side)
+    number = torch.arange(height * width).view(1, height, width)
+    number = F.pad(number, (shift, right, shift, down), value=-1)[0]  # [rows, columns], with the border
+    index = number.unfold(0, side, side).unfold(1, side, side).reshape(-1, side * side)  # [windows, side^2]
     place = torch.empty(height * width, dtype=torch.long)
     filled = index.flatten() >= 0
     place[index.flatten()[filled]] = filled.nonzero()[:, 0]
@@ -153,9 +154,8 @@ class WindowAttention(nn.Module):
         qkv = qkv.flatten(0, 1).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv  # [B S W, heads, s, d]
         with torch.autocast(x.device.type, enabled=False):
-            wide = torch.promote_types(q.dtype, torch.float32)
-            q, k, sites = q.to(wide) * self.scale, k.to(wide), grid_sites(self.side, self.side, x.device)
-            scores = dot_products(q, k) + self.relative(q, sites, sites)
+            q, sites = float_or_wider(q) * self.scale, grid_sites(self.side, self.side, x.device)
+            scores = dot_products(q, float_or_wider(k)) + self.relative(q, sites, sites)
             empty = torch.where(inside, 0.0, -torch.inf)[:, None, None].repeat(B * S, 1, 1, 1)  # [B S W, 1, 1, s]
             probs = self.probs(self.scores(scores + empty).softmax(-1)).to(v.dtype)
         out = weighted_sum(probs, v).transpose(1, 2).reshape(B * S, -1, D)[:, place]  # [B S, n, D]
@@ -182,25 +182,24 @@ class TopKMixer(nn.Module):
 
 
 class ContextCache:
-    """Keys and values of the slots coded so far, for every cross-group mixer (the paper's context cache).
+    """Keys and values of the slots coded so far, of one cross-group mixer (the paper's context cache).
 
     The slots of one place lie behind each other in memory, because a token reads those of its own place, and
     memory is fast for what lies together.
     """
 
-    def __init__(self, layers: int, slots: int):
-        self.slots = slots
-        self.kept: list[tuple[Tensor, ...]] = [()] * layers
-        self.length = 0  # slots whose pass through all pairs is complete
+    def __init__(self, slots: int):
+        self.slots, self.length = slots, 0
+        self.kept: tuple[Tensor, ...] = ()
 
-    def append(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
-        """Tensors of the next slot, such as its keys and values, [tokens, ...]  ->  for each the whole memory, [tokens,
-        all slots, ...], which is filled up to this slot"""
-        if not self.kept[layer]:
-            self.kept[layer] = tuple(t.new_empty(len(t), self.slots, *t.shape[1:]) for t in new)
-        for kept, tensor in zip(self.kept[layer], new, strict=True):
+    def __call__(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values of the next slot, [tokens, ...] each  ->  those of all slots so far, [tokens, slots, ...]"""
+        if not self.kept:
+            self.kept = tuple(t.new_empty(len(t), self.slots, *t.shape[1:]) for t in new)
+        for kept, tensor in zip(self.kept, new, strict=True):
             kept[:, self.length] = tensor
-        return self.kept[layer]
+        self.length += 1
+        return tuple(kept[:, : self.length] for kept in self.kept)
 
 
 class CrossAttention(nn.Module):
@@ -219,17 +218,15 @@ class CrossAttention(nn.Module):
         self.bias = nn.Parameter(torch.zeros(c.heads, groups))  # of the distance in groups
         self.scores, self.probs = nn.Identity(), nn.Identity()
 
-    def forward(self, x: Tensor, cache: ContextCache | None = None, layer: int = 0) -> Tensor:
+    def forward(self, x: Tensor, cache: ContextCache | None = None) -> Tensor:
         """With a cache, x is the next slot (S = 1), and the earlier ones come from there."""
         B, S, n, D = x.shape
         qkv = self.qkv(x.transpose(1, 2)).unflatten(3, (3, self.heads, -1))  # [B, n, S, 3, heads, d]
         q, k, v = qkv.flatten(0, 1).permute(2, 0, 3, 1, 4)  # [B n, heads, S, d]
         if cache is not None:
-            kept = cache.append(layer, k[:, :, 0], v[:, :, 0])  # [B n, all slots, heads, d]
-            k, v = (t[:, : cache.length + 1].transpose(1, 2) for t in kept)  # [B n, heads, slots, d]
+            k, v = (t.transpose(1, 2) for t in cache(k[:, :, 0], v[:, :, 0]))  # [B n, heads, slots, d]
         with torch.autocast(x.device.type, enabled=False):
-            wide = torch.promote_types(q.dtype, torch.float32)
-            scores = dot_products(q.to(wide) * self.scale, k.to(wide))  # [B n, heads, S, slots]
+            scores = dot_products(float_or_wider(q) * self.scale, float_or_wider(k))  # [B n, heads, S, slots]
             probs = self.probs(self.scores(scores + self._by_distance(S, k.size(2))).softmax(-1)).to(v.dtype)
         out = weighted_sum(probs, v).permute(0, 2, 1, 3).reshape(B, n, S, D)
         return self.out(out).transpose(1, 2)
@@ -260,15 +257,13 @@ class MixerPair(nn.Module):
             self.norm2 = nn.LayerNorm(c.dim)
             self.cross = CrossAttention(c, groups)
         self.norm3 = nn.LayerNorm(c.dim)
-        self.feed_forward = nn.Sequential(
-            nn.Linear(c.dim, c.ffn_ratio * c.dim), ACTIVATIONS[c.activation](), nn.Linear(c.ffn_ratio * c.dim, c.dim)
-        )
+        self.feed_forward = feed_forward(c)
 
-    def forward(self, x: Tensor, grid: tuple[int, int], cache: ContextCache | None = None, layer: int = 0) -> Tensor:
+    def forward(self, x: Tensor, grid: tuple[int, int], cache: ContextCache | None = None) -> Tensor:
         if self.inner is not None:
             x = x + self.inner(self.norm1(x), grid)
         if self.cross is not None:
-            x = x + self.cross(self.norm2(x), cache, layer)
+            x = x + self.cross(self.norm2(x), cache)
         return x + self.feed_forward(self.norm3(x))
 
 
@@ -298,7 +293,7 @@ class GroupedMixer(nn.Module):
     def forward(self, y_hat: Tensor, hyper: Tensor) -> tuple[Tensor, Tensor]:
         size = y_hat.shape[1:]
         groups = split(y_hat, self.counts, self.order_name)  # [B, G, n, m]
-        at_target = self._hyper_of_groups(hyper)  # [B, G, n, D]
+        at_target = self._of_groups(hyper)  # [B, G, n, D]
         held = [self._held(i, groups[:, i - 1] if i else None, at_target[:, i]) for i in range(len(self.order))]
         x = self._tokens(torch.stack(held, dim=1), at_target, range(len(self.order)))  # [B, G, n, D]
         for pair in self.pairs:
@@ -307,37 +302,35 @@ class GroupedMixer(nn.Module):
         return tuple(merge(part, size, self.counts, self.order_name) for part in out)
 
     def steps(self, height: int, width: int, hyper: Tensor, cached: bool = True) -> Steps:
-        """Group after group, and is sent its latents, [k, m or m - 1].  hyper: [1, D, h, w]
+        """Group after group, and is sent its latents, [s, m or m - 1].  hyper: [1, D, h, w]
 
         cached: False computes all earlier slots again for every group, to see what the cache saves; the same bits.
         """
         grid = group_grid(height, width, self.counts)
-        at_target = self._hyper_of_groups(hyper)  # [1, G, n, D]
-        cache = ContextCache(len(self.pairs), len(self.order)) if cached else None
+        at_target = self._of_groups(hyper)  # [1, G, n, D]
+        caches = [ContextCache(len(self.order)) if cached else None for _ in self.pairs]
         # Sites are numbered from 1, because `split` fills up with 0.
         number = torch.arange(1, height * width + 1, device=hyper.device).view(1, 1, height, width)
-        number = split(number, (1, *self.counts[1:]), "raster")[0, :, :, 0] - 1  # [k_h k_w, n], -1: outside
+        number = self._of_groups(number)[0, :, :, 0] - 1  # [G, n], -1: outside
         coded, held = None, []
-        for i, (part, row, column) in enumerate(self.order):
+        for i, (part, _, _) in enumerate(self.order):
             held.append(self._held(i, coded, at_target[:, i]))
             slots = range(i, i + 1) if cached else range(i + 1)
             here = at_target[:, slots.start : slots.stop]
             x = self._tokens(torch.stack(held[slots.start :], dim=1), here, slots)  # [1, S, n, D]
-            for layer, pair in enumerate(self.pairs):
-                x = pair(x, grid, cache, layer)
-            if cached:
-                cache.length += 1
+            for pair, cache in zip(self.pairs, caches, strict=True):
+                x = pair(x, grid, cache)
             means, log_scales = (v[0, 0] for v in self._gaussians(x[:, -1:], here[:, -1:], range(i, i + 1)))  # [n, m]
-            sites, channels = number[row * self.counts[2] + column], self.slices[part]
+            sites, channels = number[i], self.slices[part]
             inside, count = sites >= 0, channels.stop - channels.start
             latents = yield Step(channels, sites[inside], means[inside, :count], log_scales[inside, :count])
             coded = means.new_zeros(1, *means.shape)
             coded[0, inside, :count] = latents
 
-    def _hyper_of_groups(self, hyper: Tensor) -> Tensor:
-        """The hyperprior feature at the sites that each slot predicts.  [B, D, h, w]  ->  [B, G, n, D]"""
+    def _of_groups(self, v: Tensor) -> Tensor:
+        """What stands at the sites of each group, with all channels.  [B, C, h, w]  ->  [B, G, n, C]"""
         _, k_h, k_w = self.counts
-        phases = split(hyper, (1, k_h, k_w), "raster")  # [B, k_h k_w, n, D]
+        phases = split(v, (1, k_h, k_w), "raster")  # [B, k_h k_w, n, C]
         return torch.stack([phases[:, row * k_w + column] for _, row, column in self.order], dim=1)
 
     def _held(self, slot: int, before: Tensor | None, like: Tensor) -> Tensor:

@@ -1,13 +1,16 @@
 """The network: Figure 2 wired up.
 
-x --g_a--> y --round--> y_hat --g_s--> x_hat          (the picture's way)
+x --g_a--> y --round--> y_hat --------g_s--------> x_hat
            |              |
-          h_a         context model
-           |              |
-           z --round--> z_hat --h_s--+--> entropy parameters --> means, scales of y
+          h_a             +---- context model ----+
+           |                                      |
+           z --round--> z_hat --------h_s---------+--> entropy parameters --> means, scales of y
 
 GroupedMixer takes the place of the context model and the entropy parameters. A model with several lambdas also scales y
 behind g_a and scales y_hat back before g_s, and may tell the entropy model of it: gain.py.
+
+Letters in shapes: B pictures of H x W pixels. A grid of h x w = H/16 x W/16 sites, each with M latents; a token stands
+for a site. q queries, n keys, s sites of one step; D the width of tokens, d = D / heads.
 """
 
 import torch
@@ -41,8 +44,9 @@ KINDS = {
 class Network(CompressionModel):
     """All parts, and what they compute together. `Entroformer` adds real bytes.
 
-    Each part can be called on its own: `g_a(x)`, `h_a(y)`, `h_s(z_hat)`, `g_s(y_hat)`, and `context_model(y_hat)`,
-    which in GroupedMixer needs the hyperprior feature too.
+    In a model of one rate each part can be called on its own: `g_a(x)`, `h_a(y)`, `h_s(z_hat)`, `g_s(y_hat)`, and
+    `context_model(y_hat)`, which in GroupedMixer needs the hyperprior feature too. Where there are several rates, gains
+    stand between the parts: `scaled`, `hyper_analysis`, `hyper_synthesis` and `reconstruct` know them.
 
     A variable-rate model codes at its `level` unless a call names another one: 0 is the lowest rate,
     `len(config.lmbdas) - 1` the highest, and anything between.
@@ -108,6 +112,7 @@ class Network(CompressionModel):
         level: Tensor | None = None,
     ) -> dict:
         """Reconstruction and likelihoods; while training with noise for the rate and rounding for the picture.
+        `training/loss.py` makes R + lambda D of them (eq. 2).
 
         The rate is trained on y + U(-0.5, 0.5), which has a useful gradient in the likelihood's argument; g_s, h_s and
         the context model get rounded values with a straight-through gradient, because that is what they get when
@@ -170,12 +175,12 @@ class Network(CompressionModel):
         y: [B, M, h, w] of g_a, before the gain
         """
         means, scales = y.mean(dim=(0, 2, 3)), y.std(dim=(0, 2, 3)).clamp_min(SMALLEST_SPREAD)
-        if self.gain is not None and self.rate_knowledge is None:  # behind such a model nothing multiplies by the gain
+        if self.gain is not None and self.rate_knowledge is None:  # not told the rate: it sees y after the gain
             gain = self.gain.log_gain.mean(dim=0).exp()
             means, scales = gain * means, gain * scales
-        for channels, layer in self.kind(self.context_model, self.entropy_parameters).output_layers:
+        for channels, layer in self.entropy_model().output_layers:
             for part, values in zip(layer.bias.chunk(2), (scales.log()[channels], means[channels]), strict=True):
-                part[: len(values)] = values  # a channel to spare keeps what it has
+                part[: len(values)] = values  # GroupedMixer's shorter slices leave their last output unused
 
     def distributions(
         self, y_hat: Tensor, hyper: Tensor | None, gaps: Gaps = NO_GAPS, rate: Rate | None = None

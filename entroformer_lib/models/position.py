@@ -31,7 +31,7 @@ FEW_QUERIES = 4  # up to here looking up every pair is quicker than finding neig
 class RelativePosition(nn.Module):
     """Position part of the attention scores, q . p_ij, for one kind of relative encoding.
 
-    Kinds (h = radius, (dy, dx) = key - query):
+    Kinds (h = radius, (dy, dx) = key - query, as released; eq. 5's i - j mirrors the table):
         relative_1d  p = row vector[dy] + column vector[dx], both offsets clipped to [-h, h] ("1D + 1D")
         relative_2d  one vector per (dy, dx), both offsets clipped to [-h, h]: a square
         diamond      one vector per (dy, dx) with |dy| + |dx| <= h, one for everything outside (eq. 5)
@@ -91,7 +91,7 @@ class RelativePosition(nn.Module):
         """The same numbers, found the other way round: nearly all keys lie outside of the diamond, so every key gets
         the product of outside, and then the 2h(h+1) + 1 neighbours of each query get theirs."""
         n, near = len(keys), self.near(queries, keys)
-        near = near.where(near >= 0, n).expand(*products.shape[:2], -1, -1)
+        near = torch.where(near >= 0, near, n).expand(*products.shape[:2], -1, -1)  # [B, heads, q, 2h(h+1) + 1]
         everywhere = products[..., -1:].expand(*products.shape[:3], n + 1)  # one column more for "none"
         return everywhere.scatter(-1, near, products[..., :-1])[..., :n]
 
@@ -129,8 +129,10 @@ def sinusoidal_positions(sites: Tensor, dim: int) -> Tensor:
 
     sites: [n, 2]  ->  [n, dim], float32
     """
-    turns = sites[..., None] * torch.tensor(_turns_per_site(dim), dtype=torch.float64, device=sites.device)
-    waves = _sine(torch.stack((turns, turns + 0.25), dim=-2)).flatten(1)  # a cosine is a quarter ahead
+    per_site = torch.tensor(_turns_per_site(dim), dtype=torch.float64, device=sites.device)  # [dim / 4]
+    turns = sites[..., None] * per_site  # [n, 2, dim / 4]
+    waves = _sine(torch.stack((turns, turns + 0.25), dim=-2))  # [n, 2, 2, dim / 4]; a cosine is a quarter ahead
+    waves = waves.flatten(1)  # [n, dim]
     return (torch.round(waves * 2**16) / 2**16).float()
 
 

@@ -21,7 +21,7 @@ def dot_products(q: Tensor, k: Tensor) -> Tensor:
 
 @replaceable
 def keep_top_k(scores: Tensor, k: int | None) -> Tensor:
-    """f_k of eq. 7: keeps the k largest scores of each query and sets the rest to -inf.
+    """f_k of eq. 7 (its "row j" is row i, the query's): keeps the k largest scores of each query, the rest is -inf.
 
     Eq. 7 does not say what to do with ties; here all scores that equal the k-th are kept. Flat parts of a picture give
     many scores that would be equal without rounding, and in floating point rounding noise chooses among them, here and

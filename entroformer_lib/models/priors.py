@@ -1,7 +1,8 @@
 """Likelihoods: the probability of an integer under the densities the model predicts (eq. 1).
 
-A latent is rounded to an integer, so its probability is the density's mass over [v - 0.5, v + 0.5]. While training,
-v is the latent plus uniform noise instead, and the same formula is a density: eq. 1's convolution with U(-0.5, 0.5).
+A latent is rounded to an integer (its mean is not subtracted first, as in the released code), so its probability is
+the density's mass over [v - 0.5, v + 0.5]. While training, v is the latent plus uniform noise instead, and the same
+formula is a density: eq. 1's convolution with U(-0.5, 0.5).
 """
 
 import math
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 from entroformer_lib.errors import BitstreamError, WeightsError
 from entroformer_lib.rangecoder import LARGEST, RansDecoder, decode_gaussian, encode_gaussian, scale_of
 
-LIKELIHOOD_FLOOR = 1e-9  # 30 bits: nothing costs more, so no loss is ever infinite
+LIKELIHOOD_FLOOR = 1e-9  # 30 bits: nothing costs more, so no loss is ever infinite. Released: 1e-12
 
 
 def ste_round(v: Tensor) -> Tensor:
-    """floor(v + 0.5), with the gradient of the identity ("straight through")."""
+    """floor(v + 0.5), with the gradient of the identity ("straight through"). Released: clamped to [-128, 127]."""
     return v + (torch.floor(v + 0.5) - v).detach()
 
 
