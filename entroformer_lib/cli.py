@@ -78,12 +78,12 @@ def compress(
             folder that -o names, in which they keep their places.
         output: The .ef file, by default beside the picture; of many their folder; - is the standard output.
         bpp: The most bits per pixel a file may have; takes a model of variable rate.
-        window: For large pictures: each latent looks for context at most so many latents (16 pixels) away, in each
+        window: For large pictures: each site looks for context at most so many sites (16 pixels) away, in each
             direction. By default everywhere, which takes a time that grows with the square of the pixels.
         k: How many keys attention keeps in the context model (0: all), by default as it was trained. Of several numbers
             each picture gets the one with the fewest bits, which costs a pass through the context model for each.
-        effort: Rounds of search for better latents than the nearest integers, each of which takes about as long as
-            coding without. 8 save about 7% of the bits. For models that were trained for a mean squared error.
+        effort: Rounds of search for better latents than the nearest integers, each of which takes up to twice as long
+            as coding without. 8 save about 7% of the bits. For models that were trained for a mean squared error.
     """
     from entroformer_lib.codec.many import Compress
 
@@ -186,7 +186,7 @@ def train(config: Annotated[TrainConfig, arg(name="")], as_json: AsJson = False)
 
     Example: entroformer train --data photos/ --out runs/first --model tiny-parallel --steps 2000
 
-    On several GPUs: torchrun --nproc-per-node 4 -m entroformer_lib train …
+    On several GPUs: torchrun --nproc-per-node 4 -m entroformer_lib train --data photos/ --out runs/first
 
     Args:
         config: The run.
@@ -305,7 +305,7 @@ def study_ablation(
         workers: Runs at a time on this machine, each on one core, or one GPU each.
         dry_run: Print what would run and the time it is estimated to take, and start nothing.
         save_only: Write the results of the runs that are finished, and start nothing.
-        keep: Runs that saved results on the same terms have are not done again, and stay in them.
+        keep: Keep the runs that the saved results already hold on the same terms, and do not train them again.
         results: Folder for the results; by default results/ in the folder of the runs.
     """
     from entroformer_lib.studies import ablation

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The fast transforms: blocks at an eighth of the resolution beside a linear path that begins as a DCT, one model for nine
-# lambdas, Muon. First with a constant learning rate, then a branch in which it goes to zero (docs/training.md).
+# lambdas, Muon. First with a constant learning rate, then a branch in which it goes to zero (docs/weights.md).
 #
 #   DATA=shards/manifest.json bash recipes/fast.sh
 #

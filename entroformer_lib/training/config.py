@@ -56,8 +56,8 @@ class TrainConfig:
     lmbdas: tuple[Positive, ...] = ()
     """Several weights, rising: one model of variable rate, every crop with one of them. Replaces lmbda."""
     even_rates: bool = True
-    """Of several lmbdas, the loss of each crop counts 1 / sqrt(lmbda), so that every rate counts alike;
-    --no-even-rates: all crops count alike."""
+    """With several lmbdas the loss of each crop counts 1 / sqrt(lmbda), so that every rate counts alike. With
+    --no-even-rates every crop counts alike."""
     metric: Literal["mse", "ms-ssim"] = "mse"
     steps: Count = 20_000
     batch: Count = 8
@@ -121,7 +121,7 @@ class TrainConfig:
     """Share of the photographs whose colour channels change places."""
     seed: Seed = 0
     preload: bool = True
-    """Keep all pictures on the device; --no-preload streams them through worker processes."""
+    """All pictures are kept on the device. With --no-preload they are streamed through worker processes."""
     workers: Workers = 2
     """Of pictures that are streamed, how many processes read and crop them, for each process that trains."""
     cache: Text | None = None
