@@ -208,8 +208,7 @@ class _Reference(nn.Module):
         rate = rate_at(self.model, level)
         z_hat = self.model.z_prior.quantize_z(self.model.hyper_analysis(y, rate))
         hyper = self.model.hyper_synthesis(z_hat, rate)
-        hyper = hyper.flatten(2)  # [1, D, n]
-        return _gaussians(self.model, hyper, torch.zeros_like(hyper[0].T), level)  # there is no context yet
+        return _gaussians(self.model, hyper.flatten(2), None, level)
 
 
 def _seen(model: Entroformer, y_hat: Tensor, level: Tensor | None) -> Tensor:
@@ -218,11 +217,12 @@ def _seen(model: Entroformer, y_hat: Tensor, level: Tensor | None) -> Tensor:
     return (y_hat if rate is None else y_hat * rate.inverse)[0].flatten(1).T
 
 
-def _gaussians(model: Entroformer, hyper: Tensor, feature: Tensor, level) -> tuple[Tensor, Tensor]:
-    """Means and scales of some sites.  hyper: [1, D, q]; feature: what the context says, [q, D]  ->  [q, M] twice"""
+def _gaussians(model: Entroformer, hyper: Tensor, feature: Tensor | None, level) -> tuple[Tensor, Tensor]:
+    """Means and scales of some sites.  hyper: [1, D, q]; feature: what the context says, [q, D], or None in a model
+    without context  ->  [q, M] twice"""
     rate = rate_at(model, level)
     hyper = hyper[..., None] if rate is None else hyper[..., None] + rate.vector
-    means, log_scales = model.entropy_parameters(hyper, feature.T[None, :, :, None])
+    means, log_scales = model.entropy_parameters(hyper, None if feature is None else feature.T[None, :, :, None])
     if rate is not None:
         means, log_scales = means * rate.gain, log_scales + rate.log_gain
     return means[0, :, :, 0].T, scales_of(model, log_scales)[0, :, :, 0].T

@@ -197,7 +197,7 @@ class Stack(nn.Module):
 
     def __init__(self, c, layers: int, top_k: int | None, radius: int):
         super().__init__()
-        self.jitter, self.absolute = c.top_k_jitter, c.position == "absolute"
+        self.dim, self.jitter, self.absolute = c.dim, c.top_k_jitter, c.position == "absolute"
         self.blocks = nn.ModuleList(Block(c, top_k) for _ in range(layers))
         tables = 0 if c.position in ("none", "absolute") else 1 if c.share_position else layers
         self.positions = nn.ModuleList(RelativePosition(c.position, radius, c.dim // c.heads) for _ in range(tables))
@@ -220,7 +220,7 @@ class Stack(nn.Module):
         layers = range(len(self.blocks)) if layers is None else layers
         top_k = None  # each block's own
         if self.absolute and layers.start == 0:
-            x = x + sinusoidal_positions(sites[len(sites) - x.size(1) :], x.size(2)).to(x.dtype)
+            x = x + sinusoidal_positions(sites[sites.size(0) - x.size(1) :], self.dim).to(x.dtype)
         if self.jitter and self.training and (k := self.blocks[0].attention.top_k) is not None:
             top_k = int(torch.randint(max(2, k // 2), 2 * k, ()))
         for i in layers:
