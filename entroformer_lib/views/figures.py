@@ -69,7 +69,7 @@ def training(rows: list[dict], pictures: list[tuple[int, Image.Image]] = (), xla
     """A run so far: loss, rate and PSNR over the steps, and below it reconstructions with the step they are from.
 
     Args:
-        rows: of the log: step, rd_loss, bpp, psnr_db.
+        rows: of the log: step, rd_loss (R + lambda D; weighted where a model has many rates), bpp, psnr_db.
         pictures: (step, picture); at most five are shown, spread over the run.
         xlabel: what the rows' `step` counts.
     """
@@ -78,7 +78,7 @@ def training(rows: list[dict], pictures: list[tuple[int, Image.Image]] = (), xla
     heights = [1.9, 1.5] if chosen else [1.9]
     upper, *lower = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     steps = [row["step"] for row in rows]
-    panels = {"rd_loss": "loss: bpp + lmbda 255² MSE", "bpp": "rate, bits per pixel", "psnr_db": "PSNR, dB"}
+    panels = {"rd_loss": "loss", "bpp": "rate, bits per pixel", "psnr_db": "PSNR, dB"}
     for axes, (key, label), colour in zip(upper.subplots(1, 3), panels.items(), COLOURS, strict=False):
         values = [row[key] for row in rows]
         wide = key == "rd_loss" and max(values) > 3 * min(values)

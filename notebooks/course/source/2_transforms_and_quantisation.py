@@ -190,8 +190,8 @@ cf.curves({"pixels rounded": by_pixels, "PCA rounded": by_pca}, "bits per pixel"
 # ## 4. A network in place of the matrix
 #
 # Can we do better than a matrix? Blocks do not overlap, so their borders become visible, and a matrix cannot bend. A
-# network can do both. And it can *begin* as our PCA, so that it can only become better: a convolution whose kernels are
-# the 64 patterns, with a stride of 8, computes exactly the 64 numbers of each block.
+# network can do both. And it can *begin* as our PCA, so that training starts from what PCA reaches: a convolution whose
+# kernels are the 64 patterns, with a stride of 8, computes exactly the 64 numbers of each block.
 #
 # We want kernels of 16 x 16 pixels, so that neighbouring blocks may overlap later. In the beginning a pattern stands in
 # the middle, and the border is 0.

@@ -38,8 +38,8 @@ _ = torch.set_grad_enabled(False)  # nothing is trained today
 # %% [markdown]
 # ## A picture first
 #
-# In lesson 4 a convolution saw 12 neighbours. This model may look at **every** latent that is decoded already, and
-# decides by itself which of them matter. For one latent, the orange frame:
+# In lesson 4 a convolution saw 12 neighbours. This model may look at **every** site that is decoded already, and
+# decides by itself which of them matter. For one site, the orange frame:
 
 # %%
 model, reference = load_model("blocks-serial@0.007"), load_model("blocks-hyperprior@0.007")
@@ -55,9 +55,10 @@ bits = {name: values.sum() / side**2 for name, values in server.bits(server.defa
 print(f"{bits['alone']:.4f} bits per pixel of y by the hyperprior alone, {bits['context']:.4f} with this context")
 
 # %% [markdown]
-# The dark part is not decoded yet. Each head looks at a few places, the direct neighbours among them; "up to" is the
-# largest attention in the map, of 100% together. (Why does the attention belong to the latent *before* the orange one?
-# That is exercise 5.4.) "The hyperprior alone" is another model, the one of lesson 4, with the same latents.
+# The dark part is not decoded yet. Each head looks at a few places, the direct neighbours among them. A head's
+# attention is 100% in all; "up to" is its largest share. (Why does the attention belong to the site *before* the
+# orange one? That is exercise 5.4.) "The hyperprior alone" is another model, the one of lesson 4, with the same
+# latents.
 #
 # ## 1. Attention in a few lines
 #
@@ -128,7 +129,7 @@ cf.curves({"this model": (ks, rates)}, "k", "bits per pixel of y", log="x", best
 
 # %% [markdown]
 # The model was trained with k = 16, and here it is asked with others. (Mind the axis: it does not begin at 0.) One
-# single key of each head, in each of six layers, gives most of the gain. More keys than the model was trained with do
+# single key of each head, in each layer, gives most of the gain. More keys than the model was trained with do
 # not help: they cost. It is the haze of small probabilities, or it is only that the model has never met so many.
 #
 # ## 2. Where? The diamond
@@ -206,11 +207,11 @@ print(f"{(mine - theirs).abs().max():.6f}")
 #
 # ## 3. The shift
 #
-# Token $i$ *carries* the latent $i$, and it looks at itself. So what it computes must not predict latent $i$. It
-# predicts the next one. The first latent has nobody before it, and a learned vector `start` speaks for it.
+# Token $i$ *carries* the latents of site $i$, and it looks at itself. So what it computes must not predict site $i$. It
+# predicts the next one. The first site has nobody before it, and a learned vector `start` speaks for it.
 #
-# **Exercise 5.4.** Write `shifted`: of what the tokens have computed, and `start`, the features that predict latent 0,
-# latent 1, and so on.
+# **Exercise 5.4.** Write `shifted`: of what the tokens have computed, and `start`, the features that predict site 0,
+# site 1, and so on.
 
 
 # %% tags=["exercise"]
@@ -323,7 +324,7 @@ for place, mine, theirs in zip(around, by_hand, missing, strict=True):
 
 # %% [markdown]
 # The latent above costs several percent, both ways. But the one to the left, (0, -1), costs **next to nothing** when it
-# is hidden by hand: less than half a percent, although its key was hidden in every layer! Is it worthless? The second
+# is hidden by hand: well below one percent, although its key was hidden in every layer! Is it worthless? The second
 # column says no. There the library lets a latent be missing for the whole model: its token is empty, and nobody sees it
 # (`Gaps` in `entroformer_lib/models/context.py`).
 #
@@ -339,8 +340,8 @@ for place, mine, theirs in zip(around, by_hand, missing, strict=True):
 #
 # ## 5. The explorer
 #
-# Click on a latent (the explorer calls its place a *block*), choose layer, head and k. The mode *Attention and cost*
-# shows what the absence of each position costs. Find (1) a head that looks along an edge, (2) a latent where the
+# Click on a site (the explorer calls it a *block*), choose layer, head and k. The mode *Attention and cost*
+# shows what the absence of each position costs. Find (1) a head that looks along an edge, (2) a site where the
 # context costs bits instead of saving some. (3) The dashed line is the diamond: around which of the two frames does it
 # lie, and why?
 
@@ -355,9 +356,9 @@ explorer
 # saved." The other is **against**: "It is a picture of numbers inside. It explains nothing." Three rounds, and each has
 # a measurement. Before you run a cell, both say what they expect.
 #
-# **Round 1: one latent.** Left what it looks at, in the middle what the absence of each position costs, right both
-# against each other, a dot for each position. (In the middle the colour says the sign, and even small costs have one.
-# How large they are is seen on the right. Its axes show square roots, so that small numbers can be seen.)
+# **Round 1: one site.** Left what it looks at, in the middle what the absence of each position costs, right both
+# against each other, a dot for each position. (In the middle one colour means that the absence costs bits, the other
+# that it saves some. How many is seen on the right. Its axes show square roots, so that small numbers can be seen.)
 
 # %%
 last = attention_panel(server, site, server.layers - 1)
@@ -367,7 +368,7 @@ attention_figures.attention_and_cost(server.picture, [last, cost_panel(server, s
 # Point for *for*? The dearest position is often among the most attended ones. Point for *against*? Most attended
 # positions cost next to nothing, or their absence even saves bits.
 #
-# **Round 2: many latents.** For each of some latents, rank the attended positions by attention, and by what their
+# **Round 2: many sites.** For each of some sites, rank the attended positions by attention, and by what their
 # absence costs. A rank correlation of 1 says: the same order, 0: no relation.
 
 # %%
@@ -414,8 +415,8 @@ cf.bars(dearer, "more bits of y, in percent")
 # For: with even weights, or with other keys, the bits rise by more than the whole context had saved, and with the token
 # alone by most. The attention is needed, all of it together. Against: "it is needed" is a statement about the *model*,
 # not about one position in one map. And the model was never trained for such changes, so their cost is an upper bound.
-# (The right keys with even weights cost less than keys by lot, and more than no context at all. Who gains a point by
-# that?)
+# (The right keys with even weights cost about as much as keys by lot, and more than no context at all. Who gains a
+# point by that?)
 #
 # ## To argue about
 #
