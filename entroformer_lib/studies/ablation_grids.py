@@ -16,7 +16,7 @@ from entroformer_lib.models.config import named_config, parse_fields
 from entroformer_lib.training.config import TrainConfig
 
 BOTH = "both directions"
-RECIPE = dict(batch=8, optimizer="muon", lr=2e-3, schedule="linear", precision="auto")
+RECIPE = dict(batch=8, rounded=True, optimizer="muon", lr=2e-3, schedule="linear", precision="auto")
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,13 @@ GRIDS = {
             "joint",
             "one pair of variants with transforms that learn along",
             tuple(
-                Entry(f"joint-{p}", "context", {"position": p}, {"transforms": None, "latents": None}, {"position": p})
+                Entry(
+                    f"joint-{p}",
+                    "context",
+                    {"position": p},
+                    {"transforms": None, "latents": None, "rounded": False},
+                    {"position": p},
+                )
                 for p in ("none", "diamond")
             ),
             ("rate_distortion",),
