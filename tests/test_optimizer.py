@@ -94,8 +94,9 @@ def test_a_model_without_attention_is_moved():
     assert not torch.equal(model.h_a[0].weight, before)
 
 
-@pytest.mark.parametrize("amx", [False, True])
-def test_products_are_in_a_type_that_the_processor_multiplies(amx, monkeypatch):
+@pytest.mark.parametrize(("amx", "avx512"), [(False, False), (False, True), (True, True)])
+def test_products_are_in_a_type_that_the_processor_multiplies(amx, avx512, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert ours.quick_type(torch.device("cpu")) == (torch.bfloat16 if amx else torch.float32)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert ours.quick_type(torch.device("cpu")) == (torch.bfloat16 if amx or avx512 else torch.float32)
     assert ours.quick_type(torch.device("cuda")) == torch.bfloat16
