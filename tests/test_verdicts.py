@@ -10,6 +10,7 @@ from scipy import stats
 from entroformer_lib.studies import verdicts
 from entroformer_lib.studies.results import trainings
 from entroformer_lib.studies.verdicts import Claim, Effect, between_seeds, over_pictures, sentence, verdict
+from entroformer_lib.views import paper_tables
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,31 @@ def test_trainings_on_other_terms_are_not_mixed_in(results_folder):
     save("figure7", 800, [("k-8", 0.5)])
     assert sorted(trainings("table1")["kind"]) == ["cnn", "diamond", "h-1"]
     assert trainings("table3") is None
+
+
+def test_a_difference_is_told_where_it_is_larger_than_what_seeds_change(results_folder):
+    chance, rows = np.random.default_rng(2), []
+    for kind, level in (("base", 0.5), ("same", 0.5), ("far", 0.6), ("near", 0.4)):
+        for seed in range(3):
+            bpp = level * np.exp(chance.normal(0, 0.01))
+            rows.append(dict(grid="figure6", run=f"{kind}-seed{seed}", seed=seed, bpp=bpp, bpp_middle=1.0))
+    saved = json.dumps(dict(settings={}, rows=rows))
+    (results_folder / "ablation-figure6.json").write_text(saved)
+    found = verdicts.differences("figure6", "base").set_index("kind")
+    assert list(found["told"]) == ["–", "cannot tell", "costs", "saves"] and (found["seeds"] == 3).all()
+    assert found["saved"].loc[["far", "near"]].tolist() == pytest.approx([-20, 20], abs=3)
+    assert verdicts.differences("figure6", "nothing") is None and verdicts.differences("groups", "base") is None
+    shown = paper_tables.differences("figure6", "base", {"far": "farther"}).to_html()
+    assert "farther" in shown and "costs" in shown and "saves" not in shown
+    (results_folder / "ablation-figure6.json").write_text(json.dumps(dict(settings={}, rows=rows[::3])))  # one seed
+    assert list(verdicts.differences("figure6", "base")["told"]) == ["–", *3 * ["cannot tell"]]
+    assert "figure6" in paper_tables.differences("figure6", "nothing")
+
+
+def test_claims_are_shown_whole():
+    shown = paper_tables.claims("table 1").to_html()
+    assert "Relative positions, by row and by column, are better than absolute ones." in shown
+    assert "table 4" not in shown and "squares of 300 pixels" not in shown
 
 
 def test_claims_without_results_have_no_row(results_folder):

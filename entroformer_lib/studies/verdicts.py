@@ -148,6 +148,33 @@ def whole(better: str, base: str, grid: str) -> Effect | None:
     return None if rows is None else between_seeds(rows, better, base, grid)
 
 
+def differences(grid: str, base: str) -> pd.DataFrame | None:
+    """What each kind of model of a grid saves over one of them, and the smallest saving that could have been told.
+
+    Args:
+        base: a kind, as the runs are named without their seed.
+
+    Returns:
+        kind, seeds, bpp (whole pictures, mean of the seeds), saved (percent of the bits over base), smallest (percent:
+        half of the interval; infinite where there are too few trainings for one), told (saves, costs, cannot tell).
+        None where the grid has no result, or not this kind.
+    """
+    rows, saved = trainings(grid), load(f"ablation-{grid}")
+    if rows is None or base not in set(rows["kind"]):
+        return None
+    found = []
+    for kind in _kinds(pd.DataFrame(saved["rows"]))["kind"].unique():
+        bpp = rows[rows["kind"] == kind]["bpp"]
+        row = {"kind": kind, "seeds": len(bpp), "bpp": bpp.mean()}
+        effect = None if kind == base else between_seeds(rows, kind, base, grid)
+        if effect is None:
+            found.append({**row, "saved": 0.0, "smallest": np.nan, "told": "–"})
+            continue
+        told = "cannot tell" if abs(effect.value) <= effect.half_width else "saves" if effect.value > 0 else "costs"
+        found.append({**row, "saved": effect.value, "smallest": effect.half_width, "told": told})
+    return pd.DataFrame(found)
+
+
 def no_difference(better: str, base: str, grid: str) -> Effect | None:
     """The size of the difference, whatever its sign."""
     effect = whole(better, base, grid)

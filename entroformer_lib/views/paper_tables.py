@@ -5,8 +5,10 @@ import textwrap
 
 import pandas as pd
 from matplotlib.figure import Figure
+from pandas.io.formats.style import Styler
 
-from entroformer_lib.studies.results import load, reference
+from entroformer_lib.studies import verdicts
+from entroformer_lib.studies.results import load, pending, reference
 from entroformer_lib.views.style import ONE_COLUMN, new_figure, styled
 
 ROWS_OF_TABLE2 = ("bmshj2018-hyperprior", "mbt2018", "base-serial", "base-parallel")  # ours, in the paper's order
@@ -39,6 +41,46 @@ def table6_data() -> pd.DataFrame | None:
     data = published.merge(ours, on="model", how="outer")
     order = [*(name for name in published["model"] if name not in set(ours["model"])), *ours["model"]]
     return data.set_index("model").loc[order].reset_index()
+
+
+# ---- tables in a notebook ----
+
+DIFFERENCE = {  # column of `verdicts.differences`: what stands above it, and how its numbers look
+    "seeds": ("seeds", "{:d}"),
+    "bpp": ("bits per pixel", "{:.4f}"),
+    "saved": ("bits saved, %", "{:+.1f}"),
+    "smallest": ("± (smallest that could be told), %", "{:.1f}"),
+    "told": ("told", "{}"),
+}
+
+
+def claims(*items: str) -> Styler:
+    """The paper's claims about some figures and tables, ours and the verdict, with no text cut short."""
+    found = verdicts.table().query("item in @items")[["says", "published", "ours", "verdict"]]
+    names = {"says": "the paper says", "published": "its number", "ours": "here"}
+    return _whole(found.rename(columns=names).style)
+
+
+def differences(grid: str, base: str, names: dict[str, str] | None = None) -> Styler | str:
+    """`verdicts.differences` for a notebook.
+
+    Args:
+        names: kinds to show, in words; by default all, by the names of their runs.
+    """
+    found = verdicts.differences(grid, base)
+    if found is None:
+        return pending(f"ablation-{grid}")
+    if names is not None:
+        found = found[found["kind"].isin(names)].assign(kind=found["kind"].map(names))
+    found = found.rename(columns={"kind": ""})
+    headings = {column: heading for column, (heading, _) in DIFFERENCE.items()}
+    forms = dict(DIFFERENCE.values())
+    return _whole(found.rename(columns=headings).style.format(forms, na_rep="–"))
+
+
+def _whole(style: Styler) -> Styler:
+    sides = [dict(selector="th, td", props="text-align: left; vertical-align: top")]
+    return style.hide(axis="index").set_table_styles(sides)
 
 
 # ---- tables as pictures and text ----
