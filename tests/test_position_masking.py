@@ -246,6 +246,11 @@ def test_measured_models_are_kept(picture, tmp_path, results_folder):
     told = json.loads((results_folder / "position_masking.json").read_text())
     bits = [{row["bpp_all"] for row in told["rows"] if row["model"] == f"rates@{lmbda}"} for lmbda in (0.01, 0.1)]
     assert bits[0] and bits[1] and bits[0] != bits[1]  # a rate is not taken for another
+    save_weights(rates, tmp_path / "runs of rates/mine/weights.safetensors", {})
+    pm.measure(tmp_path / "runs of rates", tmp_path / "kodak", side=3, crop=128, lmbda=0.1)
+    asked = json.loads((results_folder / "position_masking.json").read_text())
+    assert {row["bpp_all"] for row in asked["rows"] if row["model"] == "mine"} == bits[1]
+    assert asked["models"]["mine"]["lmbda"] == pytest.approx(0.1) and asked["models"]["cnn"]["lmbda"] is None
     again = measured("elsewhere", "none", seed=3)  # other weights take the place of the first
     assert again["models"]["none"] != first["models"]["none"] and len(again["rows"]) == 20
 
@@ -260,6 +265,13 @@ def test_models_of_the_study_are_trained_once(source, photo_folder, tmp_path, mo
         "none": ("serial", "none"), "hyper-parallel-none": ("parallel", "none"),
     }  # fmt: skip
     assert all(model.card["training"]["missing"] == pm.MISSING for model in runs.values())
+    rates = micro_model("parallel", lmbdas=(0.01, 0.1))
+    save_weights(rates, tmp_path / "rates.safetensors", {})
+    write_latents(str(tmp_path / "rates.safetensors"), str(photo_folder), tmp_path / "more", crop=256, per_picture=1)
+    files = str(tmp_path / "rates.safetensors"), str(tmp_path / "more")
+    pm.train_models(*files, tmp_path / "told", steps=1, only=("none",))
+    told = load_model(tmp_path / "told/none/weights.safetensors", "cpu").config
+    assert told.rate_aware and told.lmbdas == rates.config.lmbdas and not runs["none"].config.rate_aware
     with pytest.raises(StudyError, match="another steps"):
         pm.train_models(source, str(tmp_path / "latents"), tmp_path / "runs", steps=2, only=("none",))
 

@@ -46,6 +46,14 @@ def test_shared_transforms_are_stored_once(family):
     assert {row["name"].partition("@")[0] for row in list_models()} >= {"first", "second", "alone"}
 
 
+def test_transforms_are_found_one_folder_higher(family):
+    folder, second = family
+    save_transforms(second, folder / "shared" / "common.safetensors")
+    save_weights(second, folder / "inner" / "third.safetensors", {}, form="float16", transforms="common")
+    loaded = load_model(folder / "inner" / "third.safetensors", "cpu")
+    assert weights_digest(loaded) == weights_digest(load_model("second", "cpu"))
+
+
 def test_missing_or_other_transforms_are_named(family):
     folder, second = family
     save_weights(micro_model("parallel", seed=2, **TRANSFORMS), folder / "first.safetensors", {}, form="float16")

@@ -1,8 +1,8 @@
 """What each context position is worth: Figure 3, for any model of ours.
 
-    python -m entroformer_lib.studies.position_masking train --transforms tiny-parallel --latents runs/latents \\
+    python -m entroformer_lib.studies.position_masking train --transforms blocks-parallel --latents runs/latents \\
         --runs runs/masking
-    python -m entroformer_lib.studies.position_masking measure --runs runs/masking --kodak pictures/kodak
+    python -m entroformer_lib.studies.position_masking measure --runs runs/masking --kodak pictures/kodak --lmbda 0.014
 
 The question: by how much does the rate rise when the latent at (dy, dx) from the one to be coded is unknown?
 
@@ -15,6 +15,7 @@ saved result is of the middle 256 x 256 pixels of each Kodak picture: as large a
 on, and so without what a longer sequence than in training does to a transformer.
 """
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -47,6 +48,7 @@ from entroformer_lib.studies.engine import Task, complete, training_task
 from entroformer_lib.studies.rate_distortion import Pictures, digest_of, pictures_of, pictures_to_test
 from entroformer_lib.studies.results import provenance, records
 from entroformer_lib.training.config import TrainConfig
+from entroformer_lib.training.latents import frozen_transforms
 from entroformer_lib.weights.zoo import load_model, save_weights, weights_digest
 
 NORMS = {
@@ -186,8 +188,8 @@ def train_models(
     """Trains the models of the study on equal terms; a finished run is not repeated.
 
     Args:
-        transforms: The model whose transforms all of them have.
-        latents: Their cache, of crops of 256.
+        transforms: The model whose transforms all of them have; where it has several rates, so have they.
+        latents: Their cache, of crops of at least 256 pixels.
         runs: Folder for the runs.
         steps: Steps of each run, of eight crops.
         missing: Largest share of gaps in a crop.
@@ -200,10 +202,12 @@ def train_models(
         raise StudyError(f"There is no variant '{min(unknown)}'; there are {there}.")
     root, latents = runs.resolve(), str(Path(latents).resolve())
     terms = dict(transforms=transforms, latents=latents, steps=steps, missing=missing, crop=256, **RECIPE)
+    told = {} if frozen_transforms(transforms).gain is None else {"rate_aware": True}
     tasks = []
     for variant in VARIANTS:
         if not only or variant.name in only:
-            config = variant.config(TrainConfig("DATA", str(root / variant.name), **terms))
+            entry = dataclasses.replace(variant, architecture=variant.architecture | told)
+            config = entry.config(TrainConfig("DATA", str(root / variant.name), **terms))
             tasks.append(training_task(config, progress=workers == 1 and scheduler is None))
     complete(tasks, root, print, workers=workers, scheduler=scheduler)
 
@@ -214,6 +218,7 @@ def measure(
     side: int = 7,
     crop: int = 256,
     limit: int | None = None,
+    lmbda: float | None = None,
     models: tuple[str, ...] = (),
     workers: int = 1,
     scheduler: str | None = None,
@@ -228,13 +233,15 @@ def measure(
         side: Side of the neighbourhood in latents.
         crop: Side in pixels of what is taken from the middle of each picture.
         limit: Only the first pictures.
+        lmbda: The rate of runs that have several.
         models: More models by name or path, such as shipped ones.
         workers: Models at a time on this machine.
         scheduler: Address of a dask scheduler to run on.
     """
     commands.at_least(1, crop=crop, workers=workers)
     root, kodak = runs.resolve(), kodak.resolve()
-    weights = {path.parent.name: str(path) for path in sorted(root.glob("*/weights.safetensors"))}
+    rate = "" if lmbda is None else f"@{lmbda:g}"
+    weights = {path.parent.name: f"{path}{rate}" for path in sorted(root.glob("*/weights.safetensors"))}
     weights |= {_name(load_model(name, "cpu")): name for name in models}
     if not weights:
         raise StudyError(f"There is no finished run in {runs}.")
@@ -284,25 +291,26 @@ def _description(model: Entroformer) -> dict:
         "context": model.config.context,
         "hyperprior": model.config.hyperprior,
         "position": model.config.position,
+        "lmbda": None if model.level is None else model.gain.lmbda_of(model.level),
         "training": {key: training[key] for key in keys if key in training},
     }
 
 
-def ship(runs: Path, only: tuple[str, ...] = ("none", "diamond")) -> None:
+def ship(runs: Path, only: tuple[str, ...] = ("none", "diamond"), transforms: str | None = None) -> None:
     """Puts models of the study into data/weights/position_masking, in half precision, for the notebook.
 
     Args:
         runs: Folder of the runs.
         only: Names of the models.
+        transforms: Weights that hold g_a, g_s and gains, which are left out here: a file in data/weights/shared.
     """
     for name in only:
         model = load_model(runs / name / "weights.safetensors", "cpu")
         limits = "made for the study of context positions, with gaps in its context; other models compress better"
         training = {**model.card["training"], "out": f"runs/{name}", "latents": "runs/latents"}
         card = {**model.card, "training": training, "limits": limits}
-        save_weights(
-            model, data_folder() / "weights" / "position_masking" / f"{name}.safetensors", card, form="float16"
-        )
+        path = data_folder() / "weights" / "position_masking" / f"{name}.safetensors"
+        save_weights(model, path, card, form="float16", transforms=transforms)
 
 
 # ---- the saved result ----

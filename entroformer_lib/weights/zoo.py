@@ -1,8 +1,9 @@
 """Weights by name: what is shipped, what lies in a folder of yours, any file. Always safetensors: no code runs on load.
 
 A weights file holds the tensors, the config (as `_extra_state`) and a card: how it was trained and what it reaches.
-Entropy models behind the same transforms store those once: a file may name another one that has them, in its folder or
-in `shared/` there, where files of transforms alone lie. It may also hold its transforms as differences from those.
+Entropy models behind the same transforms store those once: a file may name another one that has them. It lies
+beside it, or in `shared/` there or one folder higher, where files of transforms alone lie. A file may also hold its
+transforms as differences from those.
 """
 
 import hashlib
@@ -320,10 +321,11 @@ def _shared_with(path: Path, name: str, sha256: str) -> dict[str, torch.Tensor]:
 
 
 def _holder(path: Path, name: str) -> Path:
-    """The file of a name that has the transforms for weights at `path`: in `shared/`, or beside it."""
+    """The file of a name that has the transforms for weights at `path`: in `shared/` there or one folder higher, or
+    beside it."""
     file = f"{os.path.basename(name)}.safetensors"
-    apart = path.with_name("shared") / file
-    return apart if apart.is_file() else path.with_name(file)
+    apart = [folder / "shared" / file for folder in (path.parent, path.absolute().parent.parent)]
+    return next((place for place in apart if place.is_file()), path.with_name(file))
 
 
 _digests: WeakKeyDictionary[Entroformer, tuple[tuple, bytes]] = WeakKeyDictionary()  # with what they were computed of
