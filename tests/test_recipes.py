@@ -50,7 +50,15 @@ def cooked(recipe: str, here: Path) -> None:
     ("family.sh", dict(VARIANTS="parallel minnen"), ["parallel", "minnen"]),
 ])  # fmt: skip
 def test_recipes_run_as_printed(recipe, given, made, photo_folder, tmp_path):
-    sizes = dict(STEPS="2", SIZE="tiny", CROP="64", WORKERS="0", DATA=str(photo_folder), OUT=str(tmp_path / "out"))
+    sizes = dict(
+        STEPS="2",
+        SIZE="tiny",
+        CROP="64",
+        LAST_CROP="128",
+        WORKERS="0",
+        DATA=str(photo_folder),
+        OUT=str(tmp_path / "out"),
+    )
     said, here = tmp_path / "said.txt", tmp_path / "here"
     here.mkdir()
     process = warm.start(cooked, recipe, here, output=said, environment=os.environ | sizes | given)
