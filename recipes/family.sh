@@ -6,7 +6,7 @@
 #   DATA=photos bash recipes/family.sh
 #
 # Needs: a model whose transforms are taken (TRANSFORMS), pictures with at least 320 pixels on both sides (LAST_CROP),
-# and 1.2 MB of disk a picture (8 crops of 320 pixels, 192 channels).
+# and 2.5 MB of disk a picture (8 crops of 320 pixels, 384 channels).
 # Time: about an hour a variant, estimated from the time of a step on one CPU core at size tiny.
 # Memory: 1.4 GB on a CPU, measured at size tiny with GroupedMixer, which takes most.
 # HELD_OUT=list.txt names pictures that are left out; their rate is in each log.
