@@ -60,6 +60,15 @@ def test_other_kinds_of_runs_narrow_the_interval_and_one_seed_gives_none():
     assert between_seeds(rows, "a", "nothing", "table1") is None
 
 
+def test_spread_of_absolute_positions_is_not_that_of_others():
+    chance, rows = np.random.default_rng(3), []
+    for kind, spread in (("a", 0.001), ("b", 0.001), ("absolute", 0.1)):
+        rows += [dict(kind=kind, seed=seed, bpp=np.exp(chance.normal(0, spread))) for seed in range(3)]
+    rows = pd.DataFrame(rows)
+    assert between_seeds(rows, "a", "b", "table1").half_width < 1
+    assert between_seeds(rows, "absolute", "b", "table1").half_width > 5
+
+
 def test_an_interval_over_pictures_is_students():
     ratios = pd.Series([-0.1, -0.12, -0.05, -0.2])
     effect, known = over_pictures(ratios, "x"), stats.ttest_1samp(ratios, 0).confidence_interval(0.95)

@@ -14,8 +14,10 @@ in 0's place: reproduced where all of the interval is within the limit, larger w
 
 An interval comes from seeds where models were trained for the comparison: runs on the same terms are fitted together as
 a row for each kind of model and one for each seed (the seed decides order, crops and noise for all kinds alike), and
-what remains is the spread. It is Student's, with as many degrees of freedom as there are runs beyond that fit. Where
-each model was trained once, the interval is over the pictures, and does not hold what another training would change.
+what remains is the spread. It is Student's, with as many degrees of freedom as there are runs beyond that fit. A model
+with absolute positions takes part in its own comparisons alone: in whole pictures it differs far more from seed to seed
+than all others. Where each model was trained once, the interval is over the pictures, and does not hold what another
+training would change.
 """
 
 from collections.abc import Callable
@@ -31,6 +33,7 @@ from entroformer_lib.studies import bd, same_transforms
 from entroformer_lib.studies.results import AUTHORS, ablation, kodak_means, load, published, reference, trainings
 
 CONFIDENCE = 0.95
+APART = ("absolute",)  # in pictures larger than the crops it differs from seed to seed far more than all others
 SHIPPED, SERIAL = "blocks-parallel", "blocks-serial"
 
 
@@ -122,11 +125,12 @@ def between_seeds(rows: pd.DataFrame, better: str, base: str, *grids: str) -> Ef
     """What one kind of model saves over another, in percent; None where one of them is not there.
 
     Args:
-        rows: kind, seed, bpp: a row for each training. Other kinds than the two give spread.
+        rows: kind, seed, bpp: a row for each training. Other kinds than the two give spread, but for those of APART.
         grids: that the two come from.
     """
     if not {better, base} <= set(rows["kind"]):
         return None
+    rows = rows[~rows["kind"].isin(set(APART) - {better, base})]
     kinds, seeds = pd.get_dummies(rows["kind"], dtype=float), pd.get_dummies(rows["seed"], dtype=float)
     design = np.hstack([kinds, seeds.iloc[:, 1:]])
     fitted, _, rank, _ = np.linalg.lstsq(design, np.log(rows["bpp"]), rcond=None)
