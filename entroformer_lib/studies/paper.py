@@ -78,7 +78,7 @@ class Paper:
                 tell(f"No figure 3: {error}")
             else:
                 folder = self.out / "masking"
-                position_masking.measure(folder, self.pictures, SIDE, CROP, self.limit, (self.name,), workers=1)
+                position_masking.measure(folder, self.pictures, SIDE, CROP, self.limit, models=(self.name,))
                 tell("Masked positions are measured.")
             if note := _why_no_maps(model):
                 tell(f"No figures 8 to 10: {note}")
