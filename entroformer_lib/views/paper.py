@@ -165,7 +165,7 @@ def readme(drawn: dict[str, pd.DataFrame], notebooks: Path) -> str:
         "0, otherwise *cannot tell*. Of a claim that something costs at most so much, a limit stands in 0's place\n"
         "(1.5% for two passes, 0.5% for *no difference*, 1% for the size): *reproduced* if all of the interval is\n"
         "within it, *larger* if all of it is beyond, otherwise *cannot tell*. That may still rule out the paper's\n"
-        "number, as for the last two steps within table 1: here an effect of that size is not there.\n"
+        "number: the largest effect that the interval allows is said.\n"
         "Where each model was trained once, the interval is over the pictures. It does not include how much\n"
         "another training would change the result.",
         _verdicts(found, shown),
