@@ -132,7 +132,7 @@ def model_at(name_or_folder: str | Path, lmbda: float) -> Entroformer:
 
 
 def published() -> tuple[str, ...]:
-    """Names of the shipped models behind the transforms of tiny-rates, as measured on Kodak."""
+    """Names of the published family, as measured on Kodak."""
     return tuple(saved_rates()["model"].unique())
 
 
@@ -156,8 +156,8 @@ def save(
 
     Args:
         kodak: Folder of the test pictures.
-        models: Names of shipped models with common transforms, one of them parallel; by default all that were published
-            behind the transforms of tiny-rates. None after the option leaves them out.
+        models: Names of shipped models with common transforms, one of them parallel; by default the
+            published family. None after the option leaves them out.
         runs: Folders of finished training runs with common transforms, one of them of the parallel model.
         lmbda: Where all of them code.
         limit: Only the first pictures.

@@ -304,7 +304,7 @@ def test_losses_are_announced(folder, tmp_path):
 def test_the_command_on_a_card_is_its_run():
     """What a model card prints, typed again, is the same run: switches, lists and all."""
     several = dict(even_rates=False, architecture=("position=none",), lmbdas=(0.01, 0.04), init="x")
-    frozen = dict(transforms="tiny-rates", latents="runs/latents", rounded=True)
+    frozen = dict(transforms="blocks-parallel", latents="runs/latents", rounded=True)
     for run in (TrainConfig("DATA", "runs/x", **fields) for fields in (several, frozen)):
         words = shlex.split(training_command(dataclasses.asdict(run)))
         assert words[:2] == ["entroformer", "train"]

@@ -170,7 +170,7 @@ def test_results_that_come_later_are_drawn(other_results, tmp_path, monkeypatch)
     ]
     (other_results / "attention_maps.json").write_text(json.dumps({"maps": maps}))
     rates = [{"lmbda": r, "image": "a", "bpp": r, "psnr_db": 30 + r, "ms_ssim": 0.9 + r / 20} for r in (0.2, 0.4, 0.8)]
-    (other_results / "tiny-rates-kodak.json").write_text(json.dumps({"images": rates, "variant": "parallel"}))
+    (other_results / "blocks-parallel-kodak.json").write_text(json.dumps({"images": rates, "variant": "parallel"}))
     drawn = paper.regenerate(tmp_path / "figures", ROOT / "notebooks")
     assert set(drawn) == {item.name for item in later}
     table1 = drawn["table1_position_encoding"].set_index("position")
@@ -178,7 +178,7 @@ def test_results_that_come_later_are_drawn(other_results, tmp_path, monkeypatch)
     assert (table1["seeds"] == 2).all()
     assert drawn["figure06_clipping_distance"].groupby("radius")["bpp"].mean().idxmin() == 3
     curves = drawn["figure11_psnr_kodak"]
-    assert list(curves[curves["codec"] == "tiny-rates"]["bpp"]) == [0.2, 0.4, 0.8]
+    assert list(curves[curves["codec"] == "blocks-parallel"]["bpp"]) == [0.2, 0.4, 0.8]
 
 
 def test_what_is_not_measured_is_left_out_and_said(other_results, tmp_path):

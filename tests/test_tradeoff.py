@@ -215,7 +215,7 @@ def kodak_results(folder: Path, rows: list[dict], lmbda: float = 0.02, more: flo
         better = more * (row is rows[-1])
         image = {"image": row["image"], "psnr_db": row["psnr_db"] + better, "ms_ssim": 0.9}
         images = [{**image, "lmbda": at, "bpp": k * row["bpp"]} for at, k in ((0.01, 1), (lmbda, 2))]
-        result = {"images": images, "transforms": "tiny-rates", "variant": row["variant"]}
+        result = {"images": images, "transforms": same_transforms.FAMILY, "variant": row["variant"]}
         (folder / f"{row['model']}-kodak.json").write_text(json.dumps(result))
 
 

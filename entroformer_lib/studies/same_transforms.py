@@ -1,6 +1,6 @@
 """Entropy models behind the same frozen transforms: their pictures are equal, so their rates may be divided.
 
-Models of variable rate that were trained with `--transforms tiny-rates` round the same latents at the same lambda. Each
+Models of variable rate that were trained with the same `--transforms` round the same latents at the same lambda. Each
 decoded picture is then the same, bit for bit, whichever model carried it, and no Bjontegaard interpolation stands
 between two models: at equal quality one needs so many bytes and the other so many.
 
@@ -13,10 +13,11 @@ import pandas as pd
 from entroformer_lib.errors import StudyError
 from entroformer_lib.studies.results import in_order, kodak, load
 
+FAMILY = "tiny-rates"  # whose transforms the published family has
 SAME_QUALITY = 0.02  # dB: what the rounding of folded gains may change
 
 
-def saved_rates(transforms: str = "tiny-rates") -> pd.DataFrame:
+def saved_rates(transforms: str = FAMILY) -> pd.DataFrame:
     """Every Kodak picture at every lambda by every model behind these transforms.
 
     Returns:

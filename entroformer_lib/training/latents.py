@@ -39,9 +39,9 @@ DOWNSCALE = 0.5  # as in training on pictures
 
 
 def frozen_transforms(name: str) -> Entroformer:
-    """The model that gives g_a, g_s and its gains. A rate behind @ (`tiny-rates@0.013`) is worked into the kernels of
-    the last layer of g_a and the first of g_s, which makes transforms of one rate. `zoo:mbt2018-mean:4` means those of
-    CompressAI's pretrained model."""
+    """The model that gives g_a, g_s and its gains. A rate behind @ (`blocks-parallel@0.014`) is worked into the kernels
+    of the last layer of g_a and the first of g_s, which makes transforms of one rate. `zoo:mbt2018-mean:4` means those
+    of CompressAI's pretrained model."""
     if name.startswith(PREFIX):
         return pretrained_transforms(name)
     model = load_model(name, device="cpu")
