@@ -4,9 +4,9 @@ An entropy model learns from latents, and g_a costs more time than a small entro
 are compared, one model gives its transforms; they stay frozen, the latents of the training photographs are computed
 once and kept on disk, and every variant sees the same latents in the same order:
 
-    python -m entroformer_lib.training.latents --transforms tiny-parallel --data pictures/train --out runs/latents
-    entroformer train --transforms tiny-parallel --latents runs/latents --crop 256 --model tiny-serial \\
-        --architecture position=none ...
+    python -m entroformer_lib.training.latents --transforms blocks-parallel --data photos --out runs/latents
+    entroformer train --transforms blocks-parallel --latents runs/latents --crop 256 --model tiny-serial \\
+        --architecture position=none rate_aware=true ...
 
 What comes out is an ordinary model with these g_a and g_s. The difference to the paper: there, transforms and entropy
 model adapt to each other; here, the transforms have adapted to the entropy model they were first trained with.
