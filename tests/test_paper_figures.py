@@ -11,8 +11,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from entroformer_lib.studies import bd
+from entroformer_lib.studies.results import POSITION_NAMES
 from entroformer_lib.views import paper
-from entroformer_lib.views.ablation_figures import POSITIONS
 from entroformer_lib.views.style import ONE_COLUMN, TWO_COLUMNS
 
 ROOT = Path(__file__).parents[1]
@@ -129,7 +129,7 @@ def made_up_ablation() -> list[dict]:
     rows = []
     for seed in (0, 1):
         noise = 0.001 * seed
-        for context, position, bpp in [("cnn", "none", 0.6), *(("serial", p, 0.55) for p in POSITIONS)]:
+        for context, position, bpp in [("cnn", "none", 0.6), *(("serial", p, 0.55) for p in list(POSITION_NAMES)[1:])]:
             rows.append({"grid": "table1", "context": context, "position": position, "seed": seed, "bpp": bpp + noise})
         for radius, position, bpp in (
             (1, "none", 0.6),

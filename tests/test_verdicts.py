@@ -69,10 +69,20 @@ def test_spread_of_absolute_positions_is_not_that_of_others():
     assert between_seeds(rows, "absolute", "b", "table1").half_width > 5
 
 
-def test_an_interval_over_pictures_is_students():
-    ratios = pd.Series([-0.1, -0.12, -0.05, -0.2])
-    effect, known = over_pictures(ratios, "x"), stats.ttest_1samp(ratios, 0).confidence_interval(0.95)
-    assert effect.half_width == pytest.approx(100 * np.exp(ratios.mean()) * (known.high - known.low) / 2)
+def test_an_interval_over_pictures_is_students_where_all_count_the_same():
+    rates = pd.DataFrame({0.01: [0.9, 0.95, 0.97, 0.92, 0.99]})
+    effect, known = over_pictures(rates, 0 * rates + 1, "x"), stats.ttest_1samp(rates[0.01], 0).confidence_interval()
+    assert (effect.low, effect.high) == pytest.approx((100 - 100 * known.high, 100 - 100 * known.low))
+
+
+def test_a_saving_over_pictures_is_that_of_the_mean_rates():
+    base = pd.DataFrame({0.01: [1.0, 3.0], 0.02: [2.0, 2.0]})
+    effect = over_pictures(base * [0.9, 0.7], base, "x")
+    assert effect.value == pytest.approx(20)  # the mean of 10 and 30
+    assert effect.half_width == pytest.approx(0)  # both pictures save alike
+    uneven = base.copy()
+    uneven.iloc[1, 0] = 1.0  # of 4 bits 2 are left at the first lambda, at the second all
+    assert over_pictures(uneven, base, "x").value == pytest.approx(25)
 
 
 def test_trainings_on_other_terms_are_not_mixed_in(results_folder):

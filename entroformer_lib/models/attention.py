@@ -117,39 +117,42 @@ def attend(
     relative: RelativePosition | None,
     top_k: int | None,
     own: tuple[Tensor, Tensor] | None = None,
-    numbers: Tensor | None = None,
-    keys: Tensor | None = None,
+    query_index: Tensor | None = None,
+    key_index: Tensor | None = None,
 ) -> Tensor:
     """From queries, keys and values to what attention has gathered; each query independent of the others.
 
     q: [B, heads, q, d]; k, v: [B, heads, n, d]; sites: [t, 2] of all t tokens  ->  [B, heads, q, d]
 
-    The queries are the last q tokens, or those of `numbers` [q]. The keys are the first n, or those of `keys` [n].
+    The queries are the last q tokens, or those of `query_index` [q]; the keys are the first n, or those of `key_index`
+    [n].
     `own`: key and value of each query itself, [B, heads, q, d] each, where they are not in k and v (a closed memory).
     """
     n = k.size(2)
-    places = sites[:n] if keys is None else sites[keys]
-    if numbers is None:
-        numbers = torch.arange(len(sites) - q.size(2), len(sites), device=q.device)
+    key_sites = sites[:n] if key_index is None else sites[key_index]
+    if query_index is None:
+        query_index = torch.arange(len(sites) - q.size(2), len(sites), device=q.device)
     # The ranking needs more digits than bfloat16 has, so the scores leave autocast.
     with torch.autocast(q.device.type, enabled=False):
         q = float_or_wider(q) * layer.scale
-        scores = layer.content(dot_products(q, float_or_wider(k)))  # [B, heads, q, n]
+        scores = layer.content(dot_products(q, float_or_wider(k)))  # Q K^T of eq. 4: [B, heads, q, n]
         if relative is not None:
-            scores = scores + layer.position(relative(q, sites[numbers], places))
+            scores = scores + layer.position(relative(q, sites[query_index], key_sites))  # Q P^T of eq. 4
         if own is not None:  # each query's own key as one column more
             mine = dot_products(q[..., None, :], float_or_wider(own[0])[..., None, :])[..., 0]  # [B, heads, q, 1]
             scores = torch.cat((scores, mine if relative is None else mine + relative.own(q)), dim=-1)
         if visible is not None:
-            seen = visible(numbers)
-            if keys is not None:  # in the last column a query's own key
-                seen = seen[..., keys] if own is None else torch.cat((seen[..., keys], seen[..., -1:]), dim=-1)
+            seen = visible(query_index)
+            if key_index is not None:  # in the last column a query's own key
+                last = seen[..., -1:]
+                seen = seen[..., key_index] if own is None else torch.cat((seen[..., key_index], last), dim=-1)
             seen = seen[..., : scores.size(-1)]  # tiles.py may pass the first keys only
             scores = scores + torch.where(seen, 0.0, -torch.inf)  # quicker than masked_fill
         if layer.window is not None:
-            far = (sites[numbers][:, None] - places).abs().amax(-1) > layer.window  # [q, n]
+            far = (sites[query_index][:, None] - key_sites).abs().amax(-1) > layer.window  # [q, n]
             far = far if own is None else torch.cat((far, far.new_zeros(len(far), 1)), dim=-1)
             scores = scores.masked_fill(far, -torch.inf)
+        # f_k and softmax of eq. 6
         probs = layer.probs(layer.selected(keep_top_k(layer.scores(scores), top_k)).softmax(dim=-1))
     probs = probs.to(v.dtype)
     return weighted_sum(probs, v) if own is None else weighted_sum(probs[..., :n], v) + probs[..., n:] * own[1]
@@ -229,7 +232,10 @@ class Stack(nn.Module):
         return x
 
     def remember(self, x: Tensor, sites: Tensor, memory: list[Memory]) -> None:
-        """Tokens that only others look at: of the last block nothing is needed but their keys and values."""
+        """Keeps keys and values of tokens whose outputs nobody needs; the last block computes nothing else.
+
+        x: [B, q, D]; sites: [t, 2], as in `forward`
+        """
         last = self.blocks[-1]
         x = self.forward(x, sites, memory=memory, layers=range(len(self.blocks) - 1))
         memory[-1](*last.attention.project(last.norm1(x))[1:])

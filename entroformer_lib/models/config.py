@@ -47,7 +47,7 @@ class EntroformerConfig:
     Z: int = 192  # channels of the hyper-latents z, as released; Table 5 prints 384
     dim: int = 384  # width of the transformers, D in our shapes
     heads: int = 6
-    context_layers: int = 6  # 2N in section 3.1, whose N = 3 are the blocks of h_a and of h_s
+    context_layers: int = 6  # section 3.1 calls it 2 N: its N, 3, counts blocks of h_a and of h_s, not channels
     ffn_ratio: int = 4
 
     # Top-k attention (section 3.3)

@@ -47,8 +47,9 @@ class Gaps:
     """Latents that are hidden from a context model, for training and for studies.
 
     kept: bool [B or 1, 1, h, w], for the random-mask pretraining (A.5). Latents that are not kept enter as zero. In the
-        serial model and the CNN they get no context feature: the hyperprior alone predicts them. In the parallel model
-        the mask takes the checkerboard's place, and it is the kept ones that have none.
+        serial model and the CNN the kept ones get a context feature, and the others none: the hyperprior alone
+        predicts them. In the parallel model the mask takes the checkerboard's place: the kept ones are the first slice,
+        without context, and the others are the second, with context.
     missing: bool [B, 1, h, w], latents that nobody may use, for Figure 3. Their token enters as zero and no other token
         sees it, in any layer; they are still predicted. (It would not be enough to hide an offset from every query in
         every layer: other tokens have seen the latent and pass it on, and in the serial model the query's own token
@@ -76,7 +77,7 @@ class SerialContext(nn.Module):
 
     The mask lets token i see itself, because token i *carries* y_hat_i. The outputs are then shifted by one: what
     token i - 1 has computed predicts y_hat_i, and a learned start token predicts the first. Without the shift the model
-    would predict each latent from itself (somebody "reached" 39 dB at 0.17 bpp that way).
+    would predict each latent from itself, and report a rate that no file can have.
 
     y_hat: [B, M, h, w]  ->  context feature: [B, D, h, w]
     """

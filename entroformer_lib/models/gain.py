@@ -50,7 +50,7 @@ class RateGain(nn.Module):
         low = level.floor().clamp(0, len(self.lmbdas) - 2)
         part = (level - low)[:, None]  # [B, 1]
         i = low.long()
-        # lerp and not `at_level`, whose last bit differs: saved latents belong to transforms of the same bits.
+        # lerp and not `at_level`, whose last bit differs: cached latents carry a digest of what they were made with.
         gain, inverse = (torch.lerp(t[i], t[i + 1], part.to(t.dtype)) for t in (self.log_gain, self.log_inverse))
         return gain.exp()[..., None, None], inverse.exp()[..., None, None]
 

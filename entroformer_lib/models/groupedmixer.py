@@ -88,7 +88,7 @@ def split(y: Tensor, counts: Counts, order: str = "channels") -> Tensor:
     down, right = rows * k_h - y.size(2), columns * k_w - y.size(3)
     y = torch.stack([F.pad(part, (0, right, 0, down, 0, m - part.size(1))) for part in slices], dim=1)  # k_c slices
     y = y.view(len(y), k_c, m, rows, k_h, columns, k_w)  # from [B, k_c, m, rows k_h, columns k_w]
-    y = y.permute(0, 1, 4, 6, 3, 5, 2).flatten(4, 5)  # [B, k_c, k_h, k_w, n, m]
+    y = y.permute(0, 1, 4, 6, 3, 5, 2).flatten(4, 5)  # [B, k_c, k_h, k_w, n, m], n = rows columns
     return torch.stack([y[:, s, i, j] for s, i, j in group_order(counts, order)], dim=1)
 
 
@@ -98,10 +98,10 @@ def merge(groups: Tensor, size: tuple[int, int, int], counts: Counts, order: str
     (M, height, width), (rows, columns) = size, group_grid(*size[1:], counts)
     number = {key: g for g, key in enumerate(group_order(counts, order))}
     keys = itertools.product(range(k_c), range(k_h), range(k_w))
-    y = torch.stack([groups[:, number[key]] for key in keys], dim=1).unflatten(1, (k_c, k_h, k_w))
+    y = torch.stack([groups[:, number[key]] for key in keys], dim=1).unflatten(1, (k_c, k_h, k_w))  # [.., n, m]
     y = y.unflatten(4, (rows, columns))  # [B, k_c, k_h, k_w, rows, columns, m]
     y = y.permute(0, 1, 6, 4, 2, 5, 3)  # [B, k_c, m, rows, k_h, columns, k_w]
-    y = y.reshape(len(groups), k_c, -1, rows * k_h, columns * k_w)[..., :height, :width]
+    y = y.reshape(len(groups), k_c, -1, rows * k_h, columns * k_w)[..., :height, :width]  # [B, k_c, m, h, w]
     return torch.cat([y[:, i, : s.stop - s.start] for i, s in enumerate(channel_slices(M, k_c))], dim=1)
 
 
@@ -149,10 +149,10 @@ class WindowAttention(nn.Module):
         """grid: rows and columns of a group."""
         B, S, n, D = x.shape
         index, place = windows(*grid, self.side, self.shift, x.device)
-        inside = index >= 0  # [W, s], s = side^2
-        qkv = self.qkv(x).flatten(0, 1)[:, index.clamp(min=0)]  # [B S, W, s, 3 D]
+        inside = index >= 0  # [windows, side^2]
+        qkv = self.qkv(x).flatten(0, 1)[:, index.clamp(min=0)]  # [B S, windows, side^2, 3 D]
         qkv = qkv.flatten(0, 1).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv  # [B S W, heads, s, d]
+        q, k, v = qkv  # [B S windows, heads, side^2, d]
         with torch.autocast(x.device.type, enabled=False):
             q, sites = float_or_wider(q) * self.scale, grid_sites(self.side, self.side, x.device)
             scores = dot_products(q, float_or_wider(k)) + self.relative(q, sites, sites)
@@ -304,7 +304,8 @@ class GroupedMixer(nn.Module):
     def steps(self, height: int, width: int, hyper: Tensor, cached: bool = True) -> Steps:
         """Group after group, and is sent its latents, [s, m or m - 1].  hyper: [1, D, h, w]
 
-        cached: False computes all earlier slots again for every group, to see what the cache saves; the same bits.
+        cached: False computes all earlier slots again for every group, to see what the cache saves. The numbers are the
+            same up to rounding, and the same bits inside `Exact()`.
         """
         grid = group_grid(height, width, self.counts)
         at_target = self._of_groups(hyper)  # [1, G, n, D]

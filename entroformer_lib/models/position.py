@@ -101,7 +101,7 @@ class RelativePosition(nn.Module):
         h = self.radius
         # Which key is at a site, with a border of h around the grid.
         height, width = (int(i) + 1 + 2 * h for i in torch.maximum(keys.amax(0), queries.amax(0)))
-        number = torch.full((height, width), -1, device=keys.device)
+        number = torch.full((height, width), -1, device=keys.device)  # [rows + 2h, columns + 2h]
         number[keys[:, 0] + h, keys[:, 1] + h] = torch.arange(len(keys), device=keys.device)
         # `lookup` counts offsets from -h-1, `number` from -h.
         inside = (self.lookup < self.lookup.amax()).nonzero() - 1

@@ -1,6 +1,6 @@
 """Likelihoods: the probability of an integer under the densities the model predicts (eq. 1).
 
-A latent is rounded to an integer (its mean is not subtracted first, as in the released code), so its probability is
+A latent is rounded to an integer, and as in the released code its mean is not subtracted before. So its probability is
 the density's mass over [v - 0.5, v + 0.5]. While training, v is the latent plus uniform noise instead, and the same
 formula is a density: eq. 1's convolution with U(-0.5, 0.5).
 """

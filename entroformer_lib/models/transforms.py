@@ -92,7 +92,7 @@ class ConvBlock(nn.Module):
 
     where C is a 1x1 convolution and D a depthwise 3x3 one. 5 N^2 + 9 N multiplications a site. The gate ends at 6, and
     b at -3 and 3, which a photograph's features hardly reach. Without these limits every block could multiply what it
-    is given, and a graphic of saturated colours would leave six of them a million times too large.
+    is given: the features of a graphic of saturated colours grew a millionfold in six blocks.
 
     x: [B, N, h, w]  ->  [B, N, h, w]
     """

@@ -40,6 +40,14 @@ LABELS = {
     "context-cnn": "CNN context alone",
     "context-serial": "transformer context alone",
 }
+POSITION_NAMES = {  # config.position, and the CNN that table 1 compares with: how figures and tables call it
+    "cnn": "CNN",
+    "none": "no positions",
+    "absolute": "absolute",
+    "relative_1d": "relative, 1D + 1D",
+    "relative_2d": "relative, 2D",
+    "diamond": "relative, diamond",
+}
 QUALITIES = {"psnr_db": "PSNR, dB", "ms_ssim_db": "MS-SSIM, dB"}  # column: the axis in a figure
 ABOUT = ["codec", "variant", "transforms", "optimised_for", "setting"]
 AUTHORS = "Entroformer, serial (authors)"  # among the published curves

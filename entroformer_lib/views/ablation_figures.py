@@ -7,12 +7,15 @@ from a table to a figure.
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
-from entroformer_lib.studies.results import ablation, load, reference
+from entroformer_lib.studies.ablation import LAST_SHARE
+from entroformer_lib.studies.results import POSITION_NAMES, ablation, load, reference
 from entroformer_lib.views.style import COLOURS, MARKERS, ONE_COLUMN, TWO_COLUMNS, new_figure, styled
 
 PUBLISHED = "published"
-POSITIONS = ("none", "absolute", "relative_1d", "relative_2d", "diamond")  # as in EntroformerConfig, in table 1's order
+DASHES = ("", (4, 1), (1, 1), (4, 1, 1, 1), (6, 2, 1, 2), (3, 3), (1, 2))
 
 
 def _published(table: str, *columns: str) -> pd.DataFrame:
@@ -76,32 +79,45 @@ def figure7_data() -> pd.DataFrame | None:
 
 def figure7(data: pd.DataFrame) -> Figure:
     """Learning curves, one for each k, and against dense attention."""
-    return curves(data, "dense", "dense attention")
+    return curves(data, "dense", "dense attention", "figure7", ordered=True)
 
 
 @styled()
-def curves(data: pd.DataFrame, base: str, base_in_words: str) -> Figure:
+def curves(data: pd.DataFrame, base: str, base_in_words: str, grid: str, ordered: bool = False) -> Figure:
     """Learning curves: the mean over the seeds with their range; and how far they lie from one of them.
 
     Args:
         data: model, step, seed, bpp.
-        base: The model that the others are compared with; it is dashed.
+        base: The model that the others are compared with; it is thick.
         base_in_words: For the axis.
+        grid: Of the ablations; if its crops grow in the course of the training, a line says when.
+        ordered: The models have an order, and their colours too.
     """
     import seaborn
 
     reference = data[data["model"] == base].groupby("step")["bpp"].mean()
     data = data.assign(percent=100 * (data["bpp"] / data["step"].map(reference) - 1))
-    dashes = {name: (2, 1) if name == base else "" for name in data["model"]}
-    look = dict(x="step", hue="model", style="model", palette=list(COLOURS[: len(dashes)]), dashes=dashes)
+    names = list(dict.fromkeys(data["model"]))
+    colours = seaborn.color_palette("viridis", len(names)) if ordered else COLOURS[: len(names)]
+    look = dict(x="step", hue="model", style="model", palette=list(colours), dashes=list(DASHES[: len(names)]))
+    look |= dict(size="model", sizes={name: 2 if name == base else 1.2 for name in names})
     figure, axes = new_figure(ONE_COLUMN, 4.6, 2, 1, sharex=True)
     for ax, y in zip(axes, ("bpp", "percent"), strict=True):
         seaborn.lineplot(data, y=y, **look, errorbar=("pi", 100), err_kws={"linewidth": 0}, legend=ax is axes[0], ax=ax)
         ax.grid(alpha=0.25, linewidth=0.5)
-    axes[0].set(ylabel="bits per pixel", xlabel="")
+    axes[0].set(ylabel="bits per pixel\n(256 x 256 pixels)", xlabel="")
     axes[1].set(ylabel=f"rate against {base_in_words}, %")
     axes[0].get_legend().remove()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    handles, words = axes[0].get_legend_handles_labels()
+    if data["seed"].nunique() > 1:
+        handles.append(Patch(facecolor="0.5", alpha=0.25, linewidth=0))
+        words.append("range of the seeds")
+    if (settings := (load(f"ablation-{grid}") or {}).get("settings", {})).get("last_crop"):
+        for ax in axes:
+            line = ax.axvline(settings["steps"] * (1 - LAST_SHARE), color="0.6", linewidth=0.8, zorder=0)
+        handles.append(line)
+        words.append("larger crops from here on")
+    figure.legend(handles, words, loc="outside lower center", ncols=2, columnspacing=1)
     return figure
 
 
@@ -117,32 +133,32 @@ def table1_data() -> pd.DataFrame | None:
     columns = ("model", "position", "published_bpp", "published_saving_percent")
     data = _published("table1_position_encoding", *columns)
     kinds = np.where(rows["context"] == "cnn", "cnn", rows["position"])
-    data[["bpp", "spread", "seeds"]] = _seeds(rows["bpp"], kinds, ["cnn", *POSITIONS])
+    data[["bpp", "spread", "seeds"]] = _seeds(rows["bpp"], kinds, list(POSITION_NAMES))
+    data["position"] = ["-", *list(POSITION_NAMES.values())[1:]]
     data["saving_percent"] = 100 * (1 - data["bpp"] / data["bpp"][0])
     return data
 
 
 def table1_curves_data() -> pd.DataFrame | None:
-    """model (as POSITIONS, or convolution), step, seed, bpp of the parts as large as the crops."""
+    """model (in words), step, seed, bpp of the parts as large as the crops."""
     rows = ablation("table1_curve")
     if rows is None:
         return None
-    model = rows["position"].where(rows["context"] != "cnn", "convolution")
-    return rows.assign(model=model.str.replace("_", " "))[["model", "step", "seed", "bpp"]]
+    model = rows["position"].where(rows["context"] != "cnn", "cnn").map(POSITION_NAMES)
+    return rows.assign(model=model)[["model", "step", "seed", "bpp"]]
 
 
 def table1_dots(rows: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """`dots` of table 1: saving over the convolution in percent, of whole pictures and of parts as large as the crops.
+    """`dots` of table 1: saving over the CNN in percent, of whole pictures and of parts as large as the crops.
 
     rows: of the grid; table: of `table1_data`
     """
-    convolution, found = rows["context"] == "cnn", []
-    for one, position in zip(table.itertuples(), ("cnn", *POSITIONS), strict=True):
-        row = "convolution" if position == "cnn" else one.position
+    cnn, found = rows["context"] == "cnn", []
+    for one, (position, row) in zip(table.itertuples(), POSITION_NAMES.items(), strict=True):
         found.append((row, PUBLISHED, one.published_saving_percent))
-        kind = convolution if position == "cnn" else rows["position"].eq(position) & ~convolution
+        kind = cnn if position == "cnn" else rows["position"].eq(position) & ~cnn
         for source, column in (("here, whole pictures", "bpp"), ("here, 256 x 256 pixels", "bpp_middle")):
-            base = rows[convolution][column].mean()
+            base = rows[cnn][column].mean()
             found += [(row, source, 100 * (1 - bpp / base)) for bpp in rows[kind][column]]
     return pd.DataFrame(found, columns=["row", "source", "value"])
 
@@ -203,8 +219,9 @@ def dots(data: pd.DataFrame, label: str) -> Figure:
     ax.set_yticks(range(len(rows)), rows)
     ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel=label)
     ax.grid(axis="y", alpha=0.25, linewidth=0.5)
-    if len(sources) > 1:
-        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    handles, words = ax.get_legend_handles_labels()
+    handles.append(Line2D([], [], linestyle="", marker="|", color=COLOURS[0], markersize=9))
+    ax.legend(handles, [*words, "mean of the seeds"], loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -218,7 +235,7 @@ GAINS = {  # what is compared with what: (it, against); a gain is positive where
 }
 COSTS = {  # the same of what is beside the serial model: a cost is positive where it needs more bits
     "two passes": ("parallel", "serial"),
-    "two passes, twice as wide": ("parallel-192", "serial"),
+    "two passes, twice as wide as the serial one": ("parallel-192", "serial"),
     "GroupedMixer, 12 groups": ("groupedmixer", "serial"),
     "GroupedMixer, 32 groups": ("groupedmixer-32", "serial"),
 }
@@ -254,13 +271,16 @@ def gains_data(pairs: dict[str, tuple[str, str]], stretch: int = 200) -> pd.Data
 def gains_over_training(gains: pd.DataFrame, costs: pd.DataFrame) -> Figure:
     """Savings of attention, and what is paid beside the serial model, over the steps; a ring for held-out latents."""
     figure, axes = new_figure(TWO_COLUMNS, 3.2, 1, 2, sharex=True)
-    for ax, data, sign in ((axes[0], gains, -1), (axes[1], costs, 1)):
-        for (label, part), colour, marker in zip(data.groupby("label", sort=False), COLOURS, MARKERS, strict=False):
+    looks = list(zip((*COLOURS, "#7a4a21"), MARKERS, strict=False))  # none is used twice
+    for ax, data, sign, own in ((axes[0], gains, -1, looks[:4]), (axes[1], costs, 1, looks[4:])):
+        for (label, part), (colour, marker) in zip(data.groupby("label", sort=False), own, strict=False):
             ax.plot(part["step"], sign * part["percent"], color=colour, marker=marker, markersize=3, label=label)
             end = (1.04 * part["step"].max(), sign * part["held_out"].iloc[0])
             ax.plot(*end, marker=marker, color=colour, markersize=5, markerfacecolor="none", linestyle="")
         ax.axhline(0, color="0.7", linewidth=0.8)
         ax.grid(axis="y", alpha=0.25, linewidth=0.5)
         ax.set(xlabel="training step", ylabel="rate saved, %" if sign < 0 else "rate above the serial model, %")
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1))
+        ring = Line2D([], [], linestyle="", marker="o", color="0.4", markersize=5, markerfacecolor="none")
+        handles, words = ax.get_legend_handles_labels()
+        ax.legend([*handles, ring], [*words, "held-out photographs"], loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure

@@ -51,7 +51,9 @@ def attention_maps(
     figure, axes = new_figure(width, 1.07 * rows * inches + 0.8, rows, columns, squeeze=False)  # 7% for the scale
     titles = titles or [panel.title for panel in panels]
     for axis, panel, title in zip(axes.flat, panels, titles, strict=False):
-        _map(axis, picture, panel, f"{title} (up to {_percent(np.abs(panel.values).max())})")
+        _map(
+            axis, picture, panel, f"{title} (up to {_percent(np.abs(panel.values).max())})", 72 * width / columns / wide
+        )
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
     scale = ScalarMappable(FuncNorm(ROOT, 0, 1), SEQUENTIAL)
@@ -59,7 +61,7 @@ def attention_maps(
         scale, ax=axes, location="bottom", fraction=0.04, aspect=40, shrink=0.5 if width > ONE_COLUMN else 0.9
     )
     bar.set_ticks([0, 0.1, 0.25, 0.5, 1], labels=["0", "10%", "25%", "50%", "100%"])
-    bar.set_label("attention, as a share of the largest in its map")
+    bar.set_label("attention, as a share of its map's largest")
     bar.outline.set_visible(False)
     _legend(figure, panels)
     return figure
@@ -87,8 +89,10 @@ def _legend(figure: Figure, panels: list[Panel]) -> None:
     figure.legend(handles, words, loc="outside lower center", ncols=columns, handlelength=1, handleheight=1)
 
 
-def _map(axis, picture: Image.Image, panel: Panel, title: str) -> None:
+def _map(axis, picture: Image.Image, panel: Panel, title: str, cell: float = 6) -> None:
+    """cell: side of a latent in points, for frames that do not hide its neighbours"""
     height, width = panel.values.shape
+    frame = min(1.4, cell / 4)
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     grey = 0.25 + 0.7 * np.asarray(picture.convert("L")) / 255  # pale, the colours are for the map
     axis.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=extent)
@@ -96,7 +100,7 @@ def _map(axis, picture: Image.Image, panel: Panel, title: str) -> None:
         axis.imshow(colours, extent=extent, interpolation="nearest")
     axis.add_collection(_frames(panel.selected, "white", 0.5))
     for (row, column), colour in ((panel.origin, ORIGIN), (panel.query, QUERY)):
-        for edge, line in (("white", 2.6), (colour, 1.4)):
+        for edge, line in (("white", 1.9 * frame), (colour, frame)):
             axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=edge, linewidth=line))
     axis.set(xlim=extent[:2], ylim=extent[2:], xticks=[], yticks=[])
     axis.set_title(title, fontsize=7)
@@ -147,10 +151,10 @@ def attention_data(number: int) -> Callable[[], pd.DataFrame | None]:
     return read
 
 
-def saved_maps(data: pd.DataFrame) -> Figure:
+def saved_maps(data: pd.DataFrame, number: int) -> Figure:
     """`attention_maps` of the saved result, over the picture that it names. What was decoded is not saved.
 
-    data: of `attention_data`
+    data: of `attention_data(number)`
     """
     panels = []
     for title, part in data.groupby("title", sort=False):
@@ -164,7 +168,9 @@ def saved_maps(data: pd.DataFrame) -> Figure:
     picture = Image.new("L", (16 * width, 16 * height), "white") if name is None else sample_picture(name)
     figure = attention_maps(_on_grid(picture, height, width), panels, columns=2, width=ONE_COLUMN)
     which = "last layer" if layer < 0 else f"layer {layer}, counted from 0"
-    figure.suptitle(f"{saved.get('model', '')}, {which}; white margins are padding", fontsize=6.5)
+    heads = {8: ", mean over heads", 10: ", mean over heads" if saved.get("trained_k") else ", head 0"}
+    told = f"{saved.get('model', '')}, {which}{heads.get(number, '')}\nwhite margins are padding"
+    figure.suptitle(told, fontsize=6.5)
     return figure
 
 

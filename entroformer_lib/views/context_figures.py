@@ -10,7 +10,7 @@ from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from entroformer_lib.studies.results import load
+from entroformer_lib.studies.results import POSITION_NAMES, load
 from entroformer_lib.views.style import (
     DIVERGING,
     ONE_COLUMN,
@@ -56,13 +56,7 @@ def beyond_data() -> pd.DataFrame | None:
     return grouped.agg(percent="mean", spread="std").reset_index()
 
 
-NAMES = {  # of models in position_masking.json: how figures call them
-    "cnn": "CNN",
-    "none": "no positions",
-    "absolute": "absolute",
-    "relative_1d": "by row and column",
-    "relative_2d": "in the plane",
-    "diamond": "diamond",
+NAMES = POSITION_NAMES | {  # of models in position_masking.json: how figures call them
     "hyper-parallel-none": "two passes, no positions",
     "hyper-parallel-diamond": "two passes, diamond",
 }
@@ -82,7 +76,7 @@ def two_measures(data: pd.DataFrame) -> Figure:
     model = "none" if (data["model"] == "none").any() else data["model"].iloc[-1]
     parts = {label: data[(data["model"] == model) & (data["measure"] == name)] for name, label in LABELS.items()}
     figure = _maps(parts, rings=True)
-    figure.suptitle(f"model: {NAMES.get(model, model)}", fontsize=7)
+    figure.suptitle(f"model: {NAMES.get(model, model)}; dashed: L1 distance up to 1 and 3 latents", fontsize=7)
     return figure
 
 
@@ -124,11 +118,12 @@ def _maps(parts: dict[str, pd.DataFrame], label: str | None = None, rings: bool 
     most = max(part["percent"].abs().max() for part in tables)
     for i, (ax, (title, part)) in enumerate(zip(axes.flat, parts.items(), strict=False)):
         scale = SymLogNorm(0.1, vmin=-most, vmax=most)
-        image = _map(ax, part, reach, scale, fontsize=6 if columns == 1 else 5)
+        image = _map(ax, part, reach, scale)
         ax.set(title=title, ylim=(lowest[i // columns] + reach, -0.5))
         for radius in (1, 3) if rings else ():
             corners = np.array([(0, -1), (1, 0), (0, 1), (-1, 0), (0, -1)]) * (radius + 0.5) + reach
-            ax.plot(*corners.T, color="0.2", linewidth=0.8, linestyle="--")
+            ax.plot(*corners.T, color="white", linewidth=1.6)
+            ax.plot(*corners.T, color="black", linewidth=0.8, linestyle="--")
     bar = figure.colorbar(image, ax=axes, pad=0.01)
     ticks = [t for t in (-10, -1, -0.1, 0, 0.1, 1, 10, 100) if abs(t) <= most]
     bar.set_ticks(ticks, labels=[f"{t:+g}" if t else "0" for t in ticks])
@@ -138,13 +133,13 @@ def _maps(parts: dict[str, pd.DataFrame], label: str | None = None, rings: bool 
     return figure
 
 
-def _map(ax, part: pd.DataFrame, reach: int, scale: SymLogNorm, fontsize: float):
+def _map(ax, part: pd.DataFrame, reach: int, scale: SymLogNorm):
     grid = np.full((2 * reach + 1, 2 * reach + 1), np.nan)
     grid[part["dy"] + reach, part["dx"] + reach] = part["percent"]
     image = ax.imshow(grid, cmap=DIVERGING, norm=scale)
     for dy, dx, percent in part[["dy", "dx", "percent"]].itertuples(index=False):
-        colour = "w" if abs(scale(percent) - 0.5) > 0.38 else "k"
-        ax.text(dx + reach, dy + reach, _short(percent), ha="center", va="center", fontsize=fontsize, color=colour)
+        colour = "w" if abs(scale(percent) - 0.5) > 0.3 else "k"
+        ax.text(dx + reach, dy + reach, _short(percent), ha="center", va="center", fontsize=6, color=colour)
     ax.plot(reach, reach, marker="x", color="k", markersize=5)
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
@@ -152,10 +147,10 @@ def _map(ax, part: pd.DataFrame, reach: int, scale: SymLogNorm, fontsize: float)
 
 
 def _short(percent: float) -> str:
-    """A percentage in as few characters as can be: "1.2", ".34" or "0"."""
+    """A percentage in as few characters as can be: "+1.2", "-.34" or "0"; the sign is for those who print in grey."""
     if abs(percent) < 0.005:
         return "0"
-    return f"{percent:.1f}" if abs(percent) >= 0.995 else f"{percent:.2f}".replace("0.", ".", 1)
+    return f"{percent:+.1f}" if abs(percent) >= 0.995 else f"{percent:+.2f}".replace("0.", ".", 1)
 
 
 @styled()
@@ -187,9 +182,13 @@ def beyond_curve(data: pd.DataFrame) -> Figure:
 
     data: of `beyond_data`
     """
-    figure, ax = new_figure(ONE_COLUMN, 2.8)
+    figure, ax = new_figure(ONE_COLUMN, 3.6)
     points_and_means(ax, _plain(data), "radius", "percent", "model")
     ax.axhline(0, color="0.6", linewidth=0.8)
-    ax.set(xlabel="L1 distance up to which context is known", ylabel="rate against all context, %")
-    ax.legend()
+    ax.set_yscale("symlog", linthresh=1)
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.set(xlabel="L1 distance up to which context is known, latents", ylabel="rate against all context, %")
+    handles, words = ax.get_legend_handles_labels()
+    ax.get_legend().remove()
+    figure.legend(handles, words, loc="outside lower center", ncols=2)
     return figure

@@ -137,8 +137,11 @@ def latency(rows: pd.DataFrame) -> Figure:
         seconds = medians.pop("seconds")
         bars = medians.rename(columns=STAGES)
         bars["CompressAI, whole"] = seconds.where(medians.isna().all(axis=1))
-        colours = [*COLOURS[:3], COLOURS[4], "0.75", "0.55"]
-        bars.fillna(0).plot.barh(stacked=True, ax=axes, color=colours, width=0.65, legend=False)
+        colours = [*COLOURS[:3], COLOURS[4], "0.85", "0.55"]
+        bars.fillna(0).plot.barh(stacked=True, ax=axes, color=colours, width=0.65, legend=False, edgecolor="white")
+        for patches, hatch in zip(axes.containers, ("", "////", "", "....", "", ""), strict=True):  # for grey prints
+            for patch in patches:
+                patch.set(hatch=hatch, linewidth=0.3)
         for y, total in enumerate(seconds):
             place = dict(xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
             axes.annotate(f"{total:.2f} s", (total, y), **place)

@@ -79,11 +79,11 @@ ITEMS = (
          ablations.figure6),
     Item("figure07_top_k", "Learning curves for several k", GRIDS, ablations.figure7_data, ablations.figure7),
     Item("figure08_attention_points", "Attention of three points of the picture coffee",
-         MAPS, attention.attention_data(8), attention.saved_maps),
+         MAPS, attention.attention_data(8), functools.partial(attention.saved_maps, number=8)),
     Item("figure09_attention_heads", "Attention of one point, head by head",
-         MAPS, attention.attention_data(9), attention.saved_maps),
+         MAPS, attention.attention_data(9), functools.partial(attention.saved_maps, number=9)),
     Item("figure10_attention_k", "Attention of one point with different k, in a model trained with one k",
-         MAPS, attention.attention_data(10), attention.saved_maps),
+         MAPS, attention.attention_data(10), functools.partial(attention.saved_maps, number=10)),
     Item("figure11_psnr_kodak", "Our models and other people's codecs: rate and PSNR on Kodak, and against BPG",
          "*-kodak.json", rates.codecs_data(CODECS, BPG),
          functools.partial(rates.rate_distortion, width=style.ONE_COLUMN)),
@@ -167,7 +167,9 @@ def readme(drawn: dict[str, pd.DataFrame], notebooks: Path) -> str:
         "within it, *larger* if all of it is beyond, otherwise *cannot tell*. That may still rule out the paper's\n"
         "number: the largest effect that the interval allows is said.\n"
         "Where each model was trained once, the interval is over the pictures. It does not include how much\n"
-        "another training would change the result.",
+        "another training would change the result. A BD-rate, a time and a size have no interval: there the\n"
+        "number stands in its place. Rates are means over the pictures before they are divided, in the figures\n"
+        "too; of several lambdas the mean of the ratios is taken.",
         _verdicts(found, shown),
         "## No number in the paper",
         _pictures([(item.item, item.name, item.title) for item in others]),

@@ -3,6 +3,7 @@
 import re
 import textwrap
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
@@ -49,7 +50,7 @@ DIFFERENCE = {  # column of `verdicts.differences`: what stands above it, and ho
     "seeds": ("seeds", "{:d}"),
     "bpp": ("bits per pixel", "{:.4f}"),
     "saved": ("bits saved, %", "{:+.1f}"),
-    "smallest": ("± (smallest that could be told), %", "{:.1f}"),
+    "smallest": ("± (smallest that could be told), %", lambda percent: f"{np.ceil(10 * percent) / 10:.1f}"),
     "told": ("told", "{}"),
 }
 
@@ -99,8 +100,8 @@ HEADINGS = {  # column: what stands above it
     "published_relative_bpp": "paper, relative, bits per pixel",
     "absolute_bpp": "here, absolute, bits per pixel",
     "relative_bpp": "here, relative, bits per pixel",
-    "published_mb": "paper, megabytes",
-    "megabytes": "here, megabytes",
+    "published_mb": "paper, M, read as MiB",
+    "megabytes": "here, MiB of float32",
     "parameters": "here, parameters",
 }
 

@@ -38,13 +38,13 @@ from entroformer_lib.views.style import (
 
 # One look for a name in all figures: colour and marker of our models, colour and dashes of published curves
 OURS = {
-    "blocks-parallel": (COLOURS[0], "o"),
-    "blocks-parallel-effort8": (COLOURS[4], "v"),
-    "blocks-serial": (COLOURS[1], "s"),
-    "blocks-serial-effort8": (COLOURS[5], "^"),
-    "blocks-groupedmixer": (COLOURS[2], "D"),
+    "blocks-serial": (COLOURS[0], "o"),
+    "blocks-parallel": (COLOURS[4], "v"),
+    "blocks-serial-effort8": (COLOURS[1], "s"),
+    "blocks-parallel-effort8": (COLOURS[5], "D"),
+    "blocks-groupedmixer": (COLOURS[2], "^"),
     "blocks-hyperprior": (COLOURS[3], "X"),
-    "blocks-parallel-msssim": ("black", "P"),
+    "blocks-parallel-msssim": ("#8a8a00", "P"),
 }
 THEIRS = {
     AUTHORS: ("black", (0, (5, 2))),
@@ -56,11 +56,11 @@ THEIRS = {
     "mbt2018 (CompressAI)": ("#7a4a21", (0, (4, 1, 1, 1))),
 }
 # Of other names, in their order
-MORE = ("#2f6f6f", "#8a8a00", "#d08770", "#4c566a")
+MORE = ("#2f6f6f", "#7c9a3c", "#d08770", "#4c566a")
 DASHES = ((0, (5, 2)), (0, (1, 1)), (0, (4, 1, 1, 1)))
 LOOKS = {  # variant: colour, marker, dashes of a line
     "minnen": ("0.3", "s", "-"),
-    "cnn": (COLOURS[1], "D", "-"),
+    "cnn": ("0.55", "D", "-"),
     "serial": (COLOURS[0], "o", "-"),
     "parallel": (COLOURS[4], "v", "-"),
     "groupedmixer": (COLOURS[2], "^", "-"),
@@ -117,13 +117,17 @@ def codecs_data(names: tuple[str, ...], base: str) -> Callable[[], pd.DataFrame 
 
 
 def goals_data(names: tuple[str, ...]) -> Callable[[], pd.DataFrame | None]:
-    """Figure 12, by MS-SSIM: codec, optimised_for ("mse" for classical codecs too), source, bpp, ms_ssim_db."""
+    """Figure 12, by MS-SSIM: codec, optimised_for ("mse" for classical codecs too), source, bpp, ms_ssim_db.
+
+    Serial models are left out: their curve lies on that of the parallel ones.
+    """
 
     def read() -> pd.DataFrame | None:
         ours = _alone()
-        ours = _whole(ours[ours["optimised_for"].isin(list(GOALS)) & ~ours["codec"].str.contains("-effort")])
+        ours = ours[ours["optimised_for"].isin(list(GOALS)) & ~ours["codec"].str.contains("-effort")]
         if ours.empty:
             return None
+        ours = _whole(ours[(ours["variant"] != "serial") | ~(ours["variant"] == "parallel").any()])
         theirs = [_named(published(optimised_for=goals), names) for goals in (("ms-ssim",), ("mse", "codec"))]
         curves = pd.concat([ours, *theirs], ignore_index=True).dropna(subset="ms_ssim_db")
         curves["optimised_for"] = curves["optimised_for"].replace("codec", "mse")
@@ -262,7 +266,7 @@ def _percent(ax, curves: pd.DataFrame, quality: str, looks: dict[str, dict], bas
         ax.set_ylim(max(min(ends), -MOST) - 4, min(max(ends), MOST) + 4)
     against = bases.unique()
     words = "CNNs of the same source" if len(against) > 1 else against[0].removesuffix(" (paper)")
-    edge = 0 if ours.max() > ours.min() else 1
+    edge = 0.03 * (ours.max() - ours.min()) or 1  # room for whole markers
     ax.set(xlim=(ours.min() - edge, ours.max() + edge), xlabel=QUALITIES[quality], ylabel=f"rate against\n{words}, %")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}" if value else "0"))
     ax.grid(alpha=0.25, linewidth=0.5)
@@ -274,7 +278,8 @@ def _legend(figure: Figure, curves: pd.DataFrame, looks: dict[str, dict]) -> Non
     groups = {"measured here": first[first["source"].isna()], "published": first[first["source"].notna()]}
     nothing, columns = Line2D([], [], linestyle=""), []
     for title, part in groups.items():
-        lines = [(Line2D([], [], **looks[name]), name.removesuffix(" (paper)")) for name in part["codec"]]
+        names = part["codec"].str.removesuffix(" (paper)").str.replace("-effort", ", effort ")
+        lines = [(Line2D([], [], **looks[name]), words) for name, words in zip(part["codec"], names, strict=True)]
         columns += [[(nothing, title), *lines]] if lines else []
     longest = max(map(len, columns))
     entries = [pair for one in columns for pair in one + [(nothing, "")] * (longest - len(one))]

@@ -42,9 +42,12 @@ def cost_and_time(data: pd.DataFrame) -> Figure:
 def _cost(ax, rows: pd.DataFrame) -> None:
     rows = rows[np.isfinite(rows["window"])]
     windows = sorted(rows["window"].unique())
-    for _, part in rows.groupby("picture"):
-        ax.plot(part["window"], part["change_percent"], color="0.7", linewidth=0.7, marker=".", markersize=3)
-    ax.plot(windows, rows.groupby("window")["change_percent"].mean(), color=COLOURS[0], marker="o", markersize=4)
+    for i, (_, part) in enumerate(rows.groupby("picture")):
+        look = dict(color="0.7", linewidth=0.7, marker=".", markersize=3, label="_" * (i > 0) + "a photograph")
+        ax.plot(part["window"], part["change_percent"], **look)
+    mean = rows.groupby("window")["change_percent"].mean()
+    ax.plot(windows, mean, color="black", marker="o", markersize=4, label="mean")
+    ax.legend()
     ax.axhline(0, color="0.3", linewidth=0.8)
     ax.set_xscale("log")
     ax.set_xticks(windows, [f"{w:g}" for w in windows])
