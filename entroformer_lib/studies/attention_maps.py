@@ -36,15 +36,15 @@ def maps(
 
     Returns:
         A row for each map: figure, title, query [row, column], probs [h][w]. Figure 8: each point, mean over the heads;
-        9: the last point, head by head; 10: the same, its first head under each k, or, of models trained with
+        9: the middle one, head by head; 10: the same, its first head under each k, or, of models trained with
         different k, whose heads have nothing to do with each other, the mean over the heads.
     """
-    k, last = server.default_k, points[-1]
+    k, middle = server.default_k, points[len(points) // 2]
     found = [_map(8, f"row {row}, column {column}", server, (row, column), layer, None, k) for row, column in points]
-    found += [_map(9, f"head {head}", server, last, layer, head, k) for head in range(server.heads)]
+    found += [_map(9, f"head {head}", server, middle, layer, head, k) for head in range(server.heads)]
     if trained:
-        return found + [_map(10, _title(one.default_k), one, last, layer, None, one.default_k) for one in trained]
-    return found + [_map(10, _title(n), server, last, layer, 0, n) for n in ks]
+        return found + [_map(10, _title(one.default_k), one, middle, layer, None, one.default_k) for one in trained]
+    return found + [_map(10, _title(n), server, middle, layer, 0, n) for n in ks]
 
 
 def _map(figure: int, title: str, server: RowServer, point: tuple[int, int], layer: int, head: int | None, k) -> dict:

@@ -22,7 +22,7 @@ from entroformer_lib.inspection.panels import Panel
 from entroformer_lib.studies.results import load
 from entroformer_lib.views.style import COLOURS, MARKERS, ONE_COLUMN, SEQUENTIAL, TWO_COLUMNS, new_figure, styled
 
-QUERY, ORIGIN = COLOURS[1], COLOURS[4]
+QUERY, ORIGIN = "black", COLOURS[4]
 DEARER, CHEAPER = COLOURS[1], COLOURS[0]  # when a position is hidden
 SIGNED_ROOT = (lambda v: np.sign(v) * np.sqrt(np.abs(v)), lambda v: np.sign(v) * np.square(v))
 ROOT = (lambda v: np.sqrt(np.maximum(v, 0)), np.square)  # the scale of colours, and back

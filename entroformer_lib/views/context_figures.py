@@ -4,6 +4,8 @@ Functions that end in `_data` read the saved result, and give None where there i
 from a table to a figure.
 """
 
+import textwrap
+
 import numpy as np
 import pandas as pd
 from matplotlib.colors import SymLogNorm
@@ -128,7 +130,7 @@ def _maps(parts: dict[str, pd.DataFrame], label: str | None = None, rings: bool 
     ticks = [t for t in (-10, -1, -0.1, 0, 0.1, 1, 10, 100) if abs(t) <= most]
     bar.set_ticks(ticks, labels=[f"{t:+g}" if t else "0" for t in ticks])
     bar.ax.minorticks_off()
-    bar.set_label(label or "%")
+    bar.set_label(textwrap.fill(label or "%", 18 if rows == 1 else 40))  # one row of maps is low
     bar.outline.set_visible(False)
     return figure
 

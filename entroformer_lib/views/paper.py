@@ -157,7 +157,8 @@ def readme(drawn: dict[str, pd.DataFrame], notebooks: Path) -> str:
         "Written by `make figures`; nothing here is drawn by hand. Figures and tables of the paper are drawn from\n"
         "data/results alone, as PNG and SVG, with their data as CSV, and tables as Markdown too; these alone draws\n"
         "`python -m entroformer_lib.views.paper`, in a minute. The other pictures here are those of the notebooks,\n"
-        "which `make figures` executes. Published numbers come from data/reference.",
+        "which `make figures` executes. PNGs of 670 pixels are for a column of 8.5 cm, wider ones for up to\n"
+        "18.3 cm. Published numbers come from data/reference.",
         f"## Verdicts\n\nOf {len(found)} claims: {counts}." if len(found) else "## Verdicts\n\nNo results yet.",
         "A saving is positive where it is in the paper's direction. The verdict follows from an interval of 95%\n"
         "by one rule ([verdicts.py](../entroformer_lib/studies/verdicts.py)): *reproduced* if all of it is above\n"
@@ -169,7 +170,8 @@ def readme(drawn: dict[str, pd.DataFrame], notebooks: Path) -> str:
         "Where each model was trained once, the interval is over the pictures. It does not include how much\n"
         "another training would change the result. A BD-rate, a time and a size have no interval: there the\n"
         "number stands in its place. Rates are means over the pictures before they are divided, in the figures\n"
-        "too; of several lambdas the mean of the ratios is taken.",
+        "too; of several lambdas the mean of the ratios is taken. The ablations' rates are those of whole\n"
+        "pictures at the end of the training; learning curves show their middle 256 x 256 pixels.",
         _verdicts(found, shown),
         "## No number in the paper",
         _pictures([(item.item, item.name, item.title) for item in others]),

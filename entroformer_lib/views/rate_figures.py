@@ -55,6 +55,7 @@ THEIRS = {
     "cheng2020-anchor (CompressAI)": ("#b03060", (0, (1, 1))),
     "mbt2018 (CompressAI)": ("#7a4a21", (0, (4, 1, 1, 1))),
 }
+PILLOWS = {"jpeg": "JPEG, Pillow", "webp": "WebP, Pillow", "jpeg2000": "JPEG 2000, Pillow", "avif": "AVIF, Pillow"}
 # Of other names, in their order
 MORE = ("#2f6f6f", "#7c9a3c", "#d08770", "#4c566a")
 DASHES = ((0, (5, 2)), (0, (1, 1)), (0, (4, 1, 1, 1)))
@@ -278,7 +279,7 @@ def _legend(figure: Figure, curves: pd.DataFrame, looks: dict[str, dict]) -> Non
     groups = {"measured here": first[first["source"].isna()], "published": first[first["source"].notna()]}
     nothing, columns = Line2D([], [], linestyle=""), []
     for title, part in groups.items():
-        names = part["codec"].str.removesuffix(" (paper)").str.replace("-effort", ", effort ")
+        names = part["codec"].replace(PILLOWS).str.removesuffix(" (paper)").str.replace("-effort", ", effort ")
         lines = [(Line2D([], [], **looks[name]), words) for name, words in zip(part["codec"], names, strict=True)]
         columns += [[(nothing, title), *lines]] if lines else []
     longest = max(map(len, columns))
