@@ -9,8 +9,9 @@ from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import ConfigError, WeightsError
 from entroformer_lib.models import transforms
 from entroformer_lib.models.config import EntroformerConfig, named_config
-from entroformer_lib.models.transforms import Analysis, Synthesis, build_transforms, dct_basis, fold_gain
+from entroformer_lib.models.transforms import Analysis, Synthesis, build_transforms, dct_basis
 from entroformer_lib.tiles import Tiles
+from entroformer_lib.training.latents import fold_gain
 
 STAGES = ((4, 6, 1), (8, 10, 2))
 KINDS = {

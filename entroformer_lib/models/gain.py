@@ -72,18 +72,6 @@ class RateGain(nn.Module):
         low, high = self.lmbdas[i], self.lmbdas[i + 1]
         return low * (high / low) ** (level - i)
 
-    @torch.no_grad()
-    def begin_from(self, other: "RateGain", scale: float = 1.0) -> None:
-        """Takes the gains that another model's gains give at these lambdas: linear in the logarithms, beyond the ends
-        with the slope there. Both must have as many channels. scale: our lambdas over theirs at the same rate, where
-        the distortions differ."""
-        known = torch.tensor(other.lmbdas).log()
-        at = (torch.tensor(self.lmbdas) / scale).log()
-        i = (torch.searchsorted(known, at, right=True) - 1).clamp(0, len(known) - 2)
-        part = ((at - known[i]) / (known[i + 1] - known[i]))[:, None]  # below 0 and above 1 beyond the ends
-        for mine, theirs in ((self.log_gain, other.log_gain), (self.log_inverse, other.log_inverse)):
-            mine.copy_(torch.lerp(theirs[i], theirs[i + 1], part))
-
 
 class Rate(NamedTuple):
     """What an entropy model is told of the rates of B latents.

@@ -209,7 +209,7 @@ class LinearSynthesis(nn.Module):
         self.bias = nn.Parameter(torch.zeros(3, SIDE, SIDE))
 
     def forward(self, y_hat: Tensor) -> Tensor:
-        kernels = self.weight.flatten(1).transpose(0, 1)[..., None, None]
+        kernels = self.weight.flatten(1).transpose(0, 1)[..., None, None]  # [768, M, 1, 1]
         blocks = F.conv2d(y_hat, kernels, self.bias.flatten())  # [B, 768, h, w]
         return F.pixel_shuffle(blocks, SIDE) / 2
 
@@ -242,21 +242,3 @@ def build_transforms(c) -> tuple[nn.Module, nn.Module]:
     if c.linear_path == "dct":
         g_a, g_s = WithLinearPath(g_a, LinearAnalysis(c.M)), WithLinearPath(g_s, LinearSynthesis(c.M))
     return g_a, g_s
-
-
-@torch.no_grad()
-def fold_gain(g_a: nn.Module, g_s: nn.Module, gain: Tensor, inverse: Tensor) -> None:
-    """Works a gain of the latents into the kernels that write them and that read them.  gain, inverse: [M]"""
-    for layer in _ends(g_a, -1):
-        for parameter in layer.parameters():  # [M, ...]
-            parameter.mul_(gain.view(-1, *(1,) * (parameter.dim() - 1)))
-    for layer in _ends(g_s, 0):
-        axis = 1 if isinstance(layer, nn.Conv2d) else 0  # where M stands
-        layer.weight.mul_(inverse.view(*(1,) * axis, -1, *(1,) * (3 - axis)))
-
-
-def _ends(transform: nn.Module, which: int) -> list[nn.Module]:
-    """The first (0) or last (-1) layers with kernels, one of each path."""
-    if isinstance(transform, WithLinearPath):
-        return [*_ends(transform.network, which), transform.linear]
-    return [[layer for layer in transform if getattr(layer, "weight", None) is not None][which]]

@@ -133,6 +133,12 @@ GRIDS = {
             ("kodak", "curve"),
         ),
         Grid(
+            "dense",
+            "does a model without positions need all keys? Table 1's row with dense attention",
+            (Entry("none-dense", "context", {"position": "none", "top_k": None}, columns={"position": "none"}),),
+            ("kodak", "curve"),
+        ),
+        Grid(
             "figure6",
             "the diamond's radius h, against no position encoding",
             (

@@ -1,5 +1,7 @@
 """The model that a run begins with: new, from other weights, behind frozen transforms, or a trunk's."""
 
+import torch
+
 from entroformer_lib.entroformer import Entroformer, build_model
 from entroformer_lib.errors import TrainingError
 from entroformer_lib.models.config import parse_fields
@@ -73,5 +75,17 @@ def changed(model: Entroformer, fields: dict, lmbda_scale: float = 1.0) -> Entro
             state[name] = tensor
     new.load_state_dict(state)
     if new.gain is not None and model.gain is not None and config.M == model.config.M:
-        new.gain.begin_from(model.gain, lmbda_scale)
+        begin_gain(new.gain, model.gain, lmbda_scale)
     return new
+
+
+@torch.no_grad()
+def begin_gain(new: RateGain, known: RateGain, lmbda_scale: float = 1.0) -> None:
+    """Gives new gains the values of known ones at their lambdas: linear in the logarithms, beyond the ends with the
+    slope there. Both have as many channels. lmbda_scale: new lambdas over known ones, as in `changed`."""
+    lmbdas = torch.tensor(known.lmbdas).log()
+    at = (torch.tensor(new.lmbdas) / lmbda_scale).log()
+    i = (torch.searchsorted(lmbdas, at, right=True) - 1).clamp(0, len(lmbdas) - 2)
+    part = ((at - lmbdas[i]) / (lmbdas[i + 1] - lmbdas[i]))[:, None]  # below 0 and above 1 beyond the ends
+    for mine, theirs in ((new.log_gain, known.log_gain), (new.log_inverse, known.log_inverse)):
+        mine.copy_(torch.lerp(theirs[i], theirs[i + 1], part))

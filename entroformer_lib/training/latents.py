@@ -21,14 +21,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import DataError, UserError, WeightsError
 from entroformer_lib.files import replacing, write_bytes
 from entroformer_lib.models.config import TRANSFORM_FIELDS, named_config
-from entroformer_lib.models.transforms import fold_gain
+from entroformer_lib.models.transforms import WithLinearPath
 from entroformer_lib.training.chance import LATENTS, generator
 from entroformer_lib.training.config import Count, Seed, Side, Text, check
 from entroformer_lib.training.data import crop_of, held_out_crops, picture_number, pictures_in, read_names
@@ -51,6 +51,24 @@ def frozen_transforms(name: str) -> Entroformer:
         fold_gain(model.g_a, model.g_s, *(g.flatten() for g in model.gain(torch.tensor([model.level]))))
     model.gain = None
     return model
+
+
+@torch.no_grad()
+def fold_gain(g_a: nn.Module, g_s: nn.Module, gain: Tensor, inverse: Tensor) -> None:
+    """Works a gain of the latents into the kernels that write them and that read them.  gain, inverse: [M]"""
+    for layer in _ends(g_a, -1):
+        for parameter in layer.parameters():  # [M, ...]
+            parameter.mul_(gain.view(-1, *(1,) * (parameter.dim() - 1)))
+    for layer in _ends(g_s, 0):
+        axis = 1 if isinstance(layer, nn.Conv2d) else 0  # where M stands
+        layer.weight.mul_(inverse.view(*(1,) * axis, -1, *(1,) * (3 - axis)))
+
+
+def _ends(transform: nn.Module, which: int) -> list[nn.Module]:
+    """The first (0) or last (-1) layers with kernels, one of each path."""
+    if isinstance(transform, WithLinearPath):
+        return [*_ends(transform.network, which), transform.linear]
+    return [[layer for layer in transform if getattr(layer, "weight", None) is not None][which]]
 
 
 def with_transforms(source: Entroformer, name: str, preset: str = "paper", **fields) -> Entroformer:
