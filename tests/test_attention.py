@@ -91,8 +91,8 @@ def test_cached_steps_equal_one_pass(position, share):
     number = torch.arange(15)
     with torch.no_grad():
         whole = stack(x, sites, visible=lambda i: number <= i[:, None])
-        memory = stack.memory(15)
-        steps = [stack(x[:, i : i + 1], sites[: i + 1], memory=memory) for i in range(15)]
+        cache = stack.cache(15)
+        steps = [stack(x[:, i : i + 1], sites[: i + 1], cache=cache) for i in range(15)]
     torch.testing.assert_close(torch.cat(steps, 1), whole)
 
 
@@ -105,13 +105,12 @@ def test_tokens_apart_see_what_is_remembered_and_themselves():
     visible |= torch.eye(15, dtype=torch.bool)
     with torch.no_grad():
         whole = stack(x, sites, visible=lambda i: visible[i])
-        memory = stack.memory(9)
-        stack(x[:, :9], sites[:9], memory=memory)
-        for part in memory:
+        cache = stack.cache(9)
+        stack(x[:, :9], sites[:9], cache=cache)
+        for part in cache:
             part.closed = True
         late = [
-            stack(x[:, some], torch.cat((sites[:9], sites[some])), memory=memory)
-            for some in ([9, 10, 11], [12, 13, 14])
+            stack(x[:, some], torch.cat((sites[:9], sites[some])), cache=cache) for some in ([9, 10, 11], [12, 13, 14])
         ]
     torch.testing.assert_close(torch.cat(late, 1), whole[:, 9:])
 

@@ -175,11 +175,11 @@ def test_ranking_in_groups_gives_the_bits_of_all_scores(sees, kind, monkeypatch)
         with torch.inference_mode(), Exact():
             if sees != "closed memory":
                 return stack(x, sites, visible=UpToItself(len(sites)) if sees == "up to itself" else None)
-            memory = stack.memory(200)
-            stack.remember(x[:, :200], sites[:200], memory)
-            for part in memory:
+            cache = stack.cache(200)
+            stack.remember(x[:, :200], sites[:200], cache)
+            for part in cache:
                 part.closed = True
-            return stack(x[:, 200:], sites, memory=memory)
+            return stack(x[:, 200:], sites, cache=cache)
 
     calls, found = [], ranked.attend
     monkeypatch.setattr(ranked, "attend", lambda *args: calls.append(args) or found(*args))

@@ -99,11 +99,11 @@ def test_pieces_keep_a_mask_with_a_column_for_the_own_key(x):
         return ~hidden[i - len(SITES) + q]
 
     def run():
-        memory = stack.memory(len(SITES) - q)
-        stack.remember(x[:, q:], SITES[q:], memory)
-        for part in memory:
+        cache = stack.cache(len(SITES) - q)
+        stack.remember(x[:, q:], SITES[q:], cache)
+        for part in cache:
             part.closed = True
-        return stack(x[:, :q], torch.cat((SITES[q:], SITES[:q])), visible=visible, memory=memory)
+        return stack(x[:, :q], torch.cat((SITES[q:], SITES[:q])), visible=visible, cache=cache)
 
     with torch.no_grad():
         expected = run()

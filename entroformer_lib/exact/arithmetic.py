@@ -76,18 +76,18 @@ class Exact(TorchFunctionMode):
             known = self._arrays[id(parameter)] = parameter, loops.array(finite(parameter))
         return known[1]
 
-    def through(self, block: attention.Block, x, sites, visible=None, relative=None, top_k=None, memory=None) -> Tensor:
+    def through(self, block: attention.Block, x, sites, visible=None, relative=None, top_k=None, cache=None) -> Tensor:
         """`Block.forward`. The tokens of a serial decoder come one by one, and each goes through in a single loop."""
-        single = memory is not None and not memory.closed and visible is None and x.shape[:2] == (1, 1)
+        single = cache is not None and not cache.closed and visible is None and x.shape[:2] == (1, 1)
         weights = self.block(block) if single and loops.serve(x) else None
         if weights is None:
-            return type(block).forward(block, x, sites, visible=visible, relative=relative, top_k=top_k, memory=memory)
+            return type(block).forward(block, x, sites, visible=visible, relative=relative, top_k=top_k, cache=cache)
         layer = block.attention
-        if memory.length == 0:
-            memory.kept = loops.memory_of(layer.heads, memory.capacity, x.size(2) // layer.heads)
-        memory.length += 1
-        k, window = min(top_k or layer.top_k or memory.length, memory.length), layer.window or 0
-        return loops.one_token(x, weights, memory.kept, self.position(relative), sites, k, window)
+        if cache.length == 0:
+            cache.kept = loops.cache_of(layer.heads, cache.capacity, x.size(2) // layer.heads)
+        cache.length += 1
+        k, window = min(top_k or layer.top_k or cache.length, cache.length), layer.window or 0
+        return loops.one_token(x, weights, cache.kept, self.position(relative), sites, k, window)
 
     def block(self, block: attention.Block) -> loops.BlockWeights | None:
         """A transformer block as `loops.one_token` takes it; None where it takes none like it."""

@@ -453,7 +453,7 @@ class BlockWeights(NamedTuple):
     scale: np.float32
 
 
-def memory_of(heads: int, capacity: int, d: int) -> tuple[np.ndarray, ...]:
+def cache_of(heads: int, capacity: int, d: int) -> tuple[np.ndarray, ...]:
     """Room for keys in high and low digits, their scales, and values as integers."""
     shape = (heads, capacity, d)
     return np.empty(shape, np.int8), np.empty(shape, np.int8), np.empty(shape[:2], f32), np.empty(shape, f64)
@@ -461,7 +461,7 @@ def memory_of(heads: int, capacity: int, d: int) -> tuple[np.ndarray, ...]:
 
 @loop
 def _remember(keys, values, first, high, low, scale, fixed):
-    """keys, values: [heads, q, d], tokens from number `first` on; the others as in memory_of"""
+    """keys, values: [heads, q, d], tokens from number `first` on; the others as in cache_of"""
     stop = first + keys.shape[1]
     for h in range(len(keys)):
         _digits(keys[h], high[h, first:stop], low[h, first:stop], scale[h, first:stop])
@@ -510,15 +510,15 @@ def _attend_one(q, high, low, scale, fixed, n, p_high, p_low, p_scale, lookup, s
 
 
 @loop
-def _one_token(x, block, memory, position, sites, top_k, window, out):
+def _one_token(x, block, cache, position, sites, top_k, window, out):
     """models/attention.py's Block for the token of the last site.  x: [1, D], sites: [n, 2]  ->  out: [1, D]"""
     D, n = x.shape[1], len(sites)
-    high, low, scale, fixed = memory
+    high, low, scale, fixed = cache
     heads, d = high.shape[0], high.shape[2]
     normed, qkv, mixed = np.empty((1, D), dtype=f32), np.empty(3 * D, dtype=f32), np.empty(D, dtype=f32)
     _layer_norm(x, block.norm1_weight, block.norm1_bias, block.eps, normed)
     _linear_row(normed[0], *block.qkv, qkv)
-    _remember(qkv[D : 2 * D].reshape(heads, 1, d), qkv[2 * D :].reshape(heads, 1, d), n - 1, *memory)
+    _remember(qkv[D : 2 * D].reshape(heads, 1, d), qkv[2 * D :].reshape(heads, 1, d), n - 1, *cache)
     q, gathered = qkv[:D].reshape(heads, d) * block.scale, np.empty((heads, d), dtype=f32)
     _attend_one(q, high, low, scale, fixed, n, *position, sites, top_k, window, gathered)
     _linear_row(gathered.reshape(-1), *block.out, mixed)
@@ -535,12 +535,12 @@ def _one_token(x, block, memory, position, sites, top_k, window, out):
 
 
 def one_token(
-    x: Tensor, block: BlockWeights, memory: tuple, position: tuple, sites: Tensor, top_k: int, window: int
+    x: Tensor, block: BlockWeights, cache: tuple, position: tuple, sites: Tensor, top_k: int, window: int
 ) -> Tensor:
     """x: [1, 1, D], of the last of the sites [n, 2]; position: digits and scale of the vectors, lookup; window: how far
     the token looks, 0 for everywhere  ->  [1, 1, D]"""
     out = np.empty(x.shape, dtype=f32)
-    _one_token(array(x)[0], block, memory, position, array(sites), top_k, window, out[0])
+    _one_token(array(x)[0], block, cache, position, array(sites), top_k, window, out[0])
     return torch.from_numpy(out)
 
 

@@ -117,7 +117,7 @@ def check(model: Entroformer, reference: Entroformer | None) -> None:
 
 
 class _Known:
-    """Memory of one attention layer: what it was given, or what the token brings."""
+    """Cache of one attention layer: what it was given, or what the token brings."""
 
     def __init__(self, k: Tensor | None = None, v: Tensor | None = None):
         self.k, self.v, self.closed = k, v, k is not None
@@ -170,10 +170,10 @@ class _Remember(nn.Module):
         tokens = context.embed(_seen(self.model, y_hat, level)[carriers])[None]
         number = torch.arange(keep.size(0))
         visible = (keep > 0) | (number == number[:, None])
-        memory = [_Known() for _ in context.stack.blocks]
+        cache = [_Known() for _ in context.stack.blocks]
         with InGraphs(_Changed(self.model, k, head_on, position_on, visible)):
-            context.stack(tokens, sites[carriers], memory=memory)
-        return torch.cat([part.k for part in memory]), torch.cat([part.v for part in memory])
+            context.stack(tokens, sites[carriers], cache=cache)
+        return torch.cat([part.k for part in cache]), torch.cat([part.v for part in cache])
 
 
 class _Look(nn.Module):
@@ -188,10 +188,10 @@ class _Look(nn.Module):
         carries = first[sites][:, None]  # [q, 1]
         seen = torch.cat(((visible > 0) | (carriers == sites[:, None]), ~carries), dim=1)  # [q, c + 1]
         tokens = context.embed(_seen(self.model, y_hat, level)[sites] * carries)[None]
-        memory = [_Known(keys[i : i + 1], values[i : i + 1]) for i in range(len(context.stack.blocks))]
+        cache = [_Known(keys[i : i + 1], values[i : i + 1]) for i in range(len(context.stack.blocks))]
         changed = _Changed(self.model, k, head_on, position_on, seen)
         with InGraphs(changed):
-            feature = context.stack(tokens, torch.cat((grid[carriers], grid[sites])), memory=memory)[0]
+            feature = context.stack(tokens, torch.cat((grid[carriers], grid[sites])), cache=cache)[0]
         feature, here = feature * ~carries, hyper.flatten(2)[..., sites]
         said = [_gaussians(self.model, here, f, level) for f in (feature, torch.zeros_like(feature))]
         return *said[0], *said[1], *(torch.cat(tensors) for tensors in changed.heard.values())

@@ -208,16 +208,16 @@ class RowServer(PictureServer):
         """Keys and values of all context tokens in every layer, with this k. `keys_and_values` keeps some of them."""
         stack, carriers = self._stack(k), self._carriers
         tokens, sites = self.model.context_model.embed(self._seen[carriers])[None], self._sites[carriers]
-        memory = stack.memory(len(carriers))
+        cache = stack.cache(len(carriers))
         if self.causal:  # in stretches, because a token sees only earlier ones: half the scores
             for part in carriers.split(TOKENS_AT_ONCE):
                 seen = carriers[: part[-1] + 1]
-                stack(tokens[:, part], sites[seen], lambda i, seen=seen: seen <= i[:, None], memory)
+                stack(tokens[:, part], sites[seen], lambda i, seen=seen: seen <= i[:, None], cache)
         else:
-            stack.remember(tokens, sites, memory)
-        for part in memory:
+            stack.remember(tokens, sites, cache)
+        for part in cache:
             part.closed = True
-        return memory
+        return cache
 
     @torch.inference_mode()
     def _look(
@@ -240,12 +240,12 @@ class RowServer(PictureServer):
             context features [q, D], the rows of `point` [q, layers, heads, n] or None, and the tokens as they come into
             each layer, [q, D].
         """
-        memory, stack = self.keys_and_values(k), self._stack(k)
+        cache, stack = self.keys_and_values(k), self._stack(k)
         carriers, device = self._carriers, self._seen.device
         own = torch.tensor([self.origin(site) for site in sites], device=device)
         if self.causal:  # no key behind the last token is seen
             carriers = carriers[: max(int(own.max()), 1)]
-            memory = [part.up_to(len(carriers)) for part in memory]
+            cache = [part.up_to(len(carriers)) for part in cache]
         # The last column is a token's own key, which in a first slice is among the others.
         mask = torch.ones(len(sites), len(carriers) + 1, dtype=torch.bool, device=device)
         if self.causal:
@@ -260,7 +260,7 @@ class RowServer(PictureServer):
             inputs = []
             for one in range(layer, self.layers):
                 inputs.append(x)
-                x = stack(x[None], places, lambda i: mask[i - len(carriers)], memory, range(one, one + 1))[0]
+                x = stack(x[None], places, lambda i: mask[i - len(carriers)], cache, range(one, one + 1))[0]
         without = torch.tensor([not self.has_context(site) for site in sites], device=device)[:, None]
         feature = torch.where(without, self.model.context_model.start[0] if self.causal else 0.0, x)
         if point is None:

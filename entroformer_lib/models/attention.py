@@ -1,6 +1,6 @@
 """Top-k self-attention and the transformer block (sections 3.1 and 3.3).
 
-Bottom up: memory of keys and values, attention, a block of attention and feed-forward, a stack of blocks. Each quantity
+Bottom up: cache of keys and values, attention, a block of attention and feed-forward, a stack of blocks. Each quantity
 a reader may want to look at passes through a module that does nothing (`nn.Identity`): a hook on it sees the tensor,
 and without a hook it costs nothing.
 """
@@ -17,7 +17,7 @@ from entroformer_lib.models.position import RelativePosition, sinusoidal_positio
 from entroformer_lib.models.primitives import dot_products, float_or_wider, keep_top_k, replaceable, weighted_sum
 
 # Which keys may a query see? Maps query numbers [q] to a mask, True = visible: [q, n] or [B, 1, q, n]. With a closed
-# memory it has one column more, for each query's own key.
+# cache it has one column more, for each query's own key.
 Visible = Callable[[Tensor], Tensor]
 
 
@@ -31,7 +31,7 @@ class UpToItself(NamedTuple):
         return torch.arange(self.n, device=i.device) <= i[:, None]
 
 
-class Memory:
+class KVCache:
     """Keys and values of the tokens seen so far, of one attention layer: nothing is computed twice.
 
     Called with those of new tokens, [B, heads, q, d], it keeps them and returns all it has. When it is `closed`, it
@@ -53,7 +53,7 @@ class Memory:
             self.length = here.stop
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
-    def up_to(self, length: int) -> "Memory":
+    def up_to(self, length: int) -> "KVCache":
         """The same keys and values, of the first so many tokens."""
         shorter = copy.copy(self)
         shorter.length = length
@@ -89,14 +89,14 @@ class TopKAttention(nn.Module):
         visible: Visible | None = None,
         relative: RelativePosition | None = None,
         top_k: int | None = None,
-        memory: Memory | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
-        """x: [B, q, D]; sites: [t, 2] of all t tokens, those of the memory first and x's last; top_k: in the place of
+        """x: [B, q, D]; sites: [t, 2] of all t tokens, those of the cache first and x's last; top_k: in the place of
         the layer's own, for this pass  ->  [B, q, D]"""
         q, k, v = self.project(x)
-        own = (k, v) if memory is not None and memory.closed else None
-        if memory is not None:
-            k, v = memory(k, v)
+        own = (k, v) if cache is not None and cache.closed else None
+        if cache is not None:
+            k, v = cache(k, v)
         out = attend(q, k, v, self, sites, visible, relative, top_k or self.top_k, own)  # [B, heads, q, d]
         return self.out(out.transpose(1, 2).flatten(2))  # heads joined: [B, q, D]
 
@@ -126,7 +126,7 @@ def attend(
 
     The queries are the last q tokens, or those of `query_index` [q]; the keys are the first n, or those of `key_index`
     [n].
-    `own`: key and value of each query itself, [B, heads, q, d] each, where they are not in k and v (a closed memory).
+    `own`: key and value of each query itself, [B, heads, q, d] each, where they are not in k and v (a closed cache).
     """
     n = k.size(2)
     key_sites = sites[:n] if key_index is None else sites[key_index]
@@ -206,19 +206,19 @@ class Stack(nn.Module):
         self.positions = nn.ModuleList(RelativePosition(c.position, radius, c.dim // c.heads) for _ in range(tables))
         init_linear(self)
 
-    def memory(self, capacity: int) -> list[Memory]:
-        """An empty memory for each block."""
-        return [Memory(capacity) for _ in self.blocks]
+    def cache(self, capacity: int) -> list[KVCache]:
+        """An empty cache for each block."""
+        return [KVCache(capacity) for _ in self.blocks]
 
     def forward(
         self,
         x: Tensor,
         sites: Tensor,
         visible: Visible | None = None,
-        memory: list[Memory] | None = None,
+        cache: list[KVCache] | None = None,
         layers: range | None = None,
     ) -> Tensor:
-        """x: [B, q, D]; sites: [t, 2] of all t tokens, those of the memory first and x's last; layers: those to go
+        """x: [B, q, D]; sites: [t, 2] of all t tokens, those of the cache first and x's last; layers: those to go
         through, by default all  ->  [B, q, D]"""
         layers = range(len(self.blocks)) if layers is None else layers
         top_k = None  # each block's own
@@ -228,17 +228,17 @@ class Stack(nn.Module):
             top_k = int(torch.randint(max(2, k // 2), 2 * k, ()))
         for i in layers:
             relative = self.positions[min(i, len(self.positions) - 1)] if len(self.positions) else None
-            x = self.blocks[i](x, sites, visible=visible, relative=relative, top_k=top_k, memory=memory and memory[i])
+            x = self.blocks[i](x, sites, visible=visible, relative=relative, top_k=top_k, cache=cache and cache[i])
         return x
 
-    def remember(self, x: Tensor, sites: Tensor, memory: list[Memory]) -> None:
+    def remember(self, x: Tensor, sites: Tensor, cache: list[KVCache]) -> None:
         """Keeps keys and values of tokens whose outputs nobody needs; the last block computes nothing else.
 
         x: [B, q, D]; sites: [t, 2], as in `forward`
         """
         last = self.blocks[-1]
-        x = self.forward(x, sites, memory=memory, layers=range(len(self.blocks) - 1))
-        memory[-1](*last.attention.project(last.norm1(x))[1:])
+        x = self.forward(x, sites, cache=cache, layers=range(len(self.blocks) - 1))
+        cache[-1](*last.attention.project(last.norm1(x))[1:])
 
 
 def init_linear(module: nn.Module) -> None:

@@ -101,11 +101,11 @@ class SerialContext(nn.Module):
     def steps(self, height: int, width: int) -> Features:
         """One site at a time; keys and values of earlier sites are remembered."""
         sites = grid_sites(height, width, self.start.device)
-        memory, feature = self.stack.memory(len(sites)), self.start  # [1, 1, D]
+        cache, feature = self.stack.cache(len(sites)), self.start  # [1, 1, D]
         for i in range(len(sites)):
             latents = yield torch.tensor([i]), feature.transpose(1, 2)[..., None]
             if i + 1 < len(sites):  # the last token predicts nothing
-                feature = self.stack(self.embed(latents)[None], sites[: i + 1], memory=memory)
+                feature = self.stack(self.embed(latents)[None], sites[: i + 1], cache=cache)
 
 
 class ParallelContext(nn.Module):
@@ -150,14 +150,14 @@ class ParallelContext(nn.Module):
         device = self.embed.weight.device
         first, sites = first_slice(height, width, device).flatten(), grid_sites(height, width, device)
         one, two = first.nonzero()[:, 0], (~first).nonzero()[:, 0]
-        memory = self.stack.memory(len(one))
+        cache = self.stack.cache(len(one))
         if len(one):  # a single site has no first slice
             latents = yield one, self.embed.weight.new_zeros(1, self.embed.out_features, len(one), 1)
-            self.stack.remember(self.embed(latents)[None], sites[one], memory)
-        for part in memory:
+            self.stack.remember(self.embed(latents)[None], sites[one], cache)
+        for part in cache:
             part.closed = True
         unknown = self.embed(self.embed.weight.new_zeros(1, len(two), self.embed.in_features))
-        feature = self.stack(unknown, sites[torch.cat((one, two))], memory=memory if len(one) else None)
+        feature = self.stack(unknown, sites[torch.cat((one, two))], cache=cache if len(one) else None)
         yield two, feature.transpose(1, 2)[..., None]
 
 
