@@ -86,7 +86,7 @@ class Run:
             schedule="linear",
             precision="auto",
             seed=self.seed,
-            held_out_every=max(50, self.steps // 20),
+            held_out_every=max(250, self.steps // 20),
             accelerator="cpu",
             devices=1,
         )
