@@ -44,11 +44,12 @@ def in_short() -> str:
     claim = next(c for c in verdicts.claims() if "over the best CNN" in c.says)
     saved = claim.measured().value
     return _paragraph(
-        f"On Kodak the shipped model needs {_fewer(jpeg)} than JPEG and {_fewer(bpg)} than BPG at equal PSNR "
-        f"(BD-rate), and {_fewer(searched)} than BPG where the encoder searches (`--effort 8`). It was trained for "
-        "days on two CPU cores and a quarter of an hour on a GPU; the authors trained for days on GPUs. Behind the "
-        f"same transforms and at low rates a serial Entroformer needs {_fewer(-saved, 1)} than CNNs as in Minnen et "
-        f"al. (2018); the paper says {claim.published:g}%. More, and what it comes from: [results](docs/results.md)."
+        f"On Kodak the shipped model needs {_fewer(jpeg)} than JPEG with standard tables and {_fewer(bpg)} than BPG at "
+        f"equal PSNR (BD-rate), and {_fewer(searched)} than BPG where the encoder searches (`--effort 8`). It was "
+        "trained for days on two CPU cores and a quarter of an hour on a GPU; the authors trained for days on GPUs. "
+        f"Behind the same transforms and at low rates a serial Entroformer needs {_fewer(-saved, 1)} than CNNs as in "
+        f"Minnen et al. (2018); the paper says {claim.published:g}%. More, and what it comes from: "
+        "[results](docs/results.md)."
     )
 
 
@@ -314,7 +315,10 @@ def reliability() -> str:
     if matrix := load("matrix"):
         rows = pd.DataFrame(matrix["rows"])
         wrong = _none(rows["wrong"].sum())
-        parts.append(f"{wrong} of {rows['pairs'].sum():,} pairs of a picture and a configuration gave wrong latents.")
+        parts.append(
+            f"{wrong} of {rows['pairs'].sum():,} pairs of a picture and a configuration gave wrong latents, "
+            "with the models of that time."
+        )
     if fuzz := load("fuzz"):
         parts.append(f"{_none(_outcomes(fuzz)['wrong'])} of {fuzz['count']:,} damaged files gave a wrong picture.")
     if kills := load("kills"):

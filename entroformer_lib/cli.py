@@ -402,7 +402,7 @@ def explore(
     Args:
         image: The picture; for a table also a folder, or a .txt list of pictures. A live page can do without.
         output: The page; by default beside the picture.
-        layer: Layer to begin with; by default the last.
+        layer: Layer to begin with; by default the last that prefers some blocks to others.
         head: Head to begin with; by default the first.
         table: The table: .csv or .parquet; where it comes from stands in a .json beside it.
         side: The most pixels on the longer side; a larger picture is scaled down first.

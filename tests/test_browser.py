@@ -221,6 +221,18 @@ def test_first_pass_shows_no_attention_as_if_it_predicted(open_page, pages, serv
     assert server.has_context(place[0] * server.width + place[1]) and abs(place[0] - 3) + abs(place[1] - 4) == 1
 
 
+def test_a_change_of_the_view_alone_stays_at_the_nearest_block_that_is_held(open_page, pages):
+    page = open_page(pages["serial"])
+    places = page.evaluate("""() => {
+        const explorer = document.querySelector(".ef-explorer").explorer, { width } = explorer.meta;
+        explorer.source.held = (mode) => (mode === "head" ? undefined : [width + 5, 4 * width + 3]);
+        explorer.choose({ row: 2, column: 5 });
+        const at = ({ row, column }) => [row, column];
+        return ["ks", "pair", "cost", "head"].map((mode) => (explorer.choose({ mode }), at(explorer.selection)));
+    }""")
+    assert places == [[1, 5], [1, 5], [1, 5], [2, 5]]
+
+
 def test_address_keeps_the_view(open_page, pages):
     page = open_page(pages["parallel"])
     page.click("button[data-mode=heads]")

@@ -11,6 +11,7 @@ import urllib.request
 
 import numpy as np
 import pytest
+import torch
 from conftest import aware_model, micro_model
 from PIL import Image
 
@@ -22,6 +23,7 @@ from entroformer_lib.explorer.answers import Answers, packed
 from entroformer_lib.explorer.page import explorer_page, lattice, page_server, to_bytes
 from entroformer_lib.explorer.script import FOLDER, script
 from entroformer_lib.explorer.widget import Explorer
+from entroformer_lib.inspection.group_server import server_of
 from entroformer_lib.inspection.panels import (
     DENSE,
     MEAN,
@@ -30,8 +32,11 @@ from entroformer_lib.inspection.panels import (
     every_head,
     offered_ks,
     rank_correlations,
+    telling_layer,
 )
 from entroformer_lib.inspection.row_server import RowServer
+from entroformer_lib.models.attention import TopKAttention
+from entroformer_lib.models.groupedmixer import WindowAttention
 from entroformer_lib.studies import attention as study
 from entroformer_lib.views import attention_figures
 from entroformer_lib.weights.zoo import save_weights
@@ -119,6 +124,19 @@ def test_a_calculation_leads_from_scores_to_bits(server):
 def test_two_models_need_the_same_grid(photo, server):
     with pytest.raises(AttentionError, match="same grid"):
         Answers(server, RowServer(micro_model("serial"), photo.crop((0, 0, 64, 64))))
+
+
+@pytest.mark.parametrize("kind", ["serial", "parallel", "groupedmixer"])
+def test_the_explorer_begins_with_a_layer_that_prefers_something(photo, kind):
+    """All keys of the last layer get the same attention there, as in layers that were added to a trained model."""
+    model = micro_model(kind, context_layers=3)
+    attention = [m for m in model.context_model.modules() if isinstance(m, TopKAttention | WindowAttention)]
+    with torch.no_grad():
+        for layer, strength in zip(attention, (1000, 1000, 0), strict=True):
+            layer.qkv.weight[: layer.qkv.in_features] *= strength  # the queries
+    server = server_of(model, photo)
+    assert telling_layer(server) == 1
+    assert Answers(server).meta()["models"][0]["layer"] == 1
 
 
 def test_widget_answers_by_number(server, capsys):

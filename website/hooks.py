@@ -77,6 +77,8 @@ def is_local(target: str) -> bool:
 def published(page: str, link: str) -> str:
     """Under which name the target of a link is published."""
     name = posixpath.normpath(posixpath.join(posixpath.dirname(page), link))
+    if name == "README.md":  # on the site the front page stands in its place
+        return "index.md"
     if (ROOT / name).is_dir():
         return f"{name}/README.md"
     return re.sub(r"\.(ipynb|py)$", ".md", name)

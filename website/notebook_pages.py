@@ -31,11 +31,16 @@ def page_of(path: Path, root: str) -> tuple[str, dict[str, bytes]]:
         if cell.cell_type == "markdown":
             cell.source = with_formulas(cell.source)
         elif cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]  # progress bars
+            cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
             for output in cell.outputs:
                 _without_widgets(output, f"{path.stem}_{number}.html", root, files)
     text, resources = MarkdownExporter().from_notebook_node(notebook, {"unique_key": path.stem})
     return re.sub(r"!\[(png|jpeg)\]", "![Figure]", text), files | resources["outputs"]
+
+
+def _is_progress(output) -> bool:
+    """A progress bar, as text or as a widget."""
+    return output.get("name") == "stderr" or "%|" in output.get("data", {}).get("text/plain", "")
 
 
 def _without_widgets(output, name: str, root: str, files: dict[str, bytes]) -> None:

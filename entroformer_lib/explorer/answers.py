@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from entroformer_lib.errors import AttentionError
-from entroformer_lib.inspection.panels import offered_ks, own_k, rank_correlations
+from entroformer_lib.inspection.panels import offered_ks, own_k, rank_correlations, telling_layer
 
 REMEMBERED = 64  # answers
 QUESTIONS = ("overview", "rows", "costs", "cross", "calculation", "picture")
@@ -57,6 +57,7 @@ class Answers:
             "name": server.name,
             "kind": server.kind,
             "layers": server.layers,
+            "layer": telling_layer(server),
             "heads": server.heads,
             "slices": server.slices,
             "own_k": own_k(server),

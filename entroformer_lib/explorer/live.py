@@ -25,8 +25,8 @@ from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import AttentionError, UserError
 from entroformer_lib.explorer.live_graphs import live_graphs
 from entroformer_lib.explorer.script import STYLE, script
-from entroformer_lib.inspection.panels import USUAL_KS
-from entroformer_lib.inspection.row_server import GROUPS
+from entroformer_lib.inspection.panels import USUAL_KS, telling_layer
+from entroformer_lib.inspection.row_server import GROUPS, RowServer
 from entroformer_lib.inspection.scene import name_at
 from entroformer_lib.onnx_export import facts
 
@@ -104,6 +104,7 @@ def _facts(model: Entroformer, reference: Entroformer | None, graphs: list[str])
             "name": name_at(model, model.level),
             "hyperprior": True,
             "layers": c.context_layers,
+            "layer": telling_layer(RowServer(model, _first_picture())),
             "heads": c.heads,
             "own_k": own,
             "ks": [*sorted({*USUAL_KS, own} - {0}), 0],

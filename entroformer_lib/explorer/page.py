@@ -105,11 +105,14 @@ def explorer_page(server, title: str = "", progress: Progress | None = None, **s
 
 
 def _middle(server, sites: Sequence[int]) -> dict[str, int]:
-    """The place nearest to the middle of which every view is held, and whose bits depend on context."""
+    """The place nearest to the middle of which every view is held, and where context helps, or at least is known."""
     last = server.slices - 1  # which has context wherever another has
-    seen = [divmod(site, server.width) for site in sites if server.has_context(site * server.slices + last)]
+    known = [site for site in sites if server.has_context(site * server.slices + last)]
+    bits, alone = (np.zeros(server.n) if v is None else v.reshape(server.n, -1).sum(1) for v in server.overview())
+    helped = [site for site in known if alone[site] > bits[site]]
+    places = [divmod(site, server.width) for site in helped or known or sites[:1]]
     middle = (server.height / 2, server.width / 2)
-    row, column = min(seen or [divmod(sites[0], server.width)], key=lambda place: math.dist(place, middle))
+    row, column = min(places, key=lambda place: math.dist(place, middle))
     return {"row": row, "column": column}
 
 

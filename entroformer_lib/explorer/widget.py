@@ -16,7 +16,7 @@ from IPython.display import HTML, display
 from entroformer_lib.errors import UserError
 from entroformer_lib.explorer.answers import Answers, packed
 from entroformer_lib.explorer.script import STYLE, script
-from entroformer_lib.inspection.panels import attention_panel, offered_ks, own_k
+from entroformer_lib.inspection.panels import attention_panel, offered_ks, own_k, telling_layer
 
 # JupyterLab shows the widget once it has drawn, else the still picture above it: without a kernel it draws nothing, and
 # a dead widget has no elements inside.
@@ -117,7 +117,7 @@ def _first_view(server, selection: dict) -> str:
     query = (row * server.width + column) * server.slices + chosen("slice", min(1, server.slices - 1), server.slices)
     if not server.has_context(query):
         return ""
-    layer = chosen("layer", server.layers - 1, server.layers)
+    layer = chosen("layer", telling_layer(server), server.layers)
     head = -1 if selection.get("head") == -1 else chosen("head", 0, server.heads)
     k = selection.get("k") if selection.get("k") in offered_ks(server) else own_k(server)
     figure = attention_maps(server.picture, [attention_panel(server, query, layer, head, k)], columns=1)

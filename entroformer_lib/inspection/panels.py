@@ -12,6 +12,7 @@ import pandas as pd
 MEAN = -1  # as head: the mean over all heads
 DENSE = 0  # as k: dense attention
 USUAL_KS = (8, 16, 32, 64)  # figure 10
+PREFERS = 1.5  # times an equal share: what the largest attention has where a head prefers some keys
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,22 @@ def attention_panel(server, query: int, layer: int, head: int = MEAN, k: int | N
     values = of_head(server.rows(query, k or None)[layer], head)
     title = f"layer {layer}, {head_in_words(head)}" + (f", {k_in_words(k)}" if server.family == "rows" else "")
     return _on_grid(server, query, "attention", title, values, (values > 0) & (k != DENSE))
+
+
+def telling_layer(server, queries: int = 8) -> int:
+    """The last layer whose heads prefer some keys to others, judged by a few queries; where none does, the last.
+
+    Layers that were added to a trained model may give all their keys the same attention; a map of them shows nothing.
+    """
+    known = [query for query in range(server.n * server.slices) if server.has_context(query)]
+    if not known:
+        return server.layers - 1
+    strength = np.zeros(server.layers)  # the largest attention against that of equal shares
+    for query in known[:: -(-len(known) // queries)]:
+        probs = server.rows(query, own_k(server) or None)  # [layers, heads, n]
+        strength += (probs.max(-1) * np.count_nonzero(probs, axis=-1)).mean(-1) / queries
+    telling = np.flatnonzero(strength > PREFERS)
+    return int(telling[-1]) if len(telling) else server.layers - 1
 
 
 def every_head(server, query: int, layer: int, k: int | None = None) -> list[Panel]:

@@ -31,7 +31,7 @@ function offersOf(meta) {
     layer: of(most("layers")),
     head: {
       values: [MEAN, ...count(most("heads"))],
-      words: (v) => (v === MEAN ? "mean of all" : `${v} (0 to ${most("heads") - 1})`),
+      words: (v) => `${v === MEAN ? "mean" : v} (mean, 0 to ${most("heads") - 1})`,
     },
     k: ks,
     other_k: ks,

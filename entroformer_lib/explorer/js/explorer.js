@@ -118,7 +118,7 @@ class Explorer {
     this.selection = settled(this.meta, parts, { ...before, ...this.place });
     const { row, column } = this.selection;
     if (!before || "row" in parts || "column" in parts) this.place = { row, column }; // where a view that holds less came from
-    this.snap(before);
+    this.snap("row" in parts || "column" in parts ? before : null);
     if (JSON.stringify(before) !== JSON.stringify(this.selection)) return this.refresh();
   }
 
@@ -132,7 +132,7 @@ class Explorer {
     return this.source.held?.(s.mode, s.mode === "pair" ? [s.k, s.other_k] : [s.k]);
   }
 
-  /** Where the source holds only some sites, takes the nearest one, in the direction of a step. */
+  /** Where the source holds only some sites, takes the nearest one, in the direction of a step.  before: the step's start */
   snap(before) {
     const s = this.selection;
     const held = this.held(s);

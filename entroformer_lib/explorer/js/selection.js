@@ -25,7 +25,7 @@ export function settled(meta, wanted, before) {
     row: Math.floor(meta.height / 2),
     column: Math.floor(meta.width / 2),
     slice: 1,
-    layer: first.layers - 1,
+    layer: first.layer ?? first.layers - 1,
     head: 0,
     channel: first.channel_groups[0][0],
     k: first.own_k,

@@ -72,7 +72,7 @@ export function stopsOf(meta, overview) {
       row: at(site)[0],
       column: at(site)[1],
       mode: "head",
-      layer: model.layers - 1,
+      layer: model.layer ?? model.layers - 1,
       head: 0,
       k: model.own_k,
       ...(slice === undefined ? {} : { slice }),
