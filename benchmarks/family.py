@@ -27,7 +27,7 @@ import tyro
 from tqdm import tqdm
 
 from entroformer_lib.files import data_folder
-from entroformer_lib.studies.engine import complete, training_task
+from entroformer_lib.studies.engine import Outcome, complete, training_task
 from entroformer_lib.studies.results import save
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.latents import write_latents
@@ -125,9 +125,11 @@ def train(
         for kind in kinds
         for lr in ([chosen[kind, width]] if best_of else lrs)
     ]
-    for run in wanted:
-        complete([training_task(run.config(transforms, data, runs), progress=True)], runs)
-        print(f"{run.name}: {table(runs).set_index('run')['score'][run.name]:.4f}", flush=True)
+
+    def tell(outcome: Outcome) -> None:
+        print(f"{outcome.name}: {table(runs).set_index('run')['score'][outcome.name]:.4f}", flush=True)
+
+    complete([training_task(run.config(transforms, data, runs), progress=True) for run in wanted], runs, tell)
 
 
 def table(runs: Path) -> pd.DataFrame:

@@ -7,7 +7,7 @@ confidence. The rule looks at the interval alone:
 - reproduced: all of it is above 0, and it reaches the paper's number or lies above;
 - smaller: all of it is above 0 and below the paper's number;
 - reversed: all of it is below 0;
-- cannot tell: 0 lies in it. The largest effect that it allows is said.
+- cannot tell: 0 lies in it. Where it ends is said, as it may rule out the paper's number.
 
 Some claims are that something costs at most so much: a loss of one percent, no difference. Of those the limit stands
 in 0's place: reproduced where all of the interval is within the limit, larger where all of it is beyond.
@@ -111,7 +111,7 @@ def sentence(claim: Claim, effect: Effect) -> str:
     what += f"{unit} ({effect.over})"
     if verdict(claim, effect) != "cannot tell":
         return what
-    return f"{what}; more than {value + half:.{digits}f}{unit} is ruled out"
+    return f"{what}; the interval ends at {value + half:+.{digits}f}{unit}"
 
 
 def table() -> pd.DataFrame:

@@ -155,18 +155,18 @@ def readme(drawn: dict[str, pd.DataFrame], notebooks: Path) -> str:
     parts = [
         "# The paper's figures and tables, and what stands here",
         "Written by `make figures`; nothing here is drawn by hand. Figures and tables of the paper are drawn from\n"
-        "data/results alone, as PNG and SVG, with their data as CSV, and tables as Markdown too; these alone draws\n"
-        "`python -m entroformer_lib.views.paper`, in a minute. The other pictures here are those of the notebooks,\n"
-        "which `make figures` executes. PNGs of 670 pixels are for a column of 8.5 cm, wider ones for up to\n"
+        "data/results alone, as PNG and SVG, with their data as CSV, and tables as Markdown too. The command\n"
+        "`python -m entroformer_lib.views.paper` draws them alone, in a minute. The other pictures are those of the\n"
+        "notebooks, which `make figures` executes. PNGs of 670 pixels are for a column of 8.5 cm, wider ones for up to\n"
         "18.3 cm. Published numbers come from data/reference.",
         f"## Verdicts\n\nOf {len(found)} claims: {counts}." if len(found) else "## Verdicts\n\nNo results yet.",
         "A saving is positive where it is in the paper's direction. The verdict follows from an interval of 95%\n"
         "by one rule ([verdicts.py](../entroformer_lib/studies/verdicts.py)): *reproduced* if all of it is above\n"
         "0 and it reaches the paper's number, *smaller* if it stays below that, *reversed* if all of it is below\n"
-        "0, otherwise *cannot tell*. Of a claim that something costs at most so much, a limit stands in 0's place\n"
-        "(1.5% for two passes, 0.5% for *no difference*, 1% for the size): *reproduced* if all of the interval is\n"
-        "within it, *larger* if all of it is beyond, otherwise *cannot tell*. That may still rule out the paper's\n"
-        "number: the largest effect that the interval allows is said.\n"
+        "0, otherwise *cannot tell*. Some claims say that something costs little. A limit takes the place of 0\n"
+        "there (1.5% for two passes, 0.5% for *no difference*, 1% for the size): *reproduced* if all of the\n"
+        "interval is within it, *larger* if all of it is beyond, otherwise *cannot tell*. Where nothing can be\n"
+        "told, the largest saving that the interval allows is said: it may rule out the paper's number.\n"
         "Where each model was trained once, the interval is over the pictures. It does not include how much\n"
         "another training would change the result. A BD-rate, a time and a size have no interval: there the\n"
         "number stands in its place. Rates are means over the pictures before they are divided, in the figures\n"

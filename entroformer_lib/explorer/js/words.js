@@ -7,7 +7,7 @@ export const DENSE = 0; // as k: dense attention
 export const MODES = {
   head: [
     "One head",
-    "Pink: the known blocks that one attention head looks at to predict the orange one, whose bits are the work of all heads.",
+    "Pink: the known blocks that one attention head looks at to predict the orange one. All heads together decide how many bits it costs.",
   ],
   heads: ["All heads", "Every head of the layer, and their mean, last. Each map has its own scale."],
   ks: [
