@@ -4,19 +4,20 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from entroformer_lib.inspection.panels import of_head
+from entroformer_lib.inspection.panels import of_head, telling_layer
 from entroformer_lib.views.style import COLOURS, SEQUENTIAL, new_figure, styled
 
 FIRST, SECOND = COLOURS[0], COLOURS[1]
 
 
 @styled()
-def overview(server, query: int, layer: int = -1, head: int = 0) -> Figure:
+def overview(server, query: int, head: int = 0) -> Figure:
     """Four panels from left to right.
 
     Args:
         server: of a picture and a parallel model.
-        query: the latent of the second pass whose attention is drawn.
+        query: the latent of the second pass whose attention is drawn, in the last layer that prefers something.
+        head: of that layer.
     """
     figure, axes = new_figure(10, 1.95, 1, 4)
     height, width = server.height, server.width
@@ -28,7 +29,7 @@ def overview(server, query: int, layer: int = -1, head: int = 0) -> Figure:
     axes[0].grid(color="white", linewidth=0.3)
     axes[1].imshow(np.sqrt(sizes), cmap="gray", **grid)
     axes[2].imshow(_faded(server.picture), **grid)
-    _passes(axes[2], server, query, of_head(server.rows(query, server.default_k)[layer], head))
+    _passes(axes[2], server, query, of_head(server.rows(query, server.default_k)[telling_layer(server)], head))
     axes[3].imshow(bits, cmap=SEQUENTIAL, **grid)
     titles = (
         "1. A picture, cut into\nblocks of 16 x 16 pixels",

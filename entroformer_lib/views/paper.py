@@ -157,8 +157,8 @@ def readme(drawn: dict[str, pd.DataFrame], notebooks: Path) -> str:
         "Written by `make figures`; nothing here is drawn by hand. Figures and tables of the paper are drawn from\n"
         "data/results alone, as PNG and SVG, with their data as CSV, and tables as Markdown too. The command\n"
         "`python -m entroformer_lib.views.paper` draws them alone, in a minute. The other pictures are those of the\n"
-        "notebooks, which `make figures` executes. PNGs of 670 pixels are for a column of 8.5 cm, wider ones for up to\n"
-        "18.3 cm. Published numbers come from data/reference.",
+        "notebooks, which `make figures` executes. PNGs of 670 pixels are for a column of 8.5 cm, wider ones for\n"
+        "up to 18.3 cm. Published numbers come from data/reference.",
         f"## Verdicts\n\nOf {len(found)} claims: {counts}." if len(found) else "## Verdicts\n\nNo results yet.",
         "A saving is positive where it is in the paper's direction. The verdict follows from an interval of 95%\n"
         "by one rule ([verdicts.py](../entroformer_lib/studies/verdicts.py)): *reproduced* if all of it is above\n"
