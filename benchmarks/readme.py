@@ -16,9 +16,8 @@ import pandas as pd
 
 from entroformer_lib.files import write_bytes
 from entroformer_lib.studies import bd, same_transforms, verdicts
-from entroformer_lib.studies.results import AUTHORS, LABELS, ablation, kodak, kodak_means, load, published
+from entroformer_lib.studies.results import LABELS, kodak, kodak_means, load, published
 from entroformer_lib.views.paper_tables import markdown
-from entroformer_lib.views.rate_figures import groups_data, lines_beside
 from entroformer_lib.views.window_figures import window_data
 
 ROOT = Path(__file__).parents[1]
@@ -273,34 +272,6 @@ def both_systems() -> str:
     return _table(pd.DataFrame(columns), ("{}", "{}", "{}", "{:.2f}", "{:.2f}", "{:.2f}", "{}"))
 
 
-def both_systems_bd() -> str:
-    """BD-rates between models behind the same transforms, and rates against the number of groups."""
-    points = kodak_means().dropna(subset="transforms")
-    models = points.drop_duplicates("variant").set_index("variant")["codec"]
-    curves = {variant: bd.curve_of(points, model) for variant, model in models.items()}
-    serial, parallel = curves["serial"], curves["parallel"]
-    lowest = min(bd.curve_of(published(), AUTHORS).quality)
-    cnns, cnn = (bd.compare(serial, curves[base]) for base in ("minnen", "cnn"))
-    two, covered = (bd.compare(parallel.above(q), serial.above(q)).rate_percent for q in (0, lowest))
-    groups = groups_data().groupby("groups")["bpp"].mean()
-    groups[12] = ablation("groupedmixer").query("run.str.startswith('grouped-whole-')")["bpp"].mean()
-    change = 100 * (groups / lines_beside()[LABELS["parallel"]] - 1)
-    steps = load("ablation-groups")["settings"]["steps"]
-    return _paragraph(
-        "([what differs in training](comparing.md#entropy-models-behind-the-same-transforms), "
-        "[figure](../figures/figure05_variants.png), "
-        "[trade-off of rate and time](../figures/groupedmixer_tradeoff.png)). "
-        f"In BD-rate ({bd.METHOD}, {cnns.low:.1f} to {cnns.high:.1f} dB) the serial Entroformer is "
-        f"{cnns.rate_percent:+.1f}% against CNNs throughout and {cnn.rate_percent:+.1f}% against the CNN context "
-        f"behind the same hyperprior. Coding in two passes costs {two:.1f}% more bits than coding site by site, over "
-        f"the same range; the paper says about 1%. Without our lowest rate, which lies below the authors' curve, it "
-        f"costs {covered:.1f}% ([what for](../notebooks/04_rate_distortion.ipynb)). The number of groups matters: in "
-        f"runs of {steps} steps GroupedMixer's rate is {change[2]:+.1f}% against the parallel model with 2 groups, "
-        f"{change[12]:+.1f}% with the 12 of this table, and {change[32]:+.1f}% with 32 "
-        "([notebook 07](../notebooks/07_groupedmixer.ipynb), `data/results/ablation-groups.json`)."
-    )
-
-
 def claims() -> str:
     """Each claim of the paper, its number, ours, the verdict, and the results that it follows from."""
     found = verdicts.table()
@@ -494,7 +465,6 @@ BLOCKS = {
             shipped_times,
             speed,
             both_systems,
-            both_systems_bd,
             claims,
         ),
         *(reliability, tried, matrix, workers, window_bits, window_times),

@@ -35,17 +35,6 @@ def test_known_answers():
     assert "c against a" in str(compare(better, curve)) and "pchip, 29.00 to 34.00 dB" in str(compare(better, curve))
 
 
-def test_part_of_a_curve():
-    """Twice the rate at the lowest point, equal elsewhere: above it nothing is lost."""
-    curve = Curve("a", (0.1, 0.2, 0.4, 0.8, 1.6), (28.0, 30.0, 32.0, 34.0, 36.0))
-    other = Curve("b", (0.19, *curve.bpp[1:]), curve.quality)
-    assert compare(other, curve).rate_percent > 5
-    part = compare(other.above(29.0), curve.above(29.0))
-    assert part.rate_percent == pytest.approx(0) and (part.low, part.high) == (30, 36)
-    with pytest.raises(DataError, match="0 points"):
-        compare(curve.above(40), curve)
-
-
 @pytest.mark.parametrize("curve, sentence", [
     (Curve("few", (0.1, 0.2, 0.3), (20, 21, 22)), "few has 3 points"),
     (Curve("folded", (0.1, 0.2, 0.3, 0.4), (30, 31, 30.5, 33)), "quality of folded does not rise from its point 2"),

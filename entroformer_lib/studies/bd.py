@@ -8,7 +8,7 @@ largest is LEAST_RATES times the smallest.
 import itertools
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import pandas as pd
 
@@ -30,12 +30,6 @@ class Curve:
     bpp: tuple[float, ...]
     quality: tuple[float, ...]
     source: str | None = None
-
-    def above(self, quality: float) -> "Curve":
-        """The points of at least this quality: to compare over a range that others cover too."""
-        kept = [(r, q) for r, q in zip(self.bpp, self.quality, strict=True) if q >= quality]
-        bpp, qualities = zip(*kept, strict=True) if kept else ((), ())
-        return replace(self, bpp=bpp, quality=qualities)
 
 
 def curve_of(points: pd.DataFrame, codec: str, quality: str = "psnr_db") -> Curve:
