@@ -1,5 +1,6 @@
 """The command line, `entroformer …`. Nothing heavy is imported before a command runs, so `--help` answers at once."""
 
+import dataclasses
 import io
 import json
 import os
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tyro
 from tyro.conf import Positional, arg
@@ -23,6 +24,26 @@ from entroformer_lib.training.config import TrainConfig
 ABOUT = "Learned image compression you can look inside."
 app = tyro.extras.SubcommandApp()
 studies, data = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
+options = tyro.constructors.ConstructorRegistry()
+
+
+@options.primitive_rule
+def _left_out_is_none(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """`--limit INT` in the help, not `{None}|INT`: None is what an option has that is left out."""
+    kinds = get_args(info.type)
+    if len(kinds) != 2 or kinds[1] is not type(None):
+        return None
+    make = tyro.constructors.PrimitiveTypeInfo.make
+    spec = tyro.constructors.ConstructorRegistry.get_primitive_spec(make(kinds[0], info.markers))
+    if not isinstance(spec, tyro.constructors.PrimitiveConstructorSpec):
+        return None
+    return dataclasses.replace(
+        spec,
+        is_instance=lambda value: value is None or spec.is_instance(value),
+        str_from_instance=lambda value: ["None"] if value is None else spec.str_from_instance(value),
+    )
+
+
 app.command(studies, name="study", help="Run a study: entroformer study ablation --help shows one.")
 app.command(data, name="data", help="Pictures to test and to train on: entroformer data kodak fetches a test set.")
 
@@ -760,7 +781,7 @@ def main() -> int:
         if sys.argv[1:] == ["--version"]:
             print(f"entroformer {__version__}")
             return 0
-        with _warnings_in_sentences():
+        with _warnings_in_sentences(), options:
             app.cli(prog="entroformer", description=ABOUT, config=(tyro.conf.FlagCreatePairsOff,))
         sys.stdout.flush()
     except BrokenPipeError:  # who read the output has read enough; Python would complain once more at its end
