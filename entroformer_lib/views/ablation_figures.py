@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 
 from entroformer_lib.studies.ablation import LAST_SHARE
 from entroformer_lib.studies.results import POSITION_NAMES, ablation, load, reference
+from entroformer_lib.studies.verdicts import differences
 from entroformer_lib.views.style import COLOURS, MARKERS, ONE_COLUMN, TWO_COLUMNS, new_figure, styled
 
 PUBLISHED = "published"
@@ -37,7 +38,8 @@ def _k_name(k: float) -> str:
 
 
 def figure6_data() -> pd.DataFrame | None:
-    """radius (0: no position encoding, infinite: unlimited), seed, bpp, saving_percent against no position encoding."""
+    """radius (0: no position encoding, infinite: unlimited), seed, bpp, saving_percent against no position encoding,
+    half_width (percent: of the interval of the difference from h = 3; nan where there is none)."""
     rows = ablation("figure6")
     if rows is None or not (rows["position"] == "none").any():
         return None
@@ -45,17 +47,28 @@ def figure6_data() -> pd.DataFrame | None:
     radius = rows["radius"].fillna(np.inf).where(rows["position"] != "none", 0)
     data = pd.DataFrame({"radius": radius, "seed": rows["seed"], "bpp": rows["bpp"]})
     data["saving_percent"] = 100 * (1 - data["bpp"] / base)
+    data["half_width"] = np.nan
+    if "run" in rows and (told := differences("figure6", "diamond")) is not None:
+        half = told.set_index("kind")["smallest"].replace(np.inf, np.nan)
+        data["half_width"] = rows["run"].str.replace(r"-seed\d+$", "", regex=True).map(half)
     return data.sort_values(["radius", "seed"], ignore_index=True)
 
 
 @styled()
 def figure6(data: pd.DataFrame) -> Figure:
-    """Saving against the clipping distance h; a point for each seed, a line through the means. The paper's best h, of
-    which it gives no number, is marked."""
-    figure, ax = new_figure(ONE_COLUMN, 2.4)
+    """Saving against the clipping distance h; a point for each seed, a line through the means, and the interval of each
+    one's difference from h = 3. The paper's best h, of which it gives no number, is marked."""
+    figure, ax = new_figure(ONE_COLUMN, 2.6)
     values = sorted(data["radius"].unique())
     ax.plot(data["radius"].map(values.index), data["saving_percent"], "o", color=COLOURS[0], markersize=3, alpha=0.6)
-    ax.plot(range(len(values)), data.groupby("radius")["saving_percent"].mean(), color=COLOURS[0])
+    means = data.groupby("radius")[["saving_percent", "half_width"]].mean()
+    ax.plot(range(len(values)), means["saving_percent"], color=COLOURS[0])
+    if means["half_width"].notna().any():
+        look = dict(
+            fmt="none", ecolor="0.5", elinewidth=0.8, capsize=2, label="95% interval of the difference from h = 3"
+        )
+        ax.errorbar(range(len(values)), *means.to_numpy().T, **look)
+        figure.legend(loc="outside lower center")
     ax.set_xticks(range(len(values)), ["none" if v == 0 else "all" if np.isinf(v) else f"{v:g}" for v in values])
     if 3 in values:
         ax.axvline(values.index(3), color="0.6", linewidth=0.8, linestyle="--", zorder=0)
