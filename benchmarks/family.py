@@ -2,7 +2,7 @@
 
     F="python benchmarks/family.py train --transforms W.safetensors --data DATA/train --runs runs/family"
     $F --kinds parallel --widths 96 128 192 --steps 2000
-    $F --lrs 1e-3 2e-3 4e-3 --steps 1000
+    $F --lrs 2e-3 4e-3 8e-3 --steps 1000
     $F --best-of 1000 --steps 8000
     python benchmarks/family.py result --runs runs/family --out data/results/family.json
     python benchmarks/family.py curves --log runs/kinds/curves.json --weights runs/kinds --latents runs/family/latents \
