@@ -21,11 +21,13 @@ def execute(notebook: Path, threads: int) -> tuple[float, str | None]:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     import papermill
+    from traitlets.config import Config
 
+    sockets = Config({"KernelManager": {"transport": "ipc"}}) if os.name == "posix" else Config()  # no open ports
     begin, wrong = time.monotonic(), None
     try:
         papermill.execute_notebook(
-            notebook, EXECUTED / notebook.name, cwd=ROOT, kernel_name="python3", progress_bar=False
+            notebook, EXECUTED / notebook.name, cwd=ROOT, kernel_name="python3", progress_bar=False, config=sockets
         )
     except papermill.PapermillExecutionError as error:
         wrong = f"{error.ename} in cell {error.cell_index}: {error.evalue}"

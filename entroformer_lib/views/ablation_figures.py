@@ -214,7 +214,7 @@ def dots(data: pd.DataFrame, label: str) -> Figure:
         label: of the axis of values.
     """
     rows, sources = (list(dict.fromkeys(data[column])) for column in ("row", "source"))
-    figure, ax = new_figure(TWO_COLUMNS * 0.75, 0.5 + 0.32 * len(rows))
+    figure, ax = new_figure(TWO_COLUMNS * 0.75, 0.75 + 0.32 * len(rows))
     ours = [source for source in sources if source != PUBLISHED]
     for source, part in data.groupby("source", sort=False):
         place = (sources.index(source) - (len(sources) - 1) / 2) * 0.22
@@ -234,7 +234,7 @@ def dots(data: pd.DataFrame, label: str) -> Figure:
     ax.grid(axis="y", alpha=0.25, linewidth=0.5)
     handles, words = ax.get_legend_handles_labels()
     handles.append(Line2D([], [], linestyle="", marker="|", color=COLOURS[0], markersize=9))
-    ax.legend(handles, [*words, "mean of the seeds"], loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.legend(handles, [*words, "mean of the seeds"], loc="outside lower center", ncols=len(handles))
     return figure
 
 
