@@ -179,10 +179,10 @@ def install(model: nn.Module) -> None:
     slow = attention.Block.forward
     numbers: dict[int, Tensor] = {}
 
-    def block(self, x, sites, visible=None, relative=None, top_k=None, memory=None):
+    def block(self, x, sites, visible=None, relative=None, top_k=None, cache=None):
         n, a, ff = x.size(1), self.attention, self.feed_forward
         if n not in FAST_TOKENS or not isinstance(ff[1], nn.ReLU):
-            return slow(self, x, sites, visible=visible, relative=relative, top_k=top_k, memory=memory)
+            return slow(self, x, sites, visible=visible, relative=relative, top_k=top_k, cache=cache)
         mask = torch.zeros(n, n, device=x.device)
         if visible is not None:
             mask = torch.where(visible(torch.arange(n, device=x.device)), 0.0, -torch.inf)
