@@ -47,8 +47,7 @@ def in_short() -> str:
         f"equal PSNR (BD-rate), and {_fewer(searched)} than BPG where the encoder searches (`--effort 8`). It was "
         "trained for days on two CPU cores and a quarter of an hour on a GPU; the authors trained for days on GPUs. "
         f"Behind the same transforms and at low rates a serial Entroformer needs {_fewer(-saved, 1)} than CNNs as in "
-        f"Minnen et al. (2018); the paper says {claim.published:g}%. More, and what it comes from: "
-        "[results](docs/results.md)."
+        f"Minnen et al. (2018); the paper says {claim.published:g}% ([results](docs/results.md))."
     )
 
 
