@@ -1,4 +1,4 @@
-"""The family: ten kinds of entropy models behind the transforms of one model, on equal terms.
+"""The family: kinds of entropy models behind the transforms of one model, on equal terms.
 
     F="python benchmarks/family.py train --transforms W.safetensors --data DATA/train --runs runs/family"
     $F --kinds parallel --widths 96 128 192 --steps 2000
@@ -37,6 +37,7 @@ from entroformer_lib.weights.zoo import load_model
 # kind -> variant of `named_config`, and fields of its config
 KINDS: dict[str, tuple[str, dict]] = {
     "parallel": ("parallel", {}),
+    "parallel-9": ("parallel", {"context_layers": 9}),  # decodes in about the time of GroupedMixer with 12 groups
     "serial": ("serial", {}),
     "groupedmixer": ("groupedmixer", {"groups": [3, 2, 2]}),
     "groupedmixer-32": ("groupedmixer", {"groups": [8, 2, 2]}),

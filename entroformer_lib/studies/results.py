@@ -33,6 +33,7 @@ LABELS = {
     "cnn": "CNN context, transformer hyperprior",
     "serial": "Entroformer, serial",
     "parallel": "Entroformer, parallel",
+    "parallel-9": "Entroformer, parallel, 9 layers",
     "groupedmixer": "GroupedMixer",
     "groupedmixer-32": "GroupedMixer, 32 groups",
     "hyperprior-cnn": "CNN hyperprior alone",

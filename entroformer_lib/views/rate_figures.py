@@ -64,6 +64,7 @@ LOOKS = {  # variant: colour, marker, dashes of a line
     "cnn": ("0.55", "D", "-"),
     "serial": (COLOURS[0], "o", "-"),
     "parallel": (COLOURS[4], "v", "-"),
+    "parallel-9": (COLOURS[5], "<", "-"),
     "groupedmixer": (COLOURS[2], "^", "-"),
     "groupedmixer-32": (COLOURS[3], ">", "-"),
     "hyperprior-cnn": ("0.3", "X", "--"),
