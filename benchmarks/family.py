@@ -1,16 +1,17 @@
 """The family: kinds of entropy models behind the transforms of one model, on equal terms.
 
-    F="python benchmarks/family.py train --transforms W.safetensors --data DATA/train --runs runs/family"
+    F="python benchmarks/family.py train --transforms blocks-parallel --data DATA/train --runs runs/family \\
+        --out data/results/family.json"
     $F --kinds parallel --widths 96 128 192 --steps 2000
     $F --lrs 2e-3 4e-3 8e-3 --steps 1000
     $F --best-of 1000 --steps 8000
-    python benchmarks/family.py result --runs runs/family --out data/results/family.json
     python benchmarks/family.py curves --log runs/kinds/curves.json --weights runs/kinds --latents runs/family/latents \
         --batch 18 --lr 2e-3 --device "NVIDIA H100" --out data/results/learning_curves.json
 
 The first line compares widths, the second gives each kind three learning rates, and the third trains each with the one
 that was best on held-out latents, so that no kind is at a disadvantage. All see the same latents in the same order, are
-told the rate, and learn from the rates of rounded latents. A finished run is not repeated, a stopped one goes on.
+told the rate, and learn from the rates of rounded latents. A finished run is not repeated, a stopped one goes on. What
+a run reached stands in the result as soon as it is finished, and counts from there, even where its folder is gone.
 
 The last line is for kinds that `long_run_gpu.py` trained side by side, on the same crops in the same order.
 """
@@ -24,9 +25,11 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
+from filelock import FileLock
 from tqdm import tqdm
 
-from entroformer_lib.files import data_folder
+from entroformer_lib.errors import StudyError
+from entroformer_lib.files import data_folder, read_json
 from entroformer_lib.studies.engine import Outcome, complete, training_task
 from entroformer_lib.studies.results import save
 from entroformer_lib.training.config import TrainConfig
@@ -49,6 +52,7 @@ KINDS: dict[str, tuple[str, dict]] = {
     "context-cnn": ("context-cnn", {}),
 }
 CROP, LAST_CROP = 256, 320  # pixels: 16x16 latents, and 20x20 over the last third
+COLUMNS = ["run", "kind", "width", "lr", "seed", "steps", "score", "held_out", "seconds", "device", "parameters"]
 HELD_OUT = data_folder() / "reference" / "held_out.txt"
 
 
@@ -97,6 +101,7 @@ def train(
     transforms: str,
     data: str,
     runs: Path,
+    out: Path,
     kinds: tuple[str, ...] = tuple(KINDS),
     widths: tuple[int, ...] = (96,),
     lrs: tuple[float, ...] = (2e-3,),
@@ -110,6 +115,7 @@ def train(
         transforms: The model behind whose g_a, g_s and gains all stand.
         data: Pictures, as for training; the held-out ones are left out.
         runs: Folder of the runs and of the latents.
+        out: The result's file. A run that it has is not repeated.
         kinds: Keys of KINDS.
         widths: Of the entropy models, multiples of 32.
         lrs: Learning rates.
@@ -118,7 +124,8 @@ def train(
         best_of: In place of lrs: of the runs of so many steps the one that is best on the held-out latents.
     """
     write_latents(transforms, data, runs / "latents", crop=LAST_CROP, held_out=str(HELD_OUT))
-    chosen = best_rates(table(runs), best_of) if best_of else {}
+    known = write_result(runs, out)
+    chosen = best_rates(known, best_of) if best_of else {}
     wanted = [
         Run(kind, width, lr, seed, steps)
         for seed in seeds
@@ -128,32 +135,62 @@ def train(
     ]
 
     def tell(outcome: Outcome) -> None:
-        print(f"{outcome.name}: {table(runs).set_index('run')['score'][outcome.name]:.4f}", flush=True)
+        scores = write_result(runs, out).set_index("run")["score"]
+        print(f"{outcome.name}: {scores[outcome.name]:.4f}", flush=True)
 
-    complete([training_task(run.config(transforms, data, runs), progress=True) for run in wanted], runs, tell)
+    missing = [run for run in wanted if run.name not in set(known["run"])]
+    complete([training_task(run.config(transforms, data, runs), progress=True) for run in missing], runs, tell)
 
 
-def table(runs: Path) -> pd.DataFrame:
-    """The finished runs: run, kind, width, lr, seed, steps, score (mean over the lambdas of ln of the held-out rate),
-    held_out (steps and rates at each lambda over the training), seconds, parameters (of the entropy model)."""
-    rows = []
-    for weights in sorted(runs.glob("*/weights.safetensors")):
-        config = json.loads((weights.parent / "config.json").read_text())
-        log = [json.loads(line) for line in (weights.parent / "log.jsonl").read_text().splitlines()]
-        measured = {r["step"]: {f"{p['lmbda']:g}": p["bpp"] for p in r["held_out"]} for r in log if "held_out" in r}
-        kind, width = weights.parent.name.rsplit("-", 4)[:2]
-        rows.append(
-            {
-                "run": weights.parent.name,
-                "kind": kind,
-                "width": int(width),
-                **{name: config[name] for name in ("lr", "seed", "steps")},
-                "score": float(np.mean([math.log(bpp) for bpp in measured[config["steps"]].values()])),
-                "held_out": [{"step": step, **rates} for step, rates in sorted(measured.items())],
-                "seconds": log[-1]["seconds"],
-            }
-        )
-    return pd.DataFrame(rows)
+def write_result(runs: Path, out: Path) -> pd.DataFrame:
+    """Adds the finished runs of a folder to the result.
+
+    Args:
+        runs: Folder of the runs.
+        out: The result's file.
+
+    Returns:
+        A row for each run of the result: run, kind, width, lr, seed, steps, score (mean over the lambdas of ln of the
+        held-out rate), held_out (steps and rates at each lambda over the training), seconds, device, parameters (of the
+        entropy model).
+
+    Raises:
+        StudyError: the result is about other latents.
+    """
+    settings = {"batch": 8, "crop": CROP, "last_crop": LAST_CROP, "latents": read_json(runs / "latents/latents.json")}
+    for name in ("held_out", "data"):
+        settings["latents"].pop(name, None)
+    with FileLock(runs / "result.lock"):
+        saved = read_json(out) if out.exists() else {"settings": settings, "rows": []}
+        if saved["settings"] != settings:
+            raise StudyError(f"The runs in {out} learned from other latents than those in {runs / 'latents'}.")
+        there = {row["run"] for row in saved["rows"]}
+        finished = [path.parent for path in sorted(runs.glob("*/weights.json"))]
+        new = [row_of(folder) for folder in finished if folder.name not in there]
+        if new:
+            saved["rows"] = sorted(saved["rows"] + new, key=lambda row: row["run"])
+            save(out, saved)
+    return pd.DataFrame(saved["rows"], columns=COLUMNS)
+
+
+def row_of(folder: Path) -> dict:
+    """What a finished run reached."""
+    config = read_json(folder / "config.json")
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    measured = {r["step"]: {f"{p['lmbda']:g}": p["bpp"] for p in r["held_out"]} for r in log if "held_out" in r}
+    parts = load_model(folder / "weights.safetensors", "cpu").entropy_model_parts()
+    kind, width = folder.name.rsplit("-", 4)[:2]
+    return {
+        "run": folder.name,
+        "kind": kind,
+        "width": int(width),
+        **{name: config[name] for name in ("lr", "seed", "steps")},
+        "score": float(np.mean([math.log(bpp) for bpp in measured[config["steps"]].values()])),
+        "held_out": [{"step": step, **rates} for step, rates in sorted(measured.items())],
+        "seconds": log[-1]["seconds"],
+        "device": read_json(folder / "weights.json")["answer"]["device"],
+        "parameters": sum(p.numel() for part in parts for p in part.parameters()),
+    }
 
 
 def best_rates(runs: pd.DataFrame, steps: int) -> dict[tuple[str, int], float]:
@@ -161,27 +198,6 @@ def best_rates(runs: pd.DataFrame, steps: int) -> dict[tuple[str, int], float]:
     alike = runs[runs["steps"] == steps]
     best = alike.loc[alike.groupby(["kind", "width"])["score"].idxmin()]
     return {(row.kind, row.width): row.lr for row in best.itertuples()}
-
-
-def result(runs: Path, out: Path) -> None:
-    """Writes the finished runs, with what each reaches against parallel of as many steps and the same width and seed.
-
-    Args:
-        runs: Folder of the runs.
-        out: The result's file.
-    """
-    found = table(runs)
-    parts = [load_model(runs / name / "weights.safetensors", "cpu").entropy_model_parts() for name in found["run"]]
-    found["parameters"] = [sum(p.numel() for part in each for p in part.parameters()) for each in parts]
-    terms = {
-        "batch": 8,
-        "crop": CROP,
-        "last_crop": LAST_CROP,
-        "latents": json.loads((runs / "latents/latents.json").read_text()),
-    }
-    terms["latents"].pop("held_out", None)
-    save(out, {"settings": terms, "rows": found.to_dict("records")})
-    print(found[["run", "score", "parameters"]].to_string(index=False, float_format="%.4f"))
 
 
 def curves(log: Path, weights: Path, latents: Path, out: Path, batch: int, lr: float, device: str) -> None:
@@ -215,4 +231,4 @@ def curves(log: Path, weights: Path, latents: Path, out: Path, batch: int, lr: f
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"train": train, "result": result, "curves": curves})
+    tyro.extras.subcommand_cli_from_dict({"train": train, "curves": curves})

@@ -1,6 +1,7 @@
 """The family is trained on equal terms, each kind with the learning rate that was best for it."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from conftest import LMBDAS, aware_model
 
 from benchmarks import family
+from entroformer_lib.errors import StudyError
 from entroformer_lib.studies.results import kept_in
 from entroformer_lib.training.latents import freeze, write_latents
 from entroformer_lib.training.loss import rates_of_latents
@@ -24,30 +26,46 @@ def small(tmp_path, photo_folder, monkeypatch):
     listed.write_text(sorted(photo_folder.iterdir())[0].name + "\n")
     monkeypatch.setattr(family, "HELD_OUT", listed)
     save_weights(aware_model("parallel"), tmp_path / "source.safetensors", {})
-    return dict(transforms=str(tmp_path / "source.safetensors"), data=str(photo_folder), runs=tmp_path / "family")
+    return dict(
+        transforms=str(tmp_path / "source.safetensors"),
+        data=str(photo_folder),
+        runs=tmp_path / "family",
+        out=tmp_path / "result.json",
+    )
 
 
 def test_each_kind_goes_on_with_its_best_rate(small, tmp_path):
     kinds = ("parallel", "groupedmixer")
     family.train(**small, kinds=kinds, widths=(32,), lrs=(1e-6, 4e-3), steps=4)
-    tried = family.table(small["runs"])
+    tried = family.write_result(small["runs"], small["out"])
     assert sorted(tried["kind"]) == sorted(2 * kinds) and set(tried["lr"]) == {1e-6, 4e-3}
     best = family.best_rates(tried, 4)
     for kind in kinds:
         scores = tried[tried["kind"] == kind].set_index("lr")["score"]
         assert best[kind, 32] == scores.idxmin() and scores.nunique() == 2
+    for folder in small["runs"].glob("*-seed*"):  # what the result has is not repeated
+        shutil.rmtree(folder)
+    family.train(**small, kinds=kinds, widths=(32,), lrs=(1e-6, 4e-3), steps=4)
+    assert not list(small["runs"].glob("*-seed*"))
     family.train(**small, kinds=kinds, widths=(32,), steps=6, best_of=4, seeds=(3,))
-    longer = family.table(small["runs"]).query("steps == 6").set_index("kind")
+    longer = family.write_result(small["runs"], small["out"]).query("steps == 6").set_index("kind")
     assert longer["lr"].to_dict() == {kind: best[kind, 32] for kind in kinds} and set(longer["seed"]) == {3}
     source = load_model(small["transforms"], "cpu")
     for kind in kinds:
         model = load_model(small["runs"] / longer["run"][kind] / "weights.safetensors", "cpu")
         assert model.config.dim == 32 and model.config.rate_aware
         assert model.g_a[0].weight.equal(source.g_a[0].weight)
-    family.result(small["runs"], tmp_path / "result.json")
-    saved = json.loads((tmp_path / "result.json").read_text())
+    saved = json.loads(small["out"].read_text())
     assert len(saved["rows"]) == 6
     assert set(saved["rows"][0]["held_out"][-1]) == {"step", *(f"{lmbda:g}" for lmbda in LMBDAS)}
+
+
+def test_a_result_of_other_latents_is_refused(small):
+    family.train(**small, kinds=("hyperprior",), widths=(32,), lrs=(1e-3,), steps=2)
+    note = small["runs"] / "latents" / "latents.json"
+    note.write_text(json.dumps({**json.loads(note.read_text()), "pictures_sha256": "another"}))
+    with pytest.raises(StudyError, match="other latents"):
+        family.write_result(small["runs"], small["out"])
 
 
 def test_gains_over_the_training_of_kinds_that_learned_side_by_side(small, tmp_path):
