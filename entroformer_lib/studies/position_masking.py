@@ -179,7 +179,7 @@ def train_models(
     transforms: str,
     latents: str,
     runs: Path,
-    steps: int = 700,
+    steps: int = 2000,
     missing: float = MISSING,
     only: tuple[str, ...] = (),
     workers: int = 1,

@@ -61,6 +61,7 @@ def beyond_data() -> pd.DataFrame | None:
 NAMES = POSITION_NAMES | {  # of models in position_masking.json: how figures call them
     "hyper-parallel-none": "two passes, no positions",
     "hyper-parallel-diamond": "two passes, diamond",
+    "blocks-parallel@0.014": "blocks-parallel, shipped",
 }
 LABELS = {"missing": "rate increase when missing, %", "alone": "rate saved alone, %"}
 
