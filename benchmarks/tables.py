@@ -33,6 +33,7 @@ WHAT = {  # by the beginning of a name, the longest that fits
     "context_cache": "GroupedMixer with and without its context cache",
     "cost": "What training costs: counted work, predicted and measured seconds; GPUs are simulated",
     "explorer_latency": "From a click in the explorer to the new picture",
+    "family": "Entropy models behind the same transforms: learning rates that were tried, rates over the training",
     "fuzz": "Damaged and hostile files",
     "kills": "Commands that were killed, and disks that filled up",
     "latency": "Seconds to encode and decode, beside CompressAI's models",
