@@ -70,7 +70,7 @@ def _row(family: str, model: Entroformer, data: bytes, name: str, picture: Image
     return {
         "family": family,
         "model": model.name,
-        "variant": c.variant,
+        "variant": kind_of(model),
         "groups": c.groups[0] * c.groups[1] * c.groups[2] if c.context == "grouped" else None,
         "parameters": sum(p.numel() for part in model.entropy_model_parts() for p in part.parameters()),
         "image": name,
@@ -89,7 +89,7 @@ def _decoding(model: Entroformer, data: bytes) -> dict:
 
 
 def _check_reference(family: str, models: list[Entroformer]) -> None:
-    found = [model.name for model in models if model.config.variant == "parallel"]
+    found = [model.name for model in models if kind_of(model) == "parallel"]
     if len(found) != 1:
         raise StudyError(
             f"The {family} need one parallel model, against which the others are compared; there are "
@@ -107,6 +107,11 @@ def _check_quality(rows: list[dict]) -> None:
 
 
 # ---- models ----
+
+
+def kind_of(model: Entroformer) -> str:
+    """Its variant, or what its card calls it where a family has two of a variant."""
+    return model.card.get("kind") or model.config.variant
 
 
 def model_at(name_or_folder: str | Path, lmbda: float) -> Entroformer:

@@ -90,6 +90,9 @@ def test_what_cannot_be_compared_is_refused(run_folders, photo):
         tradeoff.model_at(run_folders["few"], 0.01)
     with pytest.raises(StudyError, match="need one parallel model"):
         tradeoff.run({"runs": [models["few"]]}, [("photo", photo)])
+    deeper = micro_model("parallel", name="deeper", card={"kind": "parallel-9"})
+    assert tradeoff.kind_of(deeper) == "parallel-9"  # so it may stand beside the one that others are compared with
+    tradeoff.run({"runs": [models["parallel"], deeper]}, [])
     other = micro_model("groupedmixer", seed=3, name="other")
     with pytest.raises(StudyError, match="other transforms"):
         tradeoff.run({"runs": [models["parallel"], other]}, [("photo", photo)])
