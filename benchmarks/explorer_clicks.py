@@ -1,6 +1,6 @@
 """How long the attention explorer takes in a real browser on a real JupyterLab, from a click to the changed picture.
 
-python benchmarks/explorer_clicks.py tiny-parallel --pictures kodak/ --out data/results/explorer_latency.json
+python benchmarks/explorer_clicks.py blocks-parallel --pictures kodak/ --out data/results/explorer_latency.json
 
 The clock runs in the browser: from the event (click or slider) to the first frame on the screen that shows the new
 picture. Python's share, the way through the kernel and the drawing are all in it. It needs Chromium.

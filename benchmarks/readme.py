@@ -16,14 +16,14 @@ import pandas as pd
 
 from entroformer_lib.files import write_bytes
 from entroformer_lib.studies import bd, same_transforms, verdicts
-from entroformer_lib.studies.results import LABELS, kodak, kodak_means, load, published
+from entroformer_lib.studies.results import LABELS, in_order, kodak, kodak_means, load, published
 from entroformer_lib.views.paper_tables import markdown
 from entroformer_lib.views.window_figures import window_data
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("results", "reliability", "scaling", "training")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("comparing", "reliability", "results", "scaling", "training")),
 )
 
 
@@ -271,6 +271,51 @@ def both_systems() -> str:
     return _table(pd.DataFrame(columns), ("{}", "{}", "{}", "{:.2f}", "{:.2f}", "{:.2f}", "{}"))
 
 
+def family() -> str:
+    """What each kind of the family reached on the held-out photographs, with its learning rate and other seeds."""
+    runs = pd.DataFrame(load("family")["rows"]).query("width == 96")
+    whole = runs[runs["steps"] == runs["steps"].max()]
+    bases = whole[whole["kind"] == "serial"].set_index("seed")["score"]
+    whole = in_order(whole.assign(variant=whole["kind"].replace("context", "context-serial")))
+    whole["percent"] = 100 * np.expm1(whole["score"] - whole["seed"].map(bases))
+    first = whole[whole["seed"] == 0]
+    others = whole[whole["seed"] != 0].set_index("kind")["percent"].map("{:+.2f}%".format)
+    columns = {
+        "entropy model": first["variant"].map(LABELS),
+        "learning rate": first["lr"],
+        "parameters, million": first["parameters"] / 1e6,
+        "held-out rate against the serial model": first["percent"],
+        "with another seed of both": first["kind"].map(others.drop("serial", errors="ignore")),
+    }
+    return _table(pd.DataFrame(columns), ("{}", "{:g}", "{:.2f}", "{:+.2f}%", "{}"))
+
+
+def family_seeds() -> str:
+    """How far two seeds of the same kind are apart."""
+    runs = pd.DataFrame(load("family")["rows"]).query("width == 96")
+    whole = runs[runs["steps"] == runs["steps"].max()]
+    apart = {kind: 100 * np.expm1(np.ptp(part["score"])) for kind, part in whole.groupby("kind") if len(part) > 1}
+    return _paragraph(
+        "Two seeds of one kind end "
+        + " and ".join(f"{percent:.2f}% ({LABELS[kind]})" for kind, percent in apart.items())
+        + " apart."
+    )
+
+
+def family_widths() -> str:
+    """The parallel model at several widths, trained for the same time."""
+    runs = pd.DataFrame(load("family")["rows"]).query("kind == 'parallel' and lr == 0.002")
+    wide = runs[(runs["width"] != 96) | (runs["steps"] == 2000)].sort_values("width")
+    base = wide.loc[wide["width"] == 96, "score"].iloc[0]
+    columns = {
+        "width": wide["width"],
+        "steps": wide["steps"],
+        "parameters, million": wide["parameters"] / 1e6,
+        "held-out rate against width 96": 100 * np.expm1(wide["score"] - base),
+    }
+    return _table(pd.DataFrame(columns), ("{}", "{:,}", "{:.2f}", "{:+.1f}%"))
+
+
 def claims() -> str:
     """Each claim of the paper, its number, ours, the verdict, and the results that it follows from."""
     found = verdicts.table()
@@ -464,6 +509,9 @@ BLOCKS = {
             shipped_times,
             speed,
             both_systems,
+            family,
+            family_seeds,
+            family_widths,
             claims,
         ),
         *(reliability, tried, matrix, workers, window_bits, window_times),

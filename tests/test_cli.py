@@ -317,6 +317,6 @@ def test_an_input_is_never_replaced_by_its_output(photo, tmp_path):
     before = (tmp_path / "a.png").read_bytes()
     (tmp_path / "b.png").symlink_to("a.png")
     for output in ("a.png", "b.png"):
-        words = "compress", tmp_path / "a.png", "-o", tmp_path / output, "--model", "tiny-parallel", "--force"
+        words = "compress", tmp_path / "a.png", "-o", tmp_path / output, "--model", "blocks-parallel", "--force"
         assert "is the input itself" in call(*words, expect=1)[1]
     assert (tmp_path / "a.png").read_bytes() == before

@@ -189,8 +189,8 @@ def test_other_weights_are_refused(photo, monkeypatch):
     data = codec.encode(model, photo)
     with pytest.raises(BitstreamError, match="other weights of the model .* at hand.$"):
         codec.decode(data, micro_model("parallel", seed=1))
-    monkeypatch.setitem(REPLACED, weights_digest(model)[:4].hex(), "abc (tag old)")
-    with pytest.raises(BitstreamError, match=r"Revision abc \(tag old\) has them"):
+    monkeypatch.setitem(REPLACED, weights_digest(model)[:4].hex(), "abc")
+    with pytest.raises(BitstreamError, match="Revision abc has them"):
         codec.decode(data, micro_model("parallel", seed=1))
     with pytest.raises(BitstreamError, match="must be given"):
         codec.decode(data)

@@ -101,7 +101,7 @@ def test_other_models_are_taken_or_refused_in_a_sentence(name, variant, listed):
             run_cells(name, *parts, **listed(variant), **size)
 
 
-@pytest.mark.parametrize("ours", ["tiny-parallel", "blocks-parallel@0.014", "jpeg"])
+@pytest.mark.parametrize("ours", ["blocks-parallel@0.014", "jpeg"])
 def test_rate_and_distortion_take_models_of_one_rate_and_of_many(ours, listed):
     run_cells("04_rate_distortion", "saved.kodak_means()", "at_one_rate =", ours=ours)
     with pytest.raises(AssertionError, match="no saved result of nosuch; there are"):

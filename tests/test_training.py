@@ -261,8 +261,8 @@ def test_a_gradient_that_is_no_number_moves_no_weight(config, monkeypatch):
     (dict(branch="nowhere.pt"), "cannot be read"),
     (dict(branch="nowhere.pt", init="blocks-parallel"), "not for it"),
     (dict(held_out="nowhere.txt"), "cannot be read"),
-    (dict(transforms="tiny-parallel", latents="there", lmbdas=(0.1, 0.2)), "goes with pictures"),
-    (dict(transforms="tiny-parallel", latents="there", metric="ms-ssim", crop=256), "goes with pictures"),
+    (dict(transforms="blocks-parallel@0.014", latents="there", lmbdas=(0.1, 0.2)), "goes with pictures"),
+    (dict(transforms="blocks-parallel@0.014", latents="there", metric="ms-ssim", crop=256), "goes with pictures"),
     (dict(accumulate=3), r"A batch of 2 does not divide into 3 equal parts \(processes: 1, passes of each: 3\)\.$"),
 ])  # fmt: skip
 def test_runs_that_cannot_start(config, changes, sentence):

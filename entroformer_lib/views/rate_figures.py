@@ -374,7 +374,7 @@ def groups_curve(rows: pd.DataFrame, lines: dict[str, float] | None = None) -> F
 
 # ---- rate against decoding time ----
 
-FAMILIES = {"shipped": "models behind tiny-rates", "runs": "runs of the ablations"}
+FAMILIES = {"shipped": "the family, 8,000 steps", "runs": "runs of the ablations"}
 TIMES = {"decode_s": "seconds to decode a picture", "context_s": "of these in the entropy model, s"}
 
 
