@@ -104,7 +104,7 @@ train-tiny: $(READY)
 	test ! -d "$(ENTROFORMER_DATA)/kodak" || $(BIN)/python benchmarks/publish.py publish runs/tiny-blocks tiny-blocks \
 		--kodak "$(ENTROFORMER_DATA)/kodak" --data "$(TINY_DATA)" --limits "$(TINY_LIMITS)"
 
-TINY_DATA = 1,172 photographs: 250 of CID22 (CC BY-SA 4.0) and 922 of ImageNet and BSDS500 (for research use)
+TINY_DATA ?= the pictures in $(ENTROFORMER_DATA)/train
 TINY_LIMITS = a small model, trained for one or two hours on a CPU core
 
 clean:

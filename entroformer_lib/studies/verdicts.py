@@ -368,7 +368,9 @@ def claims() -> list[Claim]:
     small = "Entropy models of a quarter of the paper's width; the lower half of our rates."
     crops = " On parts as large as the crops of training it is the other way round."
     short = "A quarter of the paper's width and a small part of its steps; frozen transforms."
-    others = "Other transforms, a narrower entropy model, an eighth of the pixels in training."
+    others = (
+        "Other transforms, which saw an eighth of the paper's pixels; a narrower entropy model, which saw a seventieth."
+    )
     fails = " Here it is so large because absolute positions fail in pictures larger than the crops."
     return [
         Claim("figure 3", "The closer a position of the context, the more bits its absence costs.",
