@@ -329,6 +329,9 @@ def test_second_slice_and_the_first_are_the_whole(pictures, photo):
     assert len(set(rows.values())) == 3
     serial = latent_rates.second_slice_rates(micro_model("serial"), pictures)
     assert [row["context"] for row in serial] == ["hyperprior + serial"]
+    for variant, context in (("context", "serial"), ("groupedmixer", "hyperprior + grouped")):
+        found = latent_rates.second_slice_rates(micro_model(variant), pictures)
+        assert [row["context"] for row in found] == [context]
 
 
 def test_hyperprior_only_asks_no_context(pictures):

@@ -1,4 +1,8 @@
-"""The training goal, eq. 2: rate plus lambda times distortion."""
+"""The training goal, eq. 2: rate plus lambda times distortion.
+
+Per pixel: R in bits per pixel, D the mean squared error in units of 0 to 255. That is CompressAI's convention, and the
+paper's lambda of 0.02 at about 35 dB fits it.
+"""
 
 import math
 
