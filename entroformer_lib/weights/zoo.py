@@ -408,4 +408,6 @@ def device_name(device: torch.device) -> str:
     """What a result was measured on, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else f"{device.type} of {platform.machine()}"
+    return (
+        f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else f"{device.type} of {platform.machine()}"
+    )
