@@ -3,12 +3,14 @@
 FITS := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do $$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
-READY := .venv/ready
+READY := .venv/ready$(if $(PINNED),-pinned)
 CONSTRAINT := $(if $(PINNED),--constraint requirements.lock)
 SITE_READY := .venv/site-ready
 AUDIT := .venv/audit/bin
 ENTROFORMER_DATA ?= $(abspath $(wildcard ../shared/data))
+ifneq ($(ENTROFORMER_DATA),)
 export ENTROFORMER_DATA
+endif
 # One more than there are cores: tests that start processes or browsers wait for them
 TEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 7 ? n + 1 : 8)))
 
@@ -91,11 +93,11 @@ bench: $(READY)
 	$(BIN)/python benchmarks/latency.py table --out data/results/latency.json
 	$(BIN)/python benchmarks/latency.py growth --out data/results/latency_growth.json
 	$(BIN)/python benchmarks/position_tensors.py --out data/results/position_tensors.json
-	test ! -d "$(ENTROFORMER_DATA)/train" || $(BIN)/python benchmarks/training_step.py --data "$(ENTROFORMER_DATA)/train" \
+	test -z "$(ENTROFORMER_DATA)" -o ! -d "$(ENTROFORMER_DATA)/train" || $(BIN)/python benchmarks/training_step.py --data "$(ENTROFORMER_DATA)/train" \
 		--out data/results/training_step.json
 
 train-tiny: $(READY)
-	@test -d "$(ENTROFORMER_DATA)/train" || { echo "Set ENTROFORMER_DATA to a folder with train/ (pictures or tars) in it."; exit 1; }
+	@test -n "$(ENTROFORMER_DATA)" -a -d "$(ENTROFORMER_DATA)/train" || { echo "Set ENTROFORMER_DATA to a folder with train/ (pictures or tars) in it."; exit 1; }
 	$(BIN)/entroformer train --data "$(ENTROFORMER_DATA)/train" --out runs/tiny-blocks --model tiny-parallel \
 		--architecture transforms=blocks 'stages=[[8,192,4]]' linear_path=dct M=320 rate_aware=true \
 		--lmbdas 0.00035 0.0008 0.0017 0.0035 0.007 0.014 0.029 0.06 0.12 --steps 6000 --batch 16 --crop 128 --last-crop 192 \
@@ -104,8 +106,8 @@ train-tiny: $(READY)
 	test ! -d "$(ENTROFORMER_DATA)/kodak" || $(BIN)/python benchmarks/publish.py publish runs/tiny-blocks tiny-blocks \
 		--kodak "$(ENTROFORMER_DATA)/kodak" --data "$(TINY_DATA)" --limits "$(TINY_LIMITS)"
 
-TINY_DATA = 1,172 photographs: 250 of CID22 (CC BY-SA 4.0) and 922 of ImageNet and BSDS500 (for research use)
+TINY_DATA ?= the pictures in $(ENTROFORMER_DATA)/train
 TINY_LIMITS = a small model, trained for one or two hours on a CPU core
 
 clean:
-	rm -rf .venv build runs site
+	rm -rf .venv build site

@@ -88,7 +88,7 @@ def main(
     load, rows, folder = os.getloadavg()[0], [], Path(tempfile.mkdtemp())
     try:
         write_pictures(folder / "photos", pictures)
-        with local_cluster(1) as one, local_cluster(2) as two:
+        with local_cluster(1, closed=False) as one, local_cluster(2, closed=False) as two:
             addresses = {workers: client.scheduler.address for workers, client in zip(WORKERS, (one, two), strict=True)}
             for address in addresses.values():
                 evaluated(folder, model, address, limit=6)  # every worker loads the model

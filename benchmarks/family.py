@@ -158,7 +158,7 @@ def write_result(runs: Path, out: Path) -> pd.DataFrame:
         StudyError: the result is about other latents.
     """
     settings = {"batch": 8, "crop": CROP, "last_crop": LAST_CROP, "latents": read_json(runs / "latents/latents.json")}
-    for name in ("held_out", "data"):
+    for name in ("held_out", "data", "sources"):
         settings["latents"].pop(name, None)
     with FileLock(runs / "result.lock"):
         saved = read_json(out) if out.exists() else {"settings": settings, "rows": []}

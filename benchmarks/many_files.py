@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import tyro
 
+from benchmarks.latency import peak_mb
 from entroformer_lib.codec.many import Compress, Decompress, go_through, jobs_of
 from entroformer_lib.datasets import SAMPLES, sample_picture
 from entroformer_lib.studies import results
@@ -28,13 +29,6 @@ def write_pictures(folder: Path, count: int) -> None:
         left, top = number * 7 % 200, number * 11 % 140
         crop = photos[number % len(photos)].crop((left, top, left + width, top + height))
         crop.save(folder / f"{number:04}.png")
-
-
-def peak_mb() -> float:
-    """The most memory that this process has had, in MB."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def main(out: Path | None = None, model: str = "blocks-parallel", few: int = 50, many: int = 500) -> None:

@@ -257,7 +257,7 @@ def evaluate(
 
     from entroformer_lib.codec.search import check_effort
     from entroformer_lib.studies import results
-    from entroformer_lib.studies.commands import at_least, check_place
+    from entroformer_lib.studies.commands import at_least, check_place, check_weights
     from entroformer_lib.studies.measuring import Coding, finished_rows, measure
     from entroformer_lib.studies.rate_distortion import names_of, pictures_to_test
 
@@ -269,6 +269,7 @@ def evaluate(
     paths = pictures_to_test(data, limit, lambda sentence: print(sentence, file=sys.stderr))
     loaded = _load(model, device)
     check_effort(loaded, effort)
+    check_weights(out, loaded)
     place = str(next(loaded.g_s.parameters()).device)
     named = zip(paths, names_of(paths), strict=True)
     codings = [Coding(model, None, str(path), place, name, effort=effort) for path, name in named]
@@ -285,7 +286,7 @@ def evaluate(
     if json_file is not None and out is None:
         print(results.as_json({**result, "provenance": results.provenance(loaded)}))
     else:
-        table.loc["mean"] = means
+        table = pd.concat([table, means.to_frame("mean").T])
         print(table.to_string(float_format="{:.4f}".format, na_rep="-", index_names=False))
 
 
@@ -439,11 +440,14 @@ def explore(
     if table is not None:
         if serve or live or output is not None:
             raise UserError("--table writes a table and no page; leave out -o, --live and --serve.")
+        _output(table.with_name(f"{table.name}.json"), image, "", force)
         _table_of_latents(image, _output(table, image, "", force), model, side, device)
         return
     if output is not None or not serve:
         output = _output(output, image or Path("live"), ".html", force)
     if live:
+        if device != "auto":
+            raise UserError("A live page computes in the browser; --device is for pages of stored answers.")
         _explore_live(None if image is None else _fitting(image, side), output, model, serve)
         return
     from entroformer_lib.explorer.effort import effort
@@ -608,7 +612,7 @@ def import_official(
         dst: The weights (.safetensors).
         top_k: k of the attention, where the checkpoint does not say (state dicts do not); 32 by default.
     """
-    _output(dst, dst, "", force)
+    _output(dst, src, "", force)
     from entroformer_lib.weights.official import import_official as write
 
     write(src, dst, force, top_k)
@@ -654,6 +658,8 @@ def _code(work, said: str, inputs: tuple[str, ...], output: str | None, how: Fil
     if many.means_many(inputs, output):
         _code_many(work, inputs, output, how)
         return
+    if how.scheduler is not None:
+        raise UserError("--scheduler is for many files; name several, a folder or a pattern, and -o FOLDER.")
     name, to_stdout = inputs[0], output == "-"
     if name == "-" and output is None:
         raise UserError("What comes from the standard input needs the name of an output, or -: -o FILE.")
@@ -662,8 +668,6 @@ def _code(work, said: str, inputs: tuple[str, ...], output: str | None, how: Fil
         row = {"file": name, "output": str(place), "kept": True}
         print(json.dumps(row) if how.as_json else f"{place} exists and is kept.")
         return
-    if place.exists() and name != "-" and os.path.samefile(name, place):
-        raise UserError(f"{place} is the input itself; name another output.")
     special = to_stdout or (place.exists() and not place.is_file())  # a pipe or a device, whose name has no ending
     work = work.prepared()
     with _progress():
@@ -765,6 +769,8 @@ def _output(output: Path | None, source: str | Path, ending: str, force: bool) -
     output = Path(source).with_suffix(ending) if output is None else output
     if output.is_dir():
         raise UserError(f"{output} is a folder; the output must be a file.")
+    if output.is_file() and os.path.isfile(source) and os.path.samefile(source, output):
+        raise UserError(f"{output} is the input itself; name another output.")
     if output.is_file() and not force:
         raise UserError(f"{output} exists; --force replaces it.")
     if not output.parent.is_dir():
@@ -783,7 +789,8 @@ def main() -> int:
             return 0
         with _warnings_in_sentences(), options:
             app.cli(prog="entroformer", description=ABOUT, config=(tyro.conf.FlagCreatePairsOff,))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it may be closed
+            sys.stdout.flush()
     except BrokenPipeError:  # who read the output has read enough; Python would complain once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1  # work may be left

@@ -149,18 +149,23 @@ def connected(scheduler: str) -> Iterator:
 
 
 @contextlib.contextmanager
-def local_cluster(workers: int, own_gpu: bool = True) -> Iterator:
+def local_cluster(workers: int, own_gpu: bool = True, closed: bool = True) -> Iterator:
     """A client of a cluster on this machine: processes of one thread. A worker that dies is started again.
 
     Args:
         own_gpu: where there are GPUs, each process has one to itself, and there are no more processes than GPUs.
+        closed: a worker runs whatever it is sent, so nobody else on this machine may send it anything: the certificates
+            live in these processes alone. Open, it is as dask's clusters are by themselves.
     """
     import torch
     from dask import config
     from distributed import Client, Nanny, Scheduler, SpecCluster
+    from distributed.security import Security
 
-    host = "127.0.0.1"  # nobody on the network may give it work
-    options = {"nthreads": 1, "memory_limit": 0, "host": host, "dashboard": False, "silence_logs": logging.CRITICAL}
+    security = Security.temporary() if closed else None
+    listens = {"host": "127.0.0.1", "dashboard": False}  # nobody on the network may give it work
+    listens |= {"protocol": "tls://", "security": security} if closed else {}
+    options = {**listens, "nthreads": 1, "memory_limit": 0, "silence_logs": logging.CRITICAL}
     options |= {"env": dict(os.environ), "preload": [__name__]}
     each, method = [options] * workers, "spawn"
     if not torch.cuda.is_available():  # CUDA does not survive a fork
@@ -170,11 +175,11 @@ def local_cluster(workers: int, own_gpu: bool = True) -> Iterator:
         env = options["env"]
         each = [{**options, "resources": {"GPU": 1}, "env": {**env, "CUDA_VISIBLE_DEVICES": str(gpu)}} for gpu in gpus]
     specification = {i: {"cls": Nanny, "options": options} for i, options in enumerate(each)}
-    scheduler = {"cls": Scheduler, "options": {"host": host, "dashboard": False, "dashboard_address": f"{host}:0"}}
+    scheduler = {"cls": Scheduler, "options": {**listens, "dashboard_address": "127.0.0.1:0"}}
     with (
         config.set({"distributed.worker.multiprocessing-method": method}),
         _quiet(),
-        SpecCluster(specification, scheduler) as cluster,
+        SpecCluster(specification, scheduler, security=security) as cluster,
         Client(cluster) as client,
     ):
         client.wait_for_workers(len(each))

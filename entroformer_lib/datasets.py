@@ -1,6 +1,7 @@
 """Pictures in folders, and pictures to test on: fetched with checksums, or scikit-image's samples."""
 
 import functools
+import http.client
 import io
 import os
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from entroformer_lib.errors import DataError
-from entroformer_lib.files import data_folder, file_digest, replacing, write_bytes
+from entroformer_lib.files import data_folder, file_digest, write_bytes
 
 Remote = tuple[str, str]  # the address of a file, and its checksum as `algorithm:hex`
 
@@ -95,8 +96,10 @@ def fetch_file(url: str, checksum: str, folder: Path) -> Path:
         DataError: it cannot be fetched, or has another checksum.
     """
     path, (algorithm, _, digest) = folder / url.rpartition("/")[2], checksum.partition(":")
-    if path.exists() and file_digest(path, algorithm) == digest:
-        return path
+    if path.exists():
+        if file_digest(path, algorithm) == digest:
+            return path
+        raise DataError(f"{path} exists and is another file than {url}; remove it, or choose another folder.")
     part, by_hand = (
         path.with_name(f"{path.name}.part"),
         f"if you have {path.name} from elsewhere, put it into {folder}.",
@@ -105,7 +108,7 @@ def fetch_file(url: str, checksum: str, folder: Path) -> Path:
         _download(url, part)
     except urllib.error.HTTPError as error:
         raise DataError(f"{url} answers {error.code} {error.reason}; {by_hand}") from None
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise DataError(f"{url} cannot be reached ({getattr(error, 'reason', error)}); {by_hand}") from None
     if file_digest(part, algorithm) != digest:
         part.unlink()
@@ -135,8 +138,10 @@ def _unpack(archive: Path, folder: Path) -> None:
         for member in file.namelist():
             name = Path(member).name
             if name.lower().endswith(".png") and not name.startswith("."):
-                with replacing(folder / name) as part:
-                    part.write_bytes(file.read(member))
+                content, path = file.read(member), folder / name
+                if path.exists() and path.read_bytes() != content:
+                    raise DataError(f"{path} exists and is another picture; choose another folder.")
+                write_bytes(path, content)
 
 
 def sample_picture(name: str = "astronaut"):

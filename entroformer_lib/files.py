@@ -35,6 +35,8 @@ def replacing(path: Path) -> Iterator[Path]:
                 shutil.copyfileobj(source, sink)
             part.unlink()
         else:
+            with open(part, "rb+") as written:
+                os.fsync(written.fileno())  # or after a power cut an empty file may stand in the old one's place
             part.chmod(stat.S_IMODE(mode))
             os.replace(part, path)
     except BaseException:
@@ -57,8 +59,6 @@ def write_bytes(path: Path, data: bytes) -> None:
     try:
         with replacing(path) as part, open(part, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"{path} could not be written: {error.strerror or error}.") from None
 

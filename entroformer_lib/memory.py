@@ -1,10 +1,24 @@
-"""Memory that the C library keeps instead of giving it back after every tensor."""
+"""Memory: how much there is, and what the C library keeps instead of giving it back after every tensor."""
 
+import contextlib
 import ctypes
 import sys
+from pathlib import Path
+
+import psutil
 
 # glibc's mallopt: numbers from <malloc.h>
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX, ARENA_MAX = -1, -2, -4, -8
+
+
+def free_memory(container: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process may still take: of the machine, or of the container that it runs in."""
+    left = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no container, or one without a limit
+        taken = dict(line.split() for line in (container / "memory.stat").read_text().splitlines())
+        used = int((container / "memory.current").read_text()) - int(taken["inactive_file"])
+        left = min(left, int((container / "memory.max").read_text()) - used)
+    return max(left, 0)
 
 
 def keep_freed_memory() -> bool:

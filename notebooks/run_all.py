@@ -6,6 +6,7 @@ side, one on each core, up to four.
 
 import os
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -23,7 +24,10 @@ def execute(notebook: Path, threads: int) -> tuple[float, str | None]:
     import papermill
     from traitlets.config import Config
 
-    sockets = Config({"KernelManager": {"transport": "ipc"}}) if os.name == "posix" else Config()  # no open ports
+    # No open ports; sockets of its own, since kernels that start at once would choose the same names
+    folder = tempfile.TemporaryDirectory(prefix="kernel-")
+    place = {"transport": "ipc", "ip": f"{folder.name}/k"} if os.name == "posix" else {}
+    sockets = Config({"KernelManager": place})
     begin, wrong = time.monotonic(), None
     try:
         papermill.execute_notebook(
@@ -31,6 +35,8 @@ def execute(notebook: Path, threads: int) -> tuple[float, str | None]:
         )
     except papermill.PapermillExecutionError as error:
         wrong = f"{error.ename} in cell {error.cell_index}: {error.evalue}"
+    finally:
+        folder.cleanup()
     return time.monotonic() - begin, wrong
 
 

@@ -329,6 +329,9 @@ def test_second_slice_and_the_first_are_the_whole(pictures, photo):
     assert len(set(rows.values())) == 3
     serial = latent_rates.second_slice_rates(micro_model("serial"), pictures)
     assert [row["context"] for row in serial] == ["hyperprior + serial"]
+    for variant, context in (("context", "serial"), ("groupedmixer", "hyperprior + grouped")):
+        found = latent_rates.second_slice_rates(micro_model(variant), pictures)
+        assert [row["context"] for row in found] == [context]
 
 
 def test_hyperprior_only_asks_no_context(pictures):
@@ -414,3 +417,27 @@ def test_without_a_network_a_sentence(monkeypatch, tmp_path):
         with pytest.raises(WeightsError, match="no transforms"):
             frozen_transforms(name)
     assert pretrained_lmbda("zoo:mbt2018-mean:4") == 0.013
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_what_was_fetched_runs_no_code(theirs, monkeypatch, tmp_path):
+    """The checkpoint in torch's cache, as CompressAI names it."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "hub" / "checkpoints" / "mbt2018-mean-4-6dba02a3.pth.tar"
+    place.parent.mkdir(parents=True)
+    torch.save(theirs.state_dict(), place)
+    ours = frozen_transforms("zoo:mbt2018-mean:4")
+    assert ours.g_s[0].weight.equal(theirs.g_s[0].weight)
+    for damage in ({"weight": Evil()}, [1]):
+        torch.save(damage, place)
+        with pytest.raises(WeightsError, match="holds no weights"):
+            frozen_transforms("zoo:mbt2018-mean:4")
+    place.write_bytes(b"no archive")
+    with pytest.raises(WeightsError, match="holds no weights"):
+        frozen_transforms("zoo:mbt2018-mean:4")
+    assert not (tmp_path / "ran").exists()

@@ -263,6 +263,24 @@ def test_bits_are_those_of_the_model(server, model, photo):
     assert server.total_bits(k) == pytest.approx(bits["context"].sum())
 
 
+@pytest.mark.parametrize("variant", ["serial", "parallel"])
+def test_k_and_window_are_those_that_the_model_codes_with(variant, photo):
+    model = micro_model(variant)
+    model.context_k, model.search_window = 2, 1
+    server = RowServer(model, photo)
+    assert server.default_k == 2
+    for site in (27, 50):
+        looked_at = server.rows(site, None).max((0, 1)) > 0
+        assert np.array_equal(looked_at, server.visible(site)) and looked_at.sum() <= 9
+
+
+def test_a_single_latent_without_hyperprior_has_no_context():
+    """There is no first slice whose keys could be kept."""
+    server = RowServer(micro_model("parallel", hyperprior=False), np.zeros((16, 16, 3), np.uint8))
+    assert server.n == 1 and server.bits(None)["context"].shape == (1, 1)
+    assert server.rows(0, None).sum() == pytest.approx(server.layers * server.heads)  # its own place alone
+
+
 @pytest.mark.parametrize("variant", ["serial", "parallel", "context"])
 def test_bits_of_a_model_that_is_told_the_rate(variant, photo):
     """They are the model's own at the level that it has, in float64, and fall with the rate."""

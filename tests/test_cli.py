@@ -312,6 +312,33 @@ def test_the_command_on_a_card_is_its_run():
         assert tyro.cli(TrainConfig, args=words[2:]) == run
 
 
+def test_formats_that_lose_something_say_so(folder, tmp_path):
+    for ending, note in ((".png", ""), (".webp", ""), (".jpg", "JPEG changes the decoded picture a little")):
+        _, errors = call("decompress", folder / "cat.ef", "-o", tmp_path / f"cat{ending}")
+        assert errors.startswith(note) and bool(errors) == bool(note)
+    pictures = [
+        np.asarray(Image.open(tmp_path / f"cat{ending}").convert("RGB"), int) for ending in (".png", ".webp", ".jpg")
+    ]
+    assert (
+        np.array_equal(pictures[0], pictures[1]) and 0 < np.abs(pictures[0] - pictures[2]).mean() < 5
+    )  # noise, which JPEG likes least
+
+
+def test_eval_keeps_a_result_of_other_weights(folder, photo_folder, tmp_path):
+    """And a picture that is called mean has its row beside the mean."""
+    photos, out = tmp_path / "photos", tmp_path / "r.json"
+    photos.mkdir()
+    Image.new("RGB", (64, 64), "white").save(photos / "mean.png")
+    said, _ = call("eval", "micro", "--data", photos, "--json", out, "--jobs", 1)
+    assert [line.split()[0] for line in said.splitlines()[1:]] == ["mean", "mean"]
+    json.loads(out.read_text(), parse_constant=pytest.fail)  # no Infinity, whatever the picture
+    other = tmp_path / "other.safetensors"
+    save_weights(micro_model("parallel", seed=1), other, {"lmbda": 0.5})
+    before = out.read_bytes()
+    _, errors = call("eval", other, "--data", photos, "--json", out, "--jobs", 1, expect=1)
+    assert "is the result of other weights (micro)" in errors and out.read_bytes() == before
+
+
 def test_an_input_is_never_replaced_by_its_output(photo, tmp_path):
     photo.save(tmp_path / "a.png")
     before = (tmp_path / "a.png").read_bytes()
@@ -319,4 +346,5 @@ def test_an_input_is_never_replaced_by_its_output(photo, tmp_path):
     for output in ("a.png", "b.png"):
         words = "compress", tmp_path / "a.png", "-o", tmp_path / output, "--model", "blocks-parallel", "--force"
         assert "is the input itself" in call(*words, expect=1)[1]
+        assert "is the input itself" in call("explore", *words[1:], expect=1)[1]
     assert (tmp_path / "a.png").read_bytes() == before

@@ -41,10 +41,10 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(home, tmp_path_factory):
-    """The scheduler of two processes that work in another folder."""
+    """The scheduler of two processes that work in another folder, open to everybody as dask's is by itself."""
     warm.ensure_server()
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    with cluster.processes(workers=2) as client:
+    with cluster.local_cluster(2, closed=False) as client:
         client.run(os.chdir, elsewhere)
         yield client.scheduler.address
 
@@ -190,6 +190,18 @@ def test_no_more_is_sent_than_the_workers_can_begin(monkeypatch):
         found = cluster.over(abs, [-1, -2, -3], client, lambda item, error: error)
         for number in range(3):
             assert next(found) == (number, number + 1) and len(sent) == number + 1
+
+
+def test_nobody_else_gives_work_to_the_cluster_of_this_machine():
+    """Whoever knows its port has no certificate."""
+    from distributed import Client
+
+    with cluster.local_cluster(1) as client:
+        assert client.submit(abs, -3).result() == 3
+        address = client.scheduler.address.removeprefix("tls://")
+        for stranger in (f"tcp://{address}", f"tls://{address}"):
+            with pytest.raises((OSError, TypeError)):
+                Client(stranger, timeout=2)
 
 
 MEETING = threading.Barrier(2)

@@ -86,6 +86,13 @@ def test_overrides_reach_the_model():
     assert model.context_model.stack.positions[0].table().shape == (25, 32)
 
 
+def test_the_released_stages_shrink_k_with_their_grid():
+    """k, k // 2, k // 4 of whatever k the model has."""
+    assert named_config("tiny-serial", "official", top_k=64).hyper_top_k == (64, 32, 16)
+    assert named_config("tiny-serial", "official").hyper_top_k == (16, 8, 4)
+    assert named_config("tiny-serial", "official", top_k=None).hyper_top_k == (16, 16, 16)
+
+
 def test_base_entropy_model_by_hand():
     """Table 6: 142.7 MB of float32. Counted from Table 5 layer by layer."""
     D, M, Z, d = 384, 384, 192, 64

@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import socket
 import threading
 from pathlib import Path
 
@@ -95,6 +96,27 @@ def test_what_cannot_be_reached_names_the_folder(address, tmp_path):
         fetch_file("http://127.0.0.1:9/file.bin", CHECKSUM, tmp_path)
     with pytest.raises(DataError, match="imagenet"):
         fetch("imagenet", tmp_path)
+
+
+def test_another_file_of_that_name_stays(address, tmp_path):
+    (tmp_path / "file.bin").write_bytes(b"mine")
+    with pytest.raises(DataError, match="file.bin exists and is another file"):
+        fetch_file(f"{address}/file.bin", CHECKSUM, tmp_path)
+    assert (tmp_path / "file.bin").read_bytes() == b"mine"
+
+
+def test_a_server_that_talks_nonsense_is_one_sentence(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            connection, _ = server.accept()
+            connection.recv(1000)
+            connection.sendall(b"what?\r\n\r\n")
+            connection.close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(DataError, match="cannot be reached"):
+            fetch_file(f"http://127.0.0.1:{server.getsockname()[1]}/file.bin", CHECKSUM, tmp_path)
 
 
 def test_kodak_already_there_is_recognised(tmp_path):

@@ -107,7 +107,7 @@ def test_a_config_of_a_larger_network_is_refused_before_it_is_built(changed, fie
 
 
 @pytest.mark.parametrize("fields", [
-    dict(dim=10**9), dict(context_layers=33), dict(radius=33), dict(groups=(12, 16, 16)), dict(window=2000),
+    dict(dim=10**9), dict(context_layers=33), dict(radius=65), dict(groups=(12, 16, 16)), dict(window=2000),
     dict(lmbdas=(1, 10**400)), dict(lmbdas=tuple(range(1, 2000))), dict(scale_floor=float("inf")),
 ])  # fmt: skip
 def test_configs_that_no_machine_can_hold(fields):

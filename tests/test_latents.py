@@ -1,6 +1,7 @@
 """Latents computed once, and entropy models trained on them on equal terms."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,6 +119,18 @@ def test_cache_of_other_transforms_or_crops_is_refused(cache, source, tmp_path):
         write_latents(source, "/nowhere", cache, crop=128, per_picture=3)
     with pytest.raises(DataError, match="no whole cache"):
         LatentCrops(tmp_path, load_model(source, "cpu"), crop=128)
+
+
+def test_latents_of_other_pictures_are_refused(source, photo_folder, tmp_path):
+    """By names and sizes; a finished cache needs no pictures, and a folder that was moved is the same."""
+    folder, out = shutil.copytree(photo_folder, tmp_path / "photos"), tmp_path / "latents"
+    write_latents(source, str(folder), out, crop=64, per_picture=1)
+    folder = folder.rename(tmp_path / "moved")
+    for there in (folder, tmp_path / "photos"):  # moved; gone
+        assert write_latents(source, str(there), out, crop=64, per_picture=1) == out
+    min(folder.iterdir()).unlink()
+    with pytest.raises(DataError, match="are those of .*photos, and not of .*moved; choose another folder"):
+        write_latents(source, str(folder), out, crop=64, per_picture=1)
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,31 @@ def test_standard_streams(home, monkeypatch):
     assert code == 1 and "damaged" in said and not (home / "x.png").exists()
 
 
+def test_no_output_takes_an_inputs_place(home):
+    """Two `.ef` files under names of pictures, into the folder in which they lie."""
+    data = codec.encode(load_model("micro", "cpu"), home / "photos" / "b" / "dog.png")
+    for name in ("a.png", "b.png"):
+        (home / name).write_bytes(data)
+    _, errors = call("decompress", "a.png", "b.png", "-o", ".", "--force", expect=1)
+    assert "is one of the inputs; choose another folder" in errors
+    assert (home / "a.png").read_bytes() == (home / "b.png").read_bytes() == data
+
+
+def test_one_file_needs_no_cluster(home):
+    words = ("compress", "photos/b/dog.png", "-o", "dog.ef", "--model", "micro", "--scheduler", "tcp://127.0.0.1:1")
+    assert "--scheduler is for many files" in call(*words, expect=1)[1]
+
+
+def test_a_closed_output_is_no_error(home, monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["entroformer", "compress", "photos/b/dog.png", "-o", "dog.ef", "--model", "micro"]
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)
+        assert cli.main() == 0
+    assert (home / "dog.ef").is_file()
+
+
 def test_one_file_as_json_and_resumed(home):
     words = ("compress", "photos/b/dog.png", "-o", "dog.ef", "--model", "micro", "--resume")
     row = json.loads(call(*words, "--json")[0])

@@ -1,10 +1,14 @@
 """Every notebook runs from top to bottom in a kernel of its own, and writes the figures it should."""
 
+import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+import warm
 from conftest import VARIANTS, micro_model
 from kernels import kernel
 from papermill.iorw import load_notebook_node
@@ -14,6 +18,7 @@ from entroformer_lib.errors import UserError
 from entroformer_lib.weights.zoo import save_weights
 
 ROOT = Path(__file__).parents[1]
+RUN_ALL = ROOT / "notebooks" / "run_all.py"
 # Parameters that make a notebook quick, or that its reader is asked to change; what is not here runs as it is.
 PARAMETERS: dict[str, dict] = {
     "00_quickstart": {"picture": "rocket"},
@@ -110,3 +115,30 @@ def test_rate_and_distortion_take_models_of_one_rate_and_of_many(ours, listed):
 
 def test_a_groupedmixer_at_any_lambda():
     run_cells("07_groupedmixer", "maps = GroupServer(", model="blocks-groupedmixer@0.014")
+
+
+def execute(path: str, folder: str) -> None:
+    """One notebook as `make figures` runs it."""
+    spec = importlib.util.spec_from_file_location("run_all", RUN_ALL)
+    run_all = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(run_all)
+    run_all.EXECUTED = Path(folder)
+    _, wrong = run_all.execute(Path(path), 1)
+    sys.exit(wrong)
+
+
+def test_notebooks_that_start_at_once_have_kernels_of_their_own(tmp_path):
+    """And leave no sockets behind."""
+    before, running = set(ROOT.iterdir()), []
+    for number in range(3):
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f"print({number} * 7)")])
+        nbformat.write(notebook, tmp_path / f"{number}.ipynb")
+        words = (execute, str(tmp_path / f"{number}.ipynb"), str(tmp_path / "done"))
+        (tmp_path / "done").mkdir(exist_ok=True)
+        running.append(warm.start(*words, output=tmp_path / f"{number}.txt"))
+    for number, process in enumerate(running):
+        process.join(120)
+        assert process.exitcode == 0, (tmp_path / f"{number}.txt").read_text()
+        done = nbformat.read(tmp_path / "done" / f"{number}.ipynb", as_version=4)
+        assert done.cells[0].outputs[0].text == f"{number * 7}\n"
+    assert not [path for path in set(ROOT.iterdir()) - before if path.name.startswith("kernel")]

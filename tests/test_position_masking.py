@@ -192,6 +192,8 @@ def test_bad_questions_are_answered_in_a_sentence(picture):
         mc.mask_beyond(scene, (8,))
     with pytest.raises(StudyError, match="0 or more"):
         mc.mask_beyond(scene, (-1, 2))
+    with pytest.raises(StudyError, match=r"No site that is looked at has the position \(-7, 0\)"):
+        mc.only_positions(scene, [(-7, 0)], stride=6)
 
 
 def test_the_command_line_answers_in_a_sentence(tmp_path, monkeypatch):

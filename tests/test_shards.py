@@ -4,6 +4,8 @@ import functools
 import hashlib
 import http.server
 import io
+import json
+import shutil
 import tarfile
 import threading
 from pathlib import Path
@@ -178,6 +180,41 @@ def test_a_manifest_says_what_counts_and_is_held_to_it(tmp_path):
         collection(out / MANIFEST)
 
 
+def changed(out: Path, **fields) -> Path:
+    """The folder, with fields of its manifest's first row changed."""
+    rows = json.loads((out / MANIFEST).read_text())
+    rows["shards"][0] |= fields
+    (out / MANIFEST).write_text(json.dumps(rows))
+    return out
+
+
+def test_what_is_found_is_never_a_command(tmp_path, monkeypatch):
+    """Only what the user types may be one: neither a file's name nor a manifest's word."""
+    monkeypatch.chdir(tmp_path)
+    for n in range(4):
+        Path(f"{n}.png").write_bytes(flat(n))
+    pack(Path(), Path("out"), per_shard=2, jobs=1)
+    Path("pipe:touch ran #.tar").write_bytes(Path("out/shard-000000.tar").read_bytes())
+    for source in (".", "pipe*.tar"):
+        assert len(PreloadedCrops(source, 64).pictures) > 1
+    for file in ("pipe:touch ran", "../shard-000000.tar", "http://127.0.0.1:9/x.tar", "/dev/zero"):
+        with pytest.raises(DataError, match=f"{MANIFEST} is damaged"):
+            find_sources(str(changed(Path("out"), file=file) / MANIFEST))
+    monkeypatch.chdir("out")
+    with pytest.raises(DataError, match=f"{MANIFEST} is damaged"):
+        find_sources(str(changed(Path(), file="pipe:touch ran") / MANIFEST))
+    assert not Path("ran").exists() and not Path("../ran").exists()
+
+
+@pytest.mark.parametrize("fields", [dict(sizes=[]), dict(names=[3, 4]), dict(file=5), dict(sha256=None), dict(names=7)])
+def test_a_manifest_of_nonsense_is_one_sentence(fields, tmp_path):
+    for n in range(2):
+        (tmp_path / f"{n}.png").write_bytes(flat(n))
+    pack(tmp_path, tmp_path / "out", per_shard=2, jobs=1)
+    with pytest.raises(DataError, match=f"{MANIFEST} is damaged"):
+        collection(changed(tmp_path / "out", **fields) / MANIFEST)
+
+
 # ---- stores ----
 
 
@@ -216,6 +253,23 @@ def test_shards_from_the_web(web, folder, tmp_path):
         here = torch.cat(list(StreamedCrops(folder, 64, seed=5, workers=0, places=BATCH).batches([range(17)])))
         assert torch.equal(there, here)
     assert sorted(path for path in Server.asked if path.endswith(".tar")) == [f"/s{i}.tar" for i in range(len(SIZES))]
+
+
+def test_other_shards_at_the_same_address_are_fetched_again(tmp_path):
+    """By the checksum in the manifest, whether or not it is compared."""
+    reading = Reading(ShardCache(tmp_path / "cache"))
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Server, directory=str(tmp_path))
+    ) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for number in (3, 7):
+            (tmp_path / "photos").mkdir(exist_ok=True)
+            (tmp_path / "photos" / "a.png").write_bytes(flat(number))
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+            pack(tmp_path / "photos", tmp_path / "out", jobs=1)
+            address = f"http://127.0.0.1:{server.server_port}/out/{MANIFEST}"
+            assert numbers_of(next(PreloadedCrops(address, 64, reading=reading).batches([range(1)]))) == [number]
+        server.shutdown()
 
 
 @pytest.mark.parametrize(

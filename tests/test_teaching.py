@@ -379,6 +379,8 @@ WRONG = {
         (lambda s, p: coded(s.ravel(), np.ones(3) / 3).get_compressed(), "not what went in"),
         (lambda s, p: coded(s.ravel(), p), "return the words themselves"),
         (lambda s, p: coded(s.T.ravel(), p).get_compressed(), "column after column"),
+        (lambda s, p: coded(s.ravel()[::-1], p).get_compressed()[None], "reverse order"),
+        (lambda s, p: [10**400], "should be numbers"),
     ],
     "1.3": [
         (lambda p, q: -(q * np.log2(p)).sum(), "changed places"),
@@ -548,6 +550,7 @@ WRONG = {
         (lambda b, a: 100 * (a / b - 1), "the sign"),
         (lambda b, a: 100 * (b / a - 1), "you divide by `after`"),
         (lambda b, a: 100 * (1 - a / b).mean(), "this is the mean"),
+        (lambda b, a: [[1.0], [2.0, 3.0]], "should be numbers"),
     ],
     "6.2": [
         (lambda values: np.std(values, ddof=1), "the spread of single seeds"),

@@ -66,7 +66,21 @@ def test_spread_of_absolute_positions_is_not_that_of_others():
         rows += [dict(kind=kind, seed=seed, bpp=np.exp(chance.normal(0, spread))) for seed in range(3)]
     rows = pd.DataFrame(rows)
     assert between_seeds(rows, "a", "b", "table1").half_width < 1
-    assert between_seeds(rows, "absolute", "b", "table1").half_width > 5
+    effect = between_seeds(rows, "absolute", "b", "table1")
+    low, high = stats.ttest_rel(
+        *(np.log(rows[rows["kind"] == k]["bpp"]) for k in ("absolute", "b"))
+    ).confidence_interval()
+    assert effect.half_width == pytest.approx((100 - effect.value) * (high - low) / 2)  # the paired test: no other kind
+
+
+def test_what_is_said_holds_the_whole_interval():
+    """However a value and its interval are rounded."""
+    claim = Claim("table 1", "", lambda: None)
+    for value, half_width in ((0.449, 0.5), (-0.351, 0.4), (0.05, 0.1), (0.0, 0.2)):
+        words = sentence(claim, Effect(value, half_width, "here", ()))
+        said, half = float(words.split(" ± ")[0]), float(words.split(" ± ")[1].split("%")[0])
+        assert said - half <= value - half_width + 1e-9 and value + half_width <= said + half + 1e-9
+        assert float(words.rpartition("ends at ")[2].rstrip("%")) == pytest.approx(said + half)
 
 
 def test_an_interval_over_pictures_is_students_where_all_count_the_same():
@@ -109,6 +123,10 @@ def test_a_difference_is_told_where_it_is_larger_than_what_seeds_change(results_
     found = verdicts.differences("figure6", "base").set_index("kind")
     assert list(found["told"]) == ["–", "cannot tell", "costs", "saves"] and (found["seeds"] == 3).all()
     assert found["saved"].loc[["far", "near"]].tolist() == pytest.approx([-20, 20], abs=3)
+    more = dict(grid="figure6_curve", run="curve-seed0", seed=0, bpp=1.0)  # without a rate of whole pictures
+    (results_folder / "ablation-figure6.json").write_text(json.dumps(dict(settings={}, rows=[*rows, more])))
+    assert verdicts.differences("figure6", "base").set_index("kind")["saved"].isna().to_dict()["curve"]
+    (results_folder / "ablation-figure6.json").write_text(saved)
     assert verdicts.differences("figure6", "nothing") is None and verdicts.differences("groups", "base") is None
     shown = paper_tables.differences("figure6", "base", {"far": "farther"}).to_html()
     assert "farther" in shown and "costs" in shown and "saves" not in shown

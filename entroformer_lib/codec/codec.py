@@ -9,7 +9,6 @@ import math
 import zlib
 from collections.abc import Sequence
 
-import psutil
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,6 +18,7 @@ from entroformer_lib.codec.pictures import open_picture, to_picture, to_rgb, to_
 from entroformer_lib.codec.search import searched
 from entroformer_lib.entroformer import Entroformer, evaluating, in_float32, searching
 from entroformer_lib.errors import BitstreamError, ConfigError, DataError, RateError, WeightsError
+from entroformer_lib.memory import free_memory
 from entroformer_lib.rangecoder import MORE_BYTES, Y_BYTES, Z_BYTES
 from entroformer_lib.weights.zoo import REPLACED, load_model, weights_digest
 
@@ -80,7 +80,7 @@ def check_bpp(bpp: float | None) -> None:
 
 def _check_memory(width: int, height: int, per_pixel: float) -> None:
     """Raises DataError for a picture that does not fit into the memory left, at so many bytes a pixel."""
-    needed, left = per_pixel * width * height, psutil.virtual_memory().available
+    needed, left = per_pixel * width * height, free_memory()
     if needed > left:
         raise DataError(
             f"A picture of {width} x {height} pixels takes more than {needed / 1e9:.0f} GB of memory, "

@@ -126,7 +126,7 @@ class Decompress:
         return path.suffix.lower() == ".ef"
 
     def __call__(self, source: Path | bytes, form: str) -> tuple[bytes, dict]:
-        """A picture in the format of the ending `form`; and its width, height, and notes, of which there are none."""
+        """A picture in the format of the ending `form`; and its width, height, and notes: what the format lost."""
         data = source if isinstance(source, bytes) else read(source)
         container = Container.unpack(data)
         container.check_pixels(self.max_pixels)
@@ -136,7 +136,8 @@ class Decompress:
         else:
             model = kept_model(self.model, self.device, self.weights).model
         picture = codec.decode(data, model, max_pixels=self.max_pixels)
-        return pictures.file_of(picture, form), {"width": picture.width, "height": picture.height, "notes": []}
+        facts = {"width": picture.width, "height": picture.height, "notes": pictures.lost_in(form)}
+        return pictures.file_of(picture, form), facts
 
 
 Work = Compress | Decompress
@@ -240,9 +241,12 @@ def left_to_do(jobs: list[Job], force: bool, resume: bool) -> list[Job]:
     """The jobs without those that are done, where `resume` asks for that.
 
     Raises:
-        DataError: outputs exist, and neither `force` nor `resume` says what to do about them.
+        DataError: outputs exist, and neither `force` nor `resume` says what to do about them; or one is an input.
     """
     there = [output for _, output in jobs if output.is_file()]
+    inputs = {os.path.realpath(source) for source, _ in jobs}
+    if itself := [output for output in there if os.path.realpath(output) in inputs]:
+        raise DataError(f"{itself[0]} is one of the inputs; choose another folder.")
     if there and not (force or resume):
         raise DataError(
             f"{len(there)} of {len(jobs)} outputs exist, {there[0]} among them; --resume keeps them, "

@@ -186,6 +186,16 @@ def to_picture(x: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
+WRITTEN = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95, "subsampling": 0}, "AVIF": {"quality": 95}}
+LOSSY = ("JPEG", "MPO", "AVIF", "GIF")
+
+
+def lost_in(ending: str) -> list[str]:
+    """A sentence where a format does not keep every pixel as it is."""
+    form = Image.registered_extensions().get(ending.lower())
+    return [f"{form} changes the decoded picture a little; PNG keeps it as it is."] if form in LOSSY else []
+
+
 def file_of(picture: Image.Image | str, ending: str) -> bytes:
     """A picture in the format of a file's ending; or, of just a mode, a single pixel, to see whether that can be done.
 
@@ -198,7 +208,7 @@ def file_of(picture: Image.Image | str, ending: str) -> bytes:
     if form not in Image.SAVE:
         raise DataError(f"The ending '{ending}' is not that of a picture format that can be written.")
     try:
-        picture.save(file, form)
+        picture.save(file, form, **WRITTEN.get(form, {}))
     except Exception as error:  # Pillow's writers raise many kinds
         raise DataError(f"The picture cannot be written as {form}: {error or type(error).__name__}.") from None
     if form in Image.OPEN and Image.open(file).size != picture.size:  # icons are made smaller

@@ -4,24 +4,25 @@
 from every query, layer by layer, would not do: the tokens between have seen that latent and pass it on in the next
 layer, and in the serial model the query's own token *is* the latent to the left. So a missing latent is missing for the
 whole model: its token enters as zero and no other token sees it, in any layer (`missing` of the context models); in the
-convolution its taps get zero. The models of this study are trained with just such gaps, a random share of them in each
+convolution its taps get zero. The models of this study are trained with such gaps, a random share of up to half of each
 crop (`TrainConfig.missing`), so that a gap is nothing new to them.
 
 **How it is measured.** One pass with a single missing latent t answers for every neighbour of t, one position each. And
 latents far enough apart do not disturb each other: we hide a lattice, every `spacing`-th latent in both directions, and
 move it through all spacing² phases. Then every site has met a gap at every position of the neighbourhood exactly once,
-in 49 passes for 7 x 7, a few in one batch, instead of one pass for each of 1,536 latents; and a pass computes only that
-half of the attention which causality or the checkerboard leaves (`features` of the context models). What the lattice
-costs: other gaps are `spacing` away. In the convolution that changes nothing; for transformers a wider lattice says how
+in 49 passes for 7 x 7, a few in one batch, instead of one pass for each of 1,536 latents. What the lattice costs: other
+gaps are `spacing` away. In the convolution that changes nothing; for transformers a wider lattice says how
 much (`spacing=14`; the saved result has that check).
 
 **Alone.** "A corresponding mask, which are set to 1 except position i", says section 3.2, and that can also mean the
 reverse: only position i is known. A gap is small news where its neighbours say nearly the same; so we measure this too:
-what one position saves against no context at all. It is exact, from a small patch around each site.
+what one position saves against the same patch without any context. It is exact, from a small patch around each site;
+but nearly everything is missing there, more than in training.
 
 **Beyond distance r.** Each site is predicted alone from a small patch in which everything farther than r (L1) is
-missing. The model does the same as in a whole picture, so nothing can leak in over several layers. (Absolute positions
-then count from the patch's corner.)
+missing. The model does the same as in a whole picture, so nothing can leak in over several layers.
+
+In a patch absolute positions count from its corner, so a model that has them knows less there than in the picture.
 
 Rates are those of y, estimated from the likelihoods, over the sites that have the position inside the picture.
 """
@@ -237,7 +238,7 @@ def only_positions(scene: Scene, offsets: Sequence[Offset], stride: int = 3) -> 
         A row for each offset: dy, dx, sites, and over these sites bpp_none, bpp_only, ratio.
 
     Raises:
-        StudyError: an offset that is no context, or outside of the picture.
+        StudyError: an offset that is no context, or outside of the picture, or at none of the sites.
     """
     reach, sites = _reach(scene, offsets), _every(scene, stride)
     nothing = torch.zeros(2 * reach + 1, 2 * reach + 1, dtype=torch.bool)
@@ -246,6 +247,8 @@ def only_positions(scene: Scene, offsets: Sequence[Offset], stride: int = 3) -> 
     for dy, dx in offsets:
         position = sites + torch.tensor((dy, dx))
         there = ((position >= 0) & (position < torch.tensor((scene.height, scene.width)))).all(1)
+        if not there.any():
+            raise StudyError(f"No site that is looked at has the position ({dy}, {dx}) inside the picture.")
         known = nothing.clone()
         known[reach + dy, reach + dx] = True
         before, after = float(none[there].sum()), float(bits_in_patches(scene, sites[there], known).sum())

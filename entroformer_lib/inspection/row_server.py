@@ -52,7 +52,7 @@ class RowServer(PictureServer):
     @torch.inference_mode()
     def __init__(self, model, picture, reference=None):
         super().__init__(model, picture, reference)
-        self.radius, self.default_k = self.config.radius, self.config.top_k
+        self.radius, self.default_k = self.config.radius, self.model.context_k
         self.row_entries = self.default_k
         self.causal, device = self.kind == "serial", self.y_hat.device
         self._sites = grid_sites(self.height, self.width, device)
@@ -85,6 +85,9 @@ class RowServer(PictureServer):
         """What the row of `site` may look at: bool [n]."""
         seen = self._carrier.cpu().numpy() & ((np.arange(self.n) < site) | (not self.causal))
         seen[site] |= not self.causal
+        if self.model.search_window is not None:
+            offsets = (self._sites - self._sites[self.origin(site)]).abs().amax(1).cpu().numpy()
+            seen &= offsets <= self.model.search_window
         return seen
 
     # -- answers --
@@ -213,7 +216,7 @@ class RowServer(PictureServer):
             for part in carriers.split(TOKENS_AT_ONCE):
                 seen = carriers[: part[-1] + 1]
                 stack(tokens[:, part], sites[seen], lambda i, seen=seen: seen <= i[:, None], cache)
-        else:
+        elif len(carriers):  # a single site has no first slice
             stack.remember(tokens, sites, cache)
         for part in cache:
             part.closed = True

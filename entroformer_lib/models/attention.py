@@ -34,9 +34,10 @@ class UpToItself(NamedTuple):
 class KVCache:
     """Keys and values of the tokens seen so far, of one attention layer: nothing is computed twice.
 
-    Called with those of new tokens, [B, heads, q, d], it keeps them and returns all it has. When it is `closed`, it
-    keeps nothing more and returns what it had: new tokens do not see each other, and `attend` gets the own key and
-    value of each one apart.
+    Called with those of new tokens, [B, heads, q, d], it keeps them and returns all it has. While the second slice is
+    coded, its tokens see the whole first slice and themselves, but not each other. For them the cache is `closed`: it
+    keeps nothing more and returns what it had, and `attend` gets each token's own key and value apart, as a last
+    column.
     """
 
     def __init__(self, capacity: int):

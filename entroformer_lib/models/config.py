@@ -91,11 +91,12 @@ class EntroformerConfig:
         sizes = (self.N, self.M, self.Z, self.dim, self.heads, self.context_layers, self.ffn_ratio, self.radius)
         if min(sizes + self.hyper_radius + self.groups + stages + (self.window,)) < 1:
             raise ConfigError("Every size and radius in a config must be at least 1.")
-        counts = (self.context_layers, self.ffn_ratio, self.radius, *self.hyper_radius, *(n for *_, n in self.stages))
-        if max(sizes + stages) > 2**14 or max(counts) > 32 or self.window > 2**10 or math.prod(self.groups) > 2**10:
+        counts = (self.context_layers, self.ffn_ratio, *(n for *_, n in self.stages))
+        large = max(sizes + stages) > 2**14 or max(counts) > 32 or max(self.radius, *self.hyper_radius) > 64
+        if large or self.window > 2**10 or math.prod(self.groups) > 2**10:
             raise ConfigError(
                 "The config describes a network that no machine can hold: sizes go up to 16,384, layers, blocks of a "
-                "stage, ffn_ratio and radii up to 32, windows and groups up to 1,024."
+                "stage and ffn_ratio up to 32, radii up to 64, windows and groups up to 1,024."
             )
         if len(self.lmbdas) > 2**8:
             raise ConfigError(f"A model has up to 256 lmbdas, not {len(self.lmbdas):,}.")
@@ -302,8 +303,10 @@ def named_config(name: str, preset: str = "paper", **overrides) -> EntroformerCo
         slices, more = GROUPED[size]
         values.update(more, groups=(slices[variant], 2, 2))
     if preset == "official":  # the hyper stages' k and table side shrink with their grid
-        k = values.get("top_k", 32)
-        values.update(hyper_top_k=(k, k // 2, max(2, k // 4)), hyper_radius=(3, 2, 2))
+        k = overrides.get("top_k", values.get("top_k", 32))
+        if isinstance(k, int):
+            values.update(hyper_top_k=(k, max(2, k // 2), max(2, k // 4)))
+        values.update(hyper_radius=(3, 2, 2))
     values.update(_known(overrides, EntroformerConfig))
     return EntroformerConfig(**values)
 

@@ -11,6 +11,13 @@ All answer two questions:
                           [1, D, s, 1]) and is sent these sites' latents, [s, M]. A feature of s sites is laid out as
                           one of a picture s high and 1 wide. Where there is no context it is None.
 
+Whoever codes drives the steps:
+
+    steps, latents = model.steps(h, w), None
+    while True:  # until StopIteration
+        sites, feature = steps.send(latents)
+        latents = code(sites, feature)  # [s, M], written or read
+
 `one_by_one` says that the steps go site by site. An encoder, which knows all latents, then calls `forward` instead.
 """
 
@@ -76,8 +83,12 @@ class SerialContext(nn.Module):
     """Causal context model: the feature of site i depends on the latents of the sites before i.
 
     The mask lets token i see itself, because token i *carries* y_hat_i. The outputs are then shifted by one: what
-    token i - 1 has computed predicts y_hat_i, and a learned start token predicts the first. Without the shift the model
-    would predict each latent from itself, and report a rate that no file can have.
+    token i - 1 has computed predicts y_hat_i, and a learned start token predicts the first. So section 3.4's j < i
+    holds for what is predicted. Without the shift the model would predict each latent from itself, and report a rate
+    that no file can have.
+
+    Offsets of eq. 4 are counted from token i - 1, as released: from the left neighbour of the site that it predicts, or
+    in the first column from the end of the row above.
 
     y_hat: [B, M, h, w]  ->  context feature: [B, D, h, w]
     """

@@ -3,7 +3,7 @@ GroupedMixer, they answer the same two questions:
 
     predict(y_hat, hyper, gaps)  the distributions of all latents at once, for training and study
     steps(h, w, hyper)           the same, step by step, as they are coded: a generator that yields a `Step` and is sent
-                                 the latents it asks for, [s, m]
+                                 the latents it asks for, [s, m]; context.py shows how
 
 `output_layers` are pairs: channels, and the last linear layer for these channels. What the layer gives are first the
 logarithms of scales, then the means.
@@ -55,7 +55,7 @@ class EntropyParameters(Bounds):
         self.layers = nn.Sequential(nn.Linear(width, 4 * c.dim), nn.LeakyReLU(0.2), nn.Linear(4 * c.dim, 2 * c.M))
 
     def forward(self, hyper: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        if not self.hyperprior and hyper is not None:  # only what the model is told of the rate (gain.py)
+        if not self.hyperprior and hyper is not None:  # `hyper` is the rate's vector alone (gain.py), and has no input
             hyper, context = None, context + hyper
         joined = torch.cat([feature for feature in (hyper, context) if feature is not None], dim=1)
         log_scales, means = float_or_wider(per_site(self.layers, joined)).chunk(2, dim=1)  # the weights' order

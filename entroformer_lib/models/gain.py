@@ -92,7 +92,7 @@ class RateKnowledge(nn.Module):
     """Gains of z, and a vector for each level that is added to the features behind h_s.
 
     Args:
-        gain: of y; z's gains begin at its fourth root, because the cost of z matters less where y costs much.
+        gain: of y; z's gains begin at its fourth root: z too becomes finer with the rate, but less than y.
         Z, dim: channels of z, width of the features.
     """
 

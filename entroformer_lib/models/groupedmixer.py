@@ -17,7 +17,8 @@ start. So an inner mixer may look in all directions, and a cross mixer at slots 
     predicts   group 0  group 1  group 2      group G - 1
 
 When coding, an inner mixer needs its own slot alone, and a cross mixer the keys and values of earlier slots, which are
-kept (the *context cache*): G passes over one slot each instead of G (G + 1) / 2.
+kept (the *context cache*): G passes over one slot each. Without the cache pass i would go over i slots, which makes
+G (G + 1) / 2 together.
 
 We have only the paper's abstract, so much here is our choice: the order of groups (channel slice by channel slice, in
 each the diagonal phases first), one embedding and one head per channel slice (channels of y mean different things, and

@@ -1,8 +1,9 @@
 """Hyper analysis h_a and hyper synthesis h_s: a small side picture z that says how y varies from place to place.
 
-The transformer's have three blocks each (Table 5), on grids of 1/16, 1/32 and 1/64 of the picture: between the blocks
-h_a halves the grid with a 3x3 convolution of stride 2, h_s doubles it with a 3x3 convolution and a pixel shuffle. These
-are the layers of the released code, where Table 5 prints group convolutions; z has Z channels where it prints 384.
+The transformer's have three blocks each (Table 5; together section 4's six, and section 3.1's N = 3), on grids of 1/16,
+1/32 and 1/64 of the picture: between the blocks h_a halves the grid with a 3x3 convolution of stride 2, h_s doubles it
+with a 3x3 convolution and a pixel shuffle. These are the layers of the released code, where Table 5 prints group
+convolutions; z has Z channels where it prints 384.
 
 Those of a CNN, for comparison, have three convolutions each, after Minnen et al. (2018). Transposed 5x5 convolutions of
 stride 2 in theirs are here 3x3 convolutions with a pixel shuffle, which see at least as far.

@@ -96,8 +96,8 @@ def _position(position: str, **fields) -> Entry:
     )
 
 
-def _radius(h: int | None, largest: int = 30) -> Entry:
-    """Diamond of radius h; None: as large as the crops of training, so that every offset has a vector of its own."""
+def _radius(h: int | None, largest: int = 38) -> Entry:
+    """Diamond of radius h; None: every offset inside 20x20 latents, the largest crops, has a vector of its own."""
     columns = {"radius": h, "position": "diamond"}
     return Entry(f"h-{h or 'all'}", "context", {"radius": h or largest}, columns=columns)
 

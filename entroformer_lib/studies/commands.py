@@ -38,6 +38,20 @@ def check_place(out: Path) -> None:
         raise StudyError(f"Nothing can be written into the folder {out.parent}.")
 
 
+def check_weights(out: Path | None, model) -> None:
+    """Refuses a result of other weights in the place of a new one.
+
+    Raises:
+        StudyError: there is one.
+    """
+    from entroformer_lib.weights.zoo import weights_digest
+
+    if out is not None and out.is_file():
+        about = json.loads(out.read_bytes())["provenance"]
+        if about.get("weights_sha256") not in (None, weights_digest(model).hex()):
+            raise StudyError(f"{out} is the result of other weights ({about.get('model')}); choose another name.")
+
+
 def _is_result(path: Path) -> bool:
     try:
         return "provenance" in json.loads(path.read_bytes())

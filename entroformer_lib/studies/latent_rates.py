@@ -20,7 +20,7 @@ from entroformer_lib.studies.rate_distortion import Pictures, bit_maps, latents_
 MOSAIC = 1200  # pixels
 ROWS, COLUMNS = 3, 2  # of pictures in a mosaic
 CONTEXTS = ("hyperprior only", "hyperprior + unidirectional", "hyperprior + bidirectional")
-OWN = {"none": CONTEXTS[0], "serial": "hyperprior + serial", "cnn": "hyperprior + convolution"}
+OWN = {"none": CONTEXTS[0], **{c: f"hyperprior + {c}" for c in ("serial", "cnn", "grouped")}}  # of a whole model
 
 
 # ---- pictures ----
@@ -106,6 +106,7 @@ def second_slice_rates(model: Entroformer, pictures: Pictures) -> list[dict]:
         second = ~first_slice(*y.shape[-2:], device=y.device)
         with evaluating(model) as model:
             for context, likelihood in _predictions(model, y):
+                context = context if model.h_a is not None else context.removeprefix("hyperprior + ")
                 bits = -likelihood.double().log2().sum(1)[:, second].sum()
                 rows.append({"image": name, "context": context, "bpp": float(bits) / (picture.width * picture.height)})
     return rows

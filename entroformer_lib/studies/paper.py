@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from tqdm import tqdm
 
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.entroformer import Entroformer
@@ -97,7 +98,8 @@ class Paper:
         if measured == (digest, weights_digest(model).hex()):
             return
         with finished_rows(out) as done:
-            rows = measure(codings, done, self.jobs)
+            with tqdm(total=len(codings), unit="file", disable=None) as bar:
+                rows = measure(codings, done, self.jobs, lambda row: bar.update())
             mean = means(rows)
             images = [{"lmbda": row.pop("setting"), **row} for row in rows]
             told = {"pictures_sha256": digest, **about(model.card, model.config.variant)}

@@ -169,7 +169,12 @@ def _relation(distance: pd.Series, percent: pd.Series) -> dict:
         except RuntimeError:
             return nothing
         rest = percent - a * np.exp(-distance / b)
-    return {**nothing, "a": float(a), "b": float(b), "r2": float(1 - rest.var() / percent.var())}
+    return {
+        **nothing,
+        "a": float(a),
+        "b": float(b),
+        "r2": float(1 - rest.pow(2).sum() / (percent - percent.mean()).pow(2).sum()),
+    }
 
 
 # ---- the runs ----

@@ -8,6 +8,7 @@ ablation study. Curves that other people published come as a table with the same
 
 import datetime
 import json
+import math
 import os
 import platform
 import shlex
@@ -94,21 +95,32 @@ def git_revision() -> str | None:
         return done.stdout.strip()
 
     try:
+        if Path(git("rev-parse", "--show-toplevel")) != Path(__file__).resolve().parents[2]:
+            return None  # installed inside another project's checkout
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def as_json(result: dict) -> str:
-    """JSON with one line for each row of a table."""
+    """JSON with one line for each row of a table; null in the place of what is no number, or infinite."""
     parts = []
-    for key, value in result.items():
+    for key, value in _finite(result).items():
         if isinstance(value, list):
             text = "[\n" + ",\n".join(json.dumps(row) for row in value) + "\n]"
         else:
             text = json.dumps(value, indent=1)
         parts.append(f"{json.dumps(key)}: {text}")
     return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _finite(value):
+    """JSON knows neither NaN nor infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save(path: Path, result: dict, model=None, **more) -> dict:

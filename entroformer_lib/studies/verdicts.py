@@ -14,10 +14,11 @@ in 0's place: reproduced where all of the interval is within the limit, larger w
 
 An interval comes from seeds where models were trained for the comparison: runs on the same terms are fitted together as
 a row for each kind of model and one for each seed (the seed decides order, crops and noise for all kinds alike), and
-what remains is the spread. It is Student's, with as many degrees of freedom as there are runs beyond that fit. A model
-with absolute positions takes part in its own comparisons alone: in whole pictures it differs far more from seed to seed
-than all others. Where each model was trained once, the interval is over the pictures (the jackknife's), and does not
-hold what another training would change. A number without an interval stands for itself.
+what remains is the spread. It is Student's, with as many degrees of freedom as there are runs beyond that fit. Models
+without positions, and with absolute ones, differ far more from seed to seed in whole pictures than all others. They are
+left out of the comparisons of others, and their own are fitted from the two compared kinds alone. Where each model was
+trained once, the interval is over the pictures (the jackknife's), and does not hold what another training would change.
+A number without an interval stands for itself.
 
 All rates are divided in one way, as in the figures and tables: means over the pictures first, then ratios, and of
 several lambdas the mean of the ratios.
@@ -36,7 +37,7 @@ from entroformer_lib.studies import bd, same_transforms
 from entroformer_lib.studies.results import AUTHORS, ablation, kodak_means, load, published, reference, trainings
 
 CONFIDENCE = 0.95
-APART = ("absolute",)  # in pictures larger than the crops it differs from seed to seed far more than all others
+APART = ("absolute", "none")  # kinds that differ from seed to seed far more than all others
 SHIPPED, SERIAL = "blocks-parallel", "blocks-serial"
 
 
@@ -102,10 +103,11 @@ def sentence(claim: Claim, effect: Effect) -> str:
     """What stands here, in words."""
     unit, digits = ("%", 1) if claim.unit == "%" else (f" {claim.unit}", 2)
     value = round(effect.value, digits) + 0.0
+    half_width = effect.half_width + abs(effect.value - value) * (effect.half_width > 0)  # around what is said
     what = f"{value:+.{digits}f}"
     if np.isinf(effect.half_width):
         return f"{what}{unit} ({effect.over}: too few for an interval)"
-    half = np.ceil(effect.half_width * 10**digits) / 10**digits  # rounded up, so that the sum below is true
+    half = np.ceil(round(half_width * 10**digits, 6)) / 10**digits  # rounded up, so that the sum below is true
     if half:
         what += f" ± {half:.{digits}f}"
     what += f"{unit} ({effect.over})"
@@ -133,12 +135,14 @@ def between_seeds(rows: pd.DataFrame, better: str, base: str, *grids: str) -> Ef
     """What one kind of model saves over another, in percent; None where one of them is not there.
 
     Args:
-        rows: kind, seed, bpp: a row for each training. Other kinds than the two give spread, but for those of APART.
+        rows: kind, seed, bpp: a row for each training. Other kinds than the two give spread, if none of the two is in
+            APART, and they are not.
         grids: that the two come from.
     """
     if not {better, base} <= set(rows["kind"]):
         return None
-    rows = rows[~rows["kind"].isin(set(APART) - {better, base})]
+    alone = {better, base} & set(APART)
+    rows = rows[rows["kind"].isin({better, base}) if alone else ~rows["kind"].isin(APART)]
     kinds, seeds = pd.get_dummies(rows["kind"], dtype=float), pd.get_dummies(rows["seed"], dtype=float)
     design = np.hstack([kinds, seeds.iloc[:, 1:]])
     fitted, _, rank, _ = np.linalg.lstsq(design, np.log(rows["bpp"]), rcond=None)
@@ -181,7 +185,7 @@ def differences(grid: str, base: str) -> pd.DataFrame | None:
         row = {"kind": kind, "seeds": len(bpp), "bpp": bpp.mean()}
         effect = None if kind == base else between_seeds(rows, kind, base, grid)
         if effect is None:
-            found.append({**row, "saved": 0.0, "smallest": np.nan, "told": "–"})
+            found.append({**row, "saved": 0.0 if kind == base else np.nan, "smallest": np.nan, "told": "–"})
             continue
         told = "cannot tell" if abs(effect.value) <= effect.half_width else "saves" if effect.value > 0 else "costs"
         found.append({**row, "saved": effect.value, "smallest": effect.half_width, "told": told})
@@ -368,7 +372,9 @@ def claims() -> list[Claim]:
     small = "Entropy models of a quarter of the paper's width; the lower half of our rates."
     crops = " On parts as large as the crops of training it is the other way round."
     short = "A quarter of the paper's width and a small part of its steps; frozen transforms."
-    others = "Other transforms, a narrower entropy model, an eighth of the pixels in training."
+    others = (
+        "Other transforms, which saw an eighth of the paper's pixels; a narrower entropy model, which saw a seventieth."
+    )
     fails = " Here it is so large because absolute positions fail in pictures larger than the crops."
     return [
         Claim("figure 3", "The closer a position of the context, the more bits its absence costs.",

@@ -24,7 +24,7 @@ def array(answer, what: str = "the answer") -> np.ndarray:
         answer = answer.detach().cpu()
     try:
         values = np.asarray(answer, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         if "ellipsis" in repr(answer).lower():
             raise Unsolved from None
         raise Wrong(f"{what} should be numbers and is of type {type(answer).__name__}.") from None

@@ -61,7 +61,7 @@ def compress(answer) -> str:
         raise Wrong("return the words themselves: `encoder.get_compressed()`.")
     if isinstance(words, bytes):
         words = np.frombuffer(words, np.uint32)
-    words = array(words, "what `compress` returns").astype(np.uint32)
+    words = array(words, "what `compress` returns").astype(np.uint32).ravel()
     if not words.size:
         raise Wrong("no words come back. Is `encode` called before `get_compressed`?")
     model = constriction.stream.model.Categorical(probs, perfect=False)

@@ -6,7 +6,7 @@ import numpy as np
 
 from entroformer_lib.errors import UserError
 from entroformer_lib.models.config import named_config
-from entroformer_lib.teaching.answers import called, number, shaped
+from entroformer_lib.teaching.answers import array, called, number, shaped
 from entroformer_lib.teaching.exercises import Unsolved, Wrong, exercise
 
 
@@ -24,7 +24,8 @@ def savings(answer) -> str:
     before, after = np.array([0.5, 0.4, 0.8]), np.array([0.49, 0.41, 0.6])
     right = 100 * (1 - after / before)
     got = called(answer, before.copy(), after.copy())
-    if np.size(got) == 1 and np.isclose(number(got, "what `savings` returns"), right.mean()):
+    got = array(got, "what `savings` returns")
+    if got.size == 1 and np.isclose(number(got), right.mean()):
         raise Wrong("this is the mean. One number for each seed is asked for, because their spread is needed, too.")
     got = shaped(got, (3,), "what `savings` returns")
     if np.allclose(got, right / 100):

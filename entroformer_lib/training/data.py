@@ -6,6 +6,7 @@ picture, and which crop of it.
 
 import functools
 import glob
+import hashlib
 import itertools
 import os
 import re
@@ -25,7 +26,7 @@ from entroformer_lib.datasets import files_under, is_picture
 from entroformer_lib.errors import DataError, PassedOver
 from entroformer_lib.training.chance import DRAWN, HELD_OUT, generator, picture_number
 from entroformer_lib.training.graphics import drawn
-from entroformer_lib.training.shard_cache import is_remote, matches
+from entroformer_lib.training.shard_cache import file_name, is_remote, matches
 from entroformer_lib.training.shards import READING, Reading, ShardedPictures, find_shards, open_shard, shard_names
 
 
@@ -56,7 +57,7 @@ def find_sources(source: str | os.PathLike | list) -> tuple[list[Path], list[str
     if path.is_dir():
         files = files_under(path)
         pictures = [p for p in files if is_picture(p)]
-        tars = [str(p) for p in files if p.suffix == ".tar"]
+        tars = [file_name(p) for p in files if p.suffix == ".tar"]
         if not pictures and not tars:
             raise DataError(f"There is no picture and no .tar in the folder {name}.")
         return pictures, tars
@@ -73,8 +74,16 @@ def find_sources(source: str | os.PathLike | list) -> tuple[list[Path], list[str
         return ([], [name]) if path.suffix == ".tar" else ([path], [])
     tars = sorted(glob.glob(name))
     if tars:
-        return find_sources(tars)
+        return find_sources([file_name(tar) for tar in tars])
     raise DataError(f"There are no training pictures at {name}.")
+
+
+def listed(source) -> str:
+    """SHA-256 over the names and sizes of a source's files: other pictures are noticed without being read."""
+    files, tars = find_sources(source)
+    names = map(str, [*files, *tars])
+    sizes = [(os.path.basename(name), 0 if is_remote(name) else os.path.getsize(name)) for name in names]
+    return hashlib.sha256(repr(sizes).encode()).hexdigest()
 
 
 def pictures_in(

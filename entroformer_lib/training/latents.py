@@ -15,6 +15,7 @@ model adapt to each other; here, the transforms have adapted to the entropy mode
 import hashlib
 import json
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -25,13 +26,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from entroformer_lib.entroformer import Entroformer
-from entroformer_lib.errors import DataError, UserError, WeightsError
+from entroformer_lib.errors import DataError, PassedOver, UserError, WeightsError
 from entroformer_lib.files import replacing, write_bytes
 from entroformer_lib.models.config import TRANSFORM_FIELDS, named_config
 from entroformer_lib.models.transforms import WithLinearPath
 from entroformer_lib.training.chance import LATENTS, generator
 from entroformer_lib.training.config import Count, Seed, Side, Text, check
-from entroformer_lib.training.data import crop_of, held_out_crops, picture_number, pictures_in, read_names
+from entroformer_lib.training.data import crop_of, held_out_crops, listed, picture_number, pictures_in, read_names
 from entroformer_lib.weights.pretrained import PREFIX, pretrained_lmbda, pretrained_transforms
 from entroformer_lib.weights.zoo import load_model, split_name
 
@@ -155,23 +156,31 @@ def write_latents(
     wanted["held_out"] = sorted(names)
     note = out / "latents.json"
     if note.exists():
-        check_note(note, wanted)
+        found, pictures_there = check_note(note, wanted), _listed_if_there(data)
+        if None not in (pictures_there, found.get("sources")) and pictures_there != found["sources"]:
+            other = f"The latents in {out} are those of {found.get('data')}, and not of {data}"
+            raise DataError(f"{other}; choose another folder.")
         return out
     crops = held_out_crops(data, names) if names else None  # refuses before anything is computed
-    pictures = [p for p in pictures_in(data, lambda name: name not in names) if min(p.shape[:2]) >= crop]
-    if not pictures:
+
+    def pictures() -> Iterator[np.ndarray]:  # again for each use: they need not fit into memory
+        return (p for p in pictures_in(data, lambda name: name not in names) if min(p.shape[:2]) >= crop)
+
+    digest, count = hashlib.sha256(), 0
+    for picture in tqdm(pictures(), "reading", unit="picture"):
+        count += 1
+        digest.update(repr(picture.shape).encode() + picture.tobytes())
+    if not count:
         raise DataError(f"No picture at {data} has {crop} pixels on both sides.")
     out.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    for picture in pictures:
-        digest.update(repr(picture.shape).encode() + picture.tobytes())
-    shape = (len(pictures), per_picture, model.config.M, crop // 16, crop // 16)
+    shape = (count, per_picture, model.config.M, crop // 16, crop // 16)
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float16)), "fortran_order": False, "shape": shape}
     try:
         # Not by a memory map: on a full disk the kernel ends a process that writes into one, without a word.
-        with replacing(out / "latents.npy") as part, open(part, "wb") as file:
+        with replacing(out / "latents.npy") as part, open(part, "wb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore", PassedOver)  # told above
             np.lib.format.write_array_header_1_0(file, header)
-            for i, picture in enumerate(tqdm(pictures, unit="picture")):
+            for i, picture in zip(range(count), tqdm(pictures(), unit="picture", total=count), strict=True):
                 file.write(latents_of(model, picture, crop, [(seed, i, j) for j in range(per_picture)]).tobytes())
         if crops is not None:
             held = torch.cat([model.analysis(x) for x in crops.split(8)]).half().numpy()  # [n, M, h, w]
@@ -179,10 +188,18 @@ def write_latents(
                 np.save(file, held)
     except OSError as error:
         raise DataError(f"Latents could not be written to {out}: {error.strerror or error}.") from None
-    words = {"transforms": transforms, "data": data, "pictures": len(pictures), "shape": shape}
-    words["pictures_sha256"] = digest.hexdigest()
+    words = {"transforms": transforms, "data": data, "pictures": count, "shape": shape}
+    words |= {"pictures_sha256": digest.hexdigest(), "sources": listed(data)}
     write_bytes(note, json.dumps({**wanted, **words}, indent=1).encode())
     return out
+
+
+def _listed_if_there(data: str) -> str | None:
+    """`listed`; None where the pictures are gone, which a finished cache does not need."""
+    try:
+        return listed(data)
+    except DataError:
+        return None
 
 
 @torch.inference_mode()

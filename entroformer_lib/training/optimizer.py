@@ -50,7 +50,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised for matrices (Jordan et al. 2024, "Muon"); Adam for everything else.
 
     The step of a matrix is the nearest matrix with equal singular values to its momentum: directions with small
-    gradients move as far as the others. A kernel [out, in, h, w] counts as a matrix [out, in h w]. Steps are scaled to
+    gradients move as far as the others. A kernel [out, in, h, w] counts as a matrix [out, in h w], and one of a
+    transposed convolution [in, out, h, w] as [in, out h w]. Steps are scaled to
     the size that Adam's usually have (0.2 sqrt(longer side), Liu et al. 2025), so both share one learning rate.
 
     torch.optim.Muon takes matrices alone and one after the other. Here kernels are matrices too, and those of equal

@@ -30,6 +30,12 @@ def is_remote(name: str) -> bool:
     return "://" in name or name.startswith("pipe:")
 
 
+def file_name(path: str | os.PathLike) -> str:
+    """The name of a file that was found in a folder, so that it is never taken for an address or a command."""
+    name = os.fspath(path)
+    return os.path.join(os.curdir, name) if is_remote(name) else name
+
+
 def default_folder() -> Path:
     """Where shards are kept when nobody says otherwise."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "entroformer" / "shards"
@@ -46,24 +52,26 @@ class ShardCache:
     folder: Path
     gigabytes: float = 50.0
 
-    def open(self, name: str, sha256: str | None = None) -> BinaryIO:
+    def open(self, name: str, sha256: str | None = None, checked: bool = False) -> BinaryIO:
         """A shard, opened for reading; fetched first where it is an address and not here.
 
-        sha256: a shard that is fetched must have this checksum.
+        Args:
+            sha256: of the manifest; what was kept of another shard at the same address is not taken for this one.
+            checked: a shard that is fetched must have this checksum.
 
         Raises:
             DataError: it cannot be fetched, or is another one.
         """
         if not is_remote(name):
             return open(name, "rb")
-        path = self._place(name)
+        path = self._place(name, sha256)
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._lock(path).acquire():
             if not path.exists():
                 part = path.with_name(path.name + ".part")  # one left by a killed process is written over
                 try:
                     fetch(name, part)
-                    if sha256 is not None and file_digest(part) != sha256:
+                    if checked and file_digest(part) != sha256:
                         raise DataError(f"The shard {name} has not the checksum that its manifest says.")
                     os.replace(part, path)
                 finally:
@@ -73,9 +81,9 @@ class ShardCache:
         self._shrink(path)
         return file
 
-    def _place(self, name: str) -> Path:
+    def _place(self, name: str, sha256: str | None) -> Path:
         readable = re.sub(r"[^\w.-]", "_", name.rpartition("/")[2])[-80:]
-        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}-{readable}"
+        return self.folder / f"{hashlib.sha256(f'{name} {sha256}'.encode()).hexdigest()[:16]}-{readable}"
 
     def _lock(self, path: Path) -> FileLock:
         return FileLock(path.with_name(path.name + ".lock"))

@@ -9,8 +9,10 @@ Nothing is read but what is asked for: to open a shard, the headers of its membe
 run that goes on at sample g reads nothing of the samples before.
 """
 
+import contextlib
 import functools
 import json
+import os
 import re
 import tarfile
 import warnings
@@ -25,14 +27,14 @@ from entroformer_lib.datasets import is_picture
 from entroformer_lib.errors import DataError, PassedOver
 from entroformer_lib.files import file_digest
 from entroformer_lib.training.chance import SHARDS, generator
-from entroformer_lib.training.shard_cache import ShardCache, default_folder, is_remote, read
+from entroformer_lib.training.shard_cache import ShardCache, default_folder, file_name, is_remote, read
 
 MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar, and which of its pictures count. sha256: checksum to compare with, where that is asked for."""
+    """A tar, and which of its pictures count. sha256: checksum of its manifest, where it has one."""
 
     name: str
     usable: np.ndarray  # int32, their numbers among the shard's pictures
@@ -60,14 +62,15 @@ class OpenShard:
         DataError: it is missing, cannot be fetched, is cut short or no tar, or not what its manifest says.
     """
 
-    def __init__(self, name: str, cache: ShardCache, sha256: str | None = None):
+    def __init__(self, name: str, cache: ShardCache, sha256: str | None = None, checked: bool = False):
         self.name = name
-        with _intact(self.name):
-            self.file = cache.open(name, sha256)
-            if sha256 is not None and not is_remote(name) and file_digest(Path(name)) != sha256:
+        with _intact(self.name), contextlib.ExitStack() as opened:
+            self.file = opened.enter_context(cache.open(name, sha256, checked))
+            if checked and not is_remote(name) and file_digest(Path(name)) != sha256:
                 raise DataError(f"The shard {name} has not the checksum that its manifest says.")
             with tarfile.open(fileobj=self.file, mode="r:", tarinfo=_Header) as members:
                 found = [m for m in members if m.isreg() and not m.issparse() and is_picture(m.name)]
+            opened.pop_all()  # stays open
         self.names = [m.name for m in found]
         self.places = np.array([(m.offset_data, m.size) for m in found], np.int64).reshape(-1, 2)
 
@@ -116,7 +119,8 @@ def shard_names(manifest: str) -> list[str]:
     """
     if read(manifest) is None:
         raise DataError(f"There is no manifest at {manifest}, or it may not be read.")
-    return [_beside(manifest, file) for file in _manifest(manifest)]
+    names = [_beside(manifest, file) for file in _manifest(manifest)]
+    return names if is_remote(manifest) else [file_name(name) for name in names]
 
 
 def _beside(name: str, file: str) -> str:
@@ -138,9 +142,9 @@ def find_shards(names: Sequence[str], side: int, wanted: Callable[[str], bool], 
     """
     shards = []
     for name in names:
-        row = (
-            None if name.startswith("pipe:") else _manifest(_beside(name, MANIFEST)).get(name[len(_beside(name, "")) :])
-        )
+        row = None
+        if not name.startswith("pipe:"):
+            row = _manifest(_beside(name, MANIFEST)).get(name[len(_beside(name, "")) :])
         if row is None and reading.checked:
             raise DataError(f"There is no {MANIFEST} beside {name} with its checksum.")
         try:
@@ -157,7 +161,7 @@ def find_shards(names: Sequence[str], side: int, wanted: Callable[[str], bool], 
         if sizes is not None:
             kept = [k and min(size) >= side for k, size in zip(kept, sizes, strict=True)]
         usable = np.flatnonzero(kept).astype(np.int32)
-        shards.append(Shard(name, usable, len(found), row["sha256"] if reading.checked else None))
+        shards.append(Shard(name, usable, len(found), row and row["sha256"]))
     _manifest.cache_clear()
     return shards
 
@@ -169,7 +173,7 @@ def open_shard(shard: Shard, reading: Reading) -> OpenShard | None:
         DataError: it is broken, or has another number of pictures than its manifest says.
     """
     try:
-        opened = OpenShard(shard.name, reading.cache, shard.sha256)
+        opened = OpenShard(shard.name, reading.cache, shard.sha256, reading.checked)
         if len(opened.names) != shard.pictures:
             has = f"{len(opened.names)} pictures, and its manifest says {shard.pictures}"
             raise DataError(f"The shard {shard.name} has {has}.")
@@ -193,9 +197,24 @@ def _manifest(name: str) -> dict[str, dict]:
         return {}
     try:
         rows = json.loads(data)["shards"]
-        return {row["file"]: {key: row[key] for key in ("names", "sizes", "sha256")} for row in rows}
+        return {_bare(row["file"]): _checked(row) for row in rows}
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{name} is damaged, or no manifest of `entroformer data pack`.") from None
+
+
+def _bare(file: str) -> str:
+    """The name of a file beside the manifest: no path, no address, no command. ValueError for another."""
+    if re.search(r"[/\\]|^pipe:", file):
+        raise ValueError(file)
+    return file
+
+
+def _checked(row: dict) -> dict:
+    """What a manifest says of one shard. ValueError or TypeError where no shard can be so."""
+    names, sizes = [os.fspath(name) for name in row["names"]], [(int(w), int(h)) for w, h in row["sizes"]]
+    if len(names) != len(sizes) or not isinstance(row["sha256"], str):
+        raise ValueError(row["file"])
+    return {"names": names, "sizes": sizes, "sha256": row["sha256"]}
 
 
 class ShardedPictures:

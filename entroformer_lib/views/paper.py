@@ -117,10 +117,10 @@ def regenerate(out: Path | None = None, notebooks: Path | None = None, page: boo
     drawn = {}
     for item in ITEMS:
         data = item.data()
-        for old in out.glob(f"{item.name}.*"):
-            old.unlink()
         if data is None:
             continue
+        for old in out.glob(f"{item.name}.*"):
+            old.unlink()
         drawn[item.name] = data
         style.write(item.draw(data), out, item.name, ("png", "svg"))
         write_bytes(out / f"{item.name}.csv", data.to_csv(index=False, float_format="%.6g").encode())
@@ -165,8 +165,8 @@ def readme(drawn: dict[str, pd.DataFrame], notebooks: Path) -> str:
         "0 and it reaches the paper's number, *smaller* if it stays below that, *reversed* if all of it is below\n"
         "0, otherwise *cannot tell*. Some claims say that something costs little. A limit takes the place of 0\n"
         "there (1.5% for two passes, 0.5% for *no difference*, 1% for the size): *reproduced* if all of the\n"
-        "interval is within it, *larger* if all of it is beyond, otherwise *cannot tell*. Where nothing can be\n"
-        "told, the largest saving that the interval allows is said: it may rule out the paper's number.\n"
+        "interval is within it, *larger* if all of it is beyond, otherwise *cannot tell*. Where the verdict is\n"
+        "*cannot tell*, the upper end of the interval is given; a number of the paper's above it is ruled out.\n"
         "Where each model was trained once, the interval is over the pictures. It does not include how much\n"
         "another training would change the result. A BD-rate, a time and a size have no interval: there the\n"
         "number stands in its place. Rates are means over the pictures before they are divided, in the figures\n"

@@ -5,6 +5,8 @@ first and the last layer. One difference stays: a convolution pads its input wit
 here, so the latents along the border of a picture differ from CompressAI's.
 """
 
+import pickle
+
 import torch
 from torch import nn
 
@@ -30,10 +32,17 @@ def pretrained_transforms(name: str) -> Entroformer:
         WeightsError: no such architecture or quality, or the weights cannot be fetched.
     """
     architecture, quality = _parsed(name)
-    from compressai.zoo import image_models
+    from compressai.zoo import image, load_state_dict
 
-    try:
-        theirs = image_models[architecture](quality=quality, metric="mse", pretrained=True, progress=False)
+    try:  # as CompressAI does it, but so that no code in the file runs, and with the checksum in its name
+        address = image.model_urls[architecture]["mse"][quality]
+        fetched = torch.hub.load_state_dict_from_url(
+            address, map_location="cpu", progress=False, check_hash=True, weights_only=True
+        )
+        theirs = image.model_architectures[architecture].from_state_dict(load_state_dict(fetched))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
+        first = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise WeightsError(f"What was fetched for {name} holds no weights ({first}).") from None
     except OSError as error:  # URLError is one
         raise WeightsError(
             f"The weights of {name} could not be fetched ({error}); they come from CompressAI's server, once, and need "

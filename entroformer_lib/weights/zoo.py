@@ -9,6 +9,7 @@ transforms as differences from those.
 import hashlib
 import json
 import os
+import platform
 import warnings
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -412,4 +413,6 @@ def device_name(device: torch.device) -> str:
     """What a result was measured on, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    return (
+        f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else f"{device.type} of {platform.machine()}"
+    )

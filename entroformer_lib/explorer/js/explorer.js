@@ -107,7 +107,17 @@ class Explorer {
     this.find(".ef-about div").innerHTML = about(this.meta);
     addControls(this);
     source.listen?.((selection) => this.adopt(selection));
-    if (source.hash) addEventListener("hashchange", () => root.isConnected && this.adopt(fromHash(location.hash)));
+    if (source.hash) this.followAddress();
+  }
+
+  /** Adopts what the address says when it changes, until another explorer has taken this one's place. */
+  followAddress() {
+    const follow = () => {
+      const here = this.root.isConnected && this.find(".ef-explorer")?.explorer === this;
+      if (here) this.adopt(fromHash(location.hash));
+      else removeEventListener("hashchange", follow);
+    };
+    addEventListener("hashchange", follow);
   }
 
   // ---- selection ----
