@@ -441,3 +441,9 @@ def test_what_was_fetched_runs_no_code(theirs, monkeypatch, tmp_path):
     with pytest.raises(WeightsError, match="holds no weights"):
         frozen_transforms("zoo:mbt2018-mean:4")
     assert not (tmp_path / "ran").exists()
+    asked = {}
+    monkeypatch.setattr(
+        torch.hub, "load_state_dict_from_url", lambda *_, **how: asked.update(how) or theirs.state_dict()
+    )
+    frozen_transforms("zoo:mbt2018-mean:4")
+    assert asked["check_hash"] and asked["weights_only"]

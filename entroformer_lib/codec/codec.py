@@ -16,7 +16,7 @@ from torch import Tensor
 from entroformer_lib.codec.container import LARGEST_SIDE, LEVEL_STEPS, MAX_PIXELS, Container
 from entroformer_lib.codec.pictures import open_picture, to_picture, to_rgb, to_tensor, unpad
 from entroformer_lib.codec.search import searched
-from entroformer_lib.entroformer import Entroformer, evaluating, in_float32, searching
+from entroformer_lib.entroformer import Entroformer, coding, searching
 from entroformer_lib.errors import BitstreamError, ConfigError, DataError, RateError, WeightsError
 from entroformer_lib.memory import free_memory
 from entroformer_lib.rangecoder import MORE_BYTES, Y_BYTES, Z_BYTES
@@ -57,7 +57,7 @@ def encode(model: Entroformer, image, bpp: float | None = None, ks: Sequence[int
     if max(width, height) > LARGEST_SIDE:
         raise DataError(f"The picture has {width} x {height} pixels; .ef files hold up to {LARGEST_SIDE} on a side.")
     _check_memory(width, height, SEARCH_BYTES if effort else 24)  # pixels in float32, and a copy
-    with evaluating(in_float32(model)) as model:
+    with coding(model) as model:
         x = to_tensor(picture, model)
         if bpp is None:
             return _encode_at(model, x, picture.size, grey, level_of_file(model), ks, effort)
@@ -167,7 +167,7 @@ def decode(
     """
     container = Container.unpack(data)
     container.check_pixels(max_pixels)
-    with evaluating(in_float32(model_named(container.model, device) if model is None else model)) as model:
+    with coding(model_named(container.model, device) if model is None else model) as model:
         return _decode_with(model, container)
 
 
@@ -213,7 +213,7 @@ def _decode_with(model: Entroformer, container: Container) -> Image.Image:
 @torch.no_grad()
 def reconstruction(model: Entroformer, picture: Image.Image) -> Image.Image:
     """What a model makes of an RGB picture, without coding it to bytes."""
-    with evaluating(in_float32(model)) as model:
+    with coding(model) as model:
         y_hat, _ = model.latents(to_tensor(picture, model))
         return to_picture(unpad(model.reconstruct(y_hat), picture.height, picture.width))
 

@@ -115,6 +115,8 @@ def for_products(digits: Tensor) -> Tensor:
 def sums(high: Tensor, both: Tensor, other_high: Tensor, other_both: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Sums of high by high digits, and of high by low and low by high: [q, N] each, whole numbers in int32, float32 or
     float64."""
+    if high.size(1) == 1:  # of a single column torch's int8 product gives other numbers
+        high, both, other_high, other_both = (t.float() for t in (high, both, other_high, other_both))
     if high.dtype == torch.int8:
         return torch._int_mm(high, other_high.T).numpy(), torch._int_mm(both, other_both.T).numpy()
     return _exact_product(high, other_high), _exact_product(both, other_both)
