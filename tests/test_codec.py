@@ -18,6 +18,7 @@ from entroformer_lib.codec import codec, pictures
 from entroformer_lib.codec.container import Container
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.errors import BitstreamError, DataError, WeightsError
+from entroformer_lib.models.config import named_config
 from entroformer_lib.studies.rate_distortion import estimated_bits
 from entroformer_lib.weights.zoo import REPLACED, list_models, load_model, save_weights, weights_digest
 
@@ -308,3 +309,9 @@ def test_what_the_coder_of_z_would_not_survive_is_refused(photo):
         model.z_prior.log_sigma.fill_(-800)
     with pytest.raises(WeightsError, match="a scale of 0"):
         codec.encode(model, small)
+
+
+def test_memory_of_a_groupedmixer_holds_its_cache():
+    """Measured: 725 bytes a pixel with the largest of size base, between 256 and 512 pixels a side."""
+    sizes = {name: codec.bytes_per_pixel(named_config(f"base-{name}")) for name in ("parallel", "groupedmixer-large")}
+    assert sizes["parallel"] == pytest.approx(380, abs=1) and sizes["groupedmixer-large"] == pytest.approx(740, abs=1)

@@ -19,6 +19,7 @@ from entroformer_lib.codec.search import searched
 from entroformer_lib.entroformer import Entroformer, coding, searching
 from entroformer_lib.errors import BitstreamError, ConfigError, DataError, RateError, WeightsError
 from entroformer_lib.memory import free_memory
+from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.rangecoder import MORE_BYTES, Y_BYTES, Z_BYTES
 from entroformer_lib.weights.zoo import REPLACED, load_model, weights_digest
 
@@ -76,6 +77,12 @@ def check_bpp(bpp: float | None) -> None:
     """Raises RateError for bits per pixel that no file can have."""
     if bpp is not None and not 0 < bpp <= 1e6:
         raise RateError(f"The bits per pixel must be a number above 0 and up to a million, and are {bpp:g}.")
+
+
+def bytes_per_pixel(c: EntroformerConfig) -> float:
+    """About what decoding takes of memory; a GroupedMixer's context cache comes to the rest."""
+    cache = 4 * 2 * c.dim * c.context_layers * c.groups[0] / 256 if c.context == "grouped" else 0  # keys and values
+    return BYTES_PER_PIXEL + BYTES_PER_CHANNEL * c.N + cache
 
 
 def _check_memory(width: int, height: int, per_pixel: float) -> None:
@@ -194,7 +201,7 @@ def _decode_with(model: Entroformer, container: Container) -> Image.Image:
     if container.k is not None and not model.takes_k:
         raise BitstreamError("The file has a number k of keys, and this model takes none.")
     _check_lengths(container, model)
-    _check_memory(container.width, container.height, BYTES_PER_PIXEL + BYTES_PER_CHANNEL * model.config.N)
+    _check_memory(container.width, container.height, bytes_per_pixel(model.config))
     y_shape, z_shape = latent_shapes(container.width, container.height, model)
     strings = [[container.y_string], [container.z_string]]  # the second is empty and not read without hyperprior
     try:

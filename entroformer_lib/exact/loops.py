@@ -9,10 +9,13 @@ sums of so few products of 8-bit numbers are exact.
 """
 
 import concurrent.futures
+import contextlib
 import functools
+import hashlib
 import itertools
 import math
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -38,9 +41,24 @@ def loop(function, **more):
         return function
     options = dict(nogil=True, error_model="numpy", boundscheck=False, **more)
     try:
-        return numba.njit(function, cache=True, **options)
+        compiled = numba.njit(function, cache=True, **options)
     except RuntimeError:  # no folder to keep it in
         return numba.njit(function, **options)
+    with contextlib.suppress(
+        AttributeError
+    ):  # numba looks at the function's own file alone, and others are compiled in
+        kept = compiled._cache._cache_file
+        kept._source_stamp = kept._source_stamp, _sources()
+    return compiled
+
+
+@functools.cache
+def _sources() -> str:
+    """Checksum of this folder's files: what was compiled of others is compiled again."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 f32, f64, i16, i32, i64 = np.float32, np.float64, np.int16, np.int32, np.int64
