@@ -210,8 +210,8 @@ def test_killed_in_the_middle_of_training(source, cache, photo_folder, tmp_path,
     first = tmp_path / "disturbed" / "none-seed0"
 
     def kill() -> None:
-        log = first / "log.jsonl"
-        while not (log.exists() and log.read_text().count("\n") >= 25):
+        log, end = first / "log.jsonl", time.monotonic() + 120
+        while not (log.exists() and log.read_text().count("\n") >= 25) and time.monotonic() < end:
             time.sleep(0.01)
         os.kill(int((first / "worker").read_text().split()[1]), signal.SIGKILL)
 
