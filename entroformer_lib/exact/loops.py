@@ -44,9 +44,8 @@ def loop(function, **more):
         compiled = numba.njit(function, cache=True, **options)
     except RuntimeError:  # no folder to keep it in
         return numba.njit(function, **options)
-    with contextlib.suppress(
-        AttributeError
-    ):  # numba looks at the function's own file alone, and others are compiled in
+    # By itself numba looks at the function's own file alone, and functions of others are compiled in
+    with contextlib.suppress(AttributeError):
         kept = compiled._cache._cache_file
         kept._source_stamp = kept._source_stamp, _sources()
     return compiled
