@@ -632,6 +632,8 @@ def entropy_models(args, pictures: Pictures, config: EntroformerConfig, state: d
         notes.append(note)
     # Side by side they ended in "illegal instruction" when all graphs had one workspace; not tried since
     streams = [torch.cuda.Stream() for _ in steps] if args.side_by_side else []
+    for step in steps:
+        step.sums.zero_()  # of the steps that were timed
     begin, done, curves = time.monotonic(), 0, []
     while (part := (time.monotonic() - begin) / args.seconds) < 1 and done < args.most:
         rising, falling = part * args.seconds / args.warm, (1 - part) / max(1e-3, 1 - args.warm / args.seconds)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tyro.conf import Positional
 
 from entroformer_lib.entroformer import Entroformer
+from entroformer_lib.errors import WeightsError
 from entroformer_lib.files import data_folder
 from entroformer_lib.models.transforms import DCT_SCALE, SIDE
 from entroformer_lib.training.data import PreloadedCrops, read_names
@@ -57,7 +58,13 @@ def regression(inner: Tensor, outer: Tensor, rank: int) -> tuple[Tensor, Tensor,
 
 @torch.no_grad()
 def with_channels(model: Entroformer, analysis: Tensor, synthesis: Tensor, scales: Tensor) -> Entroformer:
-    """The model with more latents, in the units of the linear path; `scales` are what the entropy model expects."""
+    """The model with more latents, in the units of the linear path; `scales` are what the entropy model expects.
+
+    Raises:
+        WeightsError: a GroupedMixer, whose slices would have other channels.
+    """
+    if model.config.context == "grouped":
+        raise WeightsError("A GroupedMixer cannot get more latents: each of its slices would have other channels.")
     old, new = model.config.M, model.config.M + len(analysis)
     larger = Entroformer(model.config.replaced(M=new)).train(model.training)
     known, state = model.state_dict(), larger.state_dict()

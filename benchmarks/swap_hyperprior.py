@@ -51,6 +51,7 @@ def linear_map(x: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, float]:
     x, wanted = x.double(), wanted.double()
     ones = torch.cat((x, x.new_ones(len(x), 1)), dim=1)
     ridge = RIDGE * len(x) * x.var(dim=0).mean() * torch.eye(ones.size(1), dtype=x.dtype)
+    ridge[-1, -1] = 0  # the bias may be what it must
     solution = torch.linalg.solve(ones.T @ ones + ridge, ones.T @ wanted)  # [D + 1, E]
     left = (wanted - ones @ solution).square().sum() / (wanted - wanted.mean(dim=0)).square().sum()
     return solution[:-1].T.float(), solution[-1].float(), 1 - float(left)

@@ -375,9 +375,12 @@ def study_paper(
         jobs: Pictures at a time, each on one core; default: as many as there are cores.
         dry_run: Print what would be measured and about how long it takes, and start nothing.
     """
+    from entroformer_lib.files import data_folder
     from entroformer_lib.studies.paper import Paper
     from entroformer_lib.studies.results import kept_in
 
+    if out.resolve() == data_folder().parent:
+        raise UserError(f"{out} has figures of its own; name another folder with --out.")
     study = Paper(model, pictures, out, limit, jobs)
     if dry_run:
         plan = study.plan()

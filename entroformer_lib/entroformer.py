@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from weakref import WeakKeyDictionary
 
 import torch
 import xxhash
@@ -119,7 +121,7 @@ class Entroformer(Network):
 
         Without hyperprior there is one list of strings, and "shape" is that of y.
         """
-        with evaluating(in_float32(self)) as model:
+        with coding(self) as model:
             return model.compress_latents(*model.latents(x.float()))
 
     @torch.no_grad()
@@ -149,7 +151,7 @@ class Entroformer(Network):
     @torch.no_grad()
     def decompress(self, strings: list[list[bytes]], shape) -> dict:
         """Inverse of `compress`: {"x_hat": [B, 3, H, W] clamped to [0, 1]}."""
-        with evaluating(in_float32(self)) as model:
+        with coding(self) as model:
             return {"x_hat": model.reconstruct(model.decompress_latents(strings, shape)[0])}
 
     @torch.no_grad()
@@ -273,7 +275,8 @@ def fingerprint(modules: list[nn.Module]) -> int:
 
 
 def in_float32(model: Entroformer) -> Entroformer:
-    """The model as it codes: a copy, where it has another precision."""
+    """The model as it codes: a copy, where it has another precision. What torch.compile made of it is unwrapped."""
+    model = getattr(model, "_orig_mod", model)
     return model if all(p.dtype == torch.float32 for p in model.parameters()) else copy.deepcopy(model).float()
 
 
@@ -294,6 +297,29 @@ def evaluating(model: Entroformer) -> Iterator[Entroformer]:
     finally:
         for module, training in before.items():
             module.training = training
+
+
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+
+
+@contextmanager
+def coding(model: Entroformer) -> Iterator[Entroformer]:
+    """A model as it codes, in float32 and eval mode, whatever stands around: autocast, another default of dtype or
+    device, other threads with the same model, which wait."""
+    model = in_float32(model)
+    place, kind = next(model.parameters()).device, torch.get_default_dtype()
+    elsewhere = torch.get_default_device().type != "cpu"
+    with (
+        _LOCKS.setdefault(model, threading.RLock()),
+        evaluating(model),
+        torch.autocast(place.type, enabled=False),
+        torch.device("cpu") if elsewhere else nullcontext(),
+    ):
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield model
+        finally:
+            torch.set_default_dtype(kind)
 
 
 @contextmanager

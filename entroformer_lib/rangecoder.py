@@ -39,7 +39,7 @@ class SymbolEncoder:
         """symbols: integers of any shape; means and scales: float64 of the same shape."""
         self._symbols.append(np.asarray(symbols).astype(np.int32).ravel())
         self._means.append(_finite(means))
-        self._scales.append(_finite(scales))
+        self._scales.append(_scales(scales))
 
     def finish(self) -> bytes:
         symbols = np.concatenate(self._symbols)
@@ -72,7 +72,7 @@ class SymbolDecoder:
         if self.low == self.high:
             return np.full(means.shape, self.low, dtype=np.int32)
         try:
-            symbols = self._decoder.decode(self._model, _finite(means), _finite(scales))
+            symbols = self._decoder.decode(self._model, _finite(means), _scales(scales))
         except AssertionError:
             raise BitstreamError("The coded latents are damaged.") from None
         return symbols.reshape(means.shape)
@@ -158,6 +158,13 @@ class RansDecoder:
         if word is None:
             raise BitstreamError("The coded hyper-latents are cut short.")
         return word
+
+
+def _scales(values: np.ndarray) -> np.ndarray:
+    values = _finite(values)
+    if values.size and not values.min() > 0:  # the coder would end the process
+        raise WeightsError("The entropy model predicts a scale of 0.")
+    return values
 
 
 def _finite(values: np.ndarray) -> np.ndarray:

@@ -26,6 +26,10 @@ VARIANTS = ("serial", "parallel", "hyperprior", "context", "cnn", "minnen", "gro
 LMBDAS = (0.01, 0.04, 0.16)
 
 
+def pytest_report_header() -> str:
+    return "no Chromium, so what happens in a browser is not tested" if collect_ignore else ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long tests begin first, or one would still run when all else is done; and those that start processes lie side by
     side, so that one server (`warm.py`) serves most of them."""

@@ -210,8 +210,8 @@ def test_killed_in_the_middle_of_training(source, cache, photo_folder, tmp_path,
     first = tmp_path / "disturbed" / "none-seed0"
 
     def kill() -> None:
-        log = first / "log.jsonl"
-        while not (log.exists() and log.read_text().count("\n") >= 25):
+        log, end = first / "log.jsonl", time.monotonic() + 120
+        while not (log.exists() and log.read_text().count("\n") >= 25) and time.monotonic() < end:
             time.sleep(0.01)
         os.kill(int((first / "worker").read_text().split()[1]), signal.SIGKILL)
 
@@ -441,3 +441,9 @@ def test_what_was_fetched_runs_no_code(theirs, monkeypatch, tmp_path):
     with pytest.raises(WeightsError, match="holds no weights"):
         frozen_transforms("zoo:mbt2018-mean:4")
     assert not (tmp_path / "ran").exists()
+    asked = {}
+    monkeypatch.setattr(
+        torch.hub, "load_state_dict_from_url", lambda *_, **how: asked.update(how) or theirs.state_dict()
+    )
+    frozen_transforms("zoo:mbt2018-mean:4")
+    assert asked["check_hash"] and asked["weights_only"]

@@ -266,6 +266,30 @@ def test_backgrounds_and_decoding(open_page, pages, servers):
     assert whole == pytest.approx(total, abs=1) and received == pytest.approx(0.3 * total, abs=1)
 
 
+def test_what_comes_late_is_not_drawn_over_a_later_choice(open_page, pages):
+    """The pictures of a decoding, which a model needs a second for."""
+    page = open_page(pages["parallel"])
+    page.evaluate(
+        f"""() => {{
+          const {{ answers }} = {EXPLORER}, soon = answers.picture.bind(answers);
+          answers.picture = async (...words) => (await new Promise((done) => setTimeout(done, 500)), soon(...words));
+        }}"""
+    )
+    page.click("text=Decoding")
+    page.click("text=One head")
+    page.wait_for_timeout(1000)
+    assert page.get_attribute("[aria-pressed=true]", "data-mode") == "head"
+    assert [one["kind"] for one in page.evaluate(STATE)["maps"]] == ["attention"]
+    assert "head 0" in page.inner_text("figcaption") and "Layer 1, head 0" in page.inner_text(".ef-caption")
+
+
+def test_no_background_says_what_nobody_measured(open_page, pages):
+    """A GroupedMixer without another model does not know what context saves."""
+    page = open_page(f"{pages['groupedmixer']}#backdrop=3")
+    assert page.get_attribute(".ef-backdrop", "max") == "2"
+    assert page.evaluate(f"{EXPLORER}.selection.backdrop") == 2
+
+
 def test_tour_goes_to_places_of_the_picture(open_page, pages, servers):
     server = servers["parallel"]
     page = open_page(pages["parallel"])

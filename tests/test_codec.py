@@ -2,9 +2,11 @@
 
 import io
 import itertools
+import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,7 +17,8 @@ from PIL import Image
 from entroformer_lib.codec import codec, pictures
 from entroformer_lib.codec.container import Container
 from entroformer_lib.datasets import sample_picture
-from entroformer_lib.errors import BitstreamError, DataError
+from entroformer_lib.errors import BitstreamError, DataError, WeightsError
+from entroformer_lib.models.config import named_config
 from entroformer_lib.studies.rate_distortion import estimated_bits
 from entroformer_lib.weights.zoo import REPLACED, list_models, load_model, save_weights, weights_digest
 
@@ -248,3 +251,67 @@ def test_a_file_names_its_model():
     name = list_models()[0]["name"]
     data = codec.encode(load_model(name, "cpu"), sample_picture("chelsea"))
     assert codec.decode(data).size == sample_picture("chelsea").size
+
+
+# ---- whatever stands around ----
+
+
+def test_surroundings_change_nothing(photo):
+    """Autocast, defaults of dtype and device, a compiled model."""
+    model = micro_model("parallel")
+    plain = codec.encode(model, photo)
+    picture = codec.decode(plain, model).tobytes()
+    compiled = torch.compile(model)  # compiles nothing before it is called
+    assert codec.encode(compiled, photo) == plain and codec.decode(plain, compiled).tobytes() == picture
+    for around in (torch.autocast("cpu", torch.bfloat16), torch.device("meta")):
+        with around:
+            assert codec.encode(model, photo) == plain and codec.decode(plain, model).tobytes() == picture
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert codec.encode(model, photo) == plain and codec.decode(plain, model).tobytes() == picture
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_threads_share_a_model(photo):
+    """Each asks for another k, and finds the model as it was."""
+    model = micro_model("parallel")
+    alone = {k: codec.encode(model, photo, ks=(k,)) for k in (2, 0)}
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda k: (k, codec.encode(model, photo, ks=(k,))), [2, 0] * 3))
+    assert all(data == alone[k] for k, data in found) and model.context_k == model.config.top_k
+    assert codec.decode(alone[2], model).size == photo.size
+
+
+@pytest.mark.parametrize("fields", [dict(groups=(24, 2, 2)), dict(heads=24)], ids=["a channel a slice", "heads of one"])
+def test_a_product_of_one_column_is_exact(fields, photo):
+    """Which torch's int8 product is not."""
+    model = micro_model("groupedmixer" if "groups" in fields else "parallel", **fields)
+    data = codec.encode(model, photo)
+    assert codec.decode(data, model).tobytes() == codec.reconstruction(model, photo).tobytes()
+
+
+def test_what_the_coder_of_z_would_not_survive_is_refused(photo):
+    small = photo.crop((0, 0, 64, 64))
+    with pytest.raises(WeightsError, match="at least three numbers"):
+        codec.encode(micro_model("parallel", Z=2), small)
+    for median in (math.nan, math.inf, 1e9):
+        model = micro_model("parallel")
+        model.refresh_tables()
+        with torch.no_grad():
+            model.z_prior.quantiles[0, 0, 1] = median
+        model._tables_of = model._prior_state()  # as weights come that bring their tables along
+        with pytest.raises(WeightsError, match="away from its median|not finite"):
+            codec.encode(model, small)
+    model = micro_model("parallel", "official")
+    with torch.no_grad():
+        model.z_prior.log_sigma.fill_(-800)
+    with pytest.raises(WeightsError, match="a scale of 0"):
+        codec.encode(model, small)
+
+
+def test_memory_of_a_groupedmixer_holds_its_cache():
+    """Measured: 725 bytes a pixel with the largest of size base, between 256 and 512 pixels a side."""
+    sizes = {name: codec.bytes_per_pixel(named_config(f"base-{name}")) for name in ("parallel", "groupedmixer-large")}
+    assert sizes["parallel"] == pytest.approx(380, abs=1) and sizes["groupedmixer-large"] == pytest.approx(740, abs=1)

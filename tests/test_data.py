@@ -1,10 +1,12 @@
 """Training pictures: what a run sees is a function of the seed and the sample's number alone."""
 
 import io
+import shutil
 import struct
 import tarfile
 import warnings
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from PIL import Image
 
 from entroformer_lib.codec import pictures
 from entroformer_lib.errors import DataError
-from entroformer_lib.training.chance import picture_number, random_kept, uniform_noise
+from entroformer_lib.training.chance import picture_number, random_kept, random_levels, uniform_noise
 from entroformer_lib.training.data import PreloadedCrops, StreamedCrops, crop_of, find_sources, read_names
 
 RANGES = [range(4 * i, 4 * i + 4) for i in range(4)]
@@ -300,3 +302,20 @@ def test_training_sees_the_pixels_that_the_codec_sees(tmp_path):
     (turned,) = PreloadedCrops(tmp_path / "turned.png", 64).pictures
     assert turned.shape == (3, 96, 64)
     assert len(PreloadedCrops(tmp_path / "all.tar", 64).pictures) == 4
+
+
+def test_held_out_files_are_not_streamed(photo_folder, tmp_path):
+    """As they are not preloaded: the same as over a folder without them."""
+    kept = shutil.copytree(photo_folder, tmp_path / "kept")
+    (kept / "astronaut.png").unlink()
+    for crops in (
+        lambda source, **more: StreamedCrops(source, 64, workers=0, **more),
+        partial(PreloadedCrops, crop=64),
+    ):
+        without = torch.cat(list(crops(photo_folder, left_out=frozenset({"astronaut.png"})).batches(RANGES)))
+        assert torch.equal(without, torch.cat(list(crops(kept).batches(RANGES))))
+
+
+def test_rates_take_equal_turns():
+    for turn in range(4):
+        assert sorted(random_levels(range(5 * turn, 5 * turn + 5), 5, seed=1)) == list(range(5))

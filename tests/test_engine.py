@@ -123,7 +123,7 @@ def test_a_run_that_somebody_is_at_comes_last(tmp_path):
     slow = Task("run-0", Count(seconds=0.3), identity={"steps": 3})
     other = threading.Thread(target=perform, args=(slow, tmp_path))
     other.start()
-    while not notes(tmp_path / "run-0" / "begun"):
+    while other.is_alive() and not notes(tmp_path / "run-0" / "begun"):
         time.sleep(0.01)
     assert [outcome.name for outcome in sweep(tasks(), tmp_path)] == ["run-1", "run-2", "run-0"]
     other.join()

@@ -351,3 +351,9 @@ def test_weights_that_are_no_numbers(photo):
     model.context_model.stack.blocks[0].attention.qkv.weight.data[0] = math.nan
     with pytest.raises(WeightsError, match="not finite"):
         codec.encode(model, photo)
+
+
+def test_what_is_compiled_is_compiled_again_when_another_file_changes():
+    """numba keeps it as long as the function's own file stays, and functions of others are compiled into it."""
+    kept = ranked._attend._cache._cache_file
+    assert kept._source_stamp[1] == loops._sources() and len(loops._sources()) == 64

@@ -245,7 +245,7 @@ def test_page_asks_for_nothing(page):
     assert not re.search(r"https?://|\bfetch\(|XMLHttpRequest|\bimport\(|src=\"(?!data:)|@import|url\(", outside)
     assert "of 96 latents also with k = 8, k = 16, k = 32, k = 64 and dense, and the measured costs" in page.text
     assert "default-src 'none'" in page.text
-    assert "<title>What the entropy model looks at: a &lt;cat&gt; &amp; more</title>" in page.text
+    assert re.search(r"<title>What untrained \S+ looks at: a &lt;cat&gt; &amp; more</title>", page.text)
 
 
 def test_byte_code_keeps_what_is_attended():

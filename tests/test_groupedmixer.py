@@ -21,6 +21,7 @@ from entroformer_lib.models.context import Gaps
 from entroformer_lib.models.groupedmixer import (
     CrossAttention,
     WindowAttention,
+    _windows,
     group_grid,
     group_order,
     merge,
@@ -91,6 +92,9 @@ def test_orders():
     assert group_order((2, 2, 2)) == [(s, *p) for s in (0, 1) for p in diagonal_first]
     assert group_order((2, 2, 2), "sites") == [(s, *p) for p in diagonal_first for s in (0, 1)]
     assert group_order((1, 2, 2), "raster") == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)]
+    thirds = [(0, 0), (1, 1), (2, 2), (0, 1), (1, 2), (2, 0), (0, 2), (1, 0), (2, 1)]  # files depend on it
+    assert group_order((1, 3, 3)) == [(0, *p) for p in thirds]
+    assert group_order((1, 2, 4)) == [(0, i % 2, (i // 2 + i % 2) % 4) for i in range(8)]
     for counts, order in itertools.product([(3, 4, 2), (1, 3, 3)], ORDERS):
         assert len(set(group_order(counts, order))) == counts[0] * counts[1] * counts[2]
 
@@ -253,7 +257,7 @@ def test_training_reaches_every_weight(groups):
 def test_it_can_be_trained_after_it_has_coded(photo):
     """What coding has kept of a grid must not stop gradients."""
     model = small()
-    windows.cache_clear()
+    _windows.cache_clear()
     codec.encode(model, photo)
     out = model.train()(codec.to_tensor(photo, model))
     sum(-p.log().sum() for p in out["likelihoods"].values()).backward()

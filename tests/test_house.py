@@ -50,7 +50,8 @@ def imports_of(path: Path) -> set[str]:
     """Modules of ours that a file imports, as `part.module`."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path.name} imports by dots"
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
@@ -75,6 +76,11 @@ ORDER = (
     ("explorer",),
     ("teaching",),
 )
+
+
+def test_every_part_has_its_place_in_the_order():
+    parts = {path.stem for path in LIBRARY.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert parts - {"__init__", "__main__", "cli"} == {name for row in ORDER for name in row}
 
 
 @pytest.mark.parametrize("level", range(len(ORDER)), ids=lambda i: ORDER[i][0])

@@ -6,6 +6,9 @@ import pandas as pd
 import pytest
 from conftest import micro_model
 
+from entroformer_lib.cli import study_paper
+from entroformer_lib.errors import UserError
+from entroformer_lib.files import data_folder
 from entroformer_lib.studies import results
 from entroformer_lib.studies.paper import Paper
 from entroformer_lib.views import paper
@@ -45,3 +48,8 @@ def test_results_and_figures_of_one_model_lie_in_its_folder(study):
     saved = json.loads((own.out / "results" / "own-kodak.json").read_text())
     assert len(saved["images"]) == 1 and saved["provenance"]["weights_sha256"]
     pd.testing.assert_frame_equal(results.kodak(), before)  # data/results is as it was
+
+
+def test_the_repositorys_own_figures_are_not_replaced(photo_folder):
+    with pytest.raises(UserError, match="has figures of its own"):
+        study_paper("nosuch", photo_folder, data_folder().parent)

@@ -107,6 +107,16 @@ def test_a_search_that_finds_nothing_leaves_the_latents(photo):
     assert after <= before
 
 
+def test_the_whole_is_judged_once_more(photo, monkeypatch):
+    """What each site finds better by itself is taken only if all of it together is."""
+    model = micro_model("parallel", card=CARD)
+    x = to_tensor(photo.resize((64, 64)), model)
+    given = (x, (64, 64), *model.latents(x), 2, None)
+    assert not torch.equal(search.searched(model, *given), given[2])
+    monkeypatch.setattr(search._Cost, "whole", lambda self, y_hat: float("inf"))
+    assert torch.equal(search.searched(model, *given), given[2])
+
+
 def test_no_effort_is_rounding(photo):
     model = micro_model("parallel", card=CARD)
     assert codec.encode(model, photo, effort=0) == codec.encode(model, photo)

@@ -13,9 +13,9 @@ from entroformer_lib.teaching import check, exercises, hint, lesson1, lesson2, l
 ndtr = torch.special.ndtr
 
 
-def coded(symbols, probs, encoder=constriction.stream.queue.RangeEncoder):
+def coded(symbols, probs, encoder=constriction.stream.queue.RangeEncoder, perfect=False):
     coder = encoder()
-    coder.encode(symbols.astype(np.int32), constriction.stream.model.Categorical(probs, perfect=False))
+    coder.encode(symbols.astype(np.int32), constriction.stream.model.Categorical(probs, perfect=perfect))
     return coder
 
 
@@ -365,6 +365,7 @@ RIGHT = {
     "6.6": [
         f"{QUESTION} {FINDING} {LIMIT}",
         f"{QUESTION}\n{FINDING.replace('%', ' percent')}\n{LIMIT[:-1]}!\n",
+        f"{QUESTION} On one photograph (e.g. coffee) a radius of 1 costs (1.2 ± 0.8)% of the bits. {LIMIT}",
     ],
 }
 
@@ -381,6 +382,7 @@ WRONG = {
         (lambda s, p: coded(s.T.ravel(), p).get_compressed(), "column after column"),
         (lambda s, p: coded(s.ravel()[::-1], p).get_compressed()[None], "reverse order"),
         (lambda s, p: [10**400], "should be numbers"),
+        (lambda s, p: coded(s.ravel(), p, perfect=True).get_compressed(), "not by the coder of this lesson"),
     ],
     "1.3": [
         (lambda p, q: -(q * np.log2(p)).sum(), "changed places"),
@@ -423,6 +425,7 @@ WRONG = {
         (lambda basis: padded(basis, 0, 8), "upper left corner"),
         (lambda basis: padded(basis.T), "A pattern is a row"),
         (lambda basis: padded(basis, 0, 0), "should have the shape [64, 1, 16, 16]"),
+        (lambda basis: torch.tensor(basis).reshape(64, 1, 8, 8), "stops with ValueError"),
     ],
     "2.5": [
         (lambda y, training: y + torch.randn_like(y) if training else torch.round(y), "goes up to"),
@@ -430,6 +433,7 @@ WRONG = {
         (lambda y, training: torch.round(y), "rounds in training"),
         (lambda y, training: noise(y) if not training else torch.round(y), "changed places"),
         (lambda y, training: noise(y.detach()) if training else torch.round(y), "no gradient"),
+        (lambda y, training: noise(y.double()) if training else torch.round(y), "type torch.float32"),
     ],
     "2.6": [
         (lambda b, x, x_hat, lmbda: b.sum() / x.numel() + lmbda * mse(x, x_hat), "255² is missing"),
@@ -442,6 +446,7 @@ WRONG = {
         (lambda y, s: bits(y, s) * np.log(2), "Which logarithm gives bits"),
         (lambda y, s: -torch.log2(ndtr((y + 0.5) / s) - ndtr((y - 0.5) / s)), "infinitely many bits"),
         (lambda y, s: -torch.log2(ndtr(y / s) - ndtr((y - 1) / s)), "lies beside y"),
+        (lambda y, s: bits(y, s).numpy(), "should be a tensor"),
     ],
     "3.2": [
         (lambda y: y[0].sum(0), "Is the sign taken away"),
@@ -459,6 +464,7 @@ WRONG = {
         (lambda y, h_a, h_s, training: (h_a(y), h_s(h_a(y)).exp()), "z is not rounded"),
         (lambda y, h_a, h_s, training: side(y, h_a, h_s, False), "rounds in training"),
         (lambda *a: side(*a)[::-1], "changed places"),
+        (lambda y, h_a, h_s, t: side(y, lambda v: h_a(v).detach(), h_s, t), "gets no gradient through z_hat"),
     ],
     "3.5": [
         (lambda y, s, z, t: bits(y, s).sum(), "bits of z are missing"),
@@ -535,6 +541,7 @@ WRONG = {
         (lambda computed, start: computed[:-1], "one feature is missing"),
         (lambda computed, start: torch.cat((computed[1:], start[None])), "shifts the other way"),
         (lambda computed, start: torch.cat((start[None], computed[1:])), "Shift all by one"),
+        (lambda computed, start: np.vstack((start.detach(), computed.detach()[:-1])), "should be a tensor"),
     ],
     "5.5": [
         (lambda *given: hide(*given, ahead=0), "count from `query + 1`"),
@@ -571,12 +578,17 @@ WRONG = {
         (HYPOTHESIS | {"convincing": 0}, "should be above 0"),
         (HYPOTHESIS | {"because": "we try"}, "at least six words"),
         ({"change": {"radius": 1}}, "`saves` is missing"),
+        (HYPOTHESIS | {"saves": "-2"}, "without quotation marks"),
+        (HYPOTHESIS | {"change": {"window": 4}}, "does not use `window`"),
+        (HYPOTHESIS | {"change": {"M": 64}}, "does not use `M`"),
     ],
     "6.5": [
         (lambda e, d, c: "saves" if e > 0 else "costs", "and you say 'saves'"),
         (lambda e, d, c: range_of(e, 0, c), "you say"),
         (lambda e, d, c: e - d >= c, "one of the four words"),
         (lambda e, d, c: "maybe", "none of the four words"),
+        (lambda e, d, c: "no effect" if abs(e) < c and d < c else range_of(e, d, c), "and you say 'no effect'"),
+        (lambda e, d, c: "no effect" if abs(e) + d <= c else range_of(e, d, c), "and you say 'no effect'"),
     ],
     "6.6": [
         (f"{QUESTION} {FINDING}", "three sentences, and I count 2"),

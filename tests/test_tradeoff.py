@@ -1,5 +1,6 @@
 """Rate against groups and decoding time: what is measured, what is compared, what is drawn."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -249,9 +250,14 @@ def test_the_table_has_the_saved_numbers(saved, results_folder):
 
 def test_other_qualities_and_lambdas_are_no_comparison(saved, results_folder):
     rows = published_rows(saved)
-    kodak_results(results_folder, rows, more=0.1)
-    with pytest.raises(StudyError, match="another quality"):
-        same_transforms.side_by_side()
+    for more in (0.1, -0.1):
+        kodak_results(results_folder, rows, more=more)
+        with pytest.raises(StudyError, match="another quality"):
+            same_transforms.side_by_side()
+    for more, refused in ((0.019, False), (0.021, True)):
+        two = [{"model": name, "image": "x", "psnr_db": 30 + more * i} for i, name in enumerate("ab")]
+        with pytest.raises(StudyError, match="other transforms") if refused else contextlib.nullcontext():
+            tradeoff._check_quality(two)
     kodak_results(results_folder, rows)
     kodak_results(results_folder, rows[:1], lmbda=0.04)
     with pytest.raises(StudyError, match="other lambdas"):

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import tarfile
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -422,6 +423,16 @@ def test_a_torn_log_loses_its_damaged_rows(damage, finished):
     assert rows[-1]["step"] == 3 and rows[:-1] in (whole, whole[:1])
 
 
+EVIL = Path(tempfile.gettempdir()) / f"ran-{os.getpid()}"
+
+
+class Evil:
+    """Somebody else's checkpoint: it makes a folder where it is unpickled without care."""
+
+    def __reduce__(self):
+        return os.mkdir, (str(EVIL),)
+
+
 def other_optimizer(path: Path) -> None:
     torch.save(torch.load(path, weights_only=True) | {"optimizer": {}}, path)
 
@@ -438,10 +449,11 @@ def other_model(path: Path) -> None:
         lambda path: path.write_text("no checkpoint"),
         lambda path: torch.save([1], path),
         lambda path: torch.save({"step": 1}, path),
+        lambda path: torch.save(Evil(), path),
         other_optimizer,
         other_model,
     ],
-    ids=["empty", "cut", "text", "list", "foreign", "other optimizer", "other model"],
+    ids=["empty", "cut", "text", "list", "foreign", "evil", "other optimizer", "other model"],
 )
 def test_a_checkpoint_that_is_none_is_named(damage, finished, tmp_path):
     """Where a run goes on from it, and where a branch begins at it."""
@@ -452,7 +464,7 @@ def test_a_checkpoint_that_is_none_is_named(damage, finished, tmp_path):
         train(replace(finished, steps=3), progress=False)
     with pytest.raises(UserError):
         train(replace(finished, out=str(tmp_path / "branch"), branch=str(path)), progress=False)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == before and not EVIL.exists()
 
 
 @pytest.mark.parametrize(

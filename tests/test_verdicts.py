@@ -23,6 +23,7 @@ from entroformer_lib.views import paper_tables
         (1, 2, 5, None, "cannot tell"),
         (-1, 2, 5, None, "cannot tell"),
         (-3, 2, 5, None, "reversed"),
+        (2, 2, None, None, "cannot tell"),
         (1, 0.4, 1, 1.5, "reproduced"),
         (1, 0.6, 1, 1.5, "cannot tell"),
         (3, 0.4, 1, 1.5, "larger"),

@@ -35,7 +35,19 @@ def page_of(path: Path, root: str) -> tuple[str, dict[str, bytes]]:
             for output in cell.outputs:
                 _without_widgets(output, f"{path.stem}_{number}.html", root, files)
     text, resources = MarkdownExporter().from_notebook_node(notebook, {"unique_key": path.stem})
-    return re.sub(r"!\[(png|jpeg)\]", "![Figure]", text), files | resources["outputs"]
+    return with_alternatives(text), files | resources["outputs"]
+
+
+def with_alternatives(text: str) -> str:
+    """Pictures and frames are named after the heading above them, for those who do not see them."""
+    lines, heading = text.split("\n"), "Figure"
+    for number, line in enumerate(lines):
+        if found := re.match(r"#+ (.*)", line):
+            heading = re.sub(r"[\[\]\"<>]", "", found[1])
+        for kind in ("png", "jpeg"):
+            line = line.replace(f"![{kind}]", f"![Figure of: {heading}]")
+        lines[number] = line.replace('<iframe class="figure"', f'<iframe class="figure" title="{heading}"')
+    return "\n".join(lines)
 
 
 def _is_progress(output) -> bool:

@@ -16,9 +16,10 @@ from torch import Tensor
 from entroformer_lib.codec.container import LARGEST_SIDE, LEVEL_STEPS, MAX_PIXELS, Container
 from entroformer_lib.codec.pictures import open_picture, to_picture, to_rgb, to_tensor, unpad
 from entroformer_lib.codec.search import searched
-from entroformer_lib.entroformer import Entroformer, evaluating, in_float32, searching
+from entroformer_lib.entroformer import Entroformer, coding, searching
 from entroformer_lib.errors import BitstreamError, ConfigError, DataError, RateError, WeightsError
 from entroformer_lib.memory import free_memory
+from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.rangecoder import MORE_BYTES, Y_BYTES, Z_BYTES
 from entroformer_lib.weights.zoo import REPLACED, load_model, weights_digest
 
@@ -57,7 +58,7 @@ def encode(model: Entroformer, image, bpp: float | None = None, ks: Sequence[int
     if max(width, height) > LARGEST_SIDE:
         raise DataError(f"The picture has {width} x {height} pixels; .ef files hold up to {LARGEST_SIDE} on a side.")
     _check_memory(width, height, SEARCH_BYTES if effort else 24)  # pixels in float32, and a copy
-    with evaluating(in_float32(model)) as model:
+    with coding(model) as model:
         x = to_tensor(picture, model)
         if bpp is None:
             return _encode_at(model, x, picture.size, grey, level_of_file(model), ks, effort)
@@ -76,6 +77,12 @@ def check_bpp(bpp: float | None) -> None:
     """Raises RateError for bits per pixel that no file can have."""
     if bpp is not None and not 0 < bpp <= 1e6:
         raise RateError(f"The bits per pixel must be a number above 0 and up to a million, and are {bpp:g}.")
+
+
+def bytes_per_pixel(c: EntroformerConfig) -> float:
+    """About what decoding takes of memory; a GroupedMixer's context cache comes to the rest."""
+    cache = 4 * 2 * c.dim * c.context_layers * c.groups[0] / 256 if c.context == "grouped" else 0  # keys and values
+    return BYTES_PER_PIXEL + BYTES_PER_CHANNEL * c.N + cache
 
 
 def _check_memory(width: int, height: int, per_pixel: float) -> None:
@@ -167,7 +174,7 @@ def decode(
     """
     container = Container.unpack(data)
     container.check_pixels(max_pixels)
-    with evaluating(in_float32(model_named(container.model, device) if model is None else model)) as model:
+    with coding(model_named(container.model, device) if model is None else model) as model:
         return _decode_with(model, container)
 
 
@@ -194,7 +201,7 @@ def _decode_with(model: Entroformer, container: Container) -> Image.Image:
     if container.k is not None and not model.takes_k:
         raise BitstreamError("The file has a number k of keys, and this model takes none.")
     _check_lengths(container, model)
-    _check_memory(container.width, container.height, BYTES_PER_PIXEL + BYTES_PER_CHANNEL * model.config.N)
+    _check_memory(container.width, container.height, bytes_per_pixel(model.config))
     y_shape, z_shape = latent_shapes(container.width, container.height, model)
     strings = [[container.y_string], [container.z_string]]  # the second is empty and not read without hyperprior
     try:
@@ -213,7 +220,7 @@ def _decode_with(model: Entroformer, container: Container) -> Image.Image:
 @torch.no_grad()
 def reconstruction(model: Entroformer, picture: Image.Image) -> Image.Image:
     """What a model makes of an RGB picture, without coding it to bytes."""
-    with evaluating(in_float32(model)) as model:
+    with coding(model) as model:
         y_hat, _ = model.latents(to_tensor(picture, model))
         return to_picture(unpad(model.reconstruct(y_hat), picture.height, picture.width))
 

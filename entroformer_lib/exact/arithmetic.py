@@ -223,8 +223,9 @@ def layer_norm(exact: Exact, x: Tensor, shape, weight: Tensor, bias: Tensor, eps
         return loops.layer_norm(x, exact.array(weight), exact.array(bias), eps)
     integers, scale = rounded(x)
     wide = integers.double()
-    mean = wide.sum(-1, keepdim=True) / x.size(-1)
-    variance = wide.square().sum(-1, keepdim=True) / x.size(-1) - mean.square()
+    count = wide.new_tensor(x.size(-1))  # by a number CUDA would multiply with its inverse, which is not the same
+    mean = wide.sum(-1, keepdim=True) / count
+    variance = wide.square().sum(-1, keepdim=True) / count - mean.square()
     factor = 1 / (variance + eps / scale.double().square()).sqrt()
     return integers.sub_(mean.float()).mul_(factor.float()).mul_(weight).add_(bias)
 

@@ -98,7 +98,10 @@ class ExactCoder:
     @torch.inference_mode()
     def decode(self, string: bytes, z_hat: Tensor | None, size, rate: Rate | None = None) -> Tensor:
         """The string of y and (h, w)  ->  y_hat: [1, M, h, w]"""
-        decoder, coded = SymbolDecoder(string), torch.empty(self.M, size[0] * size[1], device=self.device)
+        decoder, coded = (
+            SymbolDecoder(string),
+            torch.empty(self.M, size[0] * size[1], dtype=torch.float32, device=self.device),
+        )
 
         def read(channels, sites, means, scales):
             symbols = torch.from_numpy(decoder.read(means, scales)).to(self.device, torch.float32)

@@ -9,10 +9,13 @@ sums of so few products of 8-bit numbers are exact.
 """
 
 import concurrent.futures
+import contextlib
 import functools
+import hashlib
 import itertools
 import math
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -38,9 +41,23 @@ def loop(function, **more):
         return function
     options = dict(nogil=True, error_model="numpy", boundscheck=False, **more)
     try:
-        return numba.njit(function, cache=True, **options)
+        compiled = numba.njit(function, cache=True, **options)
     except RuntimeError:  # no folder to keep it in
         return numba.njit(function, **options)
+    # By itself numba looks at the function's own file alone, and functions of others are compiled in
+    with contextlib.suppress(AttributeError):
+        kept = compiled._cache._cache_file
+        kept._source_stamp = kept._source_stamp, _sources()
+    return compiled
+
+
+@functools.cache
+def _sources() -> str:
+    """Checksum of this folder's files: what was compiled of others is compiled again."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 f32, f64, i16, i32, i64 = np.float32, np.float64, np.int16, np.int32, np.int64
@@ -115,6 +132,8 @@ def for_products(digits: Tensor) -> Tensor:
 def sums(high: Tensor, both: Tensor, other_high: Tensor, other_both: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Sums of high by high digits, and of high by low and low by high: [q, N] each, whole numbers in int32, float32 or
     float64."""
+    if high.size(1) == 1:  # of a single column torch's int8 product gives other numbers
+        high, both, other_high, other_both = (t.float() for t in (high, both, other_high, other_both))
     if high.dtype == torch.int8:
         return torch._int_mm(high, other_high.T).numpy(), torch._int_mm(both, other_both.T).numpy()
     return _exact_product(high, other_high), _exact_product(both, other_both)

@@ -27,13 +27,15 @@ class Answers:
         other: of the same picture and another model, or None.
 
     Raises:
-        AttentionError: the two servers do not have the same grid.
+        AttentionError: the two servers do not have the same grid, or not the same picture.
     """
 
     def __init__(self, server, other=None):
         self.servers = [server] if other is None else [server, other]
         if other is not None and (other.height, other.width) != (server.height, server.width):
             raise AttentionError("Two models side by side need the same grid of latents; these have different ones.")
+        if other is not None and other.picture.tobytes() != server.picture.tobytes():
+            raise AttentionError("Two models side by side need the same picture; these have different ones.")
         self._asked = functools.lru_cache(REMEMBERED)(self._ask)
 
     def meta(self) -> dict:

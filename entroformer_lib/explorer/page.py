@@ -93,7 +93,7 @@ def explorer_page(server, title: str = "", progress: Progress | None = None, **s
         del model["steps"], model["origins"]  # they stand in the blob
     holds = _holds(server, ks, len(held[own]), len(measured))
     text = page_text(
-        f"What the entropy model looks at: {title}" if title else "What the entropy model looks at",
+        f"What {server.name} looks at: {title}" if title else f"What {server.name} looks at",
         f"Model {server.name}. The page holds the attention of {holds}.",
         script("stored.js"),
         {"meta": ("application/json", json.dumps(meta)), "data": ("text/plain", _packed(blob.bytes()))},

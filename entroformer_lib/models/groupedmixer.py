@@ -109,8 +109,6 @@ def merge(groups: Tensor, size: tuple[int, int, int], counts: Counts, order: str
 # ---- inner-group mixers ----
 
 
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept may be needed for gradients later, whoever asked first
 def windows(
     height: int, width: int, side: int, shift: int, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
@@ -119,6 +117,15 @@ def windows(
     ->  token in each place of each window, -1 where it is empty: [windows, side^2]; and the other way round, the place
     of each token in the flattened windows: [height * width]
     """
+    found = _windows(height, width, side, shift, device)
+    if any(type(tensor) is not Tensor for tensor in found):  # made while the model is traced, of no use afterwards
+        _windows.cache_clear()
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept may be needed for gradients later, whoever asked first
+def _windows(height: int, width: int, side: int, shift: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     down, right = -(height + shift) % side, -(width + shift) % side
     number = torch.arange(height * width).view(1, height, width)
     number = F.pad(number, (shift, right, shift, down), value=-1)[0]  # [rows, columns], with the border

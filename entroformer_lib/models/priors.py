@@ -67,6 +67,21 @@ class FactorizedPrior(EntropyBottleneck):
         mass = self.likelihood_lower_bound(self._likelihood(values)[0])
         return mass.view(Z, B, h, w).transpose(0, 1)
 
+    def compress(self, z: Tensor) -> list[bytes]:
+        """One string per picture of the batch. Its tables must be there.
+
+        Raises:
+            WeightsError: fewer than three numbers, or one far from its median: CompressAI's coder would not survive it.
+        """
+        far = float((z - self._get_medians().detach().view(1, -1, 1, 1)).abs().amax())
+        if not far <= LARGEST:  # also where a median is no number
+            raise WeightsError(f"A hyper-latent is {far:g} away from its median, and the coder takes up to {LARGEST}.")
+        if z[0].numel() < 3:
+            raise WeightsError(
+                "The coder of z takes at least three numbers for a picture: a model with more channels of z."
+            )
+        return super().compress(z)
+
     def decompress(self, strings: list[bytes], size) -> Tensor:
         """size: (h, w)  ->  z_hat: [B, Z, h, w]; raises BitstreamError. Its tables must be there."""
         count, symbols = size[0] * size[1], []

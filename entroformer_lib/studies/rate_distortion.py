@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from entroformer_lib.codec import codec
 from entroformer_lib.codec.container import LARGEST_SIDE
@@ -65,7 +66,7 @@ def _read(folder, limit: int | None, tell: Tell) -> Iterator[tuple[Path, Image.I
 
 
 def _readable(files: Iterator[Path], tell: Tell) -> Iterator[tuple[Path, Image.Image]]:
-    for path in files:
+    for path in tqdm(files, "reading", unit="picture", delay=1, leave=False, disable=None):
         try:
             opened = codec.open_picture(path)
             picture, _ = codec.to_rgb(opened)

@@ -9,8 +9,8 @@ ablation study. Curves that other people published come as a table with the same
 import datetime
 import json
 import math
-import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -84,7 +84,7 @@ def provenance(model=None, seed: int | None = None) -> dict:
 
 def command_line(words: list[str]) -> str:
     """The command that runs, without the folders of this machine: of an absolute path only its last name stays."""
-    return shlex.join(Path(word).name if os.path.isabs(word) else word for word in words)
+    return shlex.join(re.sub(r"(^|=)/\S.*", lambda found: found[1] + Path(found[0]).name, word) for word in words)
 
 
 def git_revision() -> str | None:

@@ -37,7 +37,7 @@ from entroformer_lib.studies import bd, same_transforms
 from entroformer_lib.studies.results import AUTHORS, ablation, kodak_means, load, published, reference, trainings
 
 CONFIDENCE = 0.95
-APART = ("absolute", "none")  # kinds that differ from seed to seed far more than all others
+APART = ("absolute", "none", "none-dense")  # kinds that differ from seed to seed far more than all others
 SHIPPED, SERIAL = "blocks-parallel", "blocks-serial"
 
 

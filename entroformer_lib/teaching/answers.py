@@ -59,6 +59,22 @@ def shaped(answer, shape: tuple[int, ...], what: str = "the answer") -> np.ndarr
     return values
 
 
+def tensor(answer, what: str = "the answer"):
+    """The answer itself, where the lesson goes on with it as a tensor.
+
+    Raises:
+        Unsolved: it is `...`.
+        Wrong: it is no tensor of float32.
+    """
+    array(answer, what)
+    kind = getattr(answer, "dtype", None)
+    if not hasattr(answer, "detach"):
+        raise Wrong(f"{what} should be a tensor and is of type {type(answer).__name__}. Stay with torch.")
+    if str(kind) != "torch.float32":
+        raise Wrong(f"{what} should have the type torch.float32 and has {kind}.")
+    return answer
+
+
 def called(function: Callable, *arguments, what: str = ""):
     """What the student's function returns. None is a legal answer.
 

@@ -1,5 +1,6 @@
 """Lesson 1, bits and entropy: what its checks look at, and its hints."""
 
+import contextlib
 from math import log2
 
 import constriction
@@ -74,9 +75,22 @@ def compress(answer) -> str:
         raise Wrong("the symbols come out in reverse order. Give them to the coder from first to last.")
     if np.array_equal(decoded, symbols.T.ravel()):
         raise Wrong("the symbols come out column after column. Give them to the coder row after row.")
+    if not np.array_equal(decoded, symbols.ravel()) and _decoded_otherwise(words, probs, symbols):
+        raise Wrong("it is decoded, but not by the coder of this lesson: `RangeEncoder`, with `perfect=False`.")
     if not np.array_equal(decoded, symbols.ravel()):
         raise Wrong("what comes out of the decoder is not what went in. Are `probs` the coder's probabilities?")
     return f"2,000 symbols became {bits:,} bits; their probabilities promised {promised:,.0f}."
+
+
+def _decoded_otherwise(words: np.ndarray, probs: np.ndarray, symbols: np.ndarray) -> bool:
+    """Whether another coder of constriction makes the symbols of the words."""
+    stream, found = constriction.stream, []
+    models = [stream.model.Categorical(probs, perfect=perfect) for perfect in (False, True)]
+    for make in (stream.queue.RangeDecoder, stream.stack.AnsCoder):
+        for model in models:
+            with contextlib.suppress(AssertionError, ValueError):
+                found.append(make(words).decode(model, symbols.size))
+    return any(np.array_equal(one, symbols.ravel()) for one in found)
 
 
 @exercise(

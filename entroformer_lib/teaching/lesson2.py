@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from entroformer_lib.teaching.answers import array, called, number, shaped
+from entroformer_lib.teaching.answers import array, called, number, shaped, tensor
 from entroformer_lib.teaching.exercises import Wrong, exercise
 from entroformer_lib.teaching.photographs import grey
 
@@ -134,7 +134,8 @@ def _entropy(values: np.ndarray) -> float:
 def kernels(answer) -> str:
     """A function from basis [64, 64] to kernels [64, 1, 16, 16]."""
     basis = np.linalg.qr(np.random.default_rng(4).normal(size=(64, 64)))[0]
-    got = shaped(called(answer, basis.copy()), (64, 1, 16, 16), "what `kernels` returns")
+    turned = basis[:, ::-1].copy()[:, ::-1]  # the same numbers, lying backwards, as those of exercise 2.2 do
+    got = shaped(called(answer, turned), (64, 1, 16, 16), "what `kernels` returns")
     middle = got[:, 0, 4:12, 4:12]
     right = basis.reshape(64, 8, 8)
     if np.allclose(got[:, 0, :8, :8], right, atol=1e-5):
@@ -165,7 +166,8 @@ def quantise(answer) -> str:
     """A function from a tensor and training or not, to a tensor."""
     y = torch.linspace(-3, 3, 6000).requires_grad_()
     used, noisy, again = (called(answer, y, training) for training in (False, True, True))
-    used = shaped(used, y.shape, "`quantise(y, False)`")
+    tensor(noisy, "`quantise(y, True)`")
+    used = shaped(tensor(used, "`quantise(y, False)`"), y.shape, "`quantise(y, False)`")
     error = shaped(noisy, y.shape, "`quantise(y, True)`") - array(y)
     if np.abs(used - np.round(array(y))).max() > 1e-6:
         if np.allclose(np.sort(np.abs(used - array(y)))[-1], 0.5, atol=0.01) or np.ptp(used - array(y)) > 0.1:

@@ -5,7 +5,7 @@ import torch
 from scipy.fft import dctn
 
 from entroformer_lib.models.priors import gaussian_mass
-from entroformer_lib.teaching.answers import array, called, number, shaped
+from entroformer_lib.teaching.answers import array, called, number, shaped, tensor
 from entroformer_lib.teaching.exercises import Wrong, exercise
 from entroformer_lib.teaching.photographs import grey
 
@@ -25,7 +25,8 @@ def gaussian_bits(answer) -> str:
     scale = torch.tensor([[0.4, 1.0, 2.0, 5.0], [3.0, 0.7, 1.5, 10.0]])
     mass = gaussian_mass(y, torch.zeros(()), scale)
     right = array(-torch.log2(mass))
-    got = shaped(called(answer, y, scale), y.shape, "what `gaussian_bits` returns")
+    got = tensor(called(answer, y, scale), "what `gaussian_bits` returns")
+    got = shaped(got, y.shape, "what `gaussian_bits` returns")
     density = array(-torch.distributions.Normal(0.0, scale).log_prob(y) / np.log(2))
     late = array(-torch.log2(torch.special.ndtr(y / scale) - torch.special.ndtr((y - 1) / scale)))
     for form, sentence in {
@@ -147,10 +148,10 @@ def side_information(answer) -> str:
 def side_path(answer) -> str:
     """A function from y, h_a, h_s and training to z_hat and scales."""
     y = 4 * torch.rand(1, 64, 8, 8, generator=torch.Generator().manual_seed(6)) - 2
-    seen = []
+    seen, weight = [], torch.tensor(1.3, requires_grad=True)
 
     def h_a(latents):
-        return 1.3 * latents[:, :3, ::2, ::2]
+        return weight * latents[:, :3, ::2, ::2]
 
     def h_s(z):
         seen.append(array(z, "what h_s gets"))
@@ -168,6 +169,8 @@ def side_path(answer) -> str:
             raise Wrong("z_hat and scales have changed places: `return z_hat, scales`.")
         shaped(z_hat, z.shape, "z_hat"), shaped(scales, y.shape, "scales")
         _look_at(z, z_hat, scales, seen, training)
+        if training and not getattr(got[1], "requires_grad", False):
+            raise Wrong("h_a gets no gradient through z_hat. In training stay with tensors: no NumPy, no `detach`.")
     return "Encoder and decoder compute the same scales, from what both have."
 
 

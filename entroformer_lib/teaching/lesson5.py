@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entroformer_lib.teaching.answers import array, called, shaped
+from entroformer_lib.teaching.answers import array, called, shaped, tensor
 from entroformer_lib.teaching.exercises import Unsolved, Wrong, exercise
 
 
@@ -167,7 +167,8 @@ def _look_at_diamond(got: list, right: list, square: list, h: int) -> None:
 def shifted(answer) -> str:
     """A function from [n, D] and [D] to [n, D]."""
     computed, start = torch.arange(12.0).reshape(4, 3) + 1, torch.tensor([-1.0, -2.0, -3.0])
-    got = array(called(answer, computed.clone(), start.clone()), "what `shifted` returns")
+    given = (computed.clone().requires_grad_(), start.clone().requires_grad_())
+    got = array(tensor(called(answer, *given), "what `shifted` returns"))
     if got.shape == (5, 3):
         raise Wrong("there is one feature too many. The last token predicts nothing: there is no latent after it.")
     if got.shape == (3, 3):

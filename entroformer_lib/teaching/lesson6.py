@@ -5,7 +5,7 @@ import re
 import numpy as np
 
 from entroformer_lib.errors import UserError
-from entroformer_lib.models.config import named_config
+from entroformer_lib.models.config import GROUPED_FIELDS, TRANSFORM_FIELDS, named_config
 from entroformer_lib.teaching.answers import array, called, number, shaped
 from entroformer_lib.teaching.exercises import Unsolved, Wrong, exercise
 
@@ -99,6 +99,7 @@ def seeds_needed(answer) -> str:
 
 
 FIELDS = ("change", "saves", "convincing", "because")
+UNUSED = (*GROUPED_FIELDS, *TRANSFORM_FIELDS, "Z", "lmbdas", "rate_aware")
 
 
 @exercise(
@@ -123,10 +124,17 @@ def hypothesis(answer) -> str:
     change = answer["change"]
     if not isinstance(change, dict) or len(change) != 1:
         raise Wrong('`change` should be a dictionary with one field, such as {"radius": 1}. Two are two studies.')
+    if unused := [name for name in change if name in UNUSED or name.startswith("hyper")]:
+        raise Wrong(
+            f"a model of context alone does not use `{unused[0]}`, so nothing would change. Take another field."
+        )
     try:
         named_config("tiny-context", **{"context_layers": 2, **change})
     except (UserError, TypeError, ValueError) as error:
         raise Wrong(f"no such model can be built: {' '.join(str(error).split())}") from None
+    for name in ("saves", "convincing"):
+        if isinstance(answer[name], str):
+            raise Wrong(f"`{name}` should be a number, without quotation marks.")
     number(answer["saves"], "`saves`")
     convincing = number(answer["convincing"], "`convincing`")
     if convincing <= 0:
@@ -157,7 +165,11 @@ def verdict(answer) -> str:
         (1.5, 1.0, 1.0): "undecided",
         (-1.2, 0.5, 1.0): "undecided",
         (0.1, 5.0, 1.0): "undecided",
+        (0.8, 0.5, 1.0): "undecided",
+        (-0.8, 0.5, 1.0): "undecided",
+        (0.0, 1.0, 1.0): "undecided",
         (2.0, 0.0, 2.0): "saves",
+        (-2.0, 0.0, 2.0): "costs",
     }
     for given, right in cases.items():
         got = called(answer, *given)
@@ -189,7 +201,7 @@ def report(answer) -> str:
     """Three sentences with a number."""
     if not isinstance(answer, str):
         raise Wrong(f"it should be a text, and is of type {type(answer).__name__}.")
-    sentences = [part for part in re.split(r"(?<=[.!?])\s+", answer.strip()) if part]
+    sentences = [part for part in re.split(r"(?<=[.!?])\s+(?=[A-Z0-9\"'(])", answer.strip()) if part]
     if len(sentences) != 3:
         raise Wrong(f"it should have three sentences, and I count {len(sentences)}. Each ends with . or ? or !")
     shortest, longest = (f(sentences, key=lambda s: len(s.split())) for f in (min, max))
@@ -197,8 +209,9 @@ def report(answer) -> str:
         raise Wrong(f"one sentence is very short: {shortest!r}. Can somebody understand it who was not here?")
     if len(longest.split()) > 60:
         raise Wrong(f"one sentence has {len(longest.split())} words. Say one thought in it.")
-    if not re.search(r"\d\s*(%|percent|per cent)", answer):
+    percent = r"\d+(?:[.,]\d+)?\)?\s*(?:%|percent|per cent)"
+    if not re.search(percent, answer):
         raise Wrong("where is the effect? Give its number in percent.")
-    if len(re.findall(r"\d+(?:[.,]\d+)?\s*(?:%|percent|per cent)", answer)) < 2:
+    if len(re.findall(percent, answer)) < 2 and not re.search(rf"\d\s*(?:±|\+/-|\+-)\s*{percent}", answer):
         raise Wrong('the effect has no doubt beside it. Give both in percent: "… %, give or take … %".')
     return "A machine can count your sentences. Let your neighbour judge them, with the rubric."

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from entroformer_lib.codec.pictures import pixels_of
 from entroformer_lib.datasets import files_under, is_picture
@@ -225,7 +226,8 @@ class PreloadedCrops:
         self.side, self.sampling = crop, Sampling(seed, **more)
         self.pictures: list[Tensor] = []
         small = 0
-        for picture in pictures_in(source, lambda name: name not in left_out, reading):
+        found = pictures_in(source, lambda name: name not in left_out, reading)
+        for picture in tqdm(found, "reading", unit="picture", delay=1, leave=False, disable=None):
             if min(picture.shape[:2]) < crop:
                 small += 1
             else:

@@ -263,7 +263,7 @@ def gains_data(pairs: dict[str, tuple[str, str]], stretch: int = 200) -> pd.Data
 
     Returns:
         label, step (middle of a stretch), percent (of rate, negative where the first kind needs less), held_out (the
-        same at the end for held-out latents, mean over the lambdas).
+        same at the end for held-out latents: as in training, of the bits at all lambdas together).
     """
     saved = load("learning_curves")
     if saved is None:
@@ -275,7 +275,7 @@ def gains_data(pairs: dict[str, tuple[str, str]], stretch: int = 200) -> pd.Data
         ratio = np.log(curves[one] / curves[other])
         middles = (ratio.index - 1) // stretch * stretch + stretch // 2
         percent = 100 * np.expm1(ratio.groupby(middles).mean())
-        end = 100 * np.expm1(np.log(ends[one] / ends[other]).mean())
+        end = 100 * (ends[one].sum() / ends[other].sum() - 1)
         found.append(pd.DataFrame({"label": label, "step": percent.index, "percent": percent, "held_out": end}))
     return pd.concat(found, ignore_index=True)
 

@@ -40,6 +40,9 @@ def decoding(counts: Counts, orders: Iterable[str] = tuple(ORDERS), size: tuple[
     hints = [np.vectorize("group {:.0f}".format)(_sheet(one)) for one in numbers]
     for trace, words in zip(figure.data, hints, strict=False):
         trace.update(xgap=1, ygap=1, text=words, hovertemplate="%{text}<extra></extra>", hoverongaps=False)
+    for frame in figure.frames:
+        for trace, words in zip(frame.data, hints, strict=True):  # a frame's traces take the place of the first ones
+            trace.update(xgap=1, ygap=1, text=words, hovertemplate="%{text}<extra></extra>", hoverongaps=False)
     (slider,), names = figure.layout.sliders, [*(str(g) for g in range(G)), "all"]
     slider.currentvalue.prefix = "group "
     for frame, step, name in zip(figure.frames, slider.steps, names, strict=True):

@@ -117,10 +117,10 @@ def regenerate(out: Path | None = None, notebooks: Path | None = None, page: boo
     drawn = {}
     for item in ITEMS:
         data = item.data()
-        if data is None:
-            continue
         for old in out.glob(f"{item.name}.*"):
             old.unlink()
+        if data is None:
+            continue
         drawn[item.name] = data
         style.write(item.draw(data), out, item.name, ("png", "svg"))
         write_bytes(out / f"{item.name}.csv", data.to_csv(index=False, float_format="%.6g").encode())

@@ -5,6 +5,7 @@ it: hover tells the numbers, a click shows original and result side by side, who
 """
 
 import functools
+import html
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import pandas as pd
 from PIL import Image
 
+from entroformer_lib.errors import in_words
 from entroformer_lib.studies.results import QUALITIES
 from entroformer_lib.views.style import COLOURS, GREYS
 
@@ -117,10 +119,13 @@ def widget(points: RatePoints, published: pd.DataFrame, quality: str = "psnr_db"
     picture = ipywidgets.Image(format="png", layout={"max_width": "820px", "display": "none"})  # until there is one
 
     def show(point: int) -> None:
-        text.value = "Coding ..."
-        shown = points.at(point)
-        buffer = io.BytesIO()
-        points.beside(point).save(buffer, "png")
+        text.value, buffer = "Coding ...", io.BytesIO()
+        try:
+            shown = points.at(point)
+            points.beside(point).save(buffer, "png")
+        except Exception as error:  # whatever keeps a codec or model from coding here; a click shows no traceback
+            text.value = html.escape(in_words(error))
+            return
         picture.layout.display = None
         picture.value, text.value = buffer.getvalue(), f"Left: original. Right: {shown.text}."
 

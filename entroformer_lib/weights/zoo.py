@@ -343,6 +343,7 @@ def weights_digest(model: Entroformer) -> bytes:
     It is taken from the weights in memory, so it does not depend on the file they came from. The search window is not
     part of it: a file says it itself.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     model.refresh_tables()
     state = fingerprint([model])
     known, digest = _digests.get(model, (None, b""))

@@ -57,11 +57,11 @@ export class Answers {
   /** Everything that the present selection shows. */
   async of(s) {
     const { meta } = this;
-    const change = meta.whatif ? changeOf(s) : null;
+    const change = meta.whatif && s.mode !== "decoding" ? changeOf(s) : null; // a file is coded as it was trained
     const shown = await Promise.all(
       meta.models.map(async (model, number) => {
         const query = queryOf(meta, model, s);
-        const ks = s.mode === "pair" ? [s.k, s.other_k] : [s.k];
+        const ks = s.mode === "pair" ? [s.k, s.other_k] : [s.mode === "decoding" ? model.own_k : s.k];
         const asked = (what) =>
           Promise.all(ks.map((k) => this.ask("rows", number, query, model.kind === "grouped" ? DENSE : k, what)));
         const [rows, before] = await Promise.all([asked(change), change ? asked(null) : null]);
@@ -118,6 +118,8 @@ export class Answers {
     const probs = ofHead(rows.probs, model.heads, n, map.layer, map.head);
     if (model.kind !== "grouped")
       map.title += s.mode === "ks" || s.mode === "pair" ? `: ${number(rows.facts.bits)} bits` : "";
+    if (map.kind === "cost" && change)
+      return Object.assign(map, { title: `${map.title} (measured of the unchanged model alone: Reset shows it)` });
     if (map.kind === "cost") {
       const { positions, bits, rho } = await this.ask("costs", map.model, query, map.k);
       const [values, hidden] = [new Float32Array(n), new Set(positions)];
@@ -166,9 +168,16 @@ export class Answers {
     );
   }
 
+  /** What the decoder has of the file, and the pictures between which it stands, of each model. */
   async arrivals() {
     return Promise.all(
-      this.meta.models.map(async (model, i) => new Arrival(model, { ...(await this.overview(i)), steps: model.steps })),
+      this.meta.models.map(async (model, i) => {
+        const [overview, guess, decoded] = await Promise.all([
+          this.overview(i),
+          ...["guess", "reconstruction"].map((name) => this.picture(i, name)),
+        ]);
+        return { arrival: new Arrival(model, { ...overview, steps: model.steps }), guess, decoded };
+      }),
     );
   }
 }

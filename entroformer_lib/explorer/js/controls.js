@@ -1,6 +1,6 @@
 // What the user moves: buttons, sliders, the picture itself, the tour, and what can be kept.
 import { asCsv, asPython, download } from "./keeping.js";
-import { isPadding, ksOf, modesOf, nearestPredicted, siteOfGroup } from "./selection.js";
+import { changeOf, isPadding, ksOf, modesOf, mostBackdrop, nearestPredicted, siteOfGroup } from "./selection.js";
 import { asSvg } from "./sheet.js";
 import { stopsOf } from "./tour.js";
 import { BACKDROPS, MEAN, MODES, TERMS, escape, kInWords, number, percent } from "./words.js";
@@ -72,10 +72,14 @@ export function addControls(explorer) {
   }
   const when = (name, event, action) => find(name).addEventListener(event, action);
   for (const name of ["backdrop", "overlay", "part"])
-    when(`.ef-${name}`, "input", (event) => explorer.choose({ [name]: event.target.valueAsNumber }));
+    when(`.ef-${name}`, "input", (event) => {
+      explorer.playing = false; // who moves the slider has it
+      explorer.choose({ [name]: event.target.valueAsNumber });
+    });
+  find(".ef-backdrop").max = mostBackdrop(meta);
   when(".ef-dim", "change", (event) => explorer.choose({ dim: event.target.checked }));
   when(".ef-tour", "click", () => {
-    explorer.home = { ...explorer.selection };
+    if (find(".ef-stop").hidden) explorer.home = { ...explorer.selection };
     tour(explorer, 0);
   });
   when(".ef-play button", "click", () => play(explorer));
@@ -98,6 +102,7 @@ export function addControls(explorer) {
         ...nearestPredicted(meta, meta.models[event.target.dataset.model].steps, explorer.selection),
         gathers: false,
       });
+    if (event.target.matches(".ef-nearest")) find(".ef-panels canvas").focus({ preventScroll: true }); // it goes away
   });
   when(
     ".ef-side",
@@ -123,7 +128,7 @@ export function showControls(explorer, s) {
   const shown = {
     layer: !decoding,
     head: !decoding && s.mode !== "heads" && s.mode !== "groups",
-    k: rows && s.mode !== "ks" && !decoding,
+    k: rows && s.mode !== "ks" && !decoding && !(s.mode === "cost" && meta.costs === "own_k"),
     other_k: s.mode === "pair",
     slice: meta.models.some(({ slices }) => slices > 1) && !decoding,
     channel: s.mode === "calculation",
@@ -143,7 +148,7 @@ export function showControls(explorer, s) {
   for (const name of ["overlay", "dim", "backdrop"]) find(`.ef-${name}`).parentElement.hidden = decoding;
   find(".ef-whatif").hidden = !meta.whatif || decoding;
   find(".ef-head-off").checked = s.off.some((pair) => String(pair) === String(headOf(s)));
-  find(".ef-head-off").disabled = s.head === MEAN;
+  find(".ef-head-off").disabled = s.head === MEAN || s.mode === "heads";
   find(".ef-no-position").checked = !s.position;
 }
 
@@ -227,7 +232,10 @@ function hoverInWords(explorer, map, row, column) {
       map.values[site] || map.decoded(site) ? `${percent(map.values[site])} of the attention` : "not decoded yet",
     );
   const overview = explorer.answers.overviews[map.model];
-  if (overview) words.push(`costs ${number(explorer.answers.perSite(map.model, overview.bits)[site])} bits`);
+  const { selection, meta } = explorer;
+  const usual = selection.k === meta.models[map.model].own_k && !changeOf(selection);
+  const bits = overview && number(explorer.answers.perSite(map.model, overview.bits)[site]);
+  if (overview) words.push(`costs ${bits} bits${usual ? "" : " as trained"}`);
   return words.join(" · ");
 }
 

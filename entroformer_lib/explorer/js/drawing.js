@@ -58,6 +58,8 @@ export function cells(meta, colour) {
   return canvas;
 }
 
+const MOST_PIXELS = 8192; // of a canvas, on a side
+
 /** Bits spent on each block, or saved by context, as a canvas of one pixel a block, and the largest value. What is no
  * number has no context. */
 export function bitsMap(meta, kind, values) {
@@ -90,6 +92,7 @@ export function backdropCanvas(width, height, { backdrops, position }) {
 /** Draws a backdrop between two of the pictures: position 1.3 is mostly the second and a little of the third. */
 function drawBackdrop(g, backdrops, position) {
   const low = Math.min(Math.floor(position), backdrops.length - 1);
+  g.clearRect(0, 0, g.canvas.width, g.canvas.height);
   const shown = [
     [backdrops[low], 1],
     [backdrops[low + 1], position - low],
@@ -121,10 +124,14 @@ function drawPadding(g, meta) {
   g.restore();
 }
 
+/** Pixels of a block on a canvas of about this width; a high one stays within what browsers draw. */
+const cellOf = (meta, width) =>
+  Math.max(4, Math.min(Math.round(width / meta.width), Math.floor(MOST_PIXELS / meta.height)));
+
 /** A map over the picture. view: {backdrops, position, overlay, values, kind, most, decoded(i), selected(i), query, origin, radius,
  * hidden: crossed-out sites, dim, large} */
 export function drawMap(canvas, meta, view) {
-  const cell = Math.max(4, Math.round((view.large ? 1152 : 640) / meta.width));
+  const cell = cellOf(meta, view.large ? 1152 : 640);
   const [w, h] = [meta.width * cell, meta.height * cell];
   const g = sized(canvas, w, h);
   drawBackdrop(g, view.backdrops, view.position);
@@ -191,7 +198,8 @@ export function drawMap(canvas, meta, view) {
 export function strongest({ values, kind }) {
   const order = [...values.keys()].filter((i) => values[i]).sort((a, b) => Math.abs(values[b]) - Math.abs(values[a]));
   const bits = (v) => `${v > 0 ? "+" : "−"}${Math.abs(v).toFixed(Math.abs(v) < 10 ? 1 : 0)}`;
-  return order.slice(0, 5).map((i) => [i, kind === "cost" ? bits(values[i]) : String(Math.round(100 * values[i]))]);
+  const share = (v) => (100 * v).toFixed(v < 0.0095 ? 1 : 0);
+  return order.slice(0, 5).map((i) => [i, kind === "cost" ? bits(values[i]) : share(values[i])]);
 }
 
 function writeValues(g, meta, view, cell) {
@@ -257,7 +265,7 @@ function drawDiamond(g, [row, column], radius, cell) {
 
 /** A picture between the guess and what is decoded. shares: of each block what has arrived, 0 to 1 */
 export function drawDecoding(canvas, meta, { guess, decoded, shares, query }) {
-  const cell = Math.max(4, Math.round(1152 / meta.width));
+  const cell = cellOf(meta, 1152);
   const [w, h] = [meta.width * cell, meta.height * cell];
   const g = sized(canvas, w, h);
   g.fillStyle = "#8a8a8a";

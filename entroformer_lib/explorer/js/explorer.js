@@ -130,6 +130,7 @@ class Explorer {
     if (!before || "row" in parts || "column" in parts) this.place = { row, column }; // where a view that holds less came from
     this.snap("row" in parts || "column" in parts ? before : null);
     if (JSON.stringify(before) !== JSON.stringify(this.selection)) return this.refresh();
+    showControls(this, this.selection); // a slider may stand where nothing is
   }
 
   /** Chooses what came from outside; where that changes nothing, what it became goes back. */
@@ -139,7 +140,8 @@ class Explorer {
 
   /** The sites that the source can show, where that is not all. */
   held(s) {
-    return this.source.held?.(s.mode, s.mode === "pair" ? [s.k, s.other_k] : [s.k]);
+    const own = s.mode === "decoding" ? this.meta.models[0].own_k : s.k;
+    return this.source.held?.(s.mode, s.mode === "pair" ? [s.k, s.other_k] : [own]);
   }
 
   /** Where the source holds only some sites, takes the nearest one, in the direction of a step.  before: the step's start */
@@ -164,13 +166,17 @@ class Explorer {
     const turn = ++this.latest;
     const s = { ...this.selection };
     try {
-      const [{ maps, shown, c }, backdrops] = await Promise.all([this.answers.of(s), this.answers.backdrops(s)]);
-      if (turn !== this.latest) return; // something else was chosen meanwhile
+      const [{ maps, shown, c }, backdrops, arrivals] = await Promise.all([
+        this.answers.of(s),
+        this.answers.backdrops(s),
+        s.mode === "decoding" ? this.answers.arrivals() : null,
+      ]);
+      if (turn !== this.latest) return; // something else was chosen meanwhile; from here on nothing is waited for
       this.backdropMost = backdrops[Math.round(s.backdrop)]?.most ?? 0;
       Object.assign(this, { maps, shown, backdropsNow: backdrops.map((one) => one && one.canvas) });
       this.trouble("");
       this.find(".ef-tip").hidden = true; // its words are those of the selection before
-      await this.draw(s);
+      this.draw(s, arrivals);
       this.say(s, c);
       showControls(this, s);
       this.shownNow = s;
@@ -186,7 +192,7 @@ class Explorer {
     place.textContent = words;
   }
 
-  async draw(s) {
+  draw(s, arrivals) {
     const { meta, maps } = this;
     const box = this.find(".ef-panels");
     while (box.children.length < maps.length) box.append(figureOf(this, box.children.length));
@@ -198,7 +204,6 @@ class Explorer {
     box.style.gridTemplateColumns = beside ? "minmax(0, 5fr) minmax(0, 3fr)" : `repeat(${columns}, minmax(0, 1fr))`;
     box.style.setProperty("--ef-aspect", meta.width / meta.height);
     box.style.setProperty("--ef-columns", columns);
-    const arrivals = s.mode === "decoding" ? await this.answers.arrivals() : null;
     for (const [i, map] of maps.entries()) {
       const figure = box.children[i];
       const canvas = figure.querySelector("canvas");
@@ -208,7 +213,7 @@ class Explorer {
       canvas.setAttribute("aria-label", map.title);
       if (map.kind === "groups") drawGroups(canvas, meta.models[map.model].order, map.values, map.step);
       else if (map.kind === "decoding")
-        figure.querySelector("figcaption").textContent += await this.drawArrival(canvas, map, arrivals, s);
+        figure.querySelector("figcaption").textContent += this.drawArrival(canvas, map, arrivals, s);
       else
         drawMap(canvas, meta, {
           ...map,
@@ -221,12 +226,9 @@ class Explorer {
     }
   }
 
-  async drawArrival(canvas, map, arrivals, s) {
-    const received = s.part * Math.max(...arrivals.map(({ total }) => total));
-    const [guess, decoded] = await Promise.all(
-      ["guess", "reconstruction"].map((name) => this.answers.picture(map.model, name)),
-    );
-    const arrival = arrivals[map.model];
+  drawArrival(canvas, map, arrivals, s) {
+    const received = s.part * Math.max(...arrivals.map(({ arrival }) => arrival.total));
+    const { arrival, guess, decoded } = arrivals[map.model];
     const shares = arrival.shares(received, this.meta.height * this.meta.width);
     drawDecoding(canvas, this.meta, {
       guess: received >= arrival.z_bits ? guess : null,
@@ -234,7 +236,7 @@ class Explorer {
       shares,
       query: map.query,
     });
-    return ` – ${arrivals[map.model].inWords(received)}`;
+    return ` – ${arrival.inWords(received)}`;
   }
 
   /** All words of the page. c: the opened calculation, if it is shown */
@@ -287,14 +289,13 @@ class Explorer {
     const backdrop = { padding, backdrop: Math.round(s.backdrop), backdropMost };
     const map = maps.find(({ kind }) => kind !== "groups");
     if (!map?.values) return backdrop;
-    const cost = maps.find(({ kind }) => kind === "cost");
+    const cost = maps.find(({ kind, values }) => kind === "cost" && values);
     const framed = meta.models[map.model].kind !== "grouped" && map.k !== DENSE && (map.head !== MEAN || cost === map);
     const k = s.mode === "ks" || s.mode === "pair" ? "k" : map.k;
     return {
       ...map,
       ...backdrop,
-      kind: (cost ?? map).kind,
-      most: (cost ?? map).most,
+      cost: cost?.most,
       alone: maps.filter(({ kind }) => kind === "attention").length < 2,
       hidden: s.hidden.length,
       origin: maps.some((one) => one.kind !== "groups" && one.values && String(one.origin) !== String(one.query)),
@@ -333,7 +334,7 @@ class Explorer {
 
   /** Tells the source and the address what is shown; the overview comes when there is time. */
   keep(s) {
-    if (this.source.hash) keepInAddress(s);
+    if (this.source.hash && this.root.isConnected) keepInAddress(s);
     this.source.chosen?.(s);
     clearTimeout(this.later);
     this.later = setTimeout(async () => {

@@ -44,7 +44,8 @@ export function asPython(meta, s) {
   const [, , width, height] = meta.inside;
   const referenced = meta.models.some(({ reference }) => reference);
   const server = ({ name, reference }) =>
-    `    server_of(load_model("${name}"), picture${reference ? `, reference_of(load_model("${name}"))` : ""}),`;
+    `    server_of(load_model(${named(name)}), picture${reference ? `, reference_of(load_model(${named(name)}))` : ""}),`;
+  const named = (name) => (/^[\w.-]+(@[\d.e-]+)?$/.test(name) ? `"${name}"` : '"MODEL"'); // a file, or untrained
   const inPython = (value) =>
     typeof value === "string" ? `"${value}"` : typeof value === "boolean" ? (value ? "True" : "False") : value;
   const parts = KEPT.filter((name) => s[name] !== false).map((name) => `${name}=${inPython(s[name])}`);

@@ -47,7 +47,7 @@ async function readPicture(blob) {
   const image = new Image();
   image.src = URL.createObjectURL(blob);
   try {
-    await new Promise((done, failed) => Object.assign(image, { onload: done, onerror: failed }));
+    await image.decode();
   } catch {
     throw new PictureError(`${blob.name || "What was given"} is not a picture that this browser can read.`);
   } finally {
@@ -81,6 +81,12 @@ export async function boot() {
   };
   let last = Promise.resolve();
   const take = (blob) => (last = last.then(() => engine && open(blob)).catch(fail)); // one picture after the other
+  addEventListener("dragover", (event) => event.preventDefault()); // from the first moment: else a file takes the page's place
+  addEventListener("drop", (event) => {
+    event.preventDefault();
+    const [file] = event.dataTransfer.files;
+    if (file && engine) take(file);
+  });
 
   try {
     const missing = lacks();
@@ -102,12 +108,9 @@ export async function boot() {
   }
 
   chooser.disabled = false;
-  chooser.addEventListener("change", () => chooser.files.length && take(chooser.files[0]));
-  addEventListener("paste", (event) => event.clipboardData.files.length && take(event.clipboardData.files[0]));
-  addEventListener("dragover", (event) => event.preventDefault());
-  addEventListener("drop", (event) => {
-    event.preventDefault();
-    const [file] = event.dataTransfer.files;
-    if (file) take(file);
+  chooser.addEventListener("change", () => {
+    if (chooser.files.length) take(chooser.files[0]);
+    chooser.value = ""; // the same file may be chosen again
   });
+  addEventListener("paste", (event) => event.clipboardData.files.length && take(event.clipboardData.files[0]));
 }

@@ -107,9 +107,9 @@ export function legend(shown) {
     const strongest = shown.alone ? `block: ${percent(shown.most)} of the attention` : "block of each map";
     entries.push(`<div>0 ${ramp(at.map((t) => rgba(ATTENTION, 0.9 * t)))} strongest ${strongest} ${root}</div>`);
   }
-  if (shown.kind === "cost") {
+  if (shown.cost !== undefined) {
     const both = ramp([-1, -0.5, 0, 0.5, 1].map((t) => rgba(t > 0 ? DEARER : CHEAPER, Math.abs(t))));
-    entries.push(`<div>fewer bits ${both} more bits if hidden, up to ${number(shown.most)} ${root}</div>`);
+    entries.push(`<div>fewer bits ${both} more bits if hidden, up to ${number(shown.cost)} ${root}</div>`);
   }
   if (shown.backdrop === 2)
     entries.push(
@@ -124,7 +124,7 @@ export function legend(shown) {
   if (shown.origin) entries.push(`<div><i class="ef-key ef-origin"></i>the block whose token predicts it</div>`);
   if (shown.selected)
     entries.push(
-      `<div><i class="ef-key ef-taken"></i>${shown.kind === "cost" ? "hidden to measure its cost" : shown.selected}</div>`,
+      `<div><i class="ef-key ef-taken"></i>${shown.selected}${shown.cost === undefined ? "" : "; on the second map, those that were hidden to measure their cost"}</div>`,
     );
   if (shown.radius)
     entries.push(`<div><i class="ef-key ef-diamond"></i>near blocks: the model knows their exact place</div>`);

@@ -17,6 +17,9 @@ export function modesOf(meta) {
 export const ksOf = (meta) =>
   [...new Set(meta.models.flatMap(({ ks }) => ks))].sort((a, b) => (a || Infinity) - (b || Infinity));
 
+/** The last background that there is: a GroupedMixer without a reference does not say what context saves. */
+export const mostBackdrop = ({ models: [{ kind, reference }] }) => (kind !== "grouped" || reference ? 3 : 2);
+
 /** The selection before, with what is wanted; what nobody has chosen gets its usual value. What is too high or too low
  * becomes the nearest, and what makes no sense is passed over. */
 export function settled(meta, wanted, before) {
@@ -55,7 +58,7 @@ export function settled(meta, wanted, before) {
   if (!modesOf(meta).includes(s.mode)) s.mode = "head";
   if (s.mode === "cost" && meta.costs === "own_k") s.k = first.own_k; // a page holds costs for that alone
   if (s.mode === "calculation" && s.head === MEAN) s.head = 0;
-  s.backdrop = between(s.backdrop, 0, 3);
+  s.backdrop = between(s.backdrop, 0, mostBackdrop(meta));
   for (const name of ["overlay", "part"]) s[name] = between(s[name], 0, 1);
   s.hidden = s.hidden.filter((site) => Number.isInteger(site) && site >= 0 && site < meta.height * meta.width);
   s.off = s.off.filter((pair) => Array.isArray(pair) && pair.length === 2 && pair.every(Number.isInteger));

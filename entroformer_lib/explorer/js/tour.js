@@ -31,14 +31,19 @@ export function stopsOf(meta, overview) {
       inside.filter((site) => value(site) > 0),
       value,
     ); // where a sentence says that it is so
+  const which = model.kind === "parallel" ? " of the second pass" : "";
   const found = [
     [
       "Context helps",
       "Here context saves most bits. What it looks at often resembles it.",
       alone && most((i) => alone[i] - bits[i]),
     ],
-    ["Smooth", "The cheapest block. Its prediction is nearly certain.", best(inside, (i) => -bits[i])],
-    ["Texture", "The block that costs most: nothing that is known tells its details.", best(inside, (i) => bits[i])],
+    ["Smooth", `The cheapest block${which}. Its prediction is nearly certain.`, best(inside, (i) => -bits[i])],
+    [
+      "Texture",
+      `The block${which} that costs most: nothing that is known tells its details.`,
+      best(inside, (i) => bits[i]),
+    ],
     [
       "Border",
       "A block at the border of the picture: many of the neighbours that it learned to look at are missing.",

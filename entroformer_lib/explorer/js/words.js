@@ -54,7 +54,7 @@ export function number(value) {
 }
 
 export const percent = (share) =>
-  share === 0 ? "0%" : share >= 0.0995 ? `${(100 * share).toFixed(0)}%` : `${(100 * share).toPrecision(2)}%`;
+  share === 0 ? "0%" : share < 0.0001 ? "<0.01%" : share >= 0.0995 ? `${(100 * share).toFixed(0)}%` : `${(100 * share).toPrecision(2)}%`;
 
 /** What `alone` is measured with: a trained model, or this one without its context. */
 export const aloneInWords = (model) =>

@@ -51,9 +51,9 @@ sizes = np.log2(1 + y[0, 1:].abs().sum(dim=0).numpy())
 cf.pictures({"photograph": photo, "how large the latents are": sizes}, bar="log2(1 + sum of |y|)", columns=2)
 
 # %% [markdown]
-# The latents show the photograph again. Where it is quiet, all 64 numbers are 0. Along the edges they are large, *all
-# at the same time*. But lesson 2 used one histogram for each channel, the same in the quiet and in the busy places. The
-# picture above says that we can do better.
+# The latents show the photograph again. Where it is quiet, all but the first of the 64 are 0. Along the edges they are
+# large, *all at the same time*. But lesson 2 used one histogram for each channel, the same in the quiet and in the busy
+# places. The picture above says that we can do better.
 #
 # ## 1. Bits from a Gaussian
 #
