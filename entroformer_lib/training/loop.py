@@ -27,7 +27,7 @@ from entroformer_lib.training.chance import conditions
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.data import PreloadedCrops, StreamedCrops, held_out_crops, read_names
 from entroformer_lib.training.folder import RunFolder, read_checkpoint, taking_up
-from entroformer_lib.training.initial import initial_model
+from entroformer_lib.training.initial import begin_at_channels, initial_model
 from entroformer_lib.training.interruptions import Signals, largest_that_fits
 from entroformer_lib.training.latents import LatentCrops, trained_lmbda
 from entroformer_lib.training.loss import RateStep, TrainingStep, rates_and_distortions, rates_of_latents
@@ -71,7 +71,7 @@ def train(config: TrainConfig, progress: bool = True, watch: Watch | None = None
         model = initial_model(config, trunk)
         crops = crops_of(config, model, fabric.device)
         if config.transforms and not config.init:
-            model.begin_at_channels(next(crops.batches([range(64)])).to("cpu"))
+            begin_at_channels(model, next(crops.batches([range(64)])).to("cpu"))
         run = Run(config, fabric, folder, model, crops)
         if fabric.is_global_zero:
             folder.claim(config)
