@@ -287,7 +287,7 @@ def reliability() -> str:
         wrong = _none(rows["wrong"].sum())
         parts.append(
             f"{wrong} of {rows['pairs'].sum():,} pairs of a picture and a configuration gave wrong latents, "
-            "with the models of that time."
+            "with earlier weights."
         )
     if fuzz := load("fuzz"):
         parts.append(f"{_none(_outcomes(fuzz)['wrong'])} of {fuzz['count']:,} damaged files gave a wrong picture.")

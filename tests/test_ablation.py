@@ -76,14 +76,14 @@ def test_in_another_size_other_rows_coincide():
 
 
 def test_only_what_a_row_names_differs():
-    terms = Terms("blocks-parallel@0.014", "latents", "photos", "kodak")
+    terms = Terms("blocks-parallel@0.014", "latents", "photos", "kodak", held_out="list.txt")
     configs = [
         ablation.config_of(terms, run.entry, run.seed, Path("runs") / run.name)
         for run in runs_of(grids_of(GRIDS), (0,))
     ]
     frozen = [dataclasses.asdict(config) for config in configs if config.transforms]
     joint = [dataclasses.asdict(config) for config in configs if not config.transforms]
-    named = {"model", "architecture", "out", "one_way"}
+    named = {"model", "architecture", "out", "one_way", "no_context"}
     for group, free in ((frozen, named), (joint, {"out", "init"})):
         assert len(group) > 1
         assert len({config["out"] for config in group}) == len(group)
@@ -91,6 +91,7 @@ def test_only_what_a_row_names_differs():
             if name not in free:
                 assert all(config[name] == group[0][name] for config in group), name
     assert {config["lmbda"] for config in joint} == {0.014}
+    assert {config["held_out"] for config in joint} == {"list.txt"}  # what the latents leave out too
 
 
 # ---- the study at micro size ----
@@ -196,6 +197,8 @@ def test_all_that_is_measured(terms, tmp_path, results_folder):
     learned = load_model(tmp_path / "runs" / "joint-none-seed0" / "weights.safetensors", "cpu")
     assert transforms_digest(learned) != study.transforms_sha256  # they learned along
     ablation.save(study, results_folder)
+    settings = {grid: results.load(f"ablation-{grid}")["settings"] for grid in rows}
+    assert [settings[grid]["rounded"] for grid in rows] == [True, True, False]  # of joint's own runs
     assert ablation_figures.table3_data()["bpp"].notna().all()
     assert (ablation_figures.figure7_data()["top_k"] == float("inf")).all()  # trained dense
 

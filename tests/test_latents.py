@@ -15,7 +15,7 @@ from entroformer_lib.errors import ConfigError, DataError, TrainingError, Weight
 from entroformer_lib.models import config as model_config
 from entroformer_lib.models.context import first_slice
 from entroformer_lib.training import latents, loop
-from entroformer_lib.training.chance import random_missing
+from entroformer_lib.training.chance import gaps, random_missing
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.data import held_out_crops
 from entroformer_lib.training.latents import LatentCrops, frozen_transforms, transforms_digest, write_latents
@@ -314,6 +314,18 @@ def test_one_way_needs_a_parallel_model(config):
         train(replace(config, one_way=0.5), progress=False)
     model = load_model(train(replace(config, one_way=0.5, model="tiny-parallel"), progress=False), "cpu")
     assert model.config.context == "parallel"
+
+
+def test_no_context_leaves_all_of_some_crops_to_the_hyperprior(config):
+    config = replace(config, model="tiny-parallel", missing=0.0, no_context=0.5, one_way=0.5)
+    kept = gaps(config, 0, range(64), (4, 6), "cpu").kept
+    alone = kept.flatten(1).all(1)
+    assert 16 < alone.sum() < 48
+    assert torch.equal(kept[~alone], first_slice(4, 6).expand(int((~alone).sum()), 1, 4, 6))
+    model = load_model(train(config, progress=False), "cpu")
+    assert model.config.context == "parallel"
+    with pytest.raises(TrainingError, match="parallel"):
+        train(replace(config, model="tiny-serial"), progress=False)
 
 
 @pytest.mark.parametrize(

@@ -75,10 +75,24 @@ def test_a_model_that_is_told_the_rate(variant, picture):
     bits = mc.site_bits(scene)[0]
     assert torch.allclose(bits, model.estimated_bits(y)["y"][0], rtol=1e-3, atol=1e-2)
     (row,) = mc.mask_beyond(scene, radii=(2,), stride=3)
-    sites = mc.has_context(scene) & (torch.arange(scene.height)[:, None] % 3 + torch.arange(scene.width) % 3 == 0)
+    sites = mc.has_context(scene)
+    sites &= (torch.arange(scene.height)[:, None] % 3 == 0) & (torch.arange(scene.width) % 3 == 1)
     assert row["sites"] == sites.sum()
     assert row["bpp_all"] == pytest.approx(float(bits[sites].mean()) / 256)
     assert row["ratio"] != 1
+
+
+@pytest.mark.parametrize("position", ["none", "diamond"])
+def test_a_patch_with_everything_says_what_the_picture_says(position, picture):
+    """But not in the first column, whose sites the serial model predicts from the end of the row above."""
+    scene = mc.scene_of(micro_model("serial", position=position, top_k=None), picture)
+    sites = torch.tensor([(row, column) for row in (0, 3, 7) for column in (1, 4, 7)])
+    side = 2 * max(scene.height, scene.width) - 1
+    bits = mc.bits_in_patches(scene, sites, torch.ones(side, side, dtype=torch.bool))
+    assert torch.allclose(bits, mc.site_bits(scene)[0][sites[:, 0], sites[:, 1]], rtol=1e-5)
+    first = torch.tensor([(3, 0)])
+    alone = mc.bits_in_patches(scene, first, torch.ones(side, side, dtype=torch.bool))
+    assert not torch.allclose(alone, mc.site_bits(scene)[0, 3, 0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("variant", CONTEXTS)

@@ -28,8 +28,8 @@ def initial_model(config: TrainConfig, trunk: dict | None = None) -> Entroformer
     context = model.config.context
     if context == "grouped" and (config.missing or config.pretrain):
         raise TrainingError("missing and pretrain hide latents of Entroformer's context models; GroupedMixer has none.")
-    if config.one_way and context != "parallel":
-        raise TrainingError("Only a parallel model can see its context one way or both ways (one_way).")
+    if (config.one_way or config.no_context) and context != "parallel":
+        raise TrainingError("Only a parallel model can see its context one way, both ways or not (one_way, no_context).")
     return model
 
 
