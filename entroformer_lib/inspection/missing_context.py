@@ -20,8 +20,8 @@ what one position saves against the same patch without any context. It is exact,
 but nearly everything is missing there, more than in training.
 
 **Beyond distance r.** Each site is predicted alone from a small patch in which everything farther than r (L1) is
-missing, so nothing can leak in over several layers. The first column is left out: in a picture the serial model predicts
-its sites from the end of the row above, with other offsets, and a patch would spare it that.
+missing, so nothing can leak in over several layers. The first column is left out: in a picture the serial model
+predicts its sites from the end of the row above, with other offsets, and a patch would spare it that.
 
 In a patch absolute positions count from its corner, so a model that has them knows less there than in the picture.
 

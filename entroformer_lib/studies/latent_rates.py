@@ -96,8 +96,8 @@ def second_slice_rates(model: Entroformer, pictures: Pictures) -> list[dict]:
 
     A parallel model is asked three times: by the hyperprior alone; with the first slice's latents before each site in
     raster order; with all of the first slice. Only one that has learned them all (`no_context`, `one_way`) can be
-    compared with itself: the usual one knows the hyperprior alone at the sites of the first slice, and is at a loss with
-    it at the others. Other models know one way, their own.
+    compared with itself: the usual one knows the hyperprior alone at the sites of the first slice, and is at a loss
+    with it at the others. Other models know one way, their own.
 
     Returns:
         A row for each picture and context: image, context, bpp (bits of the second slice over all pixels).

@@ -441,6 +441,6 @@ def claims() -> list[Claim]:
         *(Claim("table 4", f"Relative positions save bits over absolute ones in squares of {size} pixels.",
                 partial(at_size, size), t4[size], doubt=short + fails * (size > 320)) for size in t4),
         Claim("table 6", "The entropy model has 142.7M of weights.", size_of_base, 0.0, limit=1.0, number="142.7M",
-              doubt="The paper does not say what M is. MiB of float32 agree with its number, if EntropyParameters has the "
-              "hidden width of the released code, which is twice that of table 5."),
+              doubt="The paper does not say what M is. MiB of float32 agree with its number, if the last linear layers "
+              "have the hidden width of the released code, which is twice that of table 5."),
     ]  # fmt: skip

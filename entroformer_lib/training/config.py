@@ -100,8 +100,8 @@ class TrainConfig:
     """Share of the crops in which a parallel model sees only the context before a latent, in raster order: for the
     comparison of one-way and two-way context. Only on latents."""
     no_context: Share = 0.0
-    """Share of the crops of which a parallel model predicts all latents by the hyperprior alone, for the same comparison.
-    Only on latents."""
+    """Share of the crops of which a parallel model predicts all latents by the hyperprior alone, for the same
+    comparison. Only on latents."""
     rounded: bool = False
     """Train the rate of rounded y, which is what a file holds, and not of noisy y. Only on latents, where y needs no
     gradient."""

@@ -29,7 +29,7 @@ def initial_model(config: TrainConfig, trunk: dict | None = None) -> Entroformer
     if context == "grouped" and (config.missing or config.pretrain):
         raise TrainingError("missing and pretrain hide latents of Entroformer's context models; GroupedMixer has none.")
     if (config.one_way or config.no_context) and context != "parallel":
-        raise TrainingError("Only a parallel model can see its context one way, both ways or not (one_way, no_context).")
+        raise TrainingError("Only a parallel model sees its context one way, both ways or not (one_way, no_context).")
     return model
 
 
