@@ -149,7 +149,7 @@ class RowServer(PictureServer):
             positions: sites to hide; by default all that some head of some layer attends to.
 
         Returns:
-            positions [J], bits [J]: positive where the absence makes the latent dearer.
+            positions [J], bits [J]: positive where the absence makes the latent more expensive.
         """
         self.check(site, k)
         ((_, _, attended, bits),) = self.many_costs([site], k)
