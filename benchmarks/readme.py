@@ -140,7 +140,8 @@ def shipped_msssim() -> str:
         f"a GPU. Its BD-rate by MS-SSIM is {jpeg.rate_percent:.1f}% against JPEG, {bpg.rate_percent:.1f}% against "
         f"BPG 4:4:4 and {vtm.rate_percent:.1f}% against VTM 9.1 ({bd.METHOD}, over {vtm.low:.1f} to {vtm.high:.1f} dB, "
         "published anchors). These codecs do not aim at MS-SSIM. Most of the published models that were "
-        "trained for it save more. ([card](../data/weights/blocks-parallel-msssim.md), [figure](../figures/figure12_ms_ssim_kodak.png))"
+        "trained for it save more. ([card](../data/weights/blocks-parallel-msssim.md), "
+        "[figure](../figures/figure12_ms_ssim_kodak.png))"
     )
 
 
