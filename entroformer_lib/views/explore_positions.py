@@ -4,8 +4,6 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from entroformer_lib.views.style import COLOURS
-
 ALL = "mean rate of all pictures"
 TICKS = (-10, -1, -0.1, 0, 0.1, 1, 10)  # percent
 
@@ -26,7 +24,7 @@ def interactive(table: pd.DataFrame) -> go.Figure:
     figure = go.Figure()
     for number, trace in enumerate(traces[models[0]]):
         figure.add_heatmap(**trace, **colours, colorbar=bar, hoverinfo="text", visible=number == 0)
-    figure.add_scatter(x=[0], y=[0], mode="markers", marker={"symbol": "x", "color": COLOURS[1]}, hoverinfo="skip")
+    figure.add_scatter(x=[0], y=[0], mode="markers", marker={"symbol": "x", "color": "black"}, hoverinfo="skip")
     numbers = list(range(len(images)))
     by_model = [
         {"label": m, "method": "restyle", "args": [{key: [t[key] for t in traces[m]] for key in traces[m][0]}, numbers]}
