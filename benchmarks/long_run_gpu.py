@@ -37,6 +37,7 @@ from entroformer_lib.models import attention, gain, network, position
 from entroformer_lib.models.config import EntroformerConfig, named_config, parse_fields
 from entroformer_lib.models.context import Gaps
 from entroformer_lib.models.transforms import ConvBlock
+from entroformer_lib.training.initial import begin_at_channels
 from entroformer_lib.training.loss import ERROR_WEIGHT, errors, evenly, rates, unrest
 
 # Entropy models by the names of benchmarks/family.py: variant, and fields of the config
@@ -611,7 +612,7 @@ def entropy_models(args, pictures: Pictures, config: EntroformerConfig, state: d
             latents.capture()
             latents.next(pictures)
         if note["fresh"]:
-            model.begin_at_channels(latents.y)
+            begin_at_channels(model, latents.y)
         step = RateStep(model, latents, note["lr"], **note["hidden"])
         try:
             begin = time.monotonic()

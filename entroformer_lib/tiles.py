@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from entroformer_lib.models.attention import UpToItself, attend
+from entroformer_lib.models.attention import UpToItself, attend, attention_of
 from entroformer_lib.models.transforms import ConvBlock, block_of, convolved
 
 ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # scores held at a time; a few MiB stay in a CPU's cache
@@ -42,14 +42,17 @@ def in_tiles(
     window = None if watched else layer.window
     for h in (slice(i, i + some) for i in range(0, heads, some)):
         for i, keys in queries_with_keys(sites, numbers, k.size(2), queries, queries * k.size(2), causal, window):
-            mine = own and tuple(t[:, h, i] for t in own)
+            mine, at = own and tuple(t[:, h, i] for t in own), sites[numbers[i]]
             if isinstance(keys, slice):
-                theirs, which = (k[:, h, keys], v[:, h, keys]), None
+                theirs = k[:, h, keys], v[:, h, keys]
             else:  # quicker than by brackets
-                theirs, which = (k[:, h].index_select(2, keys), v[:, h].index_select(2, keys)), keys
-            out[:, h, i] = attend.__wrapped__(
-                q[:, h, i], *theirs, layer, sites, visible, relative, top_k, mine, numbers[i], which
-            )
+                theirs = k[:, h].index_select(2, keys), v[:, h].index_select(2, keys)
+            seen = None if visible is None else visible(numbers[i])
+            if seen is not None and own is None:
+                seen = seen[..., keys]
+            elif seen is not None:  # in the last column a query's own key
+                seen = torch.cat((seen[..., :-1][..., keys], seen[..., -1:]), dim=-1)
+            out[:, h, i] = attention_of(q[:, h, i], *theirs, layer, at, sites[keys], seen, relative, top_k, mine)
     return out
 
 

@@ -9,12 +9,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from compressai.models import MeanScaleHyperprior
 from conftest import MICRO, micro_model
 from PIL import Image
 
+from entroformer_lib.codec import codec
+from entroformer_lib.codec.quality import psnr_db
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import ConfigError, DataError, StudyError, UserError, WeightsError
 from entroformer_lib.models import config as model_config
@@ -76,14 +79,14 @@ def test_in_another_size_other_rows_coincide():
 
 
 def test_only_what_a_row_names_differs():
-    terms = Terms("blocks-parallel@0.014", "latents", "photos", "kodak")
+    terms = Terms("blocks-parallel@0.014", "latents", "photos", "kodak", held_out="list.txt")
     configs = [
         ablation.config_of(terms, run.entry, run.seed, Path("runs") / run.name)
         for run in runs_of(grids_of(GRIDS), (0,))
     ]
     frozen = [dataclasses.asdict(config) for config in configs if config.transforms]
     joint = [dataclasses.asdict(config) for config in configs if not config.transforms]
-    named = {"model", "architecture", "out", "one_way"}
+    named = {"model", "architecture", "out", "one_way", "no_context"}
     for group, free in ((frozen, named), (joint, {"out", "init"})):
         assert len(group) > 1
         assert len({config["out"] for config in group}) == len(group)
@@ -91,6 +94,7 @@ def test_only_what_a_row_names_differs():
             if name not in free:
                 assert all(config[name] == group[0][name] for config in group), name
     assert {config["lmbda"] for config in joint} == {0.014}
+    assert {config["held_out"] for config in joint} == {"list.txt"}  # what the latents leave out too
 
 
 # ---- the study at micro size ----
@@ -196,6 +200,8 @@ def test_all_that_is_measured(terms, tmp_path, results_folder):
     learned = load_model(tmp_path / "runs" / "joint-none-seed0" / "weights.safetensors", "cpu")
     assert transforms_digest(learned) != study.transforms_sha256  # they learned along
     ablation.save(study, results_folder)
+    settings = {grid: results.load(f"ablation-{grid}")["settings"] for grid in rows}
+    assert [settings[grid]["rounded"] for grid in rows] == [True, True, False]  # of joint's own runs
     assert ablation_figures.table3_data()["bpp"].notna().all()
     assert (ablation_figures.figure7_data()["top_k"] == float("inf")).all()  # trained dense
 
@@ -447,3 +453,23 @@ def test_what_was_fetched_runs_no_code(theirs, monkeypatch, tmp_path):
     )
     frozen_transforms("zoo:mbt2018-mean:4")
     assert asked["check_hash"] and asked["weights_only"]
+
+
+def test_every_picture_is_in_one_mosaic():
+    pictures = [("", Image.new("RGB", (6, 4) if i % 2 else (4, 6), (i, i, i))) for i in range(13)]
+    found = [np.asarray(m)[::4, ::6, 0].ravel().tolist() for m in latent_rates.mosaics(pictures, 12)]
+    assert found == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
+
+
+def test_errors_are_of_the_pixels_without_padding(photo):
+    model, picture = micro_model(), photo.crop((0, 0, 150, 70))
+    found = latent_rates.rate_and_error(model, picture, "a")
+    expected = 10 ** (-psnr_db(picture, codec.reconstruction(model, picture)) / 10)
+    assert found["mse"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_ticks_of_figure_6_are_the_radii():
+    data = pd.DataFrame(
+        {"radius": [0, 3, np.inf], "seed": 0, "bpp": 1.0, "saving_percent": [0, 5, 4], "half_width": np.nan}
+    )
+    assert [t.get_text() for t in ablation_figures.figure6(data).axes[0].get_xticklabels()] == ["none", "3", "all"]

@@ -10,6 +10,7 @@ from conftest import LMBDAS, VARIANTS, aware_model, micro_model
 from entroformer_lib.codec import codec
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import ConfigError, WeightsError
+from entroformer_lib.training.initial import begin_at_channels
 
 
 def test_is_a_registered_compression_model():
@@ -123,7 +124,12 @@ def test_given_noise_is_used():
     noise = {"y": torch.full((1, 24, 4, 4), 0.25), "z": torch.full((1, 12, 1, 1), -0.25)}
     first, second = model(x, noise=noise), model(x, noise=noise)
     assert torch.equal(first["likelihoods"]["y"], second["likelihoods"]["y"])
-    assert not torch.equal(model(x)["likelihoods"]["y"], first["likelihoods"]["y"])
+    assert torch.equal(first["likelihoods"]["z"], second["likelihoods"]["z"])
+    for part, given in (("y", "z"), ("z", "y")):  # what is not given is drawn
+        other = model(x, noise={given: noise[given]})["likelihoods"]
+        assert torch.equal(other[given], first["likelihoods"][given]) and not torch.equal(
+            other[part], first["likelihoods"][part]
+        )
 
 
 @pytest.mark.parametrize("build", [micro_model, aware_model])
@@ -150,7 +156,7 @@ def test_a_new_entropy_model_can_begin_with_each_channels_gaussian(variant, told
     model = micro_model(variant, M=10, lmbdas=LMBDAS, rate_aware=told, **slices)
     spread = torch.linspace(0.5, 3, 10).view(10, 1, 1)
     y = torch.randn(4, 10, 8, 8) * spread + spread.flip(0)
-    model.begin_at_channels(y)
+    begin_at_channels(model, y)
     for name, parameter in model.named_parameters():
         if name.startswith(("entropy_parameters.layers.2.weight", "context_model.head")) and parameter.dim() > 1:
             parameter.data.zero_()

@@ -21,7 +21,6 @@ from entroformer_lib.models.context import Gaps
 from entroformer_lib.models.groupedmixer import (
     CrossAttention,
     WindowAttention,
-    _windows,
     group_grid,
     group_order,
     merge,
@@ -252,15 +251,6 @@ def test_training_reaches_every_weight(groups):
     (means.square().sum() + log_scales.square().sum()).backward()
     for name, parameter in context_model.named_parameters():
         assert parameter.grad.abs().sum() > 0, name
-
-
-def test_it_can_be_trained_after_it_has_coded(photo):
-    """What coding has kept of a grid must not stop gradients."""
-    model = small()
-    _windows.cache_clear()
-    codec.encode(model, photo)
-    out = model.train()(codec.to_tensor(photo, model))
-    sum(-p.log().sum() for p in out["likelihoods"].values()).backward()
 
 
 def test_points_of_the_mixers():

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from entroformer_lib.errors import WeightsError
-from entroformer_lib.exact import loops, ranked
+from entroformer_lib.exact import loops, positions, ranked
 from entroformer_lib.exact.constants import FIXED_STEPS, LARGEST_VALUE, LOWEST_POWER, PEAK, POLYNOMIAL
-from entroformer_lib.models import attention, primitives
+from entroformer_lib.models import attention, position, primitives
 from entroformer_lib.models.position import RelativePosition
 from entroformer_lib.tiles import in_tiles, queries_with_keys
 
@@ -274,11 +274,11 @@ def attend_ranked(exact: Exact, q, k, v, layer, sites, visible, relative, top_k,
 # ---- softmax over the chosen ----------------------------------------------------------------------------------------
 
 
-def keep_top_k(exact: Exact, scores: Tensor, k: int | None) -> Tensor:
+def keep_top_k(exact: Exact, scores: Tensor, top_k: int | None) -> Tensor:
     """Nothing is summed here; the loops are just quicker."""
-    if k is None or k >= scores.size(-1) or not loops.serve(scores):
-        return primitives.keep_top_k(scores, k)
-    return loops.keep_top_k(scores, k)
+    if top_k is None or top_k >= scores.size(-1) or not loops.serve(scores):
+        return primitives.keep_top_k(scores, top_k)
+    return loops.keep_top_k(scores, top_k)
 
 
 def softmax(exact: Exact, scores: Tensor, dim: int = -1) -> Tensor:
@@ -323,6 +323,7 @@ EXACT = {
     F.gelu: gelu,
     Tensor.exp: exp,
     attention.attend: attend,
+    position.sinusoidal_positions: lambda exact, sites, dim: positions.sinusoidal_positions(sites, dim),
     primitives.dot_products: dot_products,
     primitives.keep_top_k: keep_top_k,
     primitives.weighted_sum: weighted_sum,

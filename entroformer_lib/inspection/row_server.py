@@ -6,6 +6,7 @@ attended latent is worth to it.
     server.costs(site=100, k=32)  # positions, and what the absence of each costs in bits
 """
 
+import copy
 import functools
 from collections.abc import Iterator, Sequence
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from entroformer_lib.errors import AttentionError
 from entroformer_lib.inspection.capture import POINTS, capture, intervene
 from entroformer_lib.inspection.picture_server import PictureServer, batches
+from entroformer_lib.models.attention import KVCache
 from entroformer_lib.models.context import Gaps, first_slice
 from entroformer_lib.models.entropy_model import PerSite, ToldTheRate
 from entroformer_lib.models.position import grid_sites
@@ -147,7 +149,7 @@ class RowServer(PictureServer):
             positions: sites to hide; by default all that some head of some layer attends to.
 
         Returns:
-            positions [J], bits [J]: positive where the absence makes the latent dearer.
+            positions [J], bits [J]: positive where the absence makes the latent more expensive.
         """
         self.check(site, k)
         ((_, _, attended, bits),) = self.many_costs([site], k)
@@ -248,7 +250,7 @@ class RowServer(PictureServer):
         own = torch.tensor([self.origin(site) for site in sites], device=device)
         if self.causal:  # no key behind the last token is seen
             carriers = carriers[: max(int(own.max()), 1)]
-            cache = [part.up_to(len(carriers)) for part in cache]
+            cache = [_first(part, len(carriers)) for part in cache]
         # The last column is a token's own key, which in a first slice is among the others.
         mask = torch.ones(len(sites), len(carriers) + 1, dtype=torch.bool, device=device)
         if self.causal:
@@ -298,6 +300,13 @@ class RowServer(PictureServer):
         scales = self.model.entropy_parameters.bounded(log_scales).exp()
         bits = -self.model.gaussian(values, means, scales).log2()
         return tuple(v[0, :, :, 0].T for v in (means, scales, bits))
+
+
+def _first(cache: KVCache, length: int) -> KVCache:
+    """The same keys and values, of the first so many tokens."""
+    shorter = copy.copy(cache)
+    shorter.length = length
+    return shorter
 
 
 class _Said:

@@ -5,7 +5,6 @@ a reader may want to look at passes through a module that does nothing (`nn.Iden
 and without a hook it costs nothing.
 """
 
-import copy
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 from entroformer_lib.models.position import RelativePosition, sinusoidal_positions
 from entroformer_lib.models.primitives import dot_products, float_or_wider, keep_top_k, replaceable, weighted_sum
 
-# Which keys may a query see? Maps query numbers [q] to a mask, True = visible: [q, n] or [B, 1, q, n]. With a closed
-# cache it has one column more, for each query's own key.
+# The mask: which keys may a query see? Query numbers [q] -> True where visible, [q, n] or [B, 1, q, n]. Where each
+# query's own key is apart (`own` below), the mask has a last column for it.
 Visible = Callable[[Tensor], Tensor]
 
 
@@ -34,10 +33,9 @@ class UpToItself(NamedTuple):
 class KVCache:
     """Keys and values of the tokens seen so far, of one attention layer: nothing is computed twice.
 
-    Called with those of new tokens, [B, heads, q, d], it keeps them and returns all it has. While the second slice is
-    coded, its tokens see the whole first slice and themselves, but not each other. For them the cache is `closed`: it
-    keeps nothing more and returns what it had, and `attend` gets each token's own key and value apart, as a last
-    column.
+    Called with those of new tokens, [B, heads, q, d], it keeps them and returns all it has. The tokens of the second
+    slice (Figure 4) see the whole first slice and themselves, but not each other. For them the cache is `closed`: it
+    keeps nothing more and returns the first slice's, and `attend` gets each token's own key and value as `own`.
     """
 
     def __init__(self, capacity: int):
@@ -54,23 +52,17 @@ class KVCache:
             self.length = here.stop
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
-    def up_to(self, length: int) -> "KVCache":
-        """The same keys and values, of the first so many tokens."""
-        shorter = copy.copy(self)
-        shorter.length = length
-        return shorter
-
 
 class TopKAttention(nn.Module):
-    """Multi-head attention over the k best keys, with relative positions: eq. 4 and eq. 6.
+    """Multi-head attention over the k best keys, with relative positions: eq. 6, whose P is p_ij of eq. 4.
 
         softmax(f_k(Q (K + P)^T / sqrt(d_k))) V
 
     f_k is `keep_top_k` (eq. 7). With `top_k=None` and without positions this is eq. 3.
 
-    Points to look at, each [B, heads, q, n]: `content` = Q K^T / sqrt(d_k) and `position` = Q P^T / sqrt(d_k),
-    their sum `scores` (-inf where not visible), `selected` (after f_k) and `probs`. (In the second pass of the parallel
-    coder the last three have one column more, for each query's own key.)
+    Hook points, each [B, heads, q, n]: `content` = Q K^T / sqrt(d_k) and `position` = Q P^T / sqrt(d_k),
+    their sum `scores` (-inf where not visible), `selected` (after f_k) and `probs`. (With a closed cache the last three
+    have one column more, for each query's own key.)
     """
 
     def __init__(self, dim: int, heads: int, top_k: int | None, scale: str):
@@ -92,8 +84,8 @@ class TopKAttention(nn.Module):
         top_k: int | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """x: [B, q, D]; sites: [t, 2] of all t tokens, those of the cache first and x's last; top_k: in the place of
-        the layer's own, for this pass  ->  [B, q, D]"""
+        """x: [B, q, D]; sites: [t, 2] of all t tokens, those of the cache first and x's last; visible: the mask, None:
+        every query sees every key; top_k: replaces the layer's own in this pass  ->  [B, q, D]"""
         q, k, v = self.project(x)
         own = (k, v) if cache is not None and cache.closed else None
         if cache is not None:
@@ -118,39 +110,48 @@ def attend(
     relative: RelativePosition | None,
     top_k: int | None,
     own: tuple[Tensor, Tensor] | None = None,
-    query_index: Tensor | None = None,
-    key_index: Tensor | None = None,
 ) -> Tensor:
-    """From queries, keys and values to what attention has gathered; each query independent of the others.
+    """Attention of the last q of t tokens to the first n; `replaceable`, so that it can be done in other ways.
 
-    q: [B, heads, q, d]; k, v: [B, heads, n, d]; sites: [t, 2] of all t tokens  ->  [B, heads, q, d]
+    q: [B, heads, q, d]; k, v: [B, heads, n, d]; sites: [t, 2]; own: key and value of each query itself,
+    [B, heads, q, d] each, where they are not in k and v (a closed cache)  ->  [B, heads, q, d]
+    """
+    numbers = torch.arange(len(sites) - q.size(2), len(sites), device=q.device)
+    seen = None if visible is None else visible(numbers)
+    return attention_of(q, k, v, layer, sites[numbers], sites[: k.size(2)], seen, relative, top_k, own)
 
-    The queries are the last q tokens, or those of `query_index` [q]; the keys are the first n, or those of `key_index`
-    [n].
-    `own`: key and value of each query itself, [B, heads, q, d] each, where they are not in k and v (a closed cache).
+
+def attention_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer: TopKAttention,
+    query_sites: Tensor,
+    key_sites: Tensor,
+    seen: Tensor | None,
+    relative: RelativePosition | None,
+    top_k: int | None,
+    own: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Equation 6, each query independent of the others.
+
+    q: [B, heads, q, d]; k, v: [B, heads, n, d]; query_sites: [q, 2]; key_sites: [n, 2]; seen: bool [q, n] or
+    [B, 1, q, n], None: all; own: as in `attend`, with a last column of `seen` for it  ->  [B, heads, q, d]
     """
     n = k.size(2)
-    key_sites = sites[:n] if key_index is None else sites[key_index]
-    if query_index is None:
-        query_index = torch.arange(len(sites) - q.size(2), len(sites), device=q.device)
     # The ranking needs more digits than bfloat16 has, so the scores leave autocast.
     with torch.autocast(q.device.type, enabled=False):
         q = float_or_wider(q) * layer.scale
-        scores = layer.content(dot_products(q, float_or_wider(k)))  # Q K^T of eq. 4: [B, heads, q, n]
+        scores = layer.content(dot_products(q, float_or_wider(k)))  # Q K^T of eq. 6: [B, heads, q, n]
         if relative is not None:
-            scores = scores + layer.position(relative(q, sites[query_index], key_sites))  # Q P^T of eq. 4
+            scores = scores + layer.position(relative(q, query_sites, key_sites))  # Q P^T of eq. 6, P = p_ij of eq. 4
         if own is not None:  # each query's own key as one column more
             mine = dot_products(q[..., None, :], float_or_wider(own[0])[..., None, :])[..., 0]  # [B, heads, q, 1]
             scores = torch.cat((scores, mine if relative is None else mine + relative.own(q)), dim=-1)
-        if visible is not None:
-            seen = visible(query_index)
-            if key_index is not None:  # in the last column a query's own key
-                last = seen[..., -1:]
-                seen = seen[..., key_index] if own is None else torch.cat((seen[..., key_index], last), dim=-1)
-            seen = seen[..., : scores.size(-1)]  # tiles.py may pass the first keys only
+        if seen is not None:
             scores = scores + torch.where(seen, 0.0, -torch.inf)  # quicker than masked_fill
         if layer.window is not None:
-            far = (sites[query_index][:, None] - key_sites).abs().amax(-1) > layer.window  # [q, n]
+            far = (query_sites[:, None] - key_sites).abs().amax(-1) > layer.window  # [q, n]
             far = far if own is None else torch.cat((far, far.new_zeros(len(far), 1)), dim=-1)
             scores = scores.masked_fill(far, -torch.inf)
         # f_k and softmax of eq. 6
@@ -171,7 +172,7 @@ def feed_forward(c) -> nn.Sequential:
 class Block(nn.Module):
     """One transformer block: x + Attention(LN(x)), then x + FeedForward(LN(x)).
 
-    The norms stand before the layers, as in the released code; Vaswani et al. have them behind.
+    Pre-norm, as in the released code; Vaswani et al. have post-norm.
 
     x: [B, q, D]  ->  [B, q, D]
     """
@@ -191,8 +192,8 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """Blocks in a row with their position encoding; the context model has one, each stage of the hyperprior too.
 
-    The encoder and decoder layers of section 3.1 are both these blocks of self-attention; a decoder has a mask. What
-    context and hyperprior say meets only in `EntropyParameters`.
+    The encoder and decoder layers of section 3.1 are both these blocks of self-attention; a decoder has a mask. There
+    is no cross-attention: features of context and hyperprior are concatenated in `EntropyParameters`.
 
     Args:
         c: an EntroformerConfig; widths, heads and switches come from it.
@@ -219,8 +220,8 @@ class Stack(nn.Module):
         cache: list[KVCache] | None = None,
         layers: range | None = None,
     ) -> Tensor:
-        """x: [B, q, D]; sites: [t, 2] of all t tokens, those of the cache first and x's last; layers: those to go
-        through, by default all  ->  [B, q, D]"""
+        """x: [B, q, D]; sites: [t, 2] of all t tokens, those of the cache first and x's last; visible: the mask;
+        layers: those to go through, by default all  ->  [B, q, D]"""
         layers = range(len(self.blocks)) if layers is None else layers
         top_k = None  # each block's own
         if self.absolute and layers.start == 0:
@@ -233,7 +234,7 @@ class Stack(nn.Module):
         return x
 
     def remember(self, x: Tensor, sites: Tensor, cache: list[KVCache]) -> None:
-        """Keeps keys and values of tokens whose outputs nobody needs; the last block computes nothing else.
+        """Fills the cache with tokens whose outputs nobody needs, so the last block computes keys and values only.
 
         x: [B, q, D]; sites: [t, 2], as in `forward`
         """

@@ -38,7 +38,7 @@ class EntroformerConfig:
 
     # g_a and g_s, see transforms.py. gdn: the paper's four 5x5 convolutions; blocks: 1x1 and depthwise ones (ours)
     transforms: Literal["gdn", "blocks"] = "gdn"
-    stages: tuple[tuple[int, int, int], ...] = ()  # of blocks, fine to coarse: pixels a side, channels, blocks
+    stages: tuple[tuple[int, int, int], ...] = ()  # if "blocks", fine to coarse: pixels a side, channels, blocks
     linear_path: Literal["none", "dct"] = "none"  # a linear map of each block of pixels beside g_a and g_s (ours)
 
     # Sizes (Table 5)
@@ -47,14 +47,14 @@ class EntroformerConfig:
     Z: int = 192  # channels of the hyper-latents z, as released; Table 5 prints 384
     dim: int = 384  # width of the transformers, D in our shapes
     heads: int = 6
-    context_layers: int = 6  # section 3.1 calls it 2 N: its N, 3, counts blocks of h_a and of h_s, not channels
+    context_layers: int = 6  # 2N in section 3.1, whose N = 3 counts the blocks of h_a and of h_s, not channels
     ffn_ratio: int = 4
 
     # Top-k attention (section 3.3)
     top_k: int | None = 32  # None: dense attention
     hyper_top_k: tuple[int | None, int | None, int | None] = (32, 32, 32)  # h_a's three stages, fine to coarse
-    # Ours: a token sees those at most so many rows and columns away, on its own grid, so that time grows with the
-    # pixels and not with their square; None: all, as in the paper. No weights depend on it.
+    # Ours: a token sees only tokens at most so many rows and columns away on its grid. Time is then linear in the
+    # number of pixels, not quadratic. None: all, as in the paper. No weights depend on it.
     search_window: int | None = None
     top_k_jitter: bool = False  # while training, draw k from [k // 2, 2 k) at every pass (released code)
 
@@ -69,16 +69,16 @@ class EntroformerConfig:
     z_prior: Literal["factorized", "gaussian"] = "factorized"  # the authors call the paper's "factorized" an erratum
     scale_floor: float = 0.11  # smallest sigma of y; CompressAI's bound. Released: exp(-7)
 
-    # GroupedMixer (context "grouped", see groupedmixer.py); context_layers counts its pairs of mixers. Its positions
-    # are always a diamond of its own: position, share_position and top_k_jitter hold for the hyperprior alone, and
-    # attention_scale for it and inner="top_k".
+    # GroupedMixer (context "grouped", groupedmixer.py); context_layers counts its pairs of mixers. The mixers always
+    # have the diamond: position, share_position and top_k_jitter apply to its hyperprior only, attention_scale to the
+    # hyperprior and inner="top_k".
     groups: tuple[int, int, int] = (5, 2, 2)  # k_c channel slices, k_h x k_w spatial phases: G = k_c k_h k_w
     group_order: Literal["channels", "raster", "sites"] = "channels"
     inner: Literal["window", "top_k", "none"] = "window"  # inner-group mixer; top_k: Entroformer's attention
     window: int = 8  # side of the inner mixer's windows, in sites of a group
     cross: bool = True  # cross-group mixer
 
-    # Variable rate (ours, see gain.py): the lambdas one model serves, low to high; none: one rate, no gains
+    # Variable rate (ours, see gain.py): the lambdas one model serves, low to high; empty: one rate, no gains
     lmbdas: tuple[float, ...] = ()
     rate_aware: bool = False  # the entropy model is told the rate
 

@@ -7,9 +7,9 @@ of Table 1): a masked 5x5 convolution in the place of the serial transformer. No
 All answer two questions:
 
     forward(y_hat, gaps)  the features of all sites at once, for training and study
-    steps(h, w)           the same, step by step, as they are coded: a generator that yields (site numbers [s], feature
-                          [1, D, s, 1]) and is sent these sites' latents, [s, M]. A feature of s sites is laid out as
-                          one of a picture s high and 1 wide. Where there is no context it is None.
+    steps(h, w)           the same in the order of coding, as a generator: it yields (site numbers [s], feature
+                          [1, D, s, 1], or None without context) and is sent the latents of these sites, [s, M]. The
+                          s sites lie in the feature as in a picture s high and 1 wide.
 
 Whoever codes drives the steps:
 
@@ -58,9 +58,9 @@ class Gaps:
         predicts them. In the parallel model the mask takes the checkerboard's place: the kept ones are the first slice,
         without context, and the others are the second, with context.
     missing: bool [B, 1, h, w], latents that nobody may use, for Figure 3. Their token enters as zero and no other token
-        sees it, in any layer; they are still predicted. (It would not be enough to hide an offset from every query in
-        every layer: other tokens have seen the latent and pass it on, and in the serial model the query's own token
-        carries the latent before its site.)
+        sees it, in any layer; they are still predicted. (To hide one offset from every query would not be enough: other
+        tokens have seen the latent and pass it on. And in the serial model the query's own token carries the latent
+        before its site.)
     one_way: bool [B], pictures of which a parallel model's sites see only those before them in raster order, for
         Table 3; the coder never does that.
     """
@@ -87,8 +87,8 @@ class SerialContext(nn.Module):
     holds for what is predicted. Without the shift the model would predict each latent from itself, and report a rate
     that no file can have.
 
-    Offsets of eq. 4 are counted from token i - 1, as released: from the left neighbour of the site that it predicts, or
-    in the first column from the end of the row above.
+    Offsets (eq. 5) start at token i - 1, as released: at the left neighbour of the site that it predicts, or for the
+    first column at the end of the row above.
 
     y_hat: [B, M, h, w]  ->  context feature: [B, D, h, w]
     """
@@ -115,7 +115,7 @@ class SerialContext(nn.Module):
         cache, feature = self.stack.cache(len(sites)), self.start  # [1, 1, D]
         for i in range(len(sites)):
             latents = yield torch.tensor([i]), feature.transpose(1, 2)[..., None]
-            if i + 1 < len(sites):  # the last token predicts nothing
+            if i + 1 < len(sites):  # the last token predicts nothing; the cache holds earlier ones alone: no mask
                 feature = self.stack(self.embed(latents)[None], sites[: i + 1], cache=cache)
 
 
@@ -145,7 +145,7 @@ class ParallelContext(nn.Module):
         context = known.flatten(2)[:, :, None]  # [B or 1, 1, 1, n]
         both_ways = None if gaps.one_way is None else ~gaps.one_way[:, None, None, None]  # [B, 1, 1, 1]
 
-        def visible(i: Tensor) -> Tensor:
+        def visible(i: Tensor) -> Tensor:  # [q] -> [B or 1, 1, q, n]
             seen = context if both_ways is None else context & (both_ways | (number < i[:, None]))
             return seen | (number == i[:, None])
 
@@ -167,7 +167,7 @@ class ParallelContext(nn.Module):
             self.stack.remember(self.embed(latents)[None], sites[one], cache)
         for part in cache:
             part.closed = True
-        unknown = self.embed(self.embed.weight.new_zeros(1, len(two), self.embed.in_features))
+        unknown = self.embed(self.embed.weight.new_zeros(1, len(two), self.embed.in_features))  # [1, s, D], of zeros
         feature = self.stack(unknown, sites[torch.cat((one, two))], cache=cache if len(one) else None)
         yield two, feature.transpose(1, 2)[..., None]
 
@@ -220,9 +220,9 @@ class NoContext(nn.Module):
 
 
 def _shown(y_hat: Tensor, gaps: Gaps) -> Tensor:
-    """Latents as a model sees them in which a site looks only back."""
+    """Latents as a causal model sees them: hidden ones are zero."""
     if gaps.one_way is not None:
-        raise NotImplementedError("This context model sees its context one way anyhow.")
+        raise NotImplementedError("This context model is causal already.")
     if gaps.kept is not None:
         y_hat = y_hat * gaps.kept
     return y_hat if gaps.missing is None else y_hat * ~gaps.missing

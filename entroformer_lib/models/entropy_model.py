@@ -5,8 +5,8 @@ GroupedMixer, they answer the same two questions:
     steps(h, w, hyper)           the same, step by step, as they are coded: a generator that yields a `Step` and is sent
                                  the latents it asks for, [s, m]; context.py shows how
 
-`output_layers` are pairs: channels, and the last linear layer for these channels. What the layer gives are first the
-logarithms of scales, then the means.
+`output_layers` are pairs: channels, and the last linear layer for these channels. It gives the logarithms of scales
+first, then the means. They are not bounded yet: `Bounds` does that.
 
 y_hat: [B, M, h, w]; hyper: the hyperprior feature [B, D, h, w] or None  ->  means, logarithms of scales: [B, M, h, w]
 """
@@ -40,9 +40,9 @@ class Bounds(nn.Module):
 
 
 class EntropyParameters(Bounds):
-    """Two linear layers from the joined features to the Gaussian of every latent ("Linear" in Table 5).
+    """Two linear layers from the concatenated features to the Gaussian of every latent ("Linear" in Table 5).
 
-    The hidden width is 4 D where Table 5 prints 768, which is 2 D: only 4 D comes to the 142.7M of Table 6, read as MiB
+    The hidden width is 4 D. Table 5 prints 768, which is 2 D, but only 4 D comes to the 142.7M of Table 6, read as MiB
     of float32. The slope of 0.2 is the released one.
 
     hyper, context: [B, D, h, w] or None  ->  means, logarithms of scales: [B, M, h, w]
@@ -55,7 +55,7 @@ class EntropyParameters(Bounds):
         self.layers = nn.Sequential(nn.Linear(width, 4 * c.dim), nn.LeakyReLU(0.2), nn.Linear(4 * c.dim, 2 * c.M))
 
     def forward(self, hyper: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        if not self.hyperprior and hyper is not None:  # `hyper` is the rate's vector alone (gain.py), and has no input
+        if not self.hyperprior and hyper is not None:  # then it is only the vector of the level (gain.py)
             hyper, context = None, context + hyper
         joined = torch.cat([feature for feature in (hyper, context) if feature is not None], dim=1)
         log_scales, means = float_or_wider(per_site(self.layers, joined)).chunk(2, dim=1)  # the weights' order
@@ -63,7 +63,7 @@ class EntropyParameters(Bounds):
 
 
 class PerSite:
-    """Entroformer's entropy models: a context feature for each site, joined with the hyperprior's."""
+    """Entroformer's entropy models: a context feature for each site, concatenated with the hyperprior's."""
 
     def __init__(self, context: nn.Module, parameters: EntropyParameters):
         self.context, self.parameters = context, parameters
@@ -74,7 +74,7 @@ class PerSite:
 
     def steps(self, h: int, w: int, hyper: Tensor | None) -> Steps:
         everything = slice(None)
-        # without hyperprior it is what the model is told of the rate, [1, D, 1, 1]
+        # without hyperprior: the vector of the level, [1, D, 1, 1]
         hyper = None if hyper is None else hyper.expand(-1, -1, h, w).flatten(2)[..., None]  # [1, D, n, 1]
         features, latents = self.context.steps(h, w), None
         while True:
@@ -92,7 +92,7 @@ class PerGroup:
 
     one_by_one = False
 
-    def __init__(self, mixer: GroupedMixer, parameters: Bounds):
+    def __init__(self, mixer: GroupedMixer, _: Bounds):
         self.mixer, self.output_layers = mixer, list(zip(mixer.slices, mixer.head, strict=True))
 
     def predict(self, y_hat: Tensor, hyper: Tensor, gaps: Gaps = NO_GAPS) -> tuple[Tensor, Tensor]:

@@ -7,14 +7,12 @@ Between g_a and the rounding every channel of y is multiplied by a gain, and div
 
 A large gain means fine steps: more bits, less distortion. Everything the coder sees, y_hat included, is already
 scaled, so it needs no gain. Each lambda the model was trained for is a *level*; between two levels the gains are
-interpolated geometrically, so that the rate can be set continuously. This is one answer to the rate control that the
-paper's discussion leaves open.
+interpolated geometrically, so that the rate can be set continuously.
 
-An entropy model that is told nothing of the gain (`rate_aware=False`, as the first models) has to guess it from the
-latents, which is harder for a transformer: its layer norms take away the size of what they see. One that is told
-(`RateKnowledge`) sees latents in the units of y before the gain, the same at all rates, and its means and scales are
-multiplied by the gain behind it. Then both sides of the coder need the same gain to the last bit, and compute it
-exactly (exact/).
+With `rate_aware=False` (the first models) the entropy model has to infer the gain from the latents, which is hard for a
+transformer: its layer norms remove their magnitude. With `rate_aware=True` it sees y_hat divided by the gain, the same
+at all rates, and its means and scales are multiplied by the gain afterwards (`RateKnowledge`). Encoder and decoder then
+need the same gain to the last bit, so it is computed exactly (exact/).
 """
 
 import bisect
@@ -50,7 +48,7 @@ class RateGain(nn.Module):
         low = level.floor().clamp(0, len(self.lmbdas) - 2)
         part = (level - low)[:, None]  # [B, 1]
         i = low.long()
-        # lerp and not `at_level`, whose last bit differs: cached latents carry a digest of what they were made with.
+        # Not `at_level`: its last bit differs, and cached latents are known by a digest that depends on it.
         gain, inverse = (torch.lerp(t[i], t[i + 1], part.to(t.dtype)) for t in (self.log_gain, self.log_inverse))
         return gain.exp()[..., None, None], inverse.exp()[..., None, None]
 
@@ -74,7 +72,7 @@ class RateGain(nn.Module):
 
 
 class Rate(NamedTuple):
-    """What an entropy model is told of the rates of B latents.
+    """What an entropy model is told of the level, for B pictures; not the rate R of eq. 2.
 
     gain, inverse, log_gain: of y, [B, M, 1, 1]; z_gain, z_inverse: of z, [B, Z, 1, 1]; vector: [B, D, 1, 1]. An inverse
     here is one over the gain, not the learned one before g_s.
@@ -89,7 +87,7 @@ class Rate(NamedTuple):
 
 
 class RateKnowledge(nn.Module):
-    """Gains of z, and a vector for each level that is added to the features behind h_s.
+    """Gains of z, and a vector for each level that is added to the features of h_s.
 
     Args:
         gain: of y; z's gains begin at its fourth root: z too becomes finer with the rate, but less than y.

@@ -3,7 +3,7 @@
 Between the serial model (one step a site) and the two-pass one lies a question that the Entroformer paper leaves open:
 coding in a hierarchy. GroupedMixer is an answer. The latents are cut along channels and, like a checkerboard, in space:
 
-    k_c channel slices  x  k_h k_w interleaved phases  =  G groups,  each of h/k_h w/k_w sites with M/k_c channels
+    k_c channel slices  x  k_h k_w interleaved phases  =  G groups,  each of (h/k_h) x (w/k_w) sites with M/k_c channels
 
 Everything inside a group is coded at once, from the groups before it. Attention between all tokens of all groups is
 taken apart into two short ones that take turns: an **inner-group mixer** (a token and the others of its group) and a
@@ -16,20 +16,20 @@ start. So an inner mixer may look in all directions, and a cross mixer at slots 
     holds       start   group 0  group 1      group G - 2
     predicts   group 0  group 1  group 2      group G - 1
 
-When coding, an inner mixer needs its own slot alone, and a cross mixer the keys and values of earlier slots, which are
-kept (the *context cache*): G passes over one slot each. Without the cache pass i would go over i slots, which makes
-G (G + 1) / 2 together.
+When coding, an inner mixer needs its own slot only, and a cross mixer also keys and values of earlier slots, which are
+kept (the *context cache*). So G passes go over one slot each; without the cache they would go over 1, 2 ... G slots.
 
-We have only the paper's abstract, so much here is our choice: the order of groups (channel slice by channel slice, in
-each the diagonal phases first), one embedding and one head per channel slice (channels of y mean different things, and
-these are few weights), hyper features at the sites that a slot predicts added to its tokens and joined again before
-the head, windows or top-k for the inner mixer, relative positions by our diamond, a bias for the distance in groups,
-one feed-forward for each pair of mixers.
+We have only the paper's abstract, so much here is our choice:
+
+- Order: channel slice by channel slice, in each the diagonal phases first.
+- One embedding and one head per channel slice: channels of y differ in meaning, and these are few weights.
+- Hyper features of the sites that a slot predicts are added to its tokens, and concatenated again before the head.
+- Inner mixer: windows or top-k, with diamond positions. Cross mixer: a bias for the distance in groups.
+- One feed-forward for each pair of mixers.
 
 Letters in shapes: B pictures, G groups (S of them at a time), n sites of a group, m = M / k_c rounded up, D width.
 """
 
-import functools
 import itertools
 import math
 
@@ -117,29 +117,20 @@ def windows(
     ->  token in each place of each window, -1 where it is empty: [windows, side^2]; and the other way round, the place
     of each token in the flattened windows: [height * width]
     """
-    found = _windows(height, width, side, shift, device)
-    if any(type(tensor) is not Tensor for tensor in found):  # made while the model is traced, of no use afterwards
-        _windows.cache_clear()
-    return found
-
-
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept may be needed for gradients later, whoever asked first
-def _windows(height: int, width: int, side: int, shift: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     down, right = -(height + shift) % side, -(width + shift) % side
-    number = torch.arange(height * width).view(1, height, width)
+    number = torch.arange(height * width, device=device).view(1, height, width)
     number = F.pad(number, (shift, right, shift, down), value=-1)[0]  # [rows, columns], with the border
     index = number.unfold(0, side, side).unfold(1, side, side).reshape(-1, side * side)  # [windows, side^2]
-    place = torch.empty(height * width, dtype=torch.long)
-    filled = index.flatten() >= 0
-    place[index.flatten()[filled]] = filled.nonzero()[:, 0]
-    return index.to(device), place.to(device)
+    across = number.size(1) // side  # windows side by side
+    row, column = (grid_sites(height, width, device) + shift).unbind(1)  # [height * width] each
+    place = ((row // side * across + column // side) * side + row % side) * side + column % side
+    return index, place
 
 
 class WindowAttention(nn.Module):
     """Inner-group mixer: a token sees the tokens of its window, in all directions, with diamond relative positions.
 
-    Points to look at, [B S windows, heads, side^2, side^2]: `scores` and `probs`.
+    Hook points, [B S windows, heads, side^2, side^2]: `scores` and `probs`.
 
     x: [B, S, n, D]  ->  [B, S, n, D]
     """
@@ -164,7 +155,8 @@ class WindowAttention(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             q, sites = float_or_wider(q) * self.scale, grid_sites(self.side, self.side, x.device)
             scores = dot_products(q, float_or_wider(k)) + self.relative(q, sites, sites)
-            empty = torch.where(inside, 0.0, -torch.inf)[:, None, None].repeat(B * S, 1, 1, 1)  # [B S W, 1, 1, s]
+            empty = torch.where(inside, 0.0, -torch.inf)[:, None, None]  # [windows, 1, 1, side^2]
+            empty = empty.repeat(B * S, 1, 1, 1)  # [B S windows, 1, 1, side^2]
             probs = self.probs(self.scores(scores + empty).softmax(-1)).to(v.dtype)
         out = weighted_sum(probs, v).transpose(1, 2).reshape(B * S, -1, D)[:, place]  # [B S, n, D]
         return self.out(out).view(B, S, n, D)
@@ -213,7 +205,7 @@ class ContextCache:
 class CrossAttention(nn.Module):
     """Cross-group mixer: a token sees the tokens at its own place in the slots up to its own.
 
-    Points to look at, [B n, heads, S, slots]: `scores` (-inf where not visible) and `probs`.
+    Hook points, [B n, heads, S, slots]: `scores` (-inf where not visible) and `probs`.
 
     x: [B, S, n, D]  ->  [B, S, n, D]
     """

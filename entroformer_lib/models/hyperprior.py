@@ -1,12 +1,12 @@
-"""Hyper analysis h_a and hyper synthesis h_s: a small side picture z that says how y varies from place to place.
+"""Hyper analysis h_a and hyper synthesis h_s: hyper-latents z, the side information about y.
 
-The transformer's have three blocks each (Table 5; together section 4's six, and section 3.1's N = 3), on grids of 1/16,
-1/32 and 1/64 of the picture: between the blocks h_a halves the grid with a 3x3 convolution of stride 2, h_s doubles it
-with a 3x3 convolution and a pixel shuffle. These are the layers of the released code, where Table 5 prints group
-convolutions; z has Z channels where it prints 384.
+Each has three transformer blocks (Table 5: N = 3 of section 3.1, and section 4 counts both), on grids of 1/16, 1/32 and
+1/64 of the picture. Between the blocks h_a halves the grid with a 3x3 convolution of stride 2, and h_s doubles it with
+a 3x3 convolution and a pixel shuffle. As released, these are ordinary convolutions and z has Z channels; Table 5 prints
+group convolutions and 384 channels.
 
-Those of a CNN, for comparison, have three convolutions each, after Minnen et al. (2018). Transposed 5x5 convolutions of
-stride 2 in theirs are here 3x3 convolutions with a pixel shuffle, which see at least as far.
+The CNNs, for comparison, have three convolutions each, after Minnen et al. (2018). In the place of their transposed 5x5
+convolutions stand 3x3 ones with a pixel shuffle, whose receptive field is at least as large.
 """
 
 from torch import Tensor, nn
@@ -92,10 +92,10 @@ class CnnHyperSynthesis(nn.Sequential):
 
     def __init__(self, c: EntroformerConfig):
         super().__init__(
-            nn.Conv2d(c.Z, 4 * c.dim, 3, padding=1),
+            nn.Conv2d(c.Z, 4 * c.dim, 3, padding=1),  # [B, 4 D, H/64, W/64]
             nn.PixelShuffle(2),  # [B, D, H/32, W/32]
             nn.LeakyReLU(),
-            nn.Conv2d(c.dim, 4 * c.dim, 3, padding=1),
+            nn.Conv2d(c.dim, 4 * c.dim, 3, padding=1),  # [B, 4 D, H/32, W/32]
             nn.PixelShuffle(2),  # [B, D, H/16, W/16]
             nn.LeakyReLU(),
             nn.Conv2d(c.dim, c.dim, 3, padding=1),

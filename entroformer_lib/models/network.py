@@ -7,10 +7,7 @@ x --g_a--> y --round--> y_hat --------g_s--------> x_hat
            z --round--> z_hat --------h_s---------+--> entropy parameters --> means, scales of y
 
 GroupedMixer takes the place of the context model and the entropy parameters. A model with several lambdas also scales y
-behind g_a and scales y_hat back before g_s, and may tell the entropy model of it: gain.py.
-
-Letters in shapes: B pictures of H x W pixels. A grid of h x w = H/16 x W/16 sites, each with M latents; a token stands
-for a site. q queries, n keys, s sites of one step; D the width of tokens, d = D / heads.
+after g_a and scales y_hat back before g_s, and may tell the entropy model of it: gain.py.
 """
 
 import torch
@@ -28,8 +25,6 @@ from entroformer_lib.models.hyperprior import build_hyperprior
 from entroformer_lib.models.primitives import float_or_wider
 from entroformer_lib.models.priors import FactorizedPrior, GaussianConditional, GaussianPrior, ste_round
 from entroformer_lib.models.transforms import build_transforms
-
-SMALLEST_SPREAD = 1e-3  # that a channel may begin with
 
 # context of the config -> context model, entropy parameters, and the entropy model that both make
 KINDS = {
@@ -111,8 +106,7 @@ class Network(CompressionModel):
         gaps: Gaps = NO_GAPS,
         level: Tensor | None = None,
     ) -> dict:
-        """Reconstruction and likelihoods; while training with noise for the rate and rounding for the picture.
-        `training/loss.py` makes R + lambda D of them (eq. 2).
+        """Reconstruction and likelihoods, of which `training/loss.py` makes R + lambda D (eq. 2).
 
         The rate is trained on y + U(-0.5, 0.5), which has a useful gradient in the likelihood's argument; g_s, h_s and
         the context model get rounded values with a straight-through gradient, because that is what they get when
@@ -164,23 +158,6 @@ class Network(CompressionModel):
         """Context model and entropy parameters as one, told the rate where the model is."""
         model = self.kind(self.context_model, self.entropy_parameters)
         return model if rate is None else ToldTheRate(model, rate)
-
-    @torch.no_grad()
-    def begin_at_channels(self, y: Tensor) -> None:
-        """Lets an untrained entropy model begin with the mean and the spread of each channel (ours).
-
-        Otherwise it begins with a scale of about 1 for all. Behind trained transforms most channels are nearly always
-        0, and the first hundreds of steps do little more than to find out which.
-
-        y: [B, M, h, w] of g_a, before the gain
-        """
-        means, scales = y.mean(dim=(0, 2, 3)), y.std(dim=(0, 2, 3)).clamp_min(SMALLEST_SPREAD)
-        if self.gain is not None and self.rate_knowledge is None:  # not told the rate: it sees y after the gain
-            gain = self.gain.log_gain.mean(dim=0).exp()
-            means, scales = gain * means, gain * scales
-        for channels, layer in self.entropy_model().output_layers:
-            for part, values in zip(layer.bias.chunk(2), (scales.log()[channels], means[channels]), strict=True):
-                part[: len(values)] = values  # GroupedMixer's shorter slices leave their last output unused
 
     def distributions(
         self, y_hat: Tensor, hyper: Tensor | None, gaps: Gaps = NO_GAPS, rate: Rate | None = None

@@ -7,14 +7,10 @@ the diamond of h = 3), so we multiply the query with those and look the products
     q . (k_j + p_ij)  =  q . k_j  +  (q . table)[bucket(i, j)]
 """
 
-import functools
-import math
-from decimal import Context, Decimal
-
 import torch
 from torch import Tensor, nn
 
-from entroformer_lib.models.primitives import dot_products
+from entroformer_lib.models.primitives import dot_products, replaceable
 
 
 def grid_sites(height: int, width: int, device=None) -> Tensor:
@@ -24,14 +20,13 @@ def grid_sites(height: int, width: int, device=None) -> Tensor:
     return torch.stack((rows, columns), dim=-1).flatten(0, 1)
 
 
-TURN = Decimal("6.283185307179586476925286766559005768394")  # 2 pi
 FEW_QUERIES = 4  # up to here looking up every pair is quicker than finding neighbours
 
 
 class RelativePosition(nn.Module):
     """Position part of the attention scores, q . p_ij, for one kind of relative encoding.
 
-    Kinds (h = radius, (dy, dx) = key - query, as released; eq. 5's i - j mirrors the table):
+    Kinds (h = radius, (dy, dx) = key - query, as released; eq. 5 has the opposite sign, which turns the table round):
         relative_1d  p = row vector[dy] + column vector[dx], both offsets clipped to [-h, h] ("1D + 1D")
         relative_2d  one vector per (dy, dx), both offsets clipped to [-h, h]: a square
         diamond      one vector per (dy, dx) with |dy| + |dx| <= h, one for everything outside (eq. 5)
@@ -73,7 +68,7 @@ class RelativePosition(nn.Module):
         return int(self.lookup[self.radius + 1, self.radius + 1])
 
     def own(self, q: Tensor) -> Tensor:
-        """Each query with the vector of offset (0, 0).  q: [B, heads, q, d]  ->  [B, heads, q, 1]"""
+        """Product of each query with the vector of offset (0, 0).  q: [B, heads, q, d]  ->  [B, heads, q, 1]"""
         return dot_products(q, self.table().to(q.dtype)[self.own_bucket, None])
 
     def forward(self, q: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
@@ -96,15 +91,15 @@ class RelativePosition(nn.Module):
         return everywhere.scatter(-1, near, products[..., :-1])[..., :n]
 
     def near(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Which key lies at each offset inside the diamond, in the order of their buckets; -1 where there is none.
+        """Number of the key at each offset inside the diamond, in the order of buckets; -1 where there is none.
         queries: [q, 2], keys: [n, 2]  ->  [q, 2h(h+1) + 1]"""
         h = self.radius
         # Which key is at a site, with a border of h around the grid.
         height, width = (int(i) + 1 + 2 * h for i in torch.maximum(keys.amax(0), queries.amax(0)))
         number = torch.full((height, width), -1, device=keys.device)  # [rows + 2h, columns + 2h]
         number[keys[:, 0] + h, keys[:, 1] + h] = torch.arange(len(keys), device=keys.device)
-        # `lookup` counts offsets from -h-1, `number` from -h.
-        inside = (self.lookup < self.lookup.amax()).nonzero() - 1
+        # Offset o has the index o + h + 1 in `lookup`, and site r the index r + h in `number`: one less.
+        inside = (self.lookup < self.lookup.amax()).nonzero() - 1  # [2h(h+1) + 1, 2]
         near = queries[:, None] + inside  # [q, 2h(h+1) + 1, 2]
         return number[near[..., 0], near[..., 1]]
 
@@ -121,36 +116,14 @@ def _bucket_of_offset(kind: str, radius: int) -> Tensor:
     return clipped[:, None] * (2 * radius + 1) + clipped[None, :]
 
 
+@replaceable
 def sinusoidal_positions(sites: Tensor, dim: int) -> Tensor:
     """Absolute encoding: half of the width for the row, half for the column, sines and cosines as in Vaswani 2017.
 
     The paper does not say which absolute encoding it used; fixed sines need no largest picture size (our choice).
-    Multiples of 2^-16, the same on every machine.
 
     sites: [n, 2]  ->  [n, dim], float32
     """
-    per_site = torch.tensor(_turns_per_site(dim), dtype=torch.float64, device=sites.device)  # [dim / 4]
-    turns = sites[..., None] * per_site  # [n, 2, dim / 4]
-    waves = _sine(torch.stack((turns, turns + 0.25), dim=-2))  # [n, 2, 2, dim / 4]; a cosine is a quarter ahead
-    waves = waves.flatten(1)  # [n, dim]
-    return (torch.round(waves * 2**16) / 2**16).float()
-
-
-@functools.cache
-def _turns_per_site(dim: int) -> list[float]:
-    """10000^(-2i / (dim / 2)) / 2 pi for i < dim / 4, in decimal digits that no C library computes."""
-    digits = Context(prec=40)
-    exponents = (digits.divide(Decimal(-i), Decimal(dim // 2)) for i in range(0, dim // 2, 2))
-    return [float(digits.divide(digits.power(Decimal(10000), e), TURN)) for e in exponents]
-
-
-def _sine(turns: Tensor) -> Tensor:
-    """sin(2 pi turns), float64, by single operations that IEEE 754 fixes: Taylor's series up to the 21st power. Sines
-    of C libraries and vector units differ in their last bits."""
-    part = turns - turns.round()
-    # Between 0 and pi / 2 there is the same sine, but for its sign
-    angle = (0.25 - (part.abs() - 0.25).abs()) * float(TURN)
-    square, series = angle.square(), torch.zeros_like(angle)
-    for n in range(21, 0, -2):
-        series = series.mul_(square).add_((-1) ** (n // 2) / math.factorial(n))
-    return angle * series * part.sign()
+    i = torch.arange(0, dim // 2, 2, dtype=torch.float64, device=sites.device)
+    angles = sites[..., None] * 10000 ** (-i / (dim // 2))  # [n, 2, dim / 4]
+    return torch.stack((angles.sin(), angles.cos()), dim=-2).flatten(1).float()

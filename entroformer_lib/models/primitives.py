@@ -1,8 +1,8 @@
 """What attention is made of besides layers: products of queries and keys, the choice of the k best, the weighted sum.
 
-They are functions of their own, and `replaceable`, because whoever runs the network may have another way to compute
-them: with the same bits on every machine, for the coder, or a few queries at a time, to save memory
-(torch.overrides.TorchFunctionMode). What they mean is what stands here.
+They are functions of their own, and `replaceable`: a torch.overrides.TorchFunctionMode may compute them in another way,
+with the same bits on every machine for the coder, or a few queries at a time to save memory. This file defines what
+they compute.
 """
 
 import torch
@@ -20,7 +20,7 @@ def dot_products(q: Tensor, k: Tensor) -> Tensor:
 
 
 @replaceable
-def keep_top_k(scores: Tensor, k: int | None) -> Tensor:
+def keep_top_k(scores: Tensor, top_k: int | None) -> Tensor:
     """f_k of eq. 7 (its "row j" is row i, the query's): keeps the k largest scores of each query, the rest is -inf.
 
     Eq. 7 does not say what to do with ties; here all scores that equal the k-th are kept. Flat parts of a picture give
@@ -29,9 +29,9 @@ def keep_top_k(scores: Tensor, k: int | None) -> Tensor:
 
     scores: [..., n] with -inf where a key is not visible  ->  the same shape
     """
-    if k is None or k >= scores.size(-1):
+    if top_k is None or top_k >= scores.size(-1):
         return scores
-    kth = scores.detach().topk(k).values[..., -1:]
+    kth = scores.detach().topk(top_k).values[..., -1:]
     return scores + torch.where(scores.detach() < kth, -torch.inf, 0.0)  # quicker than masked_fill, backward too
 
 

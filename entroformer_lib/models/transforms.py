@@ -82,7 +82,7 @@ def convolved(x: Tensor, convolution: nn.Module, norm: nn.Module | None) -> Tens
 # ---- blocks on coarse grids -----------------------------------------------------------------------------------------
 
 
-LIMIT = 3.0  # of what a gate lets through
+LIMIT = 3.0  # of the gated branch b
 
 
 class ConvBlock(nn.Module):
@@ -90,9 +90,9 @@ class ConvBlock(nn.Module):
 
         x + C(D(leaky(C(x)))),  then  x + C(relu6(a) limited(b))  with  a, b = C(x)
 
-    where C is a 1x1 convolution and D a depthwise 3x3 one. 5 N^2 + 9 N multiplications a site. The gate ends at 6, and
-    b at -3 and 3, which a photograph's features hardly reach. Without these limits every block could multiply what it
-    is given: the features of a graphic of saturated colours grew a millionfold in six blocks.
+    where C is a 1x1 convolution and D a depthwise 3x3 one. 5 N^2 + 9 N multiplications a site. relu6(a) is
+    at most 6 and b is clamped to [-3, 3], which photographs hardly reach. Without these limits every block could
+    multiply what it is given: the features of a graphic of saturated colours grew a millionfold in six blocks.
 
     x: [B, N, h, w]  ->  [B, N, h, w]
     """
@@ -133,6 +133,7 @@ class BlockAnalysis(nn.Sequential):
         layers, side, channels = [], 1, 3
         for next_side, next_channels, blocks in (*stages, (SIDE, M, 0)):
             step = next_side // side  # step x step sites become channels of one
+            # [B, next_channels, H / next_side, W / next_side]
             layers += [nn.PixelUnshuffle(step), nn.Conv2d(channels * step**2, next_channels, 1)]
             layers += [ConvBlock(next_channels) for _ in range(blocks)]
             side, channels = next_side, next_channels
@@ -163,18 +164,18 @@ class BlockSynthesis(nn.Sequential):
 
 # ---- the linear path ------------------------------------------------------------------------------------------------
 
-# A step of 1 in a latent is about the best step for lambda = 0.0064: theory for fine steps says that the best one
-# changes the pixels of a block by sqrt(18 / (ln 2 lambda)) = 64 in units of 255, which is 0.5 where x has the range
-# [-1, 1]. So a latent is a coefficient of the DCT times 2.
+# With fine steps and the loss in bits per pixel + lambda MSE (mean of three colours, 0 to 255), the best step of an
+# orthonormal coefficient is sqrt(18 / (ln 2 lambda)). For lambda = 0.0064 that is 64, or 0.5 where x has the range
+# [-1, 1]. Rounding has a step of 1, so a latent is the coefficient times 2.
 DCT_SCALE = 2.0
-CHROMA_FREQUENCY = 3  # colour differences have as little energy as brightness has at three times the frequency
+CHROMA_FREQUENCY = 3  # chroma has as little energy as luma has at three times the frequency
 
 
 def dct_basis(M: int) -> Tensor:
     """The M block patterns of lowest frequency of an orthonormal DCT: [M, 3, 16, 16].
 
-    Colour is turned into brightness and two differences first. Frequency is the sum of the vertical and the horizontal
-    one, and that of colour differences counts `CHROMA_FREQUENCY` times.
+    RGB is turned into luma and two chroma channels first. Frequency is the sum of the vertical and the horizontal one,
+    and that of chroma counts `CHROMA_FREQUENCY` times.
     """
     n = torch.arange(SIDE, dtype=torch.float64)
     waves = torch.cos(math.pi / SIDE * n[:, None] * (n + 0.5)) * math.sqrt(2 / SIDE)  # [frequency, place]

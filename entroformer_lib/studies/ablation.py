@@ -42,7 +42,9 @@ from entroformer_lib.studies.results import result_path
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.data import read_names
 from entroformer_lib.training.folder import logged_steps
+from entroformer_lib.training.initial import begin_at_channels
 from entroformer_lib.training.latents import (
+    LatentCrops,
     check_note,
     frozen_transforms,
     trained_lmbda,
@@ -71,7 +73,8 @@ def config_of(terms: Terms, entry: Entry, seed: int, out: Path) -> TrainConfig:
     values["log_every"] = max(1, terms.steps // POINTS)
     config = entry.config(TrainConfig("DATA", str(out), devices=1, **RECIPE | values), terms.size, seed)
     if config.transforms is None:
-        joint = {"data": terms.train_on, "init": str(out / "start.safetensors"), "architecture": (), "last_crop": None}
+        joint = {"data": terms.train_on, "held_out": terms.held_out, "init": str(out / "start.safetensors")}
+        joint |= {"architecture": (), "last_crop": None}
         joint |= {"crop": min(JOINT_CROP, terms.crop), "batch": JOINT_BATCH, "lmbda": trained_lmbda(terms.transforms)}
         config = dataclasses.replace(config, **joint)
     return config
@@ -153,6 +156,8 @@ def _trained(terms: Terms, entry: Entry, seed: int, folder: Path) -> dict:
     if not Path(config.init).exists():  # the frozen transforms with an untrained entropy model
         torch.manual_seed(seed)
         model = with_transforms(frozen_transforms(terms.transforms), config.model, **entry.architecture)
+        crops = LatentCrops(Path(terms.latents), model, _largest_crop(terms), seed, torch.device("cpu"))
+        begin_at_channels(model, next(crops.batches([range(64)])))
         save_weights(model, Path(config.init), {"lmbda": config.lmbda, "metric": "mse"})
     return trained(config)
 
@@ -288,7 +293,8 @@ class Study:
         if folder is None:
             return {}
         found = {grid.name: results.load(folder / _file_of(grid.name)) for grid in self.grids}
-        return {name: saved for name, saved in found.items() if saved and saved["settings"] == _settings(self)}
+        settings = {grid.name: _settings(self, grid) for grid in self.grids}
+        return {name: saved for name, saved in found.items() if saved and saved["settings"] == settings[name]}
 
     def plan(self) -> list[dict]:
         """A row for each run: run, grids, state (finished, begun, not begun), missing (answers), seconds (estimated
@@ -450,11 +456,12 @@ def save(study: Study, folder: Path | None = None, keep: bool = False) -> list[P
     folder = results.results_folder() if folder is None else folder
     paths, finished = [], study.finished()
     kept = study.kept(folder) if keep else {}
+    grids = {grid.name: grid for grid in study.grids}
     for grid, rows in rows_of(study).items():
         if rows:
             runs = [(run, answers) for run, answers in finished if grid in dict(run.rows)]
             result = {
-                "settings": _settings(study),
+                "settings": _settings(study, grids[grid]),
                 "rows": rows,
                 "pictures": {run.name: _pictures(answers) for run, answers in runs},
                 "runs": {run.name: _record(run, answers) for run, answers in runs},
@@ -477,15 +484,15 @@ def _joined(earlier: dict, result: dict) -> dict:
     return {**result, **more, "rows": rows + result["rows"]}
 
 
-def _settings(study: Study) -> dict:
-    terms = study.terms
+def _settings(study: Study, grid: Grid) -> dict:
+    """The terms that all rows of a grid share."""
+    terms, config = study.terms, config_of(study.terms, grid.entries[0], 0, study.root)
     latents = check_note(Path(terms.latents) / "latents.json", {})
     return {
         "transforms": terms.transforms,
         "transforms_sha256": study.transforms_sha256,
-        **{key: getattr(terms, key) for key in ("size", "steps", "crop", "last_crop")},
-        **RECIPE,
-        "batch": terms.batch,
+        "size": terms.size,
+        **{key: getattr(config, key) for key in ("steps", "crop", "last_crop", *RECIPE)},
         "latents": {key: latents.get(key) for key in ("pictures", "pictures_sha256", "per_picture", "seed")},
         "test_pictures": len(pictures_to_test(terms.kodak, terms.limit)),
         "test_pictures_sha256": study.pictures_sha256,

@@ -94,8 +94,10 @@ def rate_and_error(model: Entroformer, picture: Image.Image, name: str) -> dict:
 def second_slice_rates(model: Entroformer, pictures: Pictures) -> list[dict]:
     """What the second slice's latents cost (row + column even), by what they are predicted from.
 
-    A parallel model is asked three times: by the hyperprior alone, as it predicts the first slice; with the first
-    slice's latents before each site in raster order; with all of the first slice. Other models know one way, their own.
+    A parallel model is asked three times: by the hyperprior alone; with the first slice's latents before each site in
+    raster order; with all of the first slice. Only one that has learned them all (`no_context`, `one_way`) can be
+    compared with itself: the usual one knows the hyperprior alone at the sites of the first slice, and is at a loss
+    with it at the others. Other models know one way, their own.
 
     Returns:
         A row for each picture and context: image, context, bpp (bits of the second slice over all pixels).

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from entroformer_lib.models.config import EntroformerConfig
-from entroformer_lib.models.context import NO_GAPS, Gaps
+from entroformer_lib.models.context import NO_GAPS, Gaps, first_slice
 from entroformer_lib.training.config import TrainConfig
 
 # What a generator decides, so that no two decisions about a sample hang together
-EPOCH, NOISE, KEPT, SHARDS, LEVEL, MISSING, LATENTS, ONE_WAY, DRAWN, HELD_OUT = range(1, 11)
+EPOCH, NOISE, KEPT, SHARDS, LEVEL, MISSING, LATENTS, ONE_WAY, DRAWN, HELD_OUT, NO_CONTEXT = range(1, 12)
 
 
 def generator(seed: int, *key: int) -> np.random.Generator:
@@ -60,7 +60,7 @@ def random_missing(samples: range, size: tuple[int, int], largest: float, seed: 
 
 
 def random_choice(samples: range, share: float, seed: int, decision: int, device="cpu") -> Tensor:
-    """Which samples are chosen for ONE_WAY or DRAWN: bool [B], `share` of them in the long run."""
+    """Which samples are chosen for ONE_WAY, NO_CONTEXT or DRAWN: bool [B], `share` of them in the long run."""
     return torch.tensor([generator(seed, decision, g).random() < share for g in samples], device=device)
 
 
@@ -91,7 +91,12 @@ def conditions(
 
 def gaps(c: TrainConfig, step: int, samples: range, size: tuple[int, int], device) -> Gaps:
     """What is hidden from the context model at a step."""
-    kept = random_kept(samples, size, c.pretrain_mask, c.seed, device) if c.pretraining(step) else None
+    kept = None
+    if c.pretraining(step):
+        kept = random_kept(samples, size, c.pretrain_mask, c.seed, device)
+    elif c.no_context:  # what is kept is predicted without context
+        alone = random_choice(samples, c.no_context, c.seed, NO_CONTEXT, device)
+        kept = first_slice(*size, device) | alone[:, None, None, None]
     missing = random_missing(samples, size, c.missing, c.seed, device) if c.missing else None
     one_way = random_choice(samples, c.one_way, c.seed, ONE_WAY, device) if c.one_way else None
     return NO_GAPS if kept is missing is one_way is None else Gaps(kept, missing, one_way)

@@ -99,6 +99,9 @@ class TrainConfig:
     one_way: Share = 0.0
     """Share of the crops in which a parallel model sees only the context before a latent, in raster order: for the
     comparison of one-way and two-way context. Only on latents."""
+    no_context: Share = 0.0
+    """Share of the crops of which a parallel model predicts all latents by the hyperprior alone, for the same
+    comparison. Only on latents."""
     rounded: bool = False
     """Train the rate of rounded y, which is what a file holds, and not of noisy y. Only on latents, where y needs no
     gradient."""
@@ -149,6 +152,9 @@ class TrainConfig:
 
     def __post_init__(self):
         check(vars(self), TrainConfig)
+        for name, value in vars(self).items():
+            if isinstance(value, float):  # NumPy's are too, but what is saved holds plain numbers alone
+                object.__setattr__(self, name, float(value))
         for wrong, sentence in self._rules():
             if wrong:
                 raise TrainingError(sentence)
@@ -163,7 +169,7 @@ class TrainConfig:
         for name in ("pretrain_lmbda", "graphics", "permuted", "held_out", "compile"):
             wrong = on_latents and getattr(self, name) not in (None, 0)
             yield wrong, f"{name} goes with pictures, not with the latents of frozen transforms."
-        for name in ("rounded", "missing", "one_way"):
+        for name in ("rounded", "missing", "one_way", "no_context"):
             wrong = not on_latents and bool(getattr(self, name))
             yield wrong, f"{name} goes with the latents of frozen transforms."
         wrong = on_latents and len(self.lmbdas) > 0

@@ -1,6 +1,7 @@
 """The model that a run begins with: new, from other weights, behind frozen transforms, or a trunk's."""
 
 import torch
+from torch import Tensor
 
 from entroformer_lib.entroformer import Entroformer, build_model
 from entroformer_lib.errors import TrainingError
@@ -14,6 +15,7 @@ from entroformer_lib.weights.zoo import load_model
 # Lambda of 1 - MS-SSIM over that of 255^2 MSE at about the same rate: the ratio of CompressAI's two tables of lambdas,
 # which runs from 1,333 (2.4 and 0.0018) to 1,222 (220 and 0.18).
 MS_SSIM_OVER_MSE = 1290.0
+SMALLEST_SPREAD = 1e-3  # that a channel may begin with
 
 
 def initial_model(config: TrainConfig, trunk: dict | None = None) -> Entroformer:
@@ -26,8 +28,8 @@ def initial_model(config: TrainConfig, trunk: dict | None = None) -> Entroformer
     context = model.config.context
     if context == "grouped" and (config.missing or config.pretrain):
         raise TrainingError("missing and pretrain hide latents of Entroformer's context models; GroupedMixer has none.")
-    if config.one_way and context != "parallel":
-        raise TrainingError("Only a parallel model can see its context one way or both ways (one_way).")
+    if (config.one_way or config.no_context) and context != "parallel":
+        raise TrainingError("Only a parallel model sees its context one way, both ways or not (one_way, no_context).")
     return model
 
 
@@ -89,3 +91,21 @@ def begin_gain(new: RateGain, known: RateGain, lmbda_scale: float = 1.0) -> None
     part = ((at - lmbdas[i]) / (lmbdas[i + 1] - lmbdas[i]))[:, None]  # below 0 and above 1 beyond the ends
     for mine, theirs in ((new.log_gain, known.log_gain), (new.log_inverse, known.log_inverse)):
         mine.copy_(torch.lerp(theirs[i], theirs[i + 1], part))
+
+
+@torch.no_grad()
+def begin_at_channels(model: Entroformer, y: Tensor) -> None:
+    """Lets an untrained entropy model begin with the mean and the spread of each channel (ours).
+
+    Otherwise it begins with a scale of about 1 for all. Of trained transforms most channels are nearly always 0, and
+    the first hundreds of steps do little more than to find out which.
+
+    y: [B, M, h, w] of g_a, before the gain
+    """
+    means, scales = y.mean(dim=(0, 2, 3)), y.std(dim=(0, 2, 3)).clamp_min(SMALLEST_SPREAD)
+    if model.gain is not None and model.rate_knowledge is None:  # not told the rate: it sees y after the gain
+        gain = model.gain.log_gain.mean(dim=0).exp()
+        means, scales = gain * means, gain * scales
+    for channels, layer in model.entropy_model().output_layers:
+        for part, values in zip(layer.bias.chunk(2), (scales.log()[channels], means[channels]), strict=True):
+            part[: len(values)] = values  # GroupedMixer's shorter slices leave their last output unused

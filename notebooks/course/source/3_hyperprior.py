@@ -205,8 +205,8 @@ print(f"one bit for a class saves {(parts[0, 0] - parts[0, best]) / parts[1, bes
 # %% [markdown]
 # **Finding.** Side information pays for itself: for *astronaut* about a third of all bits is saved, and the classes are
 # less than a tenth of what is left. But more classes are not always better. Look at the blue line: beyond 16 classes
-# the latents hardly become cheaper, while the classes still become dearer. Who tells us how much to send? The sum of
-# both, and nothing else.
+# the latents hardly become cheaper, while the classes still cost more and more. Who tells us how much to send? The sum
+# of both, and nothing else.
 #
 # ## 3. A network decides what to send
 #
@@ -378,8 +378,9 @@ cf.pictures(maps, bar="bits of a block", columns=3)
 quiet = np.argsort(before.ravel())[: before.size // 2]  # the half of the blocks that was cheapest before
 saved = (before - after).ravel()
 print(f"the quiet half of the blocks gives {saved[quiet].sum() / saved.sum():.0%} of what is saved")
-dearest = np.sort(after.ravel())[::-1]
-print(f"now the dearest tenth of the blocks takes {dearest[: dearest.size // 10].sum() / dearest.sum():.0%} of y")
+largest = np.sort(after.ravel())[::-1]
+share = largest[: largest.size // 10].sum() / largest.sum()
+print(f"now the most expensive tenth of the blocks takes {share:.0%} of y")
 
 # %% [markdown]
 # Look at *saved*: bits are saved in the quiet places (each block a little) **and** at the edges (a lot in each). In

@@ -88,9 +88,9 @@ def bits(u, scale, shift=NOTHING, stretch=NOTHING):
 # %%
 y, means, scales = whole
 of_channels = bits((y - means) / scales, scales).sum(dim=(1, 2))
-dear = of_channels.argsort(descending=True)[:32]
-print(f"32 of 384 channels take {of_channels[dear].sum() / of_channels.sum():.0%} of the bits of y")
-test, others = whole[:, dear], [one[:, dear] for one in others]
+expensive = of_channels.argsort(descending=True)[:32]
+print(f"32 of 384 channels take {of_channels[expensive].sum() / of_channels.sum():.0%} of the bits of y")
+test, others = whole[:, expensive], [one[:, expensive] for one in others]
 
 # %% [markdown]
 # At first we expect something simple: each channel has one mean and one scale, those of the other pictures. (In the
@@ -423,7 +423,7 @@ for name, network in networks.items():
     right = (values == test[0])[test[0] != 0].float().mean()
     print(f"{name}: {4 * len(words):,} bytes; {right:.0%} of the latents that are not 0 are right; {seconds:.1f} s")
     latents = scene.y_hat.clone()
-    latents[0, dear] = values.clamp(-200, 200)
+    latents[0, expensive] = values.clamp(-200, 200)
     shown[name] = np.asarray(scene.reconstruct(latents).crop((0, 0, side, side)))
 cf.pictures(shown, columns=3)
 
@@ -497,7 +497,7 @@ cf.pictures(maps, bar="bits of a site", columns=2, limits=(-100, 100))
 # **Finding.** In the second half the checkerboard is *better* than raster order: it sees neighbours on all sides, not
 # only above and to the left. But its first half pays the full price. Together it saves on *astronaut* between a half
 # and four fifths of what raster order saves, in 2 passes instead of 1,024. (The dark squares are sites that the context
-# makes *dearer*: edges and borders, where something comes that the neighbours did not announce.)
+# makes *more expensive*: edges and borders, where something comes that the neighbours did not announce.)
 #
 # ## 6. Together with the hyperprior
 #

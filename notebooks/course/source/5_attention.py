@@ -365,7 +365,7 @@ last = attention_panel(server, site, server.layers - 1)
 attention_figures.attention_and_cost(server.picture, [last, cost_panel(server, site)])
 
 # %% [markdown]
-# Point for *for*? The dearest position is often among the most attended ones. Point for *against*? Most attended
+# Point for *for*? The most expensive position is often among the most attended ones. Point for *against*? Most attended
 # positions cost next to nothing, or their absence even saves bits.
 #
 # **Round 2: many sites.** For each of some sites, rank the attended positions by attention, and by what their
@@ -377,7 +377,7 @@ mean = table[table["layer"] == -1].iloc[0]  # attention as a mean over all layer
 print(f"attention and cost:             {mean['rho']:+.2f}")
 print(f"nearness and cost:              {mean['rho_nearness']:+.2f}")
 print("attention and change of bits,")
-print(f"  dearer or cheaper:            {mean['rho_magnitude']:+.2f}")
+print(f"  more or less expensive:       {mean['rho_magnitude']:+.2f}")
 
 # %% [markdown]
 # Against: whether a position *helps* has next to nothing to do with how much attention it gets. For: attention does say
@@ -407,9 +407,9 @@ def itself(probs, heads, queries):
 torch.manual_seed(0)
 rounds = {"the same keys, even weights": {"context.*.probs": even}, "keys by lot": {"context.*.scores": any_keys}}
 rounds["only itself"] = {"context.*.probs": itself}
-dearer = {name: 100 * (bits_with(changes) / usual - 1) for name, changes in rounds.items()}
-dearer["a model without context"] = 100 * (bits["alone"] / bits["context"] - 1)
-cf.bars(dearer, "more bits of y, in percent")
+costs = {name: 100 * (bits_with(changes) / usual - 1) for name, changes in rounds.items()}
+costs["a model without context"] = 100 * (bits["alone"] / bits["context"] - 1)
+cf.bars(costs, "more bits of y, in percent")
 
 # %% [markdown]
 # For: with even weights, or with other keys, the bits rise by more than the whole context had saved, and with the token
@@ -428,7 +428,7 @@ cf.bars(dearer, "more bits of y, in percent")
 # 1. Round 3 with a single layer: `"context.0.probs"`, `"context.5.probs"`. Which layer can do without its weights?
 # 2. Change `content` or `position` instead: `{"context.*.content": lambda tile, heads, queries: 0 * tile}`. Does the
 #    model need to know *what* a key is, or *where* it is?
-# 3. `server.total_bits(16, without=(5, 0))` switches a head off. Which of all heads is dearest?
+# 3. `server.total_bits(16, without=(5, 0))` switches a head off. Which of all heads is the most expensive to lose?
 #
 # ## Further reading
 #

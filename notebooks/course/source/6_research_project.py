@@ -317,8 +317,8 @@ print(f"{len(order)} groups, so {len(order)} runs of the network instead of {mix
 cf.bars(first, "bits per latent, mean over the phases of a slice")
 
 # %% [markdown]
-# Each group knows all groups before it. (That slice 0 is the dearest proves little: it has other channels than slice
-# 1.) Which order is best, how many slices, how many phases? These are ablations. You know now how to do one.
+# Each group knows all groups before it. (That slice 0 is the most expensive proves little: it has other channels than
+# slice 1.) Which order is best, how many slices, how many phases? These are ablations. You know now how to do one.
 #
 # ## To argue about
 #
