@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import warm
@@ -195,6 +196,11 @@ def test_another_architecture_begins_with_what_fits(config):
     assert not taken & {"g_a.6.weight", "g_s.0.weight", "entropy_parameters.layers.2.weight"}
     with pytest.raises(ConfigError, match="no field 'N2'"):
         initial_model(replace(config, init=str(one), architecture=("N2=3",)))
+
+
+def test_a_number_of_numpy_does_not_spoil_the_checkpoint(config):
+    train(replace(config, lr=np.float64(1e-3), steps=1), progress=False)
+    assert folder.read_checkpoint(Path(config.out) / "checkpoint.pt", torch.device("cpu"))["step"] == 1
 
 
 def test_a_finished_run_is_not_repeated(config):

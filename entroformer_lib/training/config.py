@@ -152,6 +152,9 @@ class TrainConfig:
 
     def __post_init__(self):
         check(vars(self), TrainConfig)
+        for name, value in vars(self).items():
+            if isinstance(value, float):  # NumPy's are too, but what is saved holds plain numbers alone
+                object.__setattr__(self, name, float(value))
         for wrong, sentence in self._rules():
             if wrong:
                 raise TrainingError(sentence)
