@@ -3,10 +3,11 @@
     python benchmarks/other_pictures.py blocks-parallel --data DATA --out data/results/other_pictures.json
 
 For photographs: BD-rates against JPEG, WebP and AVIF as Pillow writes them, per set of pictures, so that a model that
-knows Kodak better than the rest of the world gives itself away. For graphics: PSNR at each rate, and JPEG's with at
-least as many bytes. `DATA` holds train/ and kodak/.
+knows Kodak better than the rest of the world gives itself away. For graphics: PSNR at each rate, JPEG's with at least
+as many bytes and colours that are not subsampled, and the bytes of a lossless WebP. `DATA` holds train/ and kodak/.
 """
 
+import io
 import tempfile
 from pathlib import Path
 
@@ -55,6 +56,14 @@ def page(path: Path) -> None:
     image.save(path)
 
 
+def others(path: Path, size: int) -> dict:
+    """What other formats do with a drawn picture."""
+    lossless = io.BytesIO()
+    Image.open(path).convert("RGB").save(lossless, "webp", lossless=True, quality=100, method=6)
+    jpeg = jpeg_psnr_db(path, size, subsampling="4:4:4")
+    return {"jpeg_psnr_db": jpeg, "webp_lossless_bytes": len(lossless.getvalue())}
+
+
 def sets_of(data: Path, folder: Path) -> dict[str, list[Path]]:
     """Photographs by set, as files."""
     names = read_names(data_folder() / "reference" / "held_out.txt")
@@ -92,7 +101,7 @@ def main(model: Positional[str], data: Path, out: Path) -> None:
             path = folder / f"{draw.__name__}.png"
             draw(path)
             for row in measure(tasks_of(model, [path]), done):
-                graphics.append({**row, "jpeg_psnr_db": jpeg_psnr_db(path, row["bytes"], optimize=False)})
+                graphics.append({**row, **others(path, row["bytes"])})
                 print(draw.__name__, row["setting"], f"{row['bpp']:.2f} bpp {row['psnr_db']:.1f} dB", flush=True)
         result = {"rates": rates, "points": points, "graphics": graphics}
         save(out, result, load_model(model.partition("@")[0], "cpu"))

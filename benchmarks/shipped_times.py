@@ -14,6 +14,7 @@ import torch
 import tyro
 
 from entroformer_lib.codec import codec
+from entroformer_lib.memory import keep_freed_memory
 from entroformer_lib.studies.results import save
 from entroformer_lib.weights.zoo import load_model
 
@@ -42,6 +43,7 @@ def measure(picture: Path, out: Path, models: tuple[str, ...] = MODELS, repeats:
         threads: Of torch and of the compiled loops.
     """
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as the command line does
     rows, image = [], codec.open_picture(picture)
     for name in models:
         model = load_model(name, "cpu")

@@ -129,3 +129,14 @@ def flat_picture() -> Image.Image:
 def _calm_torch():
     torch.manual_seed(0)
     yield
+
+
+def small_disk(work):
+    """The kernel refuses to write beyond 64 bytes, as a full disk would."""
+    resource = pytest.importorskip("resource", reason="limits of processes are there on Unix alone")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    try:
+        return work()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

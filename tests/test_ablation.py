@@ -9,12 +9,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from compressai.models import MeanScaleHyperprior
 from conftest import MICRO, micro_model
 from PIL import Image
 
+from entroformer_lib.codec import codec
+from entroformer_lib.codec.quality import psnr_db
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import ConfigError, DataError, StudyError, UserError, WeightsError
 from entroformer_lib.models import config as model_config
@@ -450,3 +453,23 @@ def test_what_was_fetched_runs_no_code(theirs, monkeypatch, tmp_path):
     )
     frozen_transforms("zoo:mbt2018-mean:4")
     assert asked["check_hash"] and asked["weights_only"]
+
+
+def test_every_picture_is_in_one_mosaic():
+    pictures = [("", Image.new("RGB", (6, 4) if i % 2 else (4, 6), (i, i, i))) for i in range(13)]
+    found = [np.asarray(m)[::4, ::6, 0].ravel().tolist() for m in latent_rates.mosaics(pictures, 12)]
+    assert found == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
+
+
+def test_errors_are_of_the_pixels_without_padding(photo):
+    model, picture = micro_model(), photo.crop((0, 0, 150, 70))
+    found = latent_rates.rate_and_error(model, picture, "a")
+    expected = 10 ** (-psnr_db(picture, codec.reconstruction(model, picture)) / 10)
+    assert found["mse"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_ticks_of_figure_6_are_the_radii():
+    data = pd.DataFrame(
+        {"radius": [0, 3, np.inf], "seed": 0, "bpp": 1.0, "saving_percent": [0, 5, 4], "half_width": np.nan}
+    )
+    assert [t.get_text() for t in ablation_figures.figure6(data).axes[0].get_xticklabels()] == ["none", "3", "all"]

@@ -462,6 +462,8 @@ def test_head_profile(model, photo):
     server = RowServer(model, photo)
     row = np.mean([server.rows(s, 6)[1, 0] @ study.distances(server, [s])[0] for s in server.predicted()])
     assert table.distance_sites[2] == pytest.approx(row)
+    alike = [server.visible(s) / server.visible(s).sum() @ study.distances(server, [s])[0] for s in server.predicted()]
+    assert np.allclose(table.uniform_distance_sites, np.mean(alike))
 
 
 def test_attention_against_cost(model, photo):

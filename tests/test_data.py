@@ -15,7 +15,15 @@ from PIL import Image
 
 from entroformer_lib.codec import pictures
 from entroformer_lib.errors import DataError
-from entroformer_lib.training.chance import picture_number, random_kept, random_levels, uniform_noise
+from entroformer_lib.training.chance import (
+    ONE_WAY,
+    picture_number,
+    random_choice,
+    random_kept,
+    random_levels,
+    random_missing,
+    uniform_noise,
+)
 from entroformer_lib.training.data import PreloadedCrops, StreamedCrops, crop_of, find_sources, read_names
 
 RANGES = [range(4 * i, 4 * i + 4) for i in range(4)]
@@ -319,3 +327,15 @@ def test_held_out_files_are_not_streamed(photo_folder, tmp_path):
 def test_rates_take_equal_turns():
     for turn in range(4):
         assert sorted(random_levels(range(5 * turn, 5 * turn + 5), 5, seed=1)) == list(range(5))
+
+
+@pytest.mark.parametrize("draw", [
+    lambda seed: uniform_noise(range(4), {"y": (2, 4, 4)}, seed)["y"],
+    lambda seed: random_kept(range(4), (6, 8), 0.5, seed),
+    lambda seed: random_missing(range(4), (6, 8), 0.5, seed),
+    lambda seed: random_choice(range(64), 0.5, seed, ONE_WAY),
+    lambda seed: torch.tensor(random_levels(range(50), 5, seed)),
+    lambda seed: torch.tensor([picture_number(g, 50, seed) for g in range(50)]),
+], ids=["noise", "kept", "missing", "choice", "levels", "order"])  # fmt: skip
+def test_another_seed_is_another_chance(draw):
+    assert torch.equal(draw(3), draw(3)) and not torch.equal(draw(3), draw(4))

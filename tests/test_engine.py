@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import MICRO
+from conftest import MICRO, small_disk
 
 from entroformer_lib import cluster as clusters
 from entroformer_lib.errors import ClusterError, Stopped, StudyError
@@ -268,3 +268,9 @@ def test_another_identity_is_another_folder(tmp_path):
     complete([one, other, one], tmp_path)
     assert one.name != other.name and one.answer(tmp_path) == other.answer(tmp_path)
     assert len(notes(tmp_path / one.name / "begun")) == 1
+
+
+def test_a_full_disk_leaves_no_half_answer(tmp_path):
+    task = Task("run", lambda folder, answer: "x" * 1000)
+    assert small_disk(lambda: perform(task, tmp_path)).error is not None
+    assert task.missing(tmp_path) == ["answer"] and perform(task, tmp_path).error is None

@@ -124,7 +124,12 @@ def test_given_noise_is_used():
     noise = {"y": torch.full((1, 24, 4, 4), 0.25), "z": torch.full((1, 12, 1, 1), -0.25)}
     first, second = model(x, noise=noise), model(x, noise=noise)
     assert torch.equal(first["likelihoods"]["y"], second["likelihoods"]["y"])
-    assert not torch.equal(model(x)["likelihoods"]["y"], first["likelihoods"]["y"])
+    assert torch.equal(first["likelihoods"]["z"], second["likelihoods"]["z"])
+    for part, given in (("y", "z"), ("z", "y")):  # what is not given is drawn
+        other = model(x, noise={given: noise[given]})["likelihoods"]
+        assert torch.equal(other[given], first["likelihoods"][given]) and not torch.equal(
+            other[part], first["likelihoods"][part]
+        )
 
 
 @pytest.mark.parametrize("build", [micro_model, aware_model])

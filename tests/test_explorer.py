@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import aware_model, micro_model
+from matplotlib.colors import to_rgba
 from PIL import Image
 
 from entroformer_lib import cli
@@ -38,7 +39,7 @@ from entroformer_lib.inspection.row_server import RowServer
 from entroformer_lib.models.attention import TopKAttention
 from entroformer_lib.models.groupedmixer import WindowAttention
 from entroformer_lib.studies import attention as study
-from entroformer_lib.views import attention_figures
+from entroformer_lib.views import attention_figures, overview
 from entroformer_lib.weights.zoo import save_weights
 
 KINDS = ("serial", "parallel")
@@ -398,3 +399,21 @@ def test_figures_of_saved_studies_show_their_means():
     over_all = explained[explained["layer"] == -1].groupby("k", dropna=False)["rho"].mean()
     assert any(np.allclose(line.get_ydata(), over_all) for line in left.lines if len(line.get_ydata()) == len(over_all))
     assert [label.get_text() for label in left.get_xticklabels()] == ["8", "16", "32", "64", "dense"]
+
+
+def test_what_helped_is_orange(photo):
+    server = RowServer(micro_model("serial"), photo)
+    site = 4 * server.width + 6
+    cost = cost_panel(server, site)
+    figure = attention_figures.attention_and_cost(server.picture, [attention_panel(server, site, 1, 0), cost])
+    painted = figure.axes[1].images[2].get_array()
+    for where, colour in ((cost.values > 0, attention_figures.DEARER), (cost.values < 0, attention_figures.CHEAPER)):
+        assert where.any() and np.allclose(painted[where][:, :3], to_rgba(colour)[:3])
+
+
+def test_the_overview_paints_the_first_pass_blue(photo):
+    server = RowServer(micro_model("parallel"), photo)
+    squares = overview.overview(server, query=26).axes[2].patches[: server.n]
+    for site, square in enumerate(squares):
+        colour = overview.SECOND if server.step(site) else overview.FIRST
+        assert square.get_xy() == divmod(site, server.width)[::-1] and square.get_facecolor() == to_rgba(colour, 0.45)

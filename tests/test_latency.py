@@ -9,6 +9,7 @@ from benchmarks.latency import exponents, growth, measure_one, table
 from entroformer_lib.codec import codec
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.stages import STAGES, listening, stage_times
+from entroformer_lib.views import figures
 
 
 def test_stages_add_up_and_progress_is_told(any_variant):
@@ -56,3 +57,11 @@ def test_growth_finds_the_exponents():
     rows.loc[0, "peak_mb"] = 100  # the smallest is the base line
     found = exponents(rows)
     assert found["seconds"] == pytest.approx(1.5) and found["memory"] == pytest.approx(1, abs=0.01)
+
+
+def test_bars_of_latency_are_called_what_they_are():
+    seconds = dict(transforms_s=1.0, hyper_s=2.0, context_s=3.0, entropy_coding_s=4.0, other_s=5.0)
+    rows = [{"model": "m", "direction": d, "seconds": 15.0, **seconds} for d in ("encode", "decode")]
+    found = {bars.get_label(): bars[0].get_width() for bars in figures.latency(pd.DataFrame(rows)).axes[0].containers}
+    named = {"g_a or g_s": 1, "hyperprior": 2, "context model": 3, "entropy coder": 4, "other": 5}
+    assert found == {**named, "CompressAI, whole": 0}

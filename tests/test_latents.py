@@ -91,7 +91,7 @@ def test_held_out_pictures_are_left_out_and_their_rate_is_logged(config, source,
     assert [row is not None for row in logged] == [False, False, False, True, False, True]
     bits = load_model(weights, "cpu").estimated_bits(y.float())
     bpp = sum(float(b.sum()) for b in bits.values()) / whole[0].numel()
-    assert logged[-1] == [{"lmbda": config.lmbda, "bpp": pytest.approx(bpp, rel=1e-3)}]
+    assert logged[-1] == [{"lmbda": 0.02, "bpp": pytest.approx(bpp, rel=1e-3)}]  # the lambda of the transforms
 
 
 def test_a_full_disk_is_told_in_a_sentence(source, photo_folder, tmp_path, monkeypatch):
@@ -358,3 +358,17 @@ def test_fields_are_typed_as_json_or_words():
         model_config.parse_fields(("position",))
     with pytest.raises(ConfigError):
         model_config.named_config("tiny-serial", **model_config.parse_fields(("positions=none",)))
+
+
+def test_ways_of_context_do_not_hang_together(config):
+    config = replace(config, model="tiny-parallel", missing=0.0, no_context=0.5, one_way=0.5)
+    hidden = gaps(config, 0, range(256), (4, 6), "cpu")
+    alone = hidden.kept.flatten(1).all(1)
+    assert 32 < (alone & hidden.one_way).sum() < 96 and 32 < (~alone & hidden.one_way).sum() < 96
+
+
+def test_crops_have_the_side_that_their_step_has(config, monkeypatch):
+    config, seen, step = replace(config, steps=4, crop=64, last_crop=128, last_share=0.5), [], loop.Run.step
+    monkeypatch.setattr(loop.Run, "step", lambda run, x, i: seen.append((i, 16 * x.size(-1))) or step(run, x, i))
+    train(config, progress=False)
+    assert seen == [(0, 64), (1, 64), (2, 128), (3, 128)]

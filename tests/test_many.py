@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import warm
-from conftest import micro_model
+from conftest import micro_model, small_disk
 from PIL import Image
 from test_cli import call
 
@@ -199,3 +199,9 @@ def test_one_file_as_json_and_resumed(home):
     (home / "dog.ef").write_bytes(b"mine")
     assert "kept" in call(*words)[0]
     assert (home / "dog.ef").read_bytes() == b"mine"
+
+
+def test_a_full_disk_leaves_no_half_file_among_many(home):
+    """Or --resume would take it for done."""
+    _, errors = small_disk(lambda: call(*COMPRESS, expect=1))
+    assert "6 of 6 files failed." in errors and under(home / "small") == {}

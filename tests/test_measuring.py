@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -14,12 +15,13 @@ from conftest import MICRO, micro_model
 from PIL import Image
 
 from entroformer_lib.cli import evaluate
+from entroformer_lib.codec.quality import ms_ssim, psnr_db
 from entroformer_lib.errors import StudyError, UserError
 from entroformer_lib.models import config as model_config
 from entroformer_lib.studies import ablation, attention, classical, position_masking
 from entroformer_lib.studies.ablation_grids import GRIDS, Terms
 from entroformer_lib.studies.measuring import Coding, finished_rows, means, measure, save, tasks_of
-from entroformer_lib.studies.rate_distortion import names_of, pictures_to_test
+from entroformer_lib.studies.rate_distortion import measured, names_of, pictures_to_test
 from entroformer_lib.weights.zoo import load_model, save_weights, weights_digest
 
 TIMES = ("encode_s", "decode_s")
@@ -279,3 +281,27 @@ def test_the_jpeg_of_a_size_is_the_smallest_that_has_it(photo):
 def test_a_codec_that_is_not_there(photo):
     with pytest.raises(StudyError, match="no codec 'bpg'; it has jpeg"):
         classical.coded(photo, "bpg", 30)
+
+
+def test_qualities_of_pictures_that_differ_by_a_known_amount():
+    a, b = (Image.new("RGB", (8, 8), (100, 100, blue)) for blue in (100, 110))
+    assert psnr_db(a, b) == pytest.approx(10 * math.log10(3 * 255**2 / 100)) and psnr_db(a, a) == math.inf
+    flat, black = (Image.new("RGB", (176, 176), (v, v, v)) for v in (2, 0))
+    luminance = 6.5025 / (2**2 + 6.5025)  # (0.01 * 255)^2; contrast and structure are 1
+    assert ms_ssim(flat, black) == pytest.approx(luminance**0.1333, abs=1e-4)
+    assert ms_ssim(flat, flat) == pytest.approx(1) and ms_ssim(flat.crop((0, 0, 160, 176)), black) is None
+
+
+def test_another_effort_is_another_run(tmp_path, photo):
+    photo.save(tmp_path / "a.png")
+    save_weights(micro_model(), tmp_path / "micro.safetensors", {"lmbda": 0.02})
+    names = {
+        Coding(str(tmp_path / "micro.safetensors"), None, str(tmp_path / "a.png"), effort=e).task().name
+        for e in (0, 2, 8)
+    }
+    assert len(names) == 3
+
+
+def test_seconds_belong_to_what_took_them(photo):
+    row = measured(photo, lambda: time.sleep(0.2) or b"12", lambda data: photo)
+    assert row["encode_s"] >= 0.2 > row["decode_s"] and row["bytes"] == 2

@@ -7,7 +7,7 @@ from conftest import MICRO
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.models.config import named_config
 from entroformer_lib.training import optimizer as ours
-from entroformer_lib.training.optimizer import Muon, build_optimizer, orthogonal
+from entroformer_lib.training.optimizer import Muon, build_optimizer, learning_rate_factor, orthogonal
 
 
 def test_orthogonal_keeps_the_directions_and_evens_their_lengths():
@@ -100,3 +100,11 @@ def test_products_are_in_a_type_that_the_processor_multiplies(amx, avx512, monke
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     assert ours.quick_type(torch.device("cpu")) == (torch.bfloat16 if amx or avx512 else torch.float32)
     assert ours.quick_type(torch.device("cuda")) == torch.bfloat16
+
+
+def test_schedules_that_are_ours():
+    linear = [learning_rate_factor(s, 1000, schedule="linear") for s in range(1000)]
+    assert linear[0] == 1 / 50 and linear[49] == linear[400] == 1
+    assert [linear[s] for s in (700, 850, 999)] == pytest.approx([0.5, 0.25, 1 / 600])
+    constant = [learning_rate_factor(s, 100_000, schedule="constant") for s in (0, 249, 499, 99_999)]
+    assert constant == [1 / 500, 0.5, 1, 1]

@@ -19,6 +19,8 @@ from entroformer_lib.models import config as model_config
 from entroformer_lib.models.context import Gaps, first_slice
 from entroformer_lib.studies import position_masking as pm
 from entroformer_lib.training.latents import write_latents
+from entroformer_lib.views import context_figures
+from entroformer_lib.views.explore_positions import interactive
 from entroformer_lib.weights.zoo import load_model, save_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's advice
@@ -168,7 +170,8 @@ def test_rows_of_the_table(picture):
 
 def made_up(rate) -> pd.DataFrame:
     offsets = [(dy, dx) for dy in range(-3, 1) for dx in range(-3, 4) if (dy, dx) < (0, 0)]
-    return pd.DataFrame([{"model": "m", "image": "i", "dy": y, "dx": x, "ratio": 1 + rate(y, x)} for y, x in offsets])
+    rates = [{"dy": y, "dx": x, "bpp_all": 1.0, "bpp_masked": 1 + rate(y, x)} for y, x in offsets]
+    return pd.DataFrame(rates).assign(model="m", image="i")
 
 
 def test_the_fit_finds_the_distance():
@@ -306,3 +309,35 @@ def test_interactive_map_has_every_model_and_picture(picture):
     texts = by_model.buttons[1].args[0]["text"]
     row = table[(table.model == "two") & (table.image == "b")].iloc[0]
     assert f"rate {row.bpp_all:.4f} to {row.bpp_masked:.4f} bpp" in texts[2][0] and "rank" in texts[2][0]
+
+
+def test_percent_is_what_is_lost_without_and_what_is_saved_alone():
+    rows = pd.DataFrame([{"model": "m", "image": i, "dy": 0, "dx": -1} for i in "ab"])
+    missing = rows.assign(bpp_all=1.0, bpp_masked=[1.1, 1.3], ratio=[1.1, 1.3])
+    alone = rows.assign(bpp_none=1.0, bpp_only=[0.9, 0.7], ratio=[0.9, 0.7])
+    (lost,), (saved,) = (pm.over_pictures(table).to_dict("records") for table in (missing, alone))
+    for row in (lost, saved):
+        assert (row["percent"], row["pictures"]) == (pytest.approx(20), 2)
+        assert row["spread"] == pytest.approx(200**0.5)
+
+
+def test_figure_3_has_each_position_at_its_place():
+    rows = [
+        ("none", "missing", -1, 0, 5.0),
+        ("none", "missing", 0, -1, 2.0),
+        ("none", "alone", -1, 0, 30.0),
+        ("none", "alone", 0, -1, 40.0),
+    ]
+    data = pd.DataFrame(rows, columns=["model", "measure", "dy", "dx", "percent"])
+    figure = context_figures.two_measures(data)
+    for ax, (name, label) in zip(figure.axes, context_figures.LABELS.items(), strict=False):
+        grid = ax.images[0].get_array()
+        assert ax.get_title() == label
+        for row in data[data["measure"] == name].itertuples():
+            assert grid[row.dy + 1, row.dx + 1] == row.percent
+
+
+def test_the_interactive_map_has_rows_below_each_other():
+    table = pd.DataFrame([dict(model="m", image="a", dy=-2, dx=1, bpp_all=1.0, bpp_masked=1.5, ratio=1.5)])
+    (heat, *_) = interactive(table).data
+    assert (list(heat.x), list(heat.y)) == ([1], [-2])

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import warm
-from conftest import MICRO, micro_model
+from conftest import LMBDAS, MICRO, micro_model
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 
@@ -24,7 +24,7 @@ from entroformer_lib import cli
 from entroformer_lib.errors import ConfigError, TrainingError, UserError
 from entroformer_lib.models import config as model_config
 from entroformer_lib.training import folder, loop
-from entroformer_lib.training.chance import DRAWN, random_choice
+from entroformer_lib.training.chance import DRAWN, conditions, random_choice
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.data import PreloadedCrops, Sampling, held_out_crops
 from entroformer_lib.training.initial import initial_model
@@ -820,3 +820,50 @@ def test_the_unrest_of_a_model_is_minimised_but_not_counted_as_rate():
     model.zero_grad()
     rest.sum().backward()
     assert rest.sum() > 0 and model.g_a.network[-1].bias.grad.abs().sum() > 0
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    run = folder.RunFolder(tmp_path)
+    run.save({"step": 1})
+    before = run.checkpoint.read_bytes()
+
+    def full(state, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(TrainingError, match="step 2 could not be written to .*: No space left"):
+        run.save({"step": 2})
+    assert run.checkpoint.read_bytes() == before and list(tmp_path.iterdir()) == [run.checkpoint]
+
+
+def test_every_crop_is_weighed_by_the_lambda_of_its_level():
+    model = micro_model(lmbdas=LMBDAS)
+    run = TrainConfig("DATA", "OUT", lmbdas=LMBDAS)
+    given = conditions(run, model.config, 0, range(9), (4, 4), "cpu")
+    assert sorted(given["level"].tolist()) == sorted([0, 1, 2] * 3)
+    assert torch.equal(given["lmbda"], torch.tensor(LMBDAS)[given["level"]])
+    goal, lmbda = torch.tensor([1.0, 2.0, 4.0]), torch.tensor(LMBDAS)
+    for even, mean in ((True, 2.0), (False, 7 / 3)):  # even: times 2, 1 and 1/2
+        terms = TrainingStep(model, even=even).terms(goal, {"bpp_y": goal}, lmbda, None)
+        assert float(terms["loss"] - model.aux_loss()) == pytest.approx(mean, rel=1e-4)
+        assert float(terms["rd_loss"]) == pytest.approx(7 / 3)
+
+
+def test_a_step_tempers_its_drawn_crops():
+    model, goal = micro_model(), torch.tensor([1.0, 300.0, 3.0])
+    terms = TrainingStep(model).terms(goal, {"bpp_y": goal}, None, torch.tensor([False, True, False]))
+    assert float(terms["loss"] - model.aux_loss()) == pytest.approx(5 / 3, rel=1e-4)
+
+
+def test_the_mean_of_the_weights_is_kept(config):
+    config, seen = replace(config, steps=3, ema=0.5, pretrain=0.0, pretrain_lmbda=None), []
+    torch.manual_seed(config.seed)
+    mean = initial_model(config).g_a[0].weight.detach().clone()
+    path = train(config, progress=False, watch=lambda row, model: seen.append(model.g_a[0].weight.detach().clone()))
+    for step, last in enumerate(seen):
+        decay = min(0.5, (1 + step) / (10 + step))
+        mean = decay * mean + (1 - decay) * last
+    kept = load_model(path, "cpu").g_a[0].weight
+    assert len(seen) == 3 and torch.allclose(kept, mean, rtol=0, atol=1e-6)
+    assert not torch.allclose(kept, last, rtol=0, atol=1e-5)

@@ -66,8 +66,10 @@ def decoded(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
-def jpeg_of_size(picture: Image.Image, size: int, optimize: bool = True) -> tuple[bytes, int]:
-    """The smallest JPEG (Pillow, 4:2:0) of at least `size` bytes, or the largest there is, and its quality.
+def jpeg_of_size(
+    picture: Image.Image, size: int, optimize: bool = True, subsampling: str = "4:2:0"
+) -> tuple[bytes, int]:
+    """The smallest JPEG (Pillow) of at least `size` bytes, or the largest there is, and its quality.
 
     JPEG gets at least as many bytes as what it is compared with. Huffman tables made for the picture (`optimize`) save
     a fifth at low rates; the published JPEG curves use the standard tables.
@@ -75,7 +77,7 @@ def jpeg_of_size(picture: Image.Image, size: int, optimize: bool = True) -> tupl
 
     def jpeg(quality: int) -> bytes:
         buffer = io.BytesIO()
-        picture.save(buffer, "jpeg", quality=quality, optimize=optimize)
+        picture.save(buffer, "jpeg", quality=quality, optimize=optimize, subsampling=subsampling)
         return buffer.getvalue()
 
     qualities = range(1, 96)  # size grows with quality
@@ -84,8 +86,8 @@ def jpeg_of_size(picture: Image.Image, size: int, optimize: bool = True) -> tupl
     return jpeg(quality), quality
 
 
-def jpeg_psnr_db(path: Path, size: int, optimize: bool = True) -> float:
+def jpeg_psnr_db(path: Path, size: int, optimize: bool = True, subsampling: str = "4:2:0") -> float:
     """PSNR of the JPEG of a picture that has at least `size` bytes, in dB; see `jpeg_of_size`."""
     picture, _ = codec.to_rgb(codec.open_picture(path))
-    data, _ = jpeg_of_size(picture, size, optimize)
+    data, _ = jpeg_of_size(picture, size, optimize, subsampling)
     return psnr_db(picture, decoded(data))

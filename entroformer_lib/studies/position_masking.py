@@ -46,7 +46,7 @@ from entroformer_lib.studies import commands, results
 from entroformer_lib.studies.ablation_grids import RECIPE, Entry
 from entroformer_lib.studies.engine import Task, complete, training_task
 from entroformer_lib.studies.rate_distortion import Pictures, digest_of, pictures_of, pictures_to_test
-from entroformer_lib.studies.results import provenance, records
+from entroformer_lib.studies.results import of_mean_rates, provenance, records
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.latents import frozen_transforms
 from entroformer_lib.weights.zoo import load_model, save_weights, weights_digest
@@ -128,12 +128,15 @@ def _table(
 
 
 def over_pictures(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean and spread over the pictures: model, dy, dx, percent, spread (standard deviation), pictures, and the
-    distances L1, L2, L-infinity. Percent is the increase when the position is missing, for a table of `run`, and what
-    the position saves alone, for one of `run_alone`."""
-    sign = -1 if "bpp_only" in table else 1
-    groups = table.assign(percent=sign * 100 * (table["ratio"] - 1)).groupby(["model", "dy", "dx"], sort=False)
-    mean = groups["percent"].agg(percent="mean", spread="std", pictures="count").reset_index()
+    """Of all pictures: model, dy, dx, percent, spread, pictures, and the distances L1, L2, L-infinity.
+
+    Percent is the increase when the position is missing, for a table of `run`, and what the position saves alone, for
+    one of `run_alone`: of the mean rates. The spread is the standard deviation of the pictures' own percentages."""
+    alone = "bpp_only" in table
+    mean = of_mean_rates(
+        table, ["model", "dy", "dx"], *(("bpp_none", "bpp_only") if alone else ("bpp_all", "bpp_masked"))
+    )
+    mean["percent"] *= -1 if alone else 1
     for norm, distance in NORMS.items():
         mean[norm] = [distance(dy, dx) for dy, dx in zip(mean["dy"], mean["dx"], strict=True)]
     return mean

@@ -265,3 +265,14 @@ def published(dataset: str = "kodak", optimised_for: Iterable[str] = ("mse", "co
 def decibels(ms_ssim) -> np.ndarray:
     """MS-SSIM as -10 log10(1 - MS-SSIM), in which its small differences near 1 can be seen."""
     return -10 * np.log10(1 - np.asarray(ms_ssim, dtype=float))
+
+
+def of_mean_rates(table: pd.DataFrame, keys: list[str], before: str, after: str) -> pd.DataFrame:
+    """How much a rate rises from one column to another, for each group of rows, which are pictures.
+
+    ->  keys, percent (of the mean rates), spread (standard deviation of the pictures' own percentages), pictures
+    """
+    groups = table.assign(own=100 * (table[after] / table[before] - 1)).groupby(keys, sort=False)
+    mean = groups.agg(before=(before, "mean"), after=(after, "mean"), spread=("own", "std"), pictures=("own", "count"))
+    mean.insert(0, "percent", 100 * (mean["after"] / mean["before"] - 1))
+    return mean.drop(columns=["before", "after"]).reset_index()

@@ -21,7 +21,7 @@ trained once, the interval is over the pictures (the jackknife's), and does not 
 A number without an interval stands for itself.
 
 Rates are divided as in the figures and tables: means over the pictures first, then ratios, and of several lambdas the
-mean of the ratios. Only figure 3 is made of the ratios of each picture.
+mean of the ratios. The rank correlations of figure 3 are those of each picture.
 """
 
 from collections.abc import Callable

@@ -134,6 +134,7 @@ class Run:
         self.optimizer = fabric.setup_optimizers(build_optimizer(model, config.optimizer, config.lr))
         self.step_module.train()
         self.mean = Mean(model, config.ema)
+        self.lmbda = trained_lmbda(config.transforms) if config.transforms else config.lmbda  # None: several
         self.seconds = 0.0  # of training, over all starts
         self.first_sample = 0  # a branch goes on where its trunk's samples end
         self.held_out = crops.held_out if config.transforms else None  # latents, or pictures in the first process
@@ -227,9 +228,10 @@ class Run:
         """Writes a row of the log, with the held-out pictures where they are due.  ->  the row"""
         c = self.config
         row = {name: float(self.fabric.all_reduce(value)) for name, value in terms.items()}
-        row = {"step": step, **row, "lr": self.optimizer.param_groups[0]["lr"], "lmbda": c.lmbda_at(step - 1)}
+        lmbda = self.lmbda if c.transforms else c.lmbda_at(step - 1)
+        row = {"step": step, **row, "lr": self.optimizer.param_groups[0]["lr"], "lmbda": lmbda}
         row |= {"seconds": round(self.seconds, 3), "images_per_s": round(speed, 2)}
-        self.fabric.log_dict({k: v for k, v in row.items() if k != "step"}, step=step)
+        self.fabric.log_dict({k: v for k, v in row.items() if k != "step" and v is not None}, step=step)
         if self.measures and (step % c.held_out_every < c.log_every or step == c.steps):
             with self.mean.in_place():  # the mean is what will be kept
                 model = self.whole_model()
@@ -242,7 +244,7 @@ class Run:
 
     def measured(self, model: Entroformer) -> list[dict]:
         """What the model in eval mode does with the held-out pictures or latents, at each lambda."""
-        lmbdas = model.config.lmbdas or (self.config.lmbda,)
+        lmbdas = model.config.lmbdas or (self.lmbda,)
         if self.config.transforms:
             return rates_of_latents(model, self.held_out, lmbdas)
         return rates_and_distortions(model, self.held_out, lmbdas, self.config.metric)
@@ -308,9 +310,7 @@ class Run:
     def card(self) -> dict:
         """What is said of the weights."""
         c = self.config
-        lmbda = None if self.model.config.lmbdas else c.lmbda
-        if c.transforms and lmbda:
-            lmbda = trained_lmbda(c.transforms)
+        lmbda = None if self.model.config.lmbdas else self.lmbda
         return {
             "training": dataclasses.asdict(c),
             "lmbda": lmbda,

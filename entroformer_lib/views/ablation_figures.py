@@ -39,7 +39,7 @@ def _k_name(k: float) -> str:
 
 def figure6_data() -> pd.DataFrame | None:
     """radius (0: no position encoding, infinite: unlimited), seed, bpp, saving_percent against no position encoding,
-    half_width (percent: of the interval of the difference from h = 3; nan where there is none)."""
+    half_width (of the interval of the difference from h = 3, on the same scale; nan where there is none)."""
     rows = ablation("figure6")
     if rows is None or not (rows["position"] == "none").any():
         return None
@@ -49,7 +49,8 @@ def figure6_data() -> pd.DataFrame | None:
     data["saving_percent"] = 100 * (1 - data["bpp"] / base)
     data["half_width"] = np.nan
     if "run" in rows and (told := differences("figure6", "diamond")) is not None:
-        half = told.set_index("kind")["smallest"].replace(np.inf, np.nan)
+        told = told.set_index("kind")
+        half = told["smallest"].replace(np.inf, np.nan) * told["bpp"]["diamond"] / base  # it was of h = 3's rate
         data["half_width"] = rows["run"].str.replace(r"-seed\d+$", "", regex=True).map(half)
     return data.sort_values(["radius", "seed"], ignore_index=True)
 

@@ -12,7 +12,7 @@ from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from entroformer_lib.studies.results import POSITION_NAMES, load
+from entroformer_lib.studies.results import POSITION_NAMES, load, of_mean_rates
 from entroformer_lib.views.style import (
     DIVERGING,
     ONE_COLUMN,
@@ -28,7 +28,7 @@ MEASURES = {"missing": "over_pictures", "alone": "alone_over_pictures"}
 
 
 def masking_data(measure: str = "missing") -> pd.DataFrame | None:
-    """model, dy, dx, percent (mean over the pictures), spread, pictures, L1, L2, L-infinity.
+    """model, dy, dx, percent (of the mean rates), spread, pictures, L1, L2, L-infinity.
 
     measure: missing (what the rate rises when the position is missing) or alone (what is saved when it alone is known).
     """
@@ -49,13 +49,11 @@ def masking_by_distance_data() -> pd.DataFrame | None:
 
 
 def beyond_data() -> pd.DataFrame | None:
-    """model, radius, percent (mean over the pictures), spread."""
+    """model, radius, percent (of the mean rates), spread, pictures."""
     saved = load("position_masking")
     if saved is None:
         return None
-    rows = pd.DataFrame(saved["beyond"]).assign(percent=lambda table: 100 * (table["ratio"] - 1))
-    grouped = rows.groupby(["model", "radius"], sort=False)["percent"]
-    return grouped.agg(percent="mean", spread="std").reset_index()
+    return of_mean_rates(pd.DataFrame(saved["beyond"]), ["model", "radius"], "bpp_all", "bpp_masked")
 
 
 NAMES = POSITION_NAMES | {  # of models in position_masking.json: how figures call them

@@ -6,8 +6,8 @@ import plotly.graph_objects as go
 
 from entroformer_lib.views.style import COLOURS
 
-ALL = "mean of all pictures"
-TICKS = (0, 0.1, 0.3, 1, 3, 10, 30)  # percent
+ALL = "mean rate of all pictures"
+TICKS = (-10, -1, -0.1, 0, 0.1, 1, 10)  # percent
 
 
 def interactive(table: pd.DataFrame) -> go.Figure:
@@ -20,7 +20,8 @@ def interactive(table: pd.DataFrame) -> go.Figure:
     """
     models, images = list(dict.fromkeys(table["model"])), [ALL, *dict.fromkeys(table["image"])]
     traces = {model: [_map(table[table["model"] == model], image) for image in images] for model in models}
-    colours = {"colorscale": "Cividis", "zmin": _shade(0), "zmax": _shade(100 * (table["ratio"].max() - 1))}
+    most = float(np.abs(_shade(100 * (table["ratio"] - 1))).max())
+    colours = {"colorscale": "RdBu", "reversescale": True, "zmin": -most, "zmax": most}
     bar = {"title": "rate increase, %", "tickvals": [_shade(t) for t in TICKS], "ticktext": [f"{t:g}" for t in TICKS]}
     figure = go.Figure()
     for number, trace in enumerate(traces[models[0]]):
@@ -50,17 +51,17 @@ def interactive(table: pd.DataFrame) -> go.Figure:
 
 
 def _shade(percent):
-    """A logarithm that knows zero, so that small increases can be seen beside large ones."""
-    return np.log10(0.1 + np.maximum(percent, 0))
+    """A logarithm on both sides of zero, so that small changes can be seen beside large ones."""
+    return np.sign(percent) * np.log10(1 + np.abs(percent) / 0.1)
 
 
 def _map(part: pd.DataFrame, image: str) -> dict:
     """One picture's data as plotly takes it, or that of the mean over all."""
     if image == ALL:
-        part = part.groupby(["dy", "dx"], as_index=False)[["bpp_all", "bpp_masked", "ratio"]].mean()
+        part = part.groupby(["dy", "dx"], as_index=False)[["bpp_all", "bpp_masked"]].mean()
     else:
         part = part[part["image"] == image]
-    percent = 100 * (part["ratio"] - 1)
+    percent = 100 * (part["bpp_masked"] / part["bpp_all"] - 1)
     rank = percent.rank(ascending=False, method="first").astype(int)
     text = [
         f"position ({row.dy}, {row.dx}): {p:+.3f}%, rank {r} of {len(part)}"
