@@ -6,11 +6,11 @@
     $F --lrs 2e-3 4e-3 8e-3 --steps 1000
     $F --best-of 1000 --steps 8000
 
-The first line compares widths, the second gives each kind three learning rates, and the third trains each with the one
-that was best on held-out latents, so that no kind is at a disadvantage. Where the best is at the end of those tried, one
-beyond is to be tried first. All see the same latents in the same order, are told the rate, and learn from the rates of
-rounded latents. A finished run is not repeated, a stopped one goes on. What a run reached stands in the result
-as soon as it is finished, and counts from there, even where its folder is gone.
+The first line compares widths, the second gives each kind three learning rates, and the third trains each with the
+one that was best on held-out latents, so that no kind is at a disadvantage. Where the best is at the end of those
+tried, one beyond is to be tried first. All see the same latents in the same order, are told the rate, and learn from
+the rates of rounded latents. A finished run is not repeated, a stopped one goes on. What a run reached stands in the
+result as soon as it is finished, and counts from there, even where its folder is gone.
 """
 
 import dataclasses
