@@ -1,19 +1,16 @@
 """The family: kinds of entropy models behind the transforms of one model, on equal terms.
 
-    F="python benchmarks/family.py train --transforms blocks-parallel --data DATA/train --runs runs/family \\
+    F="python benchmarks/family.py --transforms blocks-parallel --data DATA/train --runs runs/family \\
         --out data/results/family.json"
     $F --kinds parallel --widths 96 128 192 --steps 2000
     $F --lrs 2e-3 4e-3 8e-3 --steps 1000
     $F --best-of 1000 --steps 8000
-    python benchmarks/family.py curves --log runs/kinds/curves.json --weights runs/kinds --latents runs/family/latents \
-        --batch 18 --lr 2e-3 --device "NVIDIA H100" --out data/results/learning_curves.json
 
-The first line compares widths, the second gives each kind three learning rates, and the third trains each with the one
-that was best on held-out latents, so that no kind is at a disadvantage. All see the same latents in the same order, are
-told the rate, and learn from the rates of rounded latents. A finished run is not repeated, a stopped one goes on. What
-a run reached stands in the result as soon as it is finished, and counts from there, even where its folder is gone.
-
-The last line is for kinds that `long_run_gpu.py` trained side by side, on the same crops in the same order.
+The first line compares widths, the second gives each kind three learning rates, and the third trains each with the
+one that was best on held-out latents, so that no kind is at a disadvantage. Where the best is at the end of those
+tried, one beyond is to be tried first. All see the same latents in the same order, are told the rate, and learn from
+the rates of rounded latents. A finished run is not repeated, a stopped one goes on. What a run reached stands in the
+result as soon as it is finished, and counts from there, even where its folder is gone.
 """
 
 import dataclasses
@@ -23,10 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 import tyro
 from filelock import FileLock
-from tqdm import tqdm
 
 from entroformer_lib.errors import StudyError
 from entroformer_lib.files import data_folder, read_json
@@ -34,7 +29,6 @@ from entroformer_lib.studies.engine import Outcome, complete, training_task
 from entroformer_lib.studies.results import save
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.latents import write_latents
-from entroformer_lib.training.loss import rates_of_latents
 from entroformer_lib.weights.zoo import load_model
 
 # kind -> variant of `named_config`, and fields of its config
@@ -194,41 +188,18 @@ def row_of(folder: Path) -> dict:
 
 
 def best_rates(runs: pd.DataFrame, steps: int) -> dict[tuple[str, int], float]:
-    """The learning rate with the smallest score, by kind and width, among runs of so many steps."""
-    alike = runs[runs["steps"] == steps]
-    best = alike.loc[alike.groupby(["kind", "width"])["score"].idxmin()]
-    return {(row.kind, row.width): row.lr for row in best.itertuples()}
+    """The learning rate with the smallest score, by kind and width, among runs of so many steps.
 
-
-def curves(log: Path, weights: Path, latents: Path, out: Path, batch: int, lr: float, device: str) -> None:
-    """Writes what kinds that learned side by side needed for their crops over the training, and for held-out latents.
-
-    Args:
-        log: curves.json of `long_run_gpu.py`: rates, each the mean since the entry before.
-        weights: Folder with KIND.safetensors, for each kind of the log.
-        latents: Of the training and held-out photographs, as `train` writes them, behind the transforms of the weights.
-        out: The result's file.
-        batch: Crops of a step.
-        lr: Learning rate, which rises over the first seconds and falls to zero.
-        device: What they were trained on.
+    Raises:
+        StudyError: it is the smallest or the largest of those that a kind had.
     """
-    entries = json.loads(log.read_text())
-    held_out = torch.from_numpy(np.load(latents / "held_out.npy")).float()
-    rows = []
-    for kind in tqdm(entries[0]["bpp"], unit="model"):
-        model = load_model(weights / f"{kind}.safetensors", "cpu")
-        parts = model.entropy_model_parts()
-        rows.append(
-            {
-                "kind": kind,
-                "parameters": sum(p.numel() for part in parts for p in part.parameters()),
-                "curve": [[entry["step"], entry["bpp"][kind]] for entry in entries],
-                "held_out": rates_of_latents(model, held_out, model.config.lmbdas),
-            }
-        )
-    settings = {"steps": model.card.get("steps"), "batch": batch, "lr": lr, "crop": CROP, "device": device}
-    save(out, {"settings": settings, "rows": rows})
+    found = {}
+    for (kind, width), tried in runs[runs["steps"] == steps].groupby(["kind", "width"]):
+        best = found[kind, width] = tried.loc[tried["score"].idxmin(), "lr"]
+        if best in (tried["lr"].min(), tried["lr"].max()):
+            raise StudyError(f"The best learning rate of {kind}, {best:g}, is at the end of those tried; try more.")
+    return found
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"train": train, "curves": curves})
+    tyro.cli(train)

@@ -38,7 +38,6 @@ WHAT = {  # by the beginning of a name, the longest that fits
     "kills": "Commands that were killed, and disks that filled up",
     "latency": "Seconds to encode and decode, beside CompressAI's models",
     "latency_growth": "Seconds and memory against the size of the picture",
-    "learning_curves": "Rates of eleven kinds of entropy models over their training, side by side on the same crops",
     "many_files": "Memory over many files in one process",
     "matrix": "Files coded under one configuration of software and decoded under another",
     "model_sizes": "Megabytes and parameters of the entropy models",

@@ -249,52 +249,55 @@ GAINS = {  # what is compared with what: (it, against); a gain is positive where
 }
 COSTS = {  # the same of what is beside the serial model: a cost is positive where it needs more bits
     "two passes": ("parallel", "serial"),
-    "two passes, twice as wide as the serial one": ("parallel-192", "serial"),
     "GroupedMixer, 12 groups": ("groupedmixer", "serial"),
     "GroupedMixer, 32 groups": ("groupedmixer-32", "serial"),
 }
 
 
-def gains_data(pairs: dict[str, tuple[str, str]], stretch: int = 200) -> pd.DataFrame | None:
-    """What one kind needs against another over the training, on the same crops.
+def gains_data(pairs: dict[str, tuple[str, str]]) -> pd.DataFrame | None:
+    """What one kind of the family needs against another on held-out latents, over the training.
 
     Args:
         pairs: label: the two kinds.
-        stretch: Steps over which the logarithm of their ratio is averaged, since crops differ.
 
     Returns:
-        label, step (middle of a stretch), percent (of rate, negative where the first kind needs less), held_out (the
-        same at the end for held-out latents: as in training, of the bits at all lambdas together).
+        label, seed, step, percent (of rate, negative where the first kind needs less; the mean over the lambdas, of
+        logarithms). None where one kind is missing.
     """
-    saved = load("learning_curves")
+    saved = load("family")
     if saved is None:
         return None
-    curves = {row["kind"]: pd.Series(dict(row["curve"])) for row in saved["rows"]}
-    ends = {row["kind"]: np.array([point["bpp"] for point in row["held_out"]]) for row in saved["rows"]}
+    steps = max(row["steps"] for row in saved["rows"])
+    curves = {}  # of kind and seed: ln of the rate, a row for each step and a column for each lambda
+    for row in saved["rows"]:
+        if row["steps"] == steps:
+            curves[row["kind"], row["seed"]] = np.log(pd.DataFrame(row["held_out"]).set_index("step"))
     found = []
     for label, (one, other) in pairs.items():
-        ratio = np.log(curves[one] / curves[other])
-        middles = (ratio.index - 1) // stretch * stretch + stretch // 2
-        percent = 100 * np.expm1(ratio.groupby(middles).mean())
-        end = 100 * (ends[one].sum() / ends[other].sum() - 1)
-        found.append(pd.DataFrame({"label": label, "step": percent.index, "percent": percent, "held_out": end}))
-    return pd.concat(found, ignore_index=True)
+        for seed in sorted(seed for kind, seed in curves if kind == one and (other, seed) in curves):
+            ratio = (curves[one, seed] - curves[other, seed]).mean(axis=1)
+            row = {"label": label, "seed": seed, "step": ratio.index, "percent": 100 * np.expm1(ratio.to_numpy())}
+            found.append(pd.DataFrame(row))
+    labels = {part["label"].iloc[0] for part in found}
+    return pd.concat(found, ignore_index=True) if labels == set(pairs) else None
 
 
 @styled()
-def gains_over_training(gains: pd.DataFrame, costs: pd.DataFrame) -> Figure:
-    """Savings of attention, and what is paid beside the serial model, over the steps; a ring for held-out latents."""
-    figure, axes = new_figure(TWO_COLUMNS, 3.2, 1, 2, sharex=True)
-    looks = list(zip((*COLOURS, "#7a4a21"), MARKERS, strict=False))  # none is used twice
+def gains_over_training(gains: pd.DataFrame, costs: pd.DataFrame, larger: int | None = None) -> Figure:
+    """Savings of attention, and what is paid beside the serial model, over the steps: the mean over seeds, and a small
+    point for each seed where there are several.  larger: the step from which on crops are larger"""
+    figure, axes = new_figure(TWO_COLUMNS, 3.0, 1, 2, sharex=True)
+    looks = list(zip(COLOURS, MARKERS, strict=False))  # none is used twice
     for ax, data, sign, own in ((axes[0], gains, -1, looks[:4]), (axes[1], costs, 1, looks[4:])):
         for (label, part), (colour, marker) in zip(data.groupby("label", sort=False), own, strict=False):
-            ax.plot(part["step"], sign * part["percent"], color=colour, marker=marker, markersize=3, label=label)
-            end = (1.04 * part["step"].max(), sign * part["held_out"].iloc[0])
-            ax.plot(*end, marker=marker, color=colour, markersize=5, markerfacecolor="none", linestyle="")
+            mean = sign * part.groupby("step")["percent"].mean()
+            ax.plot(mean.index, mean, color=colour, marker=marker, markersize=3, label=label)
+            if part["seed"].nunique() > 1:
+                ax.plot(part["step"], sign * part["percent"], ".", color=colour, markersize=2.5)
         ax.axhline(0, color="0.7", linewidth=0.8)
+        if larger is not None:
+            ax.axvline(larger, color="0.7", linewidth=0.8)
         ax.grid(axis="y", alpha=0.25, linewidth=0.5)
         ax.set(xlabel="training step", ylabel="rate saved, %" if sign < 0 else "rate above the serial model, %")
-        ring = Line2D([], [], linestyle="", marker="o", color="0.4", markersize=5, markerfacecolor="none")
-        handles, words = ax.get_legend_handles_labels()
-        ax.legend([*handles, ring], [*words, "held-out photographs"], loc="lower center", bbox_to_anchor=(0.5, 1))
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
