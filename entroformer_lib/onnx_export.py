@@ -254,6 +254,7 @@ def gathered(probs: Tensor, v: Tensor, own: tuple[Tensor, Tensor] | None) -> Ten
 
 
 def analysis(model: Entroformer, x: Tensor, level: Tensor | None = None):
+    """x  ->  y, z"""
     y = model.g_a(x)
     if model.gain is not None:
         y = y * model.gain(level)[0]
@@ -261,10 +262,12 @@ def analysis(model: Entroformer, x: Tensor, level: Tensor | None = None):
 
 
 def synthesis(model: Entroformer, y_hat: Tensor, level: Tensor | None = None) -> Tensor:
+    """y_hat  ->  x_hat"""
     return model.g_s(y_hat if model.gain is None else y_hat * model.gain(level)[1])
 
 
 def hyper_synthesis(model: Entroformer, z_hat: Tensor, level: Tensor | None = None) -> Tensor:
+    """z_hat  ->  hyper"""
     return model.hyper_synthesis(z_hat, rate_at(model, level))
 
 
