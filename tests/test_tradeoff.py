@@ -10,10 +10,10 @@ import pytest
 from conftest import MICRO, micro_model
 
 from benchmarks import readme, tradeoff
+from benchmarks.latency import STAGES
 from entroformer_lib.codec import codec
 from entroformer_lib.errors import StudyError
 from entroformer_lib.models import config as model_config
-from entroformer_lib.stages import STAGES
 from entroformer_lib.studies import ablation, same_transforms
 from entroformer_lib.studies import results as saved_results
 from entroformer_lib.studies.ablation_grids import GRIDS, Terms
