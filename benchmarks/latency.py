@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from entroformer_lib.datasets import sample_picture
 from entroformer_lib.entroformer import Entroformer, build_model
 from entroformer_lib.errors import StudyError
 from entroformer_lib.memory import keep_freed_memory
-from entroformer_lib.stages import timed
+from entroformer_lib.stages import stage_times
 from entroformer_lib.studies.results import save
 
 OURS = ("base-parallel", "base-serial", "base-groupedmixer", "study-parallel", "study-serial", "study-groupedmixer")
@@ -37,6 +38,21 @@ QUALITY = 8
 KEPT = " + memory"  # behind the name of a CompressAI model that runs with freed memory kept
 MODELS = (*OURS, *COMPRESSAI, *(name + KEPT for name in COMPRESSAI if sys.platform.startswith("linux")))
 SIDES = (256, 512, 1024, 2048, 4096)  # pixels, for the growth of time and memory
+STAGES = ("transforms", "hyper", "context", "entropy coding")  # of coding a picture
+
+
+def timed(work: Callable[[], object]) -> tuple[dict[str, float], object]:
+    """Seconds of some work and of its STAGES, as the columns of a table, and what the work returns.
+
+    Returns:
+        seconds; transforms_s, hyper_s, context_s, entropy_coding_s; other_s: the rest of seconds.
+    """
+    with stage_times() as stages:
+        start = time.perf_counter()
+        result = work()
+        seconds = time.perf_counter() - start
+    columns = {f"{name.replace(' ', '_')}_s": stages.get(name, 0.0) for name in STAGES}
+    return {"seconds": seconds, **columns, "other_s": seconds - sum(stages.values())}, result
 
 
 def lively(model: Entroformer) -> Entroformer:
@@ -47,7 +63,7 @@ def lively(model: Entroformer) -> Entroformer:
 
 
 def measure(model: Entroformer, picture, data: bytes | None = None) -> tuple[dict, bytes]:
-    """One encode, or one decode where there is `data`.  ->  the columns of `stages.timed`, data"""
+    """One encode, or one decode where there is `data`.  ->  the columns of `timed`, data"""
     if data is None:
         return timed(lambda: codec.encode(model, picture))
     return timed(lambda: codec.decode(data, model))[0], data

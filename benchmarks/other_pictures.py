@@ -69,7 +69,7 @@ def sets_of(data: Path, folder: Path) -> dict[str, list[Path]]:
     names = read_names(data_folder() / "reference" / "held_out.txt")
     held_out = folder / "held-out"
     held_out.mkdir()
-    for i, picture in enumerate(pictures_in(str(data / "train"), names.__contains__)):
+    for i, (_, picture) in enumerate(pictures_in(str(data / "train"), names.__contains__)):
         Image.fromarray(picture).save(held_out / f"{i:02}.png")
     return {
         "Kodak": sorted((data / "kodak").glob("*.png")),

@@ -4,6 +4,7 @@ python benchmarks/publish.py publish runs/blocks-parallel blocks-parallel --koda
 python benchmarks/publish.py again blocks-parallel --kodak pictures/kodak
 python benchmarks/publish.py effort blocks-parallel --kodak pictures/kodak
 python benchmarks/publish.py card blocks-parallel --differs "..."
+python benchmarks/publish.py masking runs/masking
 """
 
 import dataclasses
@@ -136,6 +137,22 @@ def card(name: Positional[str], differs: str = "", before: str = "") -> None:
     rows = json.loads(result_path(f"{name}-kodak").read_text())["images"]
     save_card(_weights(name), facts)
     write_bytes(_weights(name).with_suffix(".md"), card_text(name, facts, rows).encode())
+
+
+def masking(runs: Positional[Path], only: tuple[str, ...] = ("none", "diamond"), transforms: str | None = None) -> None:
+    """Puts models of the position-masking study into data/weights/position_masking, in half precision.
+
+    Args:
+        runs: Folder of the runs.
+        only: Names of the models.
+        transforms: Weights that hold g_a, g_s and gains, which are left out here: a file in data/weights/shared.
+    """
+    for name in only:
+        model = load_model(runs / name / "weights.safetensors", "cpu")
+        limits = "made for the study of context positions, with gaps in its context; other models compress better"
+        training = {**model.card["training"], "out": f"runs/{name}", "latents": "runs/latents"}
+        card = {**model.card, "training": training, "limits": limits}
+        save_weights(model, _weights(f"position_masking/{name}"), card, "float16", transforms)
 
 
 def _counted_of(model: Entroformer) -> dict:
@@ -298,4 +315,6 @@ def _facts(card: dict, pictures: pd.DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"publish": publish, "again": again, "effort": effort, "card": card})
+    tyro.extras.subcommand_cli_from_dict(
+        {"publish": publish, "again": again, "effort": effort, "card": card, "masking": masking}
+    )

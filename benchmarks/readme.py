@@ -17,7 +17,7 @@ import pandas as pd
 
 from entroformer_lib.files import write_bytes
 from entroformer_lib.studies import bd, same_transforms, verdicts
-from entroformer_lib.studies.results import LABELS, in_order, kodak, kodak_means, load, published
+from entroformer_lib.studies.results import LABELS, in_order, kodak, kodak_means, load, needed, published
 from entroformer_lib.views.paper_tables import markdown
 from entroformer_lib.views.window_figures import window_data
 
@@ -108,8 +108,7 @@ def with_effort() -> str:
 
 def other_pictures() -> str:
     """The shipped model on other photographs than Kodak's, and on graphics."""
-    if not (saved := load("other_pictures")):
-        return "There is no data/results/other_pictures.json yet."
+    saved = needed("other_pictures")
     rates = pd.DataFrame(saved["rates"])
     table = rates.pivot(index=["pictures", "count"], columns="anchor", values="rate_percent")
     table = table.loc[
@@ -147,14 +146,14 @@ def shipped_msssim() -> str:
 
 def k_of_each_picture() -> str:
     """What a choice of k for each picture does to the bits of y, against the best k for all."""
-    rows = pd.DataFrame(load("picture_k")["choice"])[["model", "lmbda", "fixed", "percent", "others"]]
+    rows = pd.DataFrame(needed("picture_k")["choice"])[["model", "lmbda", "fixed", "percent", "others"]]
     heads = ["model", "lambda", "best k for all", "bits of y", "pictures that take another k"]
     return _table(rows.set_axis(heads, axis=1), ("`{}`", "{:g}", "{}", "{:+.3f}%", "{}"))
 
 
 def shipped_times() -> str:
     """Seconds of the shipped models for one Kodak picture, over the lambdas that were measured."""
-    saved = load("shipped_times")
+    saved = needed("shipped_times")
     rows = pd.DataFrame(saved["rows"])
     lines = []
     for (model, effort), part in rows.groupby(["model", "effort"], sort=False):
@@ -170,9 +169,9 @@ def shipped_times() -> str:
 
 def speed() -> str:
     """Times at the paper's size, as ratios."""
-    rows = pd.DataFrame(load("latency")["rows"])
+    rows = pd.DataFrame(needed("latency")["rows"])
     seconds = rows.groupby(["direction", "model"])["seconds"].median()
-    decode, growth = seconds["decode"], load("latency_growth")
+    decode, growth = seconds["decode"], needed("latency_growth")
     parallel, serial = decode["base-parallel"], decode["base-serial"]
     memory = max(row["peak_mb"] for row in growth["large"])
     sides = pd.DataFrame(growth["rows"]).query("direction == 'decode'").set_index("width")["seconds"]
@@ -193,7 +192,7 @@ def speed() -> str:
 
 def cost_sizes() -> str:
     """What the model of cost says of three sizes on one core, and what was measured."""
-    rows = pd.DataFrame(load("cost")["predictions"])
+    rows = pd.DataFrame(needed("cost")["predictions"])
     rows["error"] *= 100
     rows[["kept_bytes", "peak_growth_bytes"]] /= 1e6
     columns = {
@@ -228,17 +227,17 @@ def _on_gpus(rows: list[dict]) -> str:
 
 def cost_paper() -> str:
     """The paper's training on GPUs, simulated."""
-    return _on_gpus(load("cost")["paper_on_gpus"])
+    return _on_gpus(needed("cost")["paper_on_gpus"])
 
 
 def cost_fast() -> str:
     """That of the fast transforms."""
-    return _on_gpus(load("cost")["fast_on_gpus"])
+    return _on_gpus(needed("cost")["fast_on_gpus"])
 
 
 def cost_bottleneck() -> str:
     """Where the bottleneck of the paper's training moves."""
-    saved, coding = load("cost"), pd.DataFrame(load("latency")["rows"]).query("model == 'base-serial'")
+    saved, coding = needed("cost"), pd.DataFrame(needed("latency")["rows"]).query("model == 'base-serial'")
     one, _, many = saved["paper_on_gpus"]
     here, per_core = saved["decoded_per_s_and_core"].values()
     crop = (one["multiplying_ms"] + one["moving_ms"]) / one["batch"]  # ms
@@ -284,7 +283,7 @@ def both_systems() -> str:
 
 def family() -> str:
     """What each kind of the family reached on the held-out photographs, with its learning rate and other seeds."""
-    runs = pd.DataFrame(load("family")["rows"]).query("width == 96")
+    runs = pd.DataFrame(needed("family")["rows"]).query("width == 96")
     whole = runs[runs["steps"] == runs["steps"].max()]
     bases = whole[whole["kind"] == "serial"].set_index("seed")["score"]
     whole = in_order(whole.assign(variant=whole["kind"].replace("context", "context-serial")))
@@ -303,7 +302,7 @@ def family() -> str:
 
 def family_seeds() -> str:
     """How far two seeds of the same kind are apart."""
-    runs = pd.DataFrame(load("family")["rows"]).query("width == 96")
+    runs = pd.DataFrame(needed("family")["rows"]).query("width == 96")
     whole = runs[runs["steps"] == runs["steps"].max()]
     apart = {kind: 100 * np.expm1(np.ptp(part["score"])) for kind, part in whole.groupby("kind") if len(part) > 1}
     return _paragraph(
@@ -315,7 +314,7 @@ def family_seeds() -> str:
 
 def family_widths() -> str:
     """The parallel model at several widths, trained for the same time."""
-    runs = pd.DataFrame(load("family")["rows"]).query("kind == 'parallel' and lr == 0.002")
+    runs = pd.DataFrame(needed("family")["rows"]).query("kind == 'parallel' and lr == 0.002")
     wide = runs[(runs["width"] != 96) | (runs["steps"] == 2000)].sort_values("width")
     base = wide.loc[wide["width"] == 96, "score"].iloc[0]
     columns = {
@@ -355,8 +354,7 @@ def reliability() -> str:
 
 def workers() -> str:
     """Seconds of one worker and of two."""
-    if not (result := load("cluster")):
-        return "There is no data/results/cluster.json yet."
+    result = needed("cluster")
     seconds = pd.DataFrame(result["rows"]).pivot(index="work", columns="workers", values="seconds")
     seconds = seconds.loc[list(dict.fromkeys(row["work"] for row in result["rows"]))]
     table = seconds.assign(times=seconds[1] / seconds[2]).reset_index()
@@ -412,8 +410,7 @@ def tried() -> str:
 
 def matrix() -> str:
     """A row for each configuration of the matrix."""
-    if not (result := load("matrix")):
-        return "There is no data/results/matrix.json yet."
+    result = needed("matrix")
     rows = pd.DataFrame(result["rows"])
     pairs = rows.pivot(index="configuration", columns="direction", values="pairs").astype("Int64")
     sums = rows.groupby("configuration")[["right", "refused", "wrong", "error"]].sum()
@@ -438,14 +435,9 @@ def _command(result: dict) -> str:
     return "python " + result["provenance"]["command"]
 
 
-NOT_MEASURED = "Not measured yet."
-
-
 def window_bits() -> str:
     """What a search window costs in bits."""
-    saved = load("window_bits")
-    if saved is None:
-        return NOT_MEASURED
+    saved = needed("window_bits")
     rows = window_data().dropna(subset="picture").query("window < inf")
     change, sizes = rows.groupby("window")["change_percent"].agg(["mean", "min", "max"]), rows["megapixels"]
     each = [
@@ -461,9 +453,7 @@ def window_bits() -> str:
 
 def window_times() -> str:
     """What a search window saves in time, and where the time of the largest picture goes."""
-    saved = load("window_times")
-    if saved is None:
-        return NOT_MEASURED
+    saved = needed("window_times")
     rows = pd.DataFrame(saved["rows"])
     rows["window"] = rows["window"].astype(float).fillna(np.inf)
     rows["size"], pixels = rows["width"].astype(str) + "x" + rows["height"].astype(str), rows["width"] * rows["height"]
@@ -494,7 +484,7 @@ def window_times() -> str:
 
 def recipe_rows() -> str:
     """What ended below and above the base of the comparison at equal time, the best first."""
-    rows = load("recipe_equal_time")["rows"]
+    rows = needed("recipe_equal_time")["rows"]
     bases = {row["minutes"]: row["points"] for row in rows if row["row"] in ("base", "short base")}
     lines = []
     for row in sorted(rows, key=lambda row: (-row["minutes"], row["percent"])):

@@ -16,11 +16,11 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the browser of the tests
 from browser import chromium
 
+from benchmarks.overview import overview
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.explorer.page import explorer_page
 from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.inspection.group_server import server_of
-from entroformer_lib.views.overview import overview
 from entroformer_lib.weights.zoo import load_model, reference_of
 
 SIZE, SCALE = (1280, 780), 0.75  # pixels of the window; of the photographs for each of the window's

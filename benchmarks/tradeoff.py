@@ -20,12 +20,12 @@ import torch
 import tyro
 from PIL import Image
 
+from benchmarks.latency import timed
 from entroformer_lib.codec import codec
 from entroformer_lib.codec.quality import psnr_db
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import StudyError
 from entroformer_lib.memory import keep_freed_memory
-from entroformer_lib.stages import timed
 from entroformer_lib.studies.rate_distortion import pictures_of
 from entroformer_lib.studies.results import result_path
 from entroformer_lib.studies.results import save as save_result

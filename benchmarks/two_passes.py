@@ -27,7 +27,7 @@ from entroformer_lib.weights.zoo import load_model
 
 LMBDAS = (0.00035, 0.0017, 0.007, 0.029, 0.12)
 SQUARES = (128, 256)  # pixels; and the whole picture
-SHIPPED = ("blocks-serial", "blocks-parallel")
+SHIPPED = ("equal-serial", "equal-parallel")
 
 
 @torch.inference_mode()

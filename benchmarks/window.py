@@ -20,13 +20,13 @@ import tyro
 from latency import lively
 from PIL import Image
 
+from benchmarks.latency import timed
 from entroformer_lib.codec import codec
 from entroformer_lib.datasets import files_under, is_picture
 from entroformer_lib.entroformer import build_model
 from entroformer_lib.exact import loops, ranked
 from entroformer_lib.files import data_folder
 from entroformer_lib.memory import keep_freed_memory
-from entroformer_lib.stages import timed
 from entroformer_lib.studies.results import load, save
 from entroformer_lib.weights.zoo import load_model
 

@@ -465,8 +465,8 @@ def explore(
     rows.check_layer(**{"layer": 0, **start})
     seconds, size = effort(rows)
     print(f"{rows.n:,} latents: about {seconds:.0f} seconds and {size:.1f} MB", file=sys.stderr)
-    with _progress() as show:
-        page = explorer_page(rows, in_text(image.stem), show, **start)
+    with _progress():
+        page = explorer_page(rows, in_text(image.stem), **start)
     if output is not None:
         write_bytes(output, page.text.encode())
     print(f"{output or image}: {page.in_words()}")
@@ -747,7 +747,7 @@ def _load(model: str, device: str):
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
+def _progress() -> Iterator[None]:
     """Shows on a terminal how far the work inside has come, once it takes longer than a second."""
     from tqdm import tqdm
 
@@ -760,7 +760,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
             bar.update(done - bar.n)
 
         with listening(show):
-            yield show
+            yield
 
 
 def _output(output: Path | None, source: str | Path, ending: str, force: bool) -> Path:

@@ -22,7 +22,6 @@ square of the number of latents.
 """
 
 import copy
-import importlib.util
 import io
 import json
 import math
@@ -70,14 +69,13 @@ def export(model: Entroformer) -> dict[str, bytes]:
     hyper = {"hyper": torch.randn(1, c.dim, 8, 12)} if c.hyperprior else {}
     latents = {} if c.context == "none" else {"y_hat": y_hat}
     graphs = {
-        "analysis": traced(Analysis(model), {"x": x, **level}, ("y", "z") if c.hyperprior else ("y",)),
-        "context": traced(_Context(model), {**latents, **hyper, **told}, ("means", "scales")),
-        "synthesis": traced(Synthesis(model), {"y_hat": y_hat, **level}, ("x_hat",)),
+        "analysis": traced(model, analysis, {"x": x, **level}, ("y", "z") if c.hyperprior else ("y",)),
+        "context": traced(model, _context, {**latents, **hyper, **told}, ("means", "scales")),
+        "synthesis": traced(model, synthesis, {"y_hat": y_hat, **level}, ("x_hat",)),
     }
     if c.hyperprior:
-        graphs["hyper_synthesis"] = traced(
-            HyperSynthesis(model), {"z_hat": torch.randn(1, c.Z, 2, 3), **told}, ("hyper",)
-        )
+        z_hat = {"z_hat": torch.randn(1, c.Z, 2, 3)}
+        graphs["hyper_synthesis"] = traced(model, hyper_synthesis, {**z_hat, **told}, ("hyper",))
     return graphs
 
 
@@ -136,8 +134,10 @@ def prepared(model: Entroformer) -> Entroformer:
         raise ConfigError(
             f"This model has {has}; ONNX graphs are made of models whose context is parallel, serial or none."
         )
-    if not _there("onnx"):
-        raise UserError("ONNX graphs need one more package: pip install onnx.")
+    try:
+        import onnx  # noqa: F401
+    except ImportError:
+        raise UserError("ONNX graphs need one more package: pip install onnx.") from None
     model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     for module in model.modules():
         if isinstance(module, GDN):  # its weights as they are used, not as they are learned
@@ -148,26 +148,30 @@ def prepared(model: Entroformer) -> Entroformer:
     return model
 
 
-def _there(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ValueError:  # as Python says it of a module that was set to None
-        return False
-
-
 def rate_input(model: Entroformer) -> dict[str, Tensor]:
     """The input `level`, where there is a choice of rates."""
     return {} if model.gain is None else {"level": torch.tensor([model.level])}
 
 
-def traced(part: nn.Module, inputs: dict[str, Tensor], outputs: tuple[str, ...], axes: dict | None = None) -> bytes:
-    """What a part does with examples of its inputs, as an ONNX file.  axes: of more names than AXES knows."""
+class _Part(nn.Module):
+    """A function of a model and tensors, in the form that the exporter takes."""
+
+    def __init__(self, model: Entroformer, function):
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, *inputs: Tensor):
+        return self.function(self.model, *inputs)
+
+
+def traced(model, function, inputs: dict[str, Tensor], outputs: tuple[str, ...], axes: dict | None = None) -> bytes:
+    """What function(model, *inputs) does with these examples, as an ONNX file.  axes: of more names than AXES knows."""
     axes, file = AXES | (axes or {}), io.BytesIO()
     named = {name: axes[name] for name in (*inputs, *outputs) if name in axes}
     with warnings.catch_warnings(), torch.no_grad(), InGraphs():
         warnings.simplefilter("ignore")  # the exporter's own: that it traces, and what it does not fold
         torch.onnx.export(
-            part, tuple(inputs.values()), file, input_names=list(inputs), output_names=list(outputs),
+            _Part(model, function), tuple(inputs.values()), file, input_names=list(inputs), output_names=list(outputs),
             dynamic_axes=named, opset_version=OPSET, dynamo=False,
         )  # fmt: skip
     return file.getvalue()
@@ -190,7 +194,7 @@ class InGraphs(TorchFunctionMode):
         return (self.attend if function is attend else function)(*args, **(kwargs or {}))
 
 
-def attend_in_graph(q, k, v, layer, sites, visible, relative, top_k, own=None, numbers=None) -> Tensor:
+def attend_in_graph(q, k, v, layer, sites, visible, relative, top_k, own=None) -> Tensor:
     """`attend`, with sizes that are part of the graph."""
     content, position = parts_of_scores(q, k, layer, sites, relative, own)
     scores = content if position is None else content + position
@@ -249,58 +253,32 @@ def gathered(probs: Tensor, v: Tensor, own: tuple[Tensor, Tensor] | None) -> Ten
     return probs @ v if own is None else probs[..., :-1] @ v + probs[..., -1:] * own[1]
 
 
-class Analysis(nn.Module):
+def analysis(model: Entroformer, x: Tensor, level: Tensor | None = None):
     """x  ->  y, z"""
-
-    def __init__(self, model: Entroformer):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor, level: Tensor | None = None):
-        model = self.model
-        y = model.g_a(x)
-        if model.gain is not None:
-            y = y * model.gain(level)[0]
-        return y if model.h_a is None else (y, model.hyper_analysis(y, rate_at(model, level)))
+    y = model.g_a(x)
+    if model.gain is not None:
+        y = y * model.gain(level)[0]
+    return y if model.h_a is None else (y, model.hyper_analysis(y, rate_at(model, level)))
 
 
-class Synthesis(nn.Module):
+def synthesis(model: Entroformer, y_hat: Tensor, level: Tensor | None = None) -> Tensor:
     """y_hat  ->  x_hat"""
-
-    def __init__(self, model: Entroformer):
-        super().__init__()
-        self.g_s, self.gain = model.g_s, model.gain
-
-    def forward(self, y_hat: Tensor, level: Tensor | None = None) -> Tensor:
-        return self.g_s(y_hat if self.gain is None else y_hat * self.gain(level)[1])
+    return model.g_s(y_hat if model.gain is None else y_hat * model.gain(level)[1])
 
 
-class HyperSynthesis(nn.Module):
+def hyper_synthesis(model: Entroformer, z_hat: Tensor, level: Tensor | None = None) -> Tensor:
     """z_hat  ->  hyper"""
-
-    def __init__(self, model: Entroformer):
-        super().__init__()
-        self.model = model
-
-    def forward(self, z_hat: Tensor, level: Tensor | None = None) -> Tensor:
-        return self.model.hyper_synthesis(z_hat, rate_at(self.model, level))
+    return model.hyper_synthesis(z_hat, rate_at(model, level))
 
 
-class _Context(nn.Module):
-    """y_hat, hyper  ->  means, scales"""
-
-    def __init__(self, model: Entroformer):
-        super().__init__()
-        self.model, c = model, model.config
-        self.names = [] if c.context == "none" else ["y_hat"]
-        self.names += (["hyper"] if c.hyperprior else []) + ["level"]
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        given = dict(zip(self.names, inputs, strict=False))
-        predictor = self.model.entropy_model(rate_at(self.model, given.get("level")))
-        hyper = given.get("hyper")
-        means, log_scales = predictor.predict(given.get("y_hat", hyper), hyper)
-        return means, scales_of(self.model, log_scales)
+def _context(model: Entroformer, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """y_hat, hyper, level, where the model has them  ->  means, scales"""
+    c, left = model.config, list(inputs)
+    y_hat = None if c.context == "none" else left.pop(0)
+    hyper = left.pop(0) if c.hyperprior else None
+    predictor = model.entropy_model(rate_at(model, left[0] if left else None))
+    means, log_scales = predictor.predict(hyper if y_hat is None else y_hat, hyper)
+    return means, scales_of(model, log_scales)
 
 
 def rate_at(model: Entroformer, level: Tensor | None):

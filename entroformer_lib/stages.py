@@ -11,12 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import TypeVar
 
 import torch
 
-STAGES = ("transforms", "hyper", "context", "entropy coding")  # of coding a picture
-Result = TypeVar("Result")
 Listener = Callable[[str, int, int], None]
 _seconds: ContextVar[dict[str, float] | None] = ContextVar("seconds", default=None)
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
@@ -25,20 +22,6 @@ _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 def stage_times() -> AbstractContextManager[dict[str, float]]:
     """Collects the seconds of each stage that runs inside the block."""
     return _during(_seconds, {})
-
-
-def timed(work: Callable[[], Result]) -> tuple[dict[str, float], Result]:
-    """Seconds of some work and of its STAGES, as the columns of a table, and what the work returns.
-
-    Returns:
-        seconds; transforms_s, hyper_s, context_s, entropy_coding_s; other_s: the rest of seconds.
-    """
-    with stage_times() as stages:
-        start = time.perf_counter()
-        result = work()
-        seconds = time.perf_counter() - start
-    columns = {f"{name.replace(' ', '_')}_s": stages.get(name, 0.0) for name in STAGES}
-    return {"seconds": seconds, **columns, "other_s": seconds - sum(stages.values())}, result
 
 
 def listening(listener: Listener) -> AbstractContextManager[Listener]:

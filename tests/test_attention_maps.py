@@ -15,7 +15,7 @@ from entroformer_lib.weights.zoo import save_weights
 def test_maps(variant, photo):
     server = RowServer(micro_model(variant), photo)
     points = [(2, 4), (5, 5)]
-    found = attention_maps.maps(server, points, ks=(3, None))
+    found = attention_maps.maps(server, points, ks=(3, 0))
     assert [m["figure"] for m in found] == [8, 8, *[9] * server.heads, 10, 10]
     for m in found:
         probs = np.array(m["probs"])

@@ -93,9 +93,9 @@ def test_every_picture_once_per_epoch():
 def test_crops_differ_and_cover_scales():
     rng = np.random.default_rng(0)
     ramp = torch.arange(256, dtype=torch.uint8).expand(3, 256, 256)
-    spans = {round(float((c := crop_of(ramp, 64, 0.5, rng))[0, 0].max() - c[0, 0].min()) * 255) for _ in range(50)}
+    spans = {round(float((c := crop_of(ramp, 64, rng))[0, 0].max() - c[0, 0].min()) * 255) for _ in range(50)}
     assert min(spans) >= 62 and max(spans) > 110  # from 1:1 to 1:2
-    assert crop_of(ramp[:, :64, :64], 64, 0.5, rng).shape == (3, 64, 64)  # exactly as large as the crop
+    assert crop_of(ramp[:, :64, :64], 64, rng).shape == (3, 64, 64)  # exactly as large as the crop
 
 
 def test_noise_and_masks_belong_to_the_sample():

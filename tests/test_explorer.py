@@ -16,6 +16,7 @@ from conftest import aware_model, micro_model
 from matplotlib.colors import to_rgba
 from PIL import Image
 
+from benchmarks import overview
 from entroformer_lib import cli
 from entroformer_lib.codec import pictures
 from entroformer_lib.errors import AttentionError
@@ -39,7 +40,7 @@ from entroformer_lib.inspection.row_server import RowServer
 from entroformer_lib.models.attention import TopKAttention
 from entroformer_lib.models.groupedmixer import WindowAttention
 from entroformer_lib.studies import attention as study
-from entroformer_lib.views import attention_figures, overview
+from entroformer_lib.views import attention_figures
 from entroformer_lib.weights.zoo import save_weights
 
 KINDS = ("serial", "parallel")

@@ -10,7 +10,7 @@ from conftest import LMBDAS, aware_model
 
 from benchmarks import family
 from entroformer_lib.errors import StudyError
-from entroformer_lib.studies.results import kept_in
+from entroformer_lib.studies.results import NoResult, kept_in
 from entroformer_lib.views.ablation_figures import gains_data, gains_over_training
 from entroformer_lib.weights.zoo import load_model, save_weights
 
@@ -85,7 +85,8 @@ def test_gains_over_the_training(tmp_path):
     (tmp_path / "family.json").write_text(json.dumps({"rows": [*rows, row("cnn", 0, 1.0), row("parallel", 0, 9, 4)]}))
     with kept_in(tmp_path):
         data = gains_data({"two passes": ("parallel", "serial"), "cnn": ("cnn", "serial")})
-        assert gains_data({"two passes": ("parallel", "serial"), "another": ("minnen", "serial")}) is None
+        with pytest.raises(NoResult, match="minnen"):
+            gains_data({"two passes": ("parallel", "serial"), "another": ("minnen", "serial")})
     two = data[data["label"] == "two passes"].set_index(["seed", "step"])["percent"]
     assert np.allclose(two[0], 100 * (1.1**2 - 1)) and np.allclose(two[1], 0) and len(two) == 4
     assert set(data[data["label"] == "cnn"]["seed"]) == {0}

@@ -5,10 +5,10 @@ import pandas as pd
 import pytest
 
 from benchmarks import latency
-from benchmarks.latency import exponents, growth, measure_one, table
+from benchmarks.latency import STAGES, exponents, growth, measure_one, table
 from entroformer_lib.codec import codec
 from entroformer_lib.datasets import sample_picture
-from entroformer_lib.stages import STAGES, listening, stage_times
+from entroformer_lib.stages import listening, stage_times
 from entroformer_lib.views import figures
 
 

@@ -52,7 +52,7 @@ def test_figure(saved):
     figure = rate_figures.same_transforms(data)
     drawn = [line.get_ydata() for line in figure.axes[0].lines]
     assert any(np.allclose(y, 10) for y in drawn)
-    ours = lambda: set(rate_figures.codecs_data(("JPEG",), "JPEG")().query("source.isna()")["codec"])  # noqa: E731
+    ours = lambda: set(rate_figures.codecs_data(("JPEG",), "JPEG").query("source.isna()")["codec"])  # noqa: E731
     assert ours() == {"other"}  # the one outside the family
     (saved / "other-kodak.json").unlink()
     assert ours() == {"serial"}  # there are no others, and CNNs are not drawn beside a transformer
@@ -62,7 +62,8 @@ def test_figure(saved):
     assert "serial-cnn" in list(rate_figures.same_transforms_data()["label"])
     rate_figures.same_transforms(rate_figures.same_transforms_data())
     (saved / "minnen-kodak.json").unlink()
-    assert rate_figures.same_transforms_data() is None
+    with pytest.raises(results.NoResult):
+        rate_figures.same_transforms_data()
 
 
 def test_a_card_says_whether_a_model_stands_alone():

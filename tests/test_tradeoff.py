@@ -10,10 +10,10 @@ import pytest
 from conftest import MICRO, micro_model
 
 from benchmarks import readme, tradeoff
+from benchmarks.latency import STAGES
 from entroformer_lib.codec import codec
 from entroformer_lib.errors import StudyError
 from entroformer_lib.models import config as model_config
-from entroformer_lib.stages import STAGES
 from entroformer_lib.studies import ablation, same_transforms
 from entroformer_lib.studies import results as saved_results
 from entroformer_lib.studies.ablation_grids import GRIDS, Terms
@@ -265,9 +265,10 @@ def test_other_qualities_and_lambdas_are_no_comparison(saved, results_folder):
 
 
 def test_without_results_a_sentence(results_folder, photo_folder):
-    assert views.groups_data() is None and same_transforms.side_by_side() is None
-    assert (
-        saved_results.pending("tradeoff") == "There is no data/results/tradeoff.json yet, so there is no figure here."
-    )
+    for missing in (views.groups_data, same_transforms.side_by_side):
+        with pytest.raises(saved_results.NoResult):
+            missing()
+    with pytest.raises(saved_results.NoResult, match="There is no tradeoff.json among the saved results."):
+        saved_results.needed("tradeoff")
     with pytest.raises(StudyError, match="no shipped models"):
         tradeoff.save(photo_folder, out=results_folder / "tradeoff.json")

@@ -42,10 +42,7 @@ class Exact(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
-        self._weights: dict[int, tuple[Tensor, Weight]] = {}
-        self._arrays: dict[int, tuple[Tensor, np.ndarray]] = {}
-        self._blocks: dict[int, tuple[nn.Module, loops.BlockWeights | None]] = {}
-        self._positions: dict[int, tuple[nn.Module, tuple]] = {}
+        self._kept: dict[tuple, tuple] = {}  # by form and id; what has the id is kept too, so that it stays its own
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         ours = EXACT.get(function)
@@ -58,28 +55,27 @@ class Exact(TorchFunctionMode):
             )
         return function(*args, **(kwargs or {}))
 
+    def kept(self, form, part):
+        """form(part), made at its first use."""
+        key = form.__name__, id(part)
+        if key not in self._kept:
+            self._kept[key] = part, form(part)
+        return self._kept[key][1]
+
     def weight(self, weight: Tensor) -> "Weight":
-        """A layer's weight in integers, made at its first use."""
-        if not isinstance(weight, nn.Parameter):
-            return Weight(weight)
-        known = self._weights.get(id(weight))
-        if known is None:  # the weight itself is kept too, so that its id stays its own
-            known = self._weights[id(weight)] = weight, Weight(weight)
-        return known[1]
+        """A layer's weight in integers."""
+        return self.kept(Weight, weight) if isinstance(weight, nn.Parameter) else Weight(weight)
 
     def array(self, parameter: Tensor | None) -> np.ndarray:
         """A layer's bias, or a norm's weights, as the loops take them."""
         if not isinstance(parameter, nn.Parameter):
             return loops.NONE if parameter is None else loops.array(parameter)
-        known = self._arrays.get(id(parameter))
-        if known is None:
-            known = self._arrays[id(parameter)] = parameter, loops.array(finite(parameter))
-        return known[1]
+        return self.kept(_finite_array, parameter)
 
     def through(self, block: attention.Block, x, sites, visible=None, relative=None, top_k=None, cache=None) -> Tensor:
         """`Block.forward`. The tokens of a serial decoder come one by one, and each goes through in a single loop."""
         single = cache is not None and not cache.closed and visible is None and x.shape[:2] == (1, 1)
-        weights = self.block(block) if single and loops.serve(x) else None
+        weights = self.kept(self._block, block) if single and loops.serve(x) else None
         if weights is None:
             return type(block).forward(block, x, sites, visible=visible, relative=relative, top_k=top_k, cache=cache)
         layer = block.attention
@@ -87,15 +83,10 @@ class Exact(TorchFunctionMode):
             cache.kept = loops.cache_of(layer.heads, cache.capacity, x.size(2) // layer.heads)
         cache.length += 1
         k, window = min(top_k or layer.top_k or cache.length, cache.length), layer.window or 0
-        return loops.one_token(x, weights, cache.kept, self.position(relative), sites, k, window)
-
-    def block(self, block: attention.Block) -> loops.BlockWeights | None:
-        """A transformer block as `loops.one_token` takes it; None where it takes none like it."""
-        if id(block) not in self._blocks:
-            self._blocks[id(block)] = block, self._block(block)
-        return self._blocks[id(block)][1]
+        return loops.one_token(x, weights, cache.kept, self.kept(self._position, relative), sites, k, window)
 
     def _block(self, block: attention.Block) -> loops.BlockWeights | None:
+        """A transformer block as `loops.one_token` takes it; None where it takes none like it."""
         up, activation, down = block.feed_forward
         slope = {nn.ReLU: 0.0, nn.LeakyReLU: getattr(activation, "negative_slope", None)}.get(type(activation))
         if slope is None or down.in_features >= loops.EXACT_TERMS:
@@ -106,14 +97,11 @@ class Exact(TorchFunctionMode):
         scalars = block.norm1.eps, np.float32(slope), np.float32(block.attention.scale)
         return loops.BlockWeights(*norms, *rows, *scalars)
 
-    def position(self, relative: RelativePosition | None) -> tuple:
+    def _position(self, relative: RelativePosition | None) -> tuple:
         """Position vectors as `loops.one_token` takes them."""
         if relative is None:
             return loops.NO_POSITION
-        if id(relative) not in self._positions:
-            values = *self.weight(relative.table()).for_keys, loops.array(relative.lookup)
-            self._positions[id(relative)] = relative, values
-        return self._positions[id(relative)][1]
+        return *self.weight(relative.table()).for_keys, loops.array(relative.lookup)
 
 
 class Weight:
@@ -136,6 +124,10 @@ def finite(weight: Tensor) -> Tensor:
     if not weight.isfinite().all():
         raise WeightsError("The entropy model has weights that are not finite numbers.")
     return weight
+
+
+def _finite_array(parameter: Tensor) -> np.ndarray:
+    return loops.array(finite(parameter))
 
 
 # ---- numbers to integers --------------------------------------------------------------------------------------------

@@ -23,25 +23,25 @@ q, c + 1]; the last column is the query's own key, which in the first pass is am
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import AttentionError
 from entroformer_lib.models.context import first_slice
 from entroformer_lib.models.position import grid_sites
 from entroformer_lib.onnx_export import (
-    Analysis,
-    HyperSynthesis,
     InGraphs,
-    Synthesis,
+    analysis,
     gathered,
     halved,
+    hyper_synthesis,
     kth_largest,
     parts_of_scores,
     prepared,
     rate_at,
     rate_input,
     scales_of,
+    synthesis,
     traced,
 )
 
@@ -88,15 +88,15 @@ def live_graphs(model: Entroformer, reference: Entroformer | None = None) -> dic
         "sites": torch.tensor([0, 5, 17]), "visible": torch.ones(3, 48), **told,
     }  # fmt: skip
     graphs = {
-        "analysis": traced(Analysis(model), {"x": torch.rand(1, 3, 128, 192), **level}, ("y", "z")),
-        "hyper_synthesis": traced(HyperSynthesis(model), {"z_hat": torch.randn(1, c.Z, 2, 3), **told}, ("hyper",)),
-        "synthesis": traced(Synthesis(model), {"y_hat": y_hat, **level}, ("x_hat",)),
-        "remember": traced(_Remember(model), remember, REMEMBERED, AXES),
-        "look": traced(_Look(model), look, LOOKED, AXES),
+        "analysis": traced(model, analysis, {"x": torch.rand(1, 3, 128, 192), **level}, ("y", "z")),
+        "hyper_synthesis": traced(model, hyper_synthesis, {"z_hat": torch.randn(1, c.Z, 2, 3), **told}, ("hyper",)),
+        "synthesis": traced(model, synthesis, {"y_hat": y_hat, **level}, ("x_hat",)),
+        "remember": traced(model, _remember, remember, REMEMBERED, AXES),
+        "look": traced(model, _look, look, LOOKED, AXES),
     }
     if reference is not None:
         y = {"y": torch.randn(1, c.M, 8, 12)}
-        graphs["reference"] = traced(_Reference(prepared(reference)), {**y, **level}, ("means", "scales"), AXES)
+        graphs["reference"] = traced(prepared(reference), _reference, {**y, **level}, ("means", "scales"), AXES)
     return {name: halved(data) for name, data in graphs.items()}
 
 
@@ -137,7 +137,7 @@ class _Changed:
         self.hidden = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
         self.heard: dict[str, list[Tensor]] = {"content": [], "position": [], "scores": [], "probs": []}
 
-    def __call__(self, q, k, v, layer, sites, visible, relative, top_k, own=None, numbers=None) -> Tensor:
+    def __call__(self, q, k, v, layer, sites, visible, relative, top_k, own=None) -> Tensor:
         content, position = parts_of_scores(q, k, layer, sites, relative, own)
         position = (torch.zeros_like(content) if position is None else position) * self.position_on
         scores = content + position + self.hidden
@@ -158,57 +158,38 @@ def _grid(y_hat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return grid_sites(height, width), first, first.nonzero()[:, 0]
 
 
-class _Remember(nn.Module):
+def _remember(model, y_hat, k, head_on, position_on, keep, level=None) -> tuple[Tensor, Tensor]:
     """Keys and values of the first pass."""
-
-    def __init__(self, model: Entroformer):
-        super().__init__()
-        self.model = model
-
-    def forward(self, y_hat, k, head_on, position_on, keep, level=None) -> tuple[Tensor, Tensor]:
-        context, (sites, _, carriers) = self.model.context_model, _grid(y_hat)
-        tokens = context.embed(_seen(self.model, y_hat, level)[carriers])[None]
-        number = torch.arange(keep.size(0))
-        visible = (keep > 0) | (number == number[:, None])
-        cache = [_Known() for _ in context.stack.blocks]
-        with InGraphs(_Changed(self.model, k, head_on, position_on, visible)):
-            context.stack(tokens, sites[carriers], cache=cache)
-        return torch.cat([part.k for part in cache]), torch.cat([part.v for part in cache])
+    context, (sites, _, carriers) = model.context_model, _grid(y_hat)
+    tokens = context.embed(_seen(model, y_hat, level)[carriers])[None]
+    number = torch.arange(keep.size(0))
+    visible = (keep > 0) | (number == number[:, None])
+    cache = [_Known() for _ in context.stack.blocks]
+    with InGraphs(_Changed(model, k, head_on, position_on, visible)):
+        context.stack(tokens, sites[carriers], cache=cache)
+    return torch.cat([part.k for part in cache]), torch.cat([part.v for part in cache])
 
 
-class _Look(nn.Module):
+def _look(model, y_hat, k, head_on, position_on, hyper, keys, values, sites, visible, level=None):
     """Tokens that predict some latents, each apart from the others."""
-
-    def __init__(self, model: Entroformer):
-        super().__init__()
-        self.model = model
-
-    def forward(self, y_hat, k, head_on, position_on, hyper, keys, values, sites, visible, level=None):
-        context, (grid, first, carriers) = self.model.context_model, _grid(y_hat)
-        carries = first[sites][:, None]  # [q, 1]
-        seen = torch.cat(((visible > 0) | (carriers == sites[:, None]), ~carries), dim=1)  # [q, c + 1]
-        tokens = context.embed(_seen(self.model, y_hat, level)[sites] * carries)[None]
-        cache = [_Known(keys[i : i + 1], values[i : i + 1]) for i in range(len(context.stack.blocks))]
-        changed = _Changed(self.model, k, head_on, position_on, seen)
-        with InGraphs(changed):
-            feature = context.stack(tokens, torch.cat((grid[carriers], grid[sites])), cache=cache)[0]
-        feature, here = feature * ~carries, hyper.flatten(2)[..., sites]
-        said = [_gaussians(self.model, here, f, level) for f in (feature, torch.zeros_like(feature))]
-        return *said[0], *said[1], *(torch.cat(tensors) for tensors in changed.heard.values())
+    context, (grid, first, carriers) = model.context_model, _grid(y_hat)
+    carries = first[sites][:, None]  # [q, 1]
+    seen = torch.cat(((visible > 0) | (carriers == sites[:, None]), ~carries), dim=1)  # [q, c + 1]
+    tokens = context.embed(_seen(model, y_hat, level)[sites] * carries)[None]
+    cache = [_Known(keys[i : i + 1], values[i : i + 1]) for i in range(len(context.stack.blocks))]
+    changed = _Changed(model, k, head_on, position_on, seen)
+    with InGraphs(changed):
+        feature = context.stack(tokens, torch.cat((grid[carriers], grid[sites])), cache=cache)[0]
+    feature, here = feature * ~carries, hyper.flatten(2)[..., sites]
+    said = [_gaussians(model, here, f, level) for f in (feature, torch.zeros_like(feature))]
+    return *said[0], *said[1], *(torch.cat(tensors) for tensors in changed.heard.values())
 
 
-class _Reference(nn.Module):
+def _reference(model, y, level=None) -> tuple[Tensor, Tensor]:
     """What a model without context predicts; it rounds its z itself."""
-
-    def __init__(self, model: Entroformer):
-        super().__init__()
-        self.model = model
-
-    def forward(self, y: Tensor, level: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        rate = rate_at(self.model, level)
-        z_hat = self.model.z_prior.quantize_z(self.model.hyper_analysis(y, rate))
-        hyper = self.model.hyper_synthesis(z_hat, rate)
-        return _gaussians(self.model, hyper.flatten(2), None, level)
+    rate = rate_at(model, level)
+    z_hat = model.z_prior.quantize_z(model.hyper_analysis(y, rate))
+    return _gaussians(model, model.hyper_synthesis(z_hat, rate).flatten(2), None, level)
 
 
 def _seen(model: Entroformer, y_hat: Tensor, level: Tensor | None) -> Tensor:

@@ -32,14 +32,13 @@ from entroformer_lib.errors import AttentionError
 from entroformer_lib.explorer.answers import Answers
 from entroformer_lib.explorer.script import STYLE, script
 from entroformer_lib.inspection.panels import k_in_words, offered_ks, own_k, rank_correlations
+from entroformer_lib.stages import tell
 
 PAGE = Path(__file__).with_name("page.html")
 LARGEST_PAGE = 25_000_000  # bytes
 LARGEST_OWN = 25_000_000  # bytes before compression that the rows of the model's own k may take
 LARGEST_REST = 16_000_000  # the same for the other k
 BYTES_PER_ENTRY = 3  # of a row: two for the position, one for the value
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -54,13 +53,12 @@ class Page:
         return f"{self.holds}; {len(self.text) / 1e6:.1f} MB"
 
 
-def explorer_page(server, title: str = "", progress: Progress | None = None, **selection) -> Page:
-    """Builds the page of one picture and model.
+def explorer_page(server, title: str = "", **selection) -> Page:
+    """Builds the page of one picture and model; `stages.tell` says how far it is.
 
     Args:
         server: of the picture, see `server_of`.
         title: what the picture is called.
-        progress: called with (what, done, total).
         selection: where the page starts, see `Explorer`.
 
     Raises:
@@ -71,11 +69,11 @@ def explorer_page(server, title: str = "", progress: Progress | None = None, **s
     own, every, some = own_k(server), range(server.n), lattice(server, ks)
     held = {k: every if k == own and server.row_entries else some for k in ks}
     measured = some if server.family == "rows" else []
-    tell = _teller(progress, sum(map(len, held.values())) * server.slices + len(measured))
+    more = _teller(sum(map(len, held.values())) * server.slices + len(measured))
     stored = {
         **_queries(server, answers, blob),
-        "sections": [_section(server, sites, k, blob, tell) for k, sites in held.items()],
-        "costs": _costs(server, measured, own, blob, tell) if measured else None,
+        "sections": [_section(server, sites, k, blob, more) for k, sites in held.items()],
+        "costs": _costs(server, measured, own, blob, more) if measured else None,
         "cross": None if server.cross is None else _cross(server, blob),
         "pictures": {
             name: answers.answer("picture", model=0, name=name)["url"] for name in ("reconstruction", "guess")
@@ -175,17 +173,16 @@ def _cross(server, blob: "_Blob") -> dict:
     return {"place": blob.add(places, "<u2"), "bytes": blob.add(codes, "u1"), "count": len(codes)}
 
 
-def _teller(progress: Progress | None, total: int) -> Callable[[int], None]:
+def _teller(total: int) -> Callable[[int], None]:
     """Counts what is done."""
     done = 0
 
-    def tell(count: int) -> None:
+    def more(count: int) -> None:
         nonlocal done
         done += count
-        if progress:
-            progress("latents", done, total)
+        tell("latents", done, total)
 
-    return tell
+    return more
 
 
 def lattice(server, ks: list[int]) -> list[int]:
@@ -241,7 +238,7 @@ def to_bytes(probs: np.ndarray) -> np.ndarray:
     return np.where(probs > 0, np.maximum(np.round(255 * np.sqrt(probs)), 1), 0).astype(np.uint8)
 
 
-def _section(server, sites: Sequence[int], k: int, blob: _Blob, tell) -> dict:
+def _section(server, sites: Sequence[int], k: int, blob: _Blob, more) -> dict:
     counts, positions, values, facts = [], [], [], []
     queries = [site * server.slices + s for site in sites for s in range(server.slices)]
     for part, probs, lines in server.many(queries, k or None):
@@ -250,7 +247,7 @@ def _section(server, sites: Sequence[int], k: int, blob: _Blob, tell) -> dict:
         positions.append(codes.nonzero()[-1])
         values.append(codes[codes > 0])
         facts.append(lines)
-        tell(len(part))
+        more(len(part))
     parts = {
         "counts": (counts, "<u2"),
         "positions": (positions, "<u2"),
@@ -260,14 +257,14 @@ def _section(server, sites: Sequence[int], k: int, blob: _Blob, tell) -> dict:
     return {"k": k, "sites": list(sites), **_added(blob, parts)}
 
 
-def _costs(server, sites: Sequence[int], k: int, blob: _Blob, tell) -> dict:
+def _costs(server, sites: Sequence[int], k: int, blob: _Blob, more) -> dict:
     counts, positions, costs, rho = [], [], [], []
     for _, rows, hidden, bits in server.many_costs(sites, k or None):
         counts.append([len(hidden)])
         positions.append(hidden)
         costs.append(bits)
         rho.append(rank_correlations(rows, hidden, bits).ravel())
-        tell(1)
+        more(1)
     parts = {"counts": (counts, "<u2"), "positions": (positions, "<u2"), "bits": (costs, "<f4"), "rho": (rho, "<f4")}
     return {"sites": list(sites), **_added(blob, parts)}
 

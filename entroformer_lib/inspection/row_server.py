@@ -138,25 +138,20 @@ class RowServer(PictureServer):
         bits = self.bits(self.default_k)
         return bits["context"].ravel(), bits["alone"].ravel()
 
-    def costs(self, site: int, k: int | None, positions: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def costs(self, site: int, k: int | None) -> tuple[np.ndarray, np.ndarray]:
         """What the absence of each attended position costs this latent.
 
         The latent's own token is forbidden to look at the position, in all layers and heads at once; the top-k then
         takes the next best key. Other tokens may still have looked at it, so what reached the latent through them
         stays. The token's own place is left out: what it carries does not come to it by attention.
 
-        Args:
-            positions: sites to hide; by default all that some head of some layer attends to.
-
         Returns:
-            positions [J], bits [J]: positive where the absence makes the latent more expensive.
+            positions [J], that some head of some layer attends to; bits [J]: positive where the absence makes the
+            latent more expensive.
         """
         self.check(site, k)
-        ((_, _, attended, bits),) = self.many_costs([site], k)
-        if positions is None or not self.has_context(site):
-            return attended, bits
-        cost = dict(zip(attended.tolist(), bits.tolist(), strict=True))  # of what nobody attends to: nothing
-        return np.asarray(positions, dtype=np.int64), np.array([cost.get(int(position), 0.0) for position in positions])
+        ((_, _, positions, bits),) = self.many_costs([site], k)
+        return positions, bits
 
     def many_costs(
         self, sites: Sequence[int], k: int | None

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 from entroformer_lib.errors import ConfigError
 
@@ -85,7 +85,7 @@ class EntroformerConfig:
     def __post_init__(self):
         for name, hint in get_type_hints(type(self)).items():
             value = getattr(self, name)
-            if not _fits(value, hint):
+            if not fits(value, hint):
                 raise ConfigError(f"The config field '{name}' cannot be {value!r}; it takes {_describe(hint)}.")
         stages = tuple(itertools.chain(*self.stages))
         sizes = (self.N, self.M, self.Z, self.dim, self.heads, self.context_layers, self.ffn_ratio, self.radius)
@@ -199,25 +199,27 @@ def _known(values: dict, cls) -> dict:
     for name in values:
         if name not in names:
             raise ConfigError(f"The config has no field '{name}'; it has {', '.join(names)}.")
-    return {name: _tuples(v) for name, v in values.items()}
+    return {name: tuples(v) for name, v in values.items()}
 
 
-def _tuples(value):
+def tuples(value):
     """JSON's lists, and those inside them, as tuples."""
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+    return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def _fits(value, hint) -> bool:
-    """True when `value` has the annotated type; just the few kinds of annotation used above."""
+def fits(value, hint) -> bool:
+    """True when `value` has the annotated type; just the few kinds of annotation that configs have."""
     origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:  # a type, and an object that tests the value
+        return fits(value, args[0]) and args[1].test(value)
     if origin is Literal:
         return value in args
     if origin is tuple:
         if args[1:] == (...,):
             args = args[:1] * len(value) if isinstance(value, tuple) else args
-        return isinstance(value, tuple) and len(value) == len(args) and all(map(_fits, value, args))
+        return isinstance(value, tuple) and len(value) == len(args) and all(map(fits, value, args))
     if args:  # int | None
-        return any(_fits(value, arg) for arg in args)
+        return any(fits(value, arg) for arg in args)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and -1e30 < value < 1e30
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))

@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from entroformer_lib.models.attention import TopKAttention, feed_forward, init_linear
+from entroformer_lib.models.attention import KVCache, TopKAttention, feed_forward, init_linear
 from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.context import Step, Steps
 from entroformer_lib.models.position import RelativePosition, grid_sites
@@ -181,27 +181,6 @@ class TopKMixer(nn.Module):
 # ---- cross-group mixer ----
 
 
-class ContextCache:
-    """Keys and values of the slots coded so far, of one cross-group mixer (the paper's context cache).
-
-    The slots of one place lie behind each other in memory, because a token reads those of its own place, and
-    memory is fast for what lies together.
-    """
-
-    def __init__(self, slots: int):
-        self.slots, self.length = slots, 0
-        self.kept: tuple[Tensor, ...] = ()
-
-    def __call__(self, *new: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values of the next slot, [tokens, ...] each  ->  those of all slots so far, [tokens, slots, ...]"""
-        if not self.kept:
-            self.kept = tuple(t.new_empty(len(t), self.slots, *t.shape[1:]) for t in new)
-        for kept, tensor in zip(self.kept, new, strict=True):
-            kept[:, self.length] = tensor
-        self.length += 1
-        return tuple(kept[:, : self.length] for kept in self.kept)
-
-
 class CrossAttention(nn.Module):
     """Cross-group mixer: a token sees the tokens at its own place in the slots up to its own.
 
@@ -218,13 +197,13 @@ class CrossAttention(nn.Module):
         self.bias = nn.Parameter(torch.zeros(c.heads, groups))  # of the distance in groups
         self.scores, self.probs = nn.Identity(), nn.Identity()
 
-    def forward(self, x: Tensor, cache: ContextCache | None = None) -> Tensor:
-        """With a cache, x is the next slot (S = 1), and the earlier ones come from there."""
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """With a cache (the paper's context cache), x is the next slot, S = 1, and the earlier ones come from there."""
         B, S, n, D = x.shape
         qkv = self.qkv(x.transpose(1, 2)).unflatten(3, (3, self.heads, -1))  # [B, n, S, 3, heads, d]
         q, k, v = qkv.flatten(0, 1).permute(2, 0, 3, 1, 4)  # [B n, heads, S, d]
         if cache is not None:
-            k, v = (t.transpose(1, 2) for t in cache(k[:, :, 0], v[:, :, 0]))  # [B n, heads, slots, d]
+            k, v = cache(k, v)  # [B n, heads, slots, d]
         with torch.autocast(x.device.type, enabled=False):
             scores = dot_products(float_or_wider(q) * self.scale, float_or_wider(k))  # [B n, heads, S, slots]
             probs = self.probs(self.scores(scores + self._by_distance(S, k.size(2))).softmax(-1)).to(v.dtype)
@@ -259,7 +238,7 @@ class MixerPair(nn.Module):
         self.norm3 = nn.LayerNorm(c.dim)
         self.feed_forward = feed_forward(c)
 
-    def forward(self, x: Tensor, grid: tuple[int, int], cache: ContextCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: tuple[int, int], cache: KVCache | None = None) -> Tensor:
         if self.inner is not None:
             x = x + self.inner(self.norm1(x), grid)
         if self.cross is not None:
@@ -309,7 +288,7 @@ class GroupedMixer(nn.Module):
         """
         grid = group_grid(height, width, self.counts)
         at_target = self._of_groups(hyper)  # [1, G, n, D]
-        caches = [ContextCache(len(self.order)) if cached else None for _ in self.pairs]
+        caches = [KVCache(len(self.order)) if cached else None for _ in self.pairs]
         # Sites are numbered from 1, because `split` fills up with 0.
         number = torch.arange(1, height * width + 1, device=hyper.device).view(1, 1, height, width)
         number = self._of_groups(number)[0, :, :, 0] - 1  # [G, n], -1: outside

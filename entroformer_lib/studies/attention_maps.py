@@ -11,6 +11,7 @@ from pathlib import Path
 import tyro
 
 from entroformer_lib.datasets import sample_picture
+from entroformer_lib.inspection.panels import DENSE, MEAN, USUAL_KS, attention_panel, k_in_words, own_k
 from entroformer_lib.inspection.row_server import RowServer
 from entroformer_lib.studies import results
 from entroformer_lib.studies.commands import run
@@ -18,13 +19,12 @@ from entroformer_lib.weights.zoo import load_model
 
 PICTURE = "coffee"
 POINTS = ((8, 12), (14, 20), (20, 30))  # rows and columns of latents
-KS = (8, 16, 32, 64, None)
 
 
 def maps(
     server: RowServer,
     points: Sequence[tuple[int, int]] = POINTS,
-    ks: Sequence[int | None] = KS,
+    ks: Sequence[int] = (*USUAL_KS, DENSE),
     trained: Sequence[RowServer] = (),
     layer: int = -1,
 ) -> list[dict]:
@@ -39,23 +39,17 @@ def maps(
         9: the middle one, head by head; 10: the same, its first head under each k, or, of models trained with
         different k, whose heads have nothing to do with each other, the mean over the heads.
     """
-    k, middle = server.default_k, points[len(points) // 2]
-    found = [_map(8, f"row {row}, column {column}", server, (row, column), layer, None, k) for row, column in points]
-    found += [_map(9, f"head {head}", server, middle, layer, head, k) for head in range(server.heads)]
+
+    def one(figure: int, title: str, of: RowServer, point: tuple[int, int], head: int, k: int | None = None) -> dict:
+        panel = attention_panel(of, point[0] * of.width + point[1], layer, head, k)
+        return {"figure": figure, "title": title, "query": list(point), "probs": panel.values.round(5).tolist()}
+
+    middle = points[len(points) // 2]
+    found = [one(8, f"row {row}, column {column}", server, (row, column), MEAN) for row, column in points]
+    found += [one(9, f"head {head}", server, middle, head) for head in range(server.heads)]
     if trained:
-        return found + [_map(10, _title(one.default_k), one, middle, layer, None, one.default_k) for one in trained]
-    return found + [_map(10, _title(n), server, middle, layer, 0, n) for n in ks]
-
-
-def _map(figure: int, title: str, server: RowServer, point: tuple[int, int], layer: int, head: int | None, k) -> dict:
-    probs = server.rows(point[0] * server.width + point[1], k)[layer]  # [heads, n]
-    probs = probs.mean(0) if head is None else probs[head]
-    grid = probs.reshape(server.height, server.width).round(5).tolist()
-    return {"figure": figure, "title": title, "query": list(point), "probs": grid}
-
-
-def _title(k: int | None) -> str:
-    return "dense" if k is None else f"k = {k}"
+        return found + [one(10, k_in_words(own_k(other)), other, middle, MEAN) for other in trained]
+    return found + [one(10, k_in_words(k), server, middle, 0, k) for k in ks]
 
 
 def save(

@@ -30,7 +30,6 @@ from tqdm.auto import tqdm
 
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import StudyError
-from entroformer_lib.files import data_folder
 from entroformer_lib.inspection.missing_context import (
     RADII,
     mask_beyond,
@@ -49,7 +48,7 @@ from entroformer_lib.studies.rate_distortion import Pictures, digest_of, picture
 from entroformer_lib.studies.results import of_mean_rates, provenance, records
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.latents import frozen_transforms
-from entroformer_lib.weights.zoo import load_model, save_weights, weights_digest
+from entroformer_lib.weights.zoo import load_model, weights_digest
 
 NORMS = {
     "L1": lambda dy, dx: abs(dy) + abs(dx),
@@ -304,23 +303,6 @@ def _description(model: Entroformer) -> dict:
     }
 
 
-def ship(runs: Path, only: tuple[str, ...] = ("none", "diamond"), transforms: str | None = None) -> None:
-    """Puts models of the study into data/weights/position_masking, in half precision, for the notebook.
-
-    Args:
-        runs: Folder of the runs.
-        only: Names of the models.
-        transforms: Weights that hold g_a, g_s and gains, which are left out here: a file in data/weights/shared.
-    """
-    for name in only:
-        model = load_model(runs / name / "weights.safetensors", "cpu")
-        limits = "made for the study of context positions, with gaps in its context; other models compress better"
-        training = {**model.card["training"], "out": f"runs/{name}", "latents": "runs/latents"}
-        card = {**model.card, "training": training, "limits": limits}
-        path = data_folder() / "weights" / "position_masking" / f"{name}.safetensors"
-        save_weights(model, path, card, form="float16", transforms=transforms)
-
-
 # ---- the saved result ----
 
 TABLES = ("beyond", "wider_lattice", "rows", "alone")
@@ -359,9 +341,9 @@ def save(settings: dict, answers: dict[str, dict]) -> Path:
 
 
 def main() -> None:
-    """The commands train, measure and ship; what the user can put right is one sentence and exit code 1."""
+    """The commands train and measure; what the user can put right is one sentence and exit code 1."""
     keep_freed_memory()
-    parts = {"train": train_models, "measure": measure, "ship": ship}
+    parts = {"train": train_models, "measure": measure}
     commands.run(lambda: tyro.extras.subcommand_cli_from_dict(parts))
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from entroformer_lib.errors import DataError
 from entroformer_lib.files import data_folder, read_json, write_bytes
 from entroformer_lib.weights.zoo import device_name, weights_digest
 
@@ -177,36 +178,73 @@ def load(name: str | Path) -> dict | None:
     return read_json(path) if path.is_file() else None
 
 
+class NoResult(DataError):
+    """What is asked for was not measured, or its result is not saved here."""
+
+
+def needed(name: str) -> dict:
+    """`load` of a result that has to be there.
+
+    Raises:
+        NoResult: it is not.
+    """
+    saved = load(name)
+    if saved is None:
+        raise NoResult(f"There is no {name}.json among the saved results.")
+    return saved
+
+
 def reference(name: str):
     """Published numbers: `paper_tables` or `rd_curves`."""
     return read_json(data_folder() / "reference" / f"{name}.json")
 
 
-def pending(name: str) -> str:
-    """What stands in a figure's place until there is a result."""
-    return f"There is no data/results/{name}.json yet, so there is no figure here."
+def ablation(grid: str) -> pd.DataFrame:
+    """The rows of a grid out of all ablation*.json.
 
-
-def ablation(grid: str) -> pd.DataFrame | None:
-    """The rows of a grid out of all ablation*.json, or None where there are none."""
+    Raises:
+        NoResult: there are none.
+    """
     rows = []
     for path in sorted((results_folder()).glob("ablation*.json")):
         rows += [row for row in read_json(path)["rows"] if row.get("grid") == grid]
-    return pd.DataFrame(rows).drop(columns="grid") if rows else None
+    if not rows:
+        raise NoResult(f"No ablation*.json among the saved results has rows of {grid}.")
+    return pd.DataFrame(rows).drop(columns="grid")
 
 
-def trainings(grid: str) -> pd.DataFrame | None:
-    """Every training of the ablation study on the same terms as those of a grid: kind (the run's name without its
-    seed), seed, bpp (whole pictures, at the end). None where the grid has no result."""
-    own, found = load(f"ablation-{grid}"), []
-    if own is None:
-        return None
+def trainings(grid: str) -> pd.DataFrame:
+    """Every training of the ablation study on the same terms as those of a grid: kind, seed, bpp (whole pictures, at
+    the end).
+
+    Raises:
+        NoResult: the grid has no result.
+    """
+    own, found = needed(f"ablation-{grid}"), []
     for path in sorted((results_folder()).glob("ablation*.json")):
         saved = read_json(path)
         if saved["settings"] == own["settings"]:
             found += [row for row in saved["rows"] if "bpp_middle" in row]  # which only rates of whole pictures have
     rows = pd.DataFrame(found).drop_duplicates("run")
-    return rows.assign(kind=rows["run"].str.replace(r"-seed\d+$", "", regex=True))[["kind", "seed", "bpp"]]
+    return rows.assign(kind=kinds(rows["run"]))[["kind", "seed", "bpp"]]
+
+
+def kinds(runs: pd.Series) -> pd.Series:
+    """Names of runs without their seeds."""
+    return runs.str.replace(r"-seed\d+$", "", regex=True)
+
+
+def decoding_times() -> pd.DataFrame:
+    """model, what (is in it), seconds (median over repeats): decoding of a picture of 768 x 512 pixels.
+
+    Raises:
+        NoResult: nothing was measured.
+    """
+    rows = pd.DataFrame(needed("latency")["rows"]).query("direction == 'decode' and width == 768 and height == 512")
+    rows = rows.reindex(columns=["model", "seconds", "transforms_s"])
+    rows["what"] = rows["transforms_s"].isna().map({True: "whole decoding", False: "decoding without transforms"})
+    rows["seconds"] -= rows["transforms_s"].fillna(0)
+    return rows.groupby(["model", "what"])["seconds"].median().reset_index()
 
 
 def kodak() -> pd.DataFrame:

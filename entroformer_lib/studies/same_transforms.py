@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from entroformer_lib.errors import StudyError
-from entroformer_lib.studies.results import in_order, kodak, load
+from entroformer_lib.studies.results import NoResult, in_order, kodak, load
 
 FAMILY = "blocks"  # whose transforms the published family has
 SAME_QUALITY = 0.02  # dB: what the rounding of folded gains may change
@@ -91,8 +91,8 @@ def front(points: pd.DataFrame, seconds: str = "decode_s") -> pd.DataFrame:
     return ordered[ordered["percent"] < best_before]
 
 
-def side_by_side(reference: str = "parallel") -> pd.DataFrame | None:
-    """What each published model takes in bits, in seconds and in weights; None where the reference is not among them.
+def side_by_side(reference: str = "parallel") -> pd.DataFrame:
+    """What each published model takes in bits, in seconds and in weights.
 
     Returns:
         variant, model, percent (rate against the reference, the mean over their lambdas), least and most percent,
@@ -101,10 +101,11 @@ def side_by_side(reference: str = "parallel") -> pd.DataFrame | None:
 
     Raises:
         StudyError: a model that was measured at other lambdas, or has another quality at one of them.
+        NoResult: the reference is not among them.
     """
     rates = saved_rates()
     if reference not in set(rates["variant"]):
-        return None
+        raise NoResult(f"No published model is of the kind {reference}.")
     _check(rates, reference)
     columns = ["model", "decode_s", "context_s", "parameters"]
     measured, saved = pd.DataFrame(columns=columns), load("tradeoff")

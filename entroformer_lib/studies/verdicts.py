@@ -34,7 +34,18 @@ from scipy.stats import t as student
 
 from entroformer_lib.errors import DataError
 from entroformer_lib.studies import bd, same_transforms
-from entroformer_lib.studies.results import AUTHORS, ablation, kodak_means, load, published, reference, trainings
+from entroformer_lib.studies.results import (
+    AUTHORS,
+    NoResult,
+    ablation,
+    decoding_times,
+    kinds,
+    kodak_means,
+    needed,
+    published,
+    reference,
+    trainings,
+)
 
 CONFIDENCE = 0.95
 APART = ("absolute", "none", "none-dense")  # kinds that differ from seed to seed far more than all others
@@ -69,7 +80,7 @@ class Claim:
     Args:
         item: where it stands: "figure 3", "table 1".
         says: the sentence, in our words.
-        measured: what stands here; None while there is no result.
+        measured: what stands here; raises NoResult while there is none.
         published: the paper's number; None where it gives a direction only.
         limit: of a claim that something costs at most so much; its `published` is the cost.
         number: the paper's number in words, where a saving does not say it.
@@ -78,7 +89,7 @@ class Claim:
 
     item: str
     says: str
-    measured: Callable[[], Effect | None]
+    measured: Callable[[], Effect]
     published: float | None = None
     limit: float | None = None
     unit: str = "%"
@@ -120,34 +131,40 @@ def table() -> pd.DataFrame:
     """A row for each claim that has a result: item, says, published (text), ours (text), verdict, doubt, sources."""
     rows = []
     for claim in claims():
-        if effect := claim.measured():
-            published = "a direction" if claim.published is None else f"{claim.published:+.1f}{claim.unit}"
-            published = claim.number or published
-            about = dict(item=claim.item, says=claim.says, published=published, ours=sentence(claim, effect))
-            rows.append(about | dict(verdict=verdict(claim, effect), doubt=claim.doubt, sources=effect.sources))
+        try:
+            effect = claim.measured()
+        except NoResult:
+            continue
+        published = "a direction" if claim.published is None else f"{claim.published:+.1f}{claim.unit}"
+        published = claim.number or published
+        about = dict(item=claim.item, says=claim.says, published=published, ours=sentence(claim, effect))
+        rows.append(about | dict(verdict=verdict(claim, effect), doubt=claim.doubt, sources=effect.sources))
     return pd.DataFrame(rows, columns=["item", "says", "published", "ours", "verdict", "doubt", "sources"])
 
 
 # ---- between trainings ----
 
 
-def between_seeds(rows: pd.DataFrame, better: str, base: str, *grids: str) -> Effect | None:
-    """What one kind of model saves over another, in percent; None where one of them is not there.
+def between_seeds(rows: pd.DataFrame, better: str, base: str, *grids: str) -> Effect:
+    """What one kind of model saves over another, in percent.
 
     Args:
         rows: kind, seed, bpp: a row for each training. Other kinds than the two give spread, if none of the two is in
             APART, and they are not.
         grids: that the two come from.
+
+    Raises:
+        NoResult: one of the two is not there.
     """
-    if not {better, base} <= set(rows["kind"]):
-        return None
+    if missing := {better, base} - set(rows["kind"]):
+        raise NoResult(f"No runs of {', '.join(sorted(missing))} are saved.")
     alone = {better, base} & set(APART)
     rows = rows[rows["kind"].isin({better, base}) if alone else ~rows["kind"].isin(APART)]
-    kinds, seeds = pd.get_dummies(rows["kind"], dtype=float), pd.get_dummies(rows["seed"], dtype=float)
-    design = np.hstack([kinds, seeds.iloc[:, 1:]])
+    of_kind, of_seed = pd.get_dummies(rows["kind"], dtype=float), pd.get_dummies(rows["seed"], dtype=float)
+    design = np.hstack([of_kind, of_seed.iloc[:, 1:]])
     fitted, _, rank, _ = np.linalg.lstsq(design, np.log(rows["bpp"]), rcond=None)
     asked = np.zeros(design.shape[1])
-    asked[kinds.columns.get_loc(better)], asked[kinds.columns.get_loc(base)] = 1, -1
+    asked[of_kind.columns.get_loc(better)], asked[of_kind.columns.get_loc(base)] = 1, -1
     free = len(rows) - rank
     left = np.square(np.log(rows["bpp"]) - design @ fitted).sum()
     spread = np.sqrt(left / free * (asked @ np.linalg.pinv(design.T @ design) @ asked)) if free else np.inf
@@ -159,13 +176,12 @@ def between_seeds(rows: pd.DataFrame, better: str, base: str, *grids: str) -> Ef
     return Effect(100 * (1 - ratio), float(half), over, tuple(f"ablation-{grid}" for grid in grids))
 
 
-def whole(better: str, base: str, grid: str) -> Effect | None:
+def whole(better: str, base: str, grid: str) -> Effect:
     """`between_seeds` by the rate of whole pictures at the end of training."""
-    rows = trainings(grid)
-    return None if rows is None else between_seeds(rows, better, base, grid)
+    return between_seeds(trainings(grid), better, base, grid)
 
 
-def differences(grid: str, base: str) -> pd.DataFrame | None:
+def differences(grid: str, base: str) -> pd.DataFrame:
     """What each kind of model of a grid saves over one of them, and the smallest saving that could have been told.
 
     Args:
@@ -174,51 +190,45 @@ def differences(grid: str, base: str) -> pd.DataFrame | None:
     Returns:
         kind, seeds, bpp (whole pictures, mean of the seeds), saved (percent of the bits over base), smallest (percent:
         half of the interval; infinite where there are too few trainings for one), told (saves, costs, cannot tell).
-        None where the grid has no result, or not this kind.
+
+    Raises:
+        NoResult: the grid has no result, or not this kind.
     """
-    rows, saved = trainings(grid), load(f"ablation-{grid}")
-    if rows is None or base not in set(rows["kind"]):
-        return None
-    found = []
-    for kind in _kinds(pd.DataFrame(saved["rows"]))["kind"].unique():
+    rows, found = trainings(grid), []
+    if base not in set(rows["kind"]):
+        raise NoResult(f"No runs of {base} are saved.")
+    for kind in kinds(pd.DataFrame(needed(f"ablation-{grid}")["rows"])["run"]).unique():
         bpp = rows[rows["kind"] == kind]["bpp"]
         row = {"kind": kind, "seeds": len(bpp), "bpp": bpp.mean()}
-        effect = None if kind == base else between_seeds(rows, kind, base, grid)
-        if effect is None:
+        if kind == base or bpp.empty:
             found.append({**row, "saved": 0.0 if kind == base else np.nan, "smallest": np.nan, "told": "–"})
             continue
+        effect = between_seeds(rows, kind, base, grid)
         told = "cannot tell" if abs(effect.value) <= effect.half_width else "saves" if effect.value > 0 else "costs"
         found.append({**row, "saved": effect.value, "smallest": effect.half_width, "told": told})
     return pd.DataFrame(found)
 
 
-def no_difference(better: str, base: str, grid: str) -> Effect | None:
+def no_difference(better: str, base: str, grid: str) -> Effect:
     """The size of the difference, whatever its sign."""
     effect = whole(better, base, grid)
-    return effect and Effect(abs(effect.value), effect.half_width, effect.over, effect.sources)
+    return Effect(abs(effect.value), effect.half_width, effect.over, effect.sources)
 
 
-def sooner(better: str, base: str) -> Effect | None:
+def sooner(better: str, base: str) -> Effect:
     """`between_seeds` in figure 7, by the mean (of logarithms) over the first half of the steps."""
     rows = ablation("figure7")
-    if rows is None:
-        return None
     early = rows[rows["step"] <= 0.5 * rows["step"].max()]
     means = np.exp(np.log(early["bpp"]).groupby([early["run"], early["seed"]]).mean())
-    return between_seeds(_kinds(means.reset_index()), better, base, "figure7")
+    means = means.rename_axis(["run", "seed"]).reset_index()
+    return between_seeds(means.assign(kind=kinds(means["run"])), better, base, "figure7")
 
 
-def at_size(size: int) -> Effect | None:
+def at_size(size: int) -> Effect:
     """Relative positions over absolute ones, on squares of a size."""
     rows = ablation("table4")
-    if rows is None:
-        return None
     means = rows[rows["size"] == size].groupby(["run", "seed"])["bpp"].mean().reset_index()
-    return between_seeds(_kinds(means), "diamond", "absolute", "table4")
-
-
-def _kinds(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows.assign(kind=rows["run"].str.replace(r"-seed\d+$", "", regex=True))
+    return between_seeds(means.assign(kind=kinds(means["run"])), "diamond", "absolute", "table4")
 
 
 # ---- between models that were trained once, over pictures ----
@@ -242,7 +252,7 @@ def over_pictures(better: pd.DataFrame, base: pd.DataFrame, *sources: str) -> Ef
     return Effect(float(value), float(half), f"{pictures} pictures, one training", sources)
 
 
-def same_pictures(better: str, base: str, low: bool = True) -> Effect | None:
+def same_pictures(better: str, base: str, low: bool = True) -> Effect:
     """Between two variants behind the same transforms: real files, the mean over lambdas.
 
     low: only the lower half of the lambdas, as the paper speaks of low rates there.
@@ -251,24 +261,22 @@ def same_pictures(better: str, base: str, low: bool = True) -> Effect | None:
     if low:
         rates = rates[rates["lmbda"] <= rates["lmbda"].drop_duplicates().median()]
     parts = {variant: part.pivot_table("bpp", "image", "lmbda") for variant, part in rates.groupby("variant")}
-    if not {better, base} <= set(parts):
-        return None
+    if missing := {better, base} - set(parts):
+        raise NoResult(f"No published model is of the kind {', '.join(sorted(missing))}.")
     models = rates.drop_duplicates("variant").set_index("variant")["model"]
     return over_pictures(parts[better], parts[base], *(f"{models[variant]}-kodak" for variant in (better, base)))
 
 
-def cost_of_two_passes() -> Effect | None:
+def cost_of_two_passes() -> Effect:
     """What the parallel model needs more than the serial one, in percent."""
     effect = same_pictures("parallel", "serial", low=False)
-    return effect and Effect(-effect.value, effect.half_width, effect.over, effect.sources)
+    return Effect(-effect.value, effect.half_width, effect.over, effect.sources)
 
 
-def second_slice(better: str, base: str) -> Effect | None:
+def second_slice(better: str, base: str) -> Effect:
     """Between two contexts of the second slice in one model that was trained with all of them; over the pictures where
     there is one training, and over seeds where there are more."""
     rows = ablation("table3_pictures")
-    if rows is None:
-        return None
     if rows["seed"].nunique() > 1:
         means = rows.rename(columns={"context": "kind"}).groupby(["kind", "seed"], as_index=False)["bpp"].mean()
         return between_seeds(means, better, base, "table3")
@@ -279,27 +287,24 @@ def second_slice(better: str, base: str) -> Effect | None:
 # ---- figure 3 ----
 
 
-def falls_with_distance() -> Effect | None:
+def falls_with_distance() -> Effect:
     """Spearman's rank correlation, with its sign turned, of what a missing position costs and its L1 distance."""
-    ranks = _rank_correlations()
-    return None if ranks is None else _mean_over_pictures(-ranks["L1"])
+    return _mean_over_pictures(-_rank_correlations()["L1"])
 
 
-def diamond() -> Effect | None:
+def diamond() -> Effect:
     """How much stronger that correlation is with L1 distance than with the better of the other two."""
     ranks = _rank_correlations()
-    return None if ranks is None else _mean_over_pictures(ranks[["L2", "L-infinity"]].min(axis=1) - ranks["L1"])
+    return _mean_over_pictures(ranks[["L2", "L-infinity"]].min(axis=1) - ranks["L1"])
 
 
-def _rank_correlations() -> pd.DataFrame | None:
+def _rank_correlations() -> pd.DataFrame:
     """Of each picture (rows) and norm (columns), in the model without position encoding."""
-    saved = load("position_masking")
-    if saved is None:
-        return None
+    saved = needed("position_masking")
     places = pd.DataFrame(saved["over_pictures"])[["model", "dy", "dx", "L1", "L2", "L-infinity"]]
     rows = pd.DataFrame(saved["rows"]).query("model == 'none'").merge(places, on=["model", "dy", "dx"])
     if rows.empty:
-        return None
+        raise NoResult("No model without position encoding was measured.")
     norms = {norm: rows.groupby("image")[["ratio", norm]].corr("spearman") for norm in ("L1", "L2", "L-infinity")}
     return pd.DataFrame({norm: found["ratio"].xs(norm, level=1) for norm, found in norms.items()})
 
@@ -312,18 +317,21 @@ def _mean_over_pictures(values: pd.Series) -> Effect:
 # ---- against published curves, time, size: numbers without an interval ----
 
 
-def against(model: str, anchor: str, low: bool = False) -> Effect | None:
-    """BD-rate of a model against a published curve, as a saving; None where they have too little in common.
+def against(model: str, anchor: str, low: bool = False) -> Effect:
+    """BD-rate of a model against a published curve, as a saving.
 
     low: only the lower half of the model's rates.
+
+    Raises:
+        NoResult: they have too little in common for one.
     """
     try:
         points = kodak_means().query("codec == @model")
         if low:
             points = points[points["bpp"] <= points["bpp"].median()]
         value = -bd.compare(bd.curve_of(points, model), bd.curve_of(published(), anchor)).rate_percent
-    except DataError:
-        return None
+    except DataError as error:
+        raise NoResult(str(error)) from None
     return Effect(value, 0.0, f"{model}, BD-rate, {bd.METHOD}, one training", (f"{model}-kodak",))
 
 
@@ -333,23 +341,16 @@ def authors_against(anchor: str) -> float:
     return -bd.compare(bd.curve_of(points, AUTHORS), bd.curve_of(points, anchor)).rate_percent
 
 
-def time_saved() -> Effect | None:
+def time_saved() -> Effect:
     """By the parallel model in decoding one picture, against the serial one, in percent."""
-    saved = load("latency")
-    if saved is None:
-        return None
-    rows = pd.DataFrame(saved["rows"]).query("direction == 'decode' and width == 768 and height == 512")
-    seconds = (rows["seconds"] - rows["transforms_s"].fillna(0)).groupby(rows["model"]).median()
+    seconds = decoding_times().set_index("model")["seconds"]
     value = 100 * (1 - seconds["base-parallel"] / seconds["base-serial"])
     return Effect(float(value), 0.0, "two CPU cores, median of repeats", ("latency",))
 
 
-def size_of_base() -> Effect | None:
+def size_of_base() -> Effect:
     """By how much the entropy model of the paper's size differs from the paper's number of megabytes, in percent."""
-    saved = load("model_sizes")
-    if saved is None:
-        return None
-    ours = pd.DataFrame(saved["rows"]).set_index("model")["megabytes"]["base-serial"]
+    ours = pd.DataFrame(needed("model_sizes")["rows"]).set_index("model")["megabytes"]["base-serial"]
     theirs = next(r["value"] for r in _paper("table6_entropy_model_weights_MB") if r["model"] == "Entroformer")
     return Effect(abs(100 * (ours / theirs - 1)), 0.0, f"difference of {ours:.1f} MiB, counted", ("model_sizes",))
 

@@ -9,8 +9,10 @@ import numpy as np
 from entroformer_lib.teaching.exercises import NotYet, Unsolved, Wrong
 
 
-def array(answer, what: str = "the answer") -> np.ndarray:
+def array(answer, what: str = "the answer", minus_infinity: bool = False) -> np.ndarray:
     """A number, list, array, tensor or picture as float64.
+
+    minus_infinity: is allowed.
 
     Raises:
         Unsolved: it is `...`.
@@ -28,7 +30,9 @@ def array(answer, what: str = "the answer") -> np.ndarray:
         if "ellipsis" in repr(answer).lower():
             raise Unsolved from None
         raise Wrong(f"{what} should be numbers and is of type {type(answer).__name__}.") from None
-    if not np.isfinite(values).all():
+    if minus_infinity and (np.isnan(values).any() or (values == np.inf).any()):
+        raise Wrong(f"{what} is not a number, or plus infinity, somewhere. (0 times infinity is not a number.)")
+    if not minus_infinity and not np.isfinite(values).all():
         raise Wrong(f"{what} is not a finite number somewhere. Look for log2(0), 0 * log2(0) or a division by 0.")
     return values
 
@@ -47,13 +51,13 @@ def number(answer, what: str = "the answer") -> float:
     return float(values.reshape(()))
 
 
-def shaped(answer, shape: tuple[int, ...], what: str = "the answer") -> np.ndarray:
-    """An array of a given shape.
+def shaped(answer, shape: tuple[int, ...], what: str = "the answer", minus_infinity: bool = False) -> np.ndarray:
+    """An `array` of a given shape.
 
     Raises:
         Wrong: it has another shape.
     """
-    values = array(answer, what)
+    values = array(answer, what, minus_infinity)
     if values.shape != tuple(shape):
         raise Wrong(f"{what} should have the shape {list(shape)} and has {list(values.shape)}.")
     return values

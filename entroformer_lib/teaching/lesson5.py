@@ -5,23 +5,7 @@ import torch
 from torch import Tensor
 
 from entroformer_lib.teaching.answers import array, called, shaped, tensor
-from entroformer_lib.teaching.exercises import Unsolved, Wrong, exercise
-
-
-def _with_infinity(answer, shape: tuple[int, ...], what: str) -> np.ndarray:
-    """An array that may have minus infinity in it, and nothing else that is no number."""
-    if answer is None or answer is ...:
-        return array(answer, what)
-    try:
-        tensor = torch.as_tensor(np.asarray(answer.detach() if hasattr(answer, "detach") else answer, dtype=float))
-    except (TypeError, ValueError):
-        if "ellipsis" in repr(answer).lower():
-            raise Unsolved from None
-        raise Wrong(f"{what} should be numbers and is of type {type(answer).__name__}.") from None
-    if tensor.isnan().any() or (tensor == torch.inf).any():
-        raise Wrong(f"{what} is not a number, or plus infinity, somewhere. (0 times infinity is not a number.)")
-    shaped(torch.where(tensor == -torch.inf, 0.0, tensor), shape, what)
-    return tensor.numpy()
+from entroformer_lib.teaching.exercises import Wrong, exercise
 
 
 @exercise(
@@ -38,7 +22,7 @@ def scores(answer) -> str:
     """A function from queries and keys [n, d] to scores [n, n]."""
     generator = torch.Generator().manual_seed(12)
     q, k = (torch.randn(5, 9, generator=generator) for _ in range(2))
-    got = _with_infinity(called(answer, q.clone(), k.clone()), (5, 5), "what `scores` returns")
+    got = shaped(called(answer, q.clone(), k.clone()), (5, 5), "what `scores` returns", minus_infinity=True)
     right = array(q @ k.T / 3)
     seen, allowed = got > -np.inf, np.tri(5, dtype=bool)
     _look_at_scores(got, right, seen, allowed)
@@ -82,7 +66,7 @@ def attention(answer) -> str:
     values = values.masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
     for k in (3, 1, 100):
         got = called(answer, values.clone(), k)
-        got = _with_infinity(got, (6, 6), f"`attention` of [6, 6] with k = {k}")
+        got = shaped(got, (6, 6), f"`attention` of [6, 6] with k = {k}", minus_infinity=True)
         _look_at_attention(got, values, k)
     return "Of each row at most k are above 0, and they add up to 1."
 
@@ -214,7 +198,7 @@ def hide(answer) -> str:
             answered = called(answer, given, part.clone(), dy, dx, width)
             if not torch.equal(given, kept):
                 raise Wrong("it changes the scores that it gets. Begin with `scores = scores.clone()`.")
-            got = _with_infinity(answered, tuple(kept.shape), f"`hide` with dy = {dy}, dx = {dx}")
+            got = shaped(answered, tuple(kept.shape), f"`hide` with dy = {dy}, dx = {dx}", minus_infinity=True)
             _look_at_hidden(got, kept.double().numpy(), part.numpy(), (dy, dx), width)
     return "And token 0 keeps its only key, whatever is hidden."
 

@@ -7,6 +7,7 @@ from types import NoneType
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from entroformer_lib.errors import TrainingError
+from entroformer_lib.models.config import fits, tuples
 
 
 class Must(NamedTuple):
@@ -202,31 +203,15 @@ class TrainConfig:
 
 
 def check(values: dict, annotated: Callable) -> None:
-    """Compares values with the annotations of the same names in a class or function.
+    """Compares values with the annotations of the same names in a class or function. Lists count as tuples.
 
     Raises:
         TrainingError: one of them does not fit.
     """
     hints = get_type_hints(annotated, include_extras=True)
     for name, value in values.items():
-        if not _fits(value, hints[name]):
+        if not fits(tuples(value), hints[name]):
             raise TrainingError(f"{name} must be {_in_words(hints[name])}, and is {value!r}.")
-
-
-def _fits(value, hint) -> bool:
-    """Whether a field of this type may hold the value. Whole numbers count as floats, and lists as tuples."""
-    kind, inner = get_origin(hint), get_args(hint)
-    if kind is Annotated:
-        return _fits(value, inner[0]) and inner[1].test(value)
-    if kind is Literal:
-        return value in inner
-    if kind is tuple:
-        return isinstance(value, tuple | list) and all(_fits(v, inner[0]) for v in value)
-    if inner:  # one of several types
-        return any(_fits(value, one) for one in inner)
-    if isinstance(value, bool):  # Python counts it among the whole numbers
-        return hint is bool
-    return isinstance(value, int | float if hint is float else hint)
 
 
 def _in_words(hint) -> str:

@@ -87,16 +87,9 @@ def listed(source) -> str:
     return hashlib.sha256(repr(sizes).encode()).hexdigest()
 
 
-def pictures_in(
-    source, wanted: Callable[[str], bool] = lambda name: True, reading: Reading = READING
-) -> Iterator[np.ndarray]:
-    """Every picture of a source whose file name is wanted, as uint8 [H, W, 3], in a fixed order. What cannot be read is
-    named in a warning."""
-    return (pixels for _, pixels in _named_pictures_in(source, wanted, reading))
-
-
-def _named_pictures_in(source, wanted: Callable[[str], bool], reading: Reading) -> Iterator[tuple[str, np.ndarray]]:
-    """The same with the file name of each."""
+def pictures_in(source, wanted: Callable[[str], bool], reading: Reading = READING) -> Iterator[tuple[str, np.ndarray]]:
+    """Every picture of a source whose file name is wanted: its name, and uint8 [H, W, 3], in a fixed order. What cannot
+    be read is named in a warning."""
     files, tars = find_sources(source)
     here = ((str(path), path) for path in files if wanted(path.name))
     for name, picture in itertools.chain(here, _members(tars, wanted, reading)):
@@ -145,24 +138,23 @@ def _lines(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def held_out_crops(source, names: frozenset[str], largest: int = 256, reading: Reading = READING) -> Tensor:
+def held_out_crops(source, names: frozenset[str], reading: Reading = READING) -> Tensor:
     """One crop of each named picture of a source, always the same, scaled as in training: [n, 3, crop, crop], where
-    crop is as large as all of them are, in multiples of 64, and at most `largest`. A picture may be there several
-    times.
+    crop is as large as all of them are, in multiples of 64, and at most 256. A picture may be there several times.
 
     Raises:
         DataError: a name that is not in the source, or a picture smaller than 64 pixels.
     """
     found: dict[str, np.ndarray] = {}
-    for name, pixels in _named_pictures_in(source, names.__contains__, reading):
+    for name, pixels in pictures_in(source, names.__contains__, reading):
         found.setdefault(name, pixels)
     pictures = [_channels_first(pixels) for pixels in found.values()]
     if len(pictures) != len(names):
         raise DataError(f"Of {len(names)} held-out pictures {len(pictures)} are among the training data.")
-    crop = min(largest, min(min(p.shape[1:]) for p in pictures) // 64 * 64)
+    crop = min(256, min(min(p.shape[1:]) for p in pictures) // 64 * 64)
     if not crop:
         raise DataError("A held-out picture is smaller than 64 pixels.")
-    return torch.stack([crop_of(p, crop, 0.5, generator(HELD_OUT, i)) for i, p in enumerate(pictures)])
+    return torch.stack([crop_of(p, crop, generator(HELD_OUT, i)) for i, p in enumerate(pictures)])
 
 
 def _channels_first(picture: np.ndarray) -> Tensor:
@@ -170,13 +162,13 @@ def _channels_first(picture: np.ndarray) -> Tensor:
     return torch.from_numpy(picture.transpose(2, 0, 1).copy())
 
 
-def crop_of(picture: Tensor, crop: int, downscale: float, rng: np.random.Generator) -> Tensor:
-    """A random square of a picture, cut up to 1 / downscale too large, scaled to `crop`, perhaps mirrored.
+def crop_of(picture: Tensor, crop: int, rng: np.random.Generator) -> Tensor:
+    """A random square of a picture, cut up to twice too large, scaled to `crop`, perhaps mirrored.
 
     Scaling down takes most of a JPEG's artefacts away.  picture: uint8 [3, H, W]  ->  float32 [3, crop, crop] in [0, 1]
     """
     _, height, width = picture.shape
-    smallest = max(downscale, crop / min(height, width))
+    smallest = max(0.5, crop / min(height, width))
     side = min(round(crop / rng.uniform(smallest, 1)), height, width)
     top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
     cut = picture[:, top : top + side, left : left + side].float() / 255
@@ -189,12 +181,11 @@ def crop_of(picture: Tensor, crop: int, downscale: float, rng: np.random.Generat
 class Sampling:
     """What sample g of a run makes of a picture, or that it is drawn instead.
 
-    seed: with g it decides everything random. downscale: see `crop_of`. graphics: share of the samples that are drawn
-    by code (graphics.py). permuted: share of the photographs whose colour channels change places.
+    seed: with g it decides everything random. graphics: share of the samples that are drawn by code (graphics.py).
+    permuted: share of the photographs whose colour channels change places.
     """
 
     seed: int = 0
-    downscale: float = 0.5
     graphics: float = 0.0
     permuted: float = 0.0
 
@@ -203,7 +194,7 @@ class Sampling:
         more = generator(self.seed, DRAWN, g)
         if more.random() < self.graphics:  # as `random_choice` says
             return drawn(side, more)
-        x = crop_of(picture(), side, self.downscale, generator(self.seed, g))
+        x = crop_of(picture(), side, generator(self.seed, g))
         return x[more.permutation(3)] if more.random() < self.permuted else x
 
 
@@ -227,7 +218,7 @@ class PreloadedCrops:
         self.pictures: list[Tensor] = []
         small = 0
         found = pictures_in(source, lambda name: name not in left_out, reading)
-        for picture in tqdm(found, "reading", unit="picture", delay=1, leave=False, disable=None):
+        for _, picture in tqdm(found, "reading", unit="picture", delay=1, leave=False, disable=None):
             if min(picture.shape[:2]) < crop:
                 small += 1
             else:
@@ -331,19 +322,12 @@ class _Samples(Dataset):
             return error
 
     def _picture(self, g: int) -> Tensor:
-        return _first_usable(self.pictures.candidates(g), self.side)
-
-
-def _is_large(size: tuple[int, ...], side: int) -> bool:
-    if min(size) < side:
-        warnings.warn(f"left out pictures smaller than the crop of {side} pixels", PassedOver, stacklevel=2)
-    return min(size) >= side
-
-
-def _first_usable(pictures: Iterable[tuple[str, Path | bytes]], side: int) -> Tensor:
-    """The first picture that can be read and is large enough, of names and pictures: uint8 [3, H, W]."""
-    for name, picture in pictures:
-        pixels = _pixels(name, picture)
-        if pixels is not None and _is_large(pixels.shape[:2], side):
-            return _channels_first(pixels)
-    raise DataError(f"No picture is readable and at least {side} pixels on both sides.")
+        """The first picture for sample g that can be read and is large enough: uint8 [3, H, W]."""
+        for name, picture in self.pictures.candidates(g):
+            pixels = _pixels(name, picture)
+            if pixels is not None and min(pixels.shape[:2]) >= self.side:
+                return _channels_first(pixels)
+            if pixels is not None:
+                small = f"left out pictures smaller than the crop of {self.side} pixels"
+                warnings.warn(small, PassedOver, stacklevel=2)
+        raise DataError(f"No picture is readable and at least {self.side} pixels on both sides.")

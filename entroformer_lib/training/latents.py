@@ -36,8 +36,6 @@ from entroformer_lib.training.data import crop_of, held_out_crops, listed, pictu
 from entroformer_lib.weights.pretrained import PREFIX, pretrained_lmbda, pretrained_transforms
 from entroformer_lib.weights.zoo import load_model, split_name
 
-DOWNSCALE = 0.5  # as in training on pictures
-
 
 def frozen_transforms(name: str) -> Entroformer:
     """The model that gives g_a, g_s and its gains. A rate behind @ (`blocks-parallel@0.014`) is worked into the kernels
@@ -164,7 +162,8 @@ def write_latents(
     crops = held_out_crops(data, names) if names else None  # refuses before anything is computed
 
     def pictures() -> Iterator[np.ndarray]:  # again for each use: they need not fit into memory
-        return (p for p in pictures_in(data, lambda name: name not in names) if min(p.shape[:2]) >= crop)
+        found = pictures_in(data, lambda name: name not in names)
+        return (p for _, p in found if min(p.shape[:2]) >= crop)
 
     digest, count = hashlib.sha256(), 0
     for picture in tqdm(pictures(), "reading", unit="picture"):
@@ -206,7 +205,7 @@ def _listed_if_there(data: str) -> str | None:
 def latents_of(model: Entroformer, picture: np.ndarray, crop: int, seeds: list[tuple[int, ...]]) -> np.ndarray:
     """y of one random crop for each seed.  picture: uint8 [H, W, 3]  ->  float16 [len(seeds), M, crop/16, crop/16]"""
     pixels = torch.from_numpy(picture.transpose(2, 0, 1).copy())
-    crops = [crop_of(pixels, crop, DOWNSCALE, np.random.default_rng(s)) for s in seeds]
+    crops = [crop_of(pixels, crop, np.random.default_rng(s)) for s in seeds]
     return model.g_a(torch.stack(crops)).half().numpy()
 
 

@@ -5,10 +5,12 @@ A run is a folder (folder.py). Starting the same command again continues it exac
 
 import dataclasses
 import math
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -28,7 +30,6 @@ from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.data import PreloadedCrops, StreamedCrops, held_out_crops, read_names
 from entroformer_lib.training.folder import RunFolder, read_checkpoint, taking_up
 from entroformer_lib.training.initial import begin_at_channels, initial_model
-from entroformer_lib.training.interruptions import Signals, largest_that_fits
 from entroformer_lib.training.latents import LatentCrops, trained_lmbda
 from entroformer_lib.training.loss import RateStep, TrainingStep, rates_and_distortions, rates_of_latents
 from entroformer_lib.training.optimizer import Mean, build_optimizer, learning_rate_factor, quick_type
@@ -147,7 +148,7 @@ class Run:
         """All steps from `first` on, with log and checkpoints.  ->  path of the weights"""
         c, logged, logged_at, saved_at = self.config, first, self.seconds, self.seconds
         bar = tqdm(total=c.steps, initial=first, disable=not progress, unit="step", file=sys.stderr)
-        with bar, Signals() as signals:
+        with bar, _signals() as caught:
             begin = time.monotonic()
             for step, x in self.batches(first):
                 terms, done = self.step(x, step), step + 1
@@ -162,7 +163,7 @@ class Run:
                     if model is not None:
                         watch(row, model)
                         self.step_module.train()
-                stop = self._anywhere(signals.caught is not None)
+                stop = self._anywhere(bool(caught))
                 if stop or self.seconds - saved_at > c.checkpoint_seconds or done == c.steps:
                     self.save(done)
                     saved_at = self.seconds
@@ -332,13 +333,15 @@ class Run:
 
     def _too_large(self, x: Tensor, step: int, samples: range) -> str:
         """The sentence to stop with where the memory does not hold the crops x; it says how many fit."""
-
-        def attempt(count: int) -> None:
-            self.optimizer.zero_grad()
-            self.fabric.backward(self.step_module(x[:count], **self._given(x, step, samples[:count]))["loss"])
-
-        fits, size = largest_that_fits(len(x), attempt), len(x)
-        advice = "not even one fits; a smaller --crop may"
+        size = len(x)
+        fits, advice = size // 2, "not even one fits; a smaller --crop may"
+        while fits:
+            try:
+                self.optimizer.zero_grad()
+                self.fabric.backward(self.step_module(x[:fits], **self._given(x, step, samples[:fits]))["loss"])
+                break
+            except torch.OutOfMemoryError:
+                fits //= 2
         if fits:
             parts = next(n for n in range(2, size + 1) if size % n == 0 and size // n <= fits)
             advice = (
@@ -347,3 +350,19 @@ class Run:
             )
         crops = f"{size} crops of {x.size(2)} at a time"
         return f"The memory of {device_name(self.fabric.device)} is too small for {crops}: {advice}."
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Inside, SIGINT and SIGTERM do not end the process but come into the list, so that a run can save first.
+
+    Only the main thread can catch signals; in another one nothing changes.
+    """
+    caught: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in numbers}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

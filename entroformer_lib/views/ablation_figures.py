@@ -1,8 +1,10 @@
 """The ablations beside the paper's numbers: figures 6 and 7, tables 1, 3 and 4, and what notebook 05 shows of the rest.
 
-Functions that end in `_data` read the rows of a grid, and give None where there are none. The others are pure functions
-from a table to a figure.
+Functions that end in `_data` read the rows of a grid, and raise NoResult where there are none. The others are pure
+functions from a table to a figure.
 """
+
+from contextlib import suppress
 
 import numpy as np
 import pandas as pd
@@ -11,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from entroformer_lib.studies.ablation import LAST_SHARE
-from entroformer_lib.studies.results import POSITION_NAMES, ablation, load, reference
+from entroformer_lib.studies.results import POSITION_NAMES, NoResult, ablation, kinds, load, needed, reference
 from entroformer_lib.studies.verdicts import differences
 from entroformer_lib.views.style import COLOURS, MARKERS, ONE_COLUMN, TWO_COLUMNS, new_figure, styled
 
@@ -37,21 +39,21 @@ def _k_name(k: float) -> str:
 # ---- figure 6 ----
 
 
-def figure6_data() -> pd.DataFrame | None:
+def figure6_data() -> pd.DataFrame:
     """radius (0: no position encoding, infinite: unlimited), seed, bpp, saving_percent against no position encoding,
     half_width (of the interval of the difference from h = 3, on the same scale; nan where there is none)."""
     rows = ablation("figure6")
-    if rows is None or not (rows["position"] == "none").any():
-        return None
+    if not (rows["position"] == "none").any():
+        raise NoResult("Figure 6 needs a run without positions.")
     base = rows[rows["position"] == "none"]["bpp"].mean()
     radius = rows["radius"].fillna(np.inf).where(rows["position"] != "none", 0)
     data = pd.DataFrame({"radius": radius, "seed": rows["seed"], "bpp": rows["bpp"]})
     data["saving_percent"] = 100 * (1 - data["bpp"] / base)
     data["half_width"] = np.nan
-    if "run" in rows and (told := differences("figure6", "diamond")) is not None:
-        told = told.set_index("kind")
+    with suppress(NoResult):
+        told = differences("figure6", "diamond").set_index("kind")
         half = told["smallest"].replace(np.inf, np.nan) * told["bpp"]["diamond"] / base  # it was of h = 3's rate
-        data["half_width"] = rows["run"].str.replace(r"-seed\d+$", "", regex=True).map(half)
+        data["half_width"] = kinds(rows["run"]).map(half)
     return data.sort_values(["radius", "seed"], ignore_index=True)
 
 
@@ -82,11 +84,9 @@ def figure6(data: pd.DataFrame) -> Figure:
 # ---- figure 7 ----
 
 
-def figure7_data() -> pd.DataFrame | None:
+def figure7_data() -> pd.DataFrame:
     """top_k (infinite: dense), model (in words), step, seed, bpp."""
     rows = ablation("figure7")
-    if rows is None:
-        return None
     rows = rows.assign(top_k=rows["top_k"].fillna(np.inf)).sort_values(["top_k", "seed", "step"], ignore_index=True)
     return rows.assign(model=rows["top_k"].map(_k_name))[["top_k", "model", "step", "seed", "bpp"]]
 
@@ -138,26 +138,22 @@ def curves(data: pd.DataFrame, base: str, base_in_words: str, grid: str, ordered
 # ---- tables 1, 3 and 4 ----
 
 
-def table1_data() -> pd.DataFrame | None:
+def table1_data() -> pd.DataFrame:
     """A row for each of the paper's: model, position, published_bpp, published_saving_percent, bpp, spread, seeds,
     saving_percent."""
     rows = ablation("table1")
-    if rows is None:
-        return None
     columns = ("model", "position", "published_bpp", "published_saving_percent")
     data = _published("table1_position_encoding", *columns)
-    kinds = np.where(rows["context"] == "cnn", "cnn", rows["position"])
-    data[["bpp", "spread", "seeds"]] = _seeds(rows["bpp"], kinds, list(POSITION_NAMES))
+    kind = np.where(rows["context"] == "cnn", "cnn", rows["position"])
+    data[["bpp", "spread", "seeds"]] = _seeds(rows["bpp"], kind, list(POSITION_NAMES))
     data["position"] = ["-", *list(POSITION_NAMES.values())[1:]]
     data["saving_percent"] = 100 * (1 - data["bpp"] / data["bpp"][0])
     return data
 
 
-def table1_curves_data() -> pd.DataFrame | None:
+def table1_curves_data() -> pd.DataFrame:
     """model (in words), step, seed, bpp of the parts as large as the crops."""
     rows = ablation("table1_curve")
-    if rows is None:
-        return None
     model = rows["position"].where(rows["context"] != "cnn", "cnn").map(POSITION_NAMES)
     return rows.assign(model=model)[["model", "step", "seed", "bpp"]]
 
@@ -177,27 +173,23 @@ def table1_dots(rows: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["row", "source", "value"])
 
 
-def table3_data() -> pd.DataFrame | None:
+def table3_data() -> pd.DataFrame:
     """context, published_bpp, bpp, spread, seeds: rate of the second slice."""
     rows = ablation("table3")
-    if rows is None:
-        return None
     data = _published("table3_second_slice_bpp", "context", "published_bpp")
     data[["bpp", "spread", "seeds"]] = _seeds(rows["bpp"], rows["context"], data["context"])
     return data
 
 
-def table4_data() -> pd.DataFrame | None:
+def table4_data() -> pd.DataFrame:
     """size, published_absolute_bpp, published_relative_bpp, published_saving_percent, absolute_bpp, relative_bpp,
     saving_percent."""
     rows = ablation("table4")
-    if rows is None:
-        return None
     columns = ("size", "published_absolute_bpp", "published_relative_bpp", "published_saving_percent")
     data = _published("table4_image_size", *columns)
     rows = rows[rows["position"] != "none"]
-    kinds = np.where(rows["position"] == "absolute", "absolute_bpp", "relative_bpp")
-    ours = rows["bpp"].groupby([rows["size"], kinds]).mean().unstack().reindex(data["size"])
+    kind = np.where(rows["position"] == "absolute", "absolute_bpp", "relative_bpp")
+    ours = rows["bpp"].groupby([rows["size"], kind]).mean().unstack().reindex(data["size"])
     data[["absolute_bpp", "relative_bpp"]] = ours[["absolute_bpp", "relative_bpp"]].to_numpy()
     data["saving_percent"] = 100 * (1 - data["relative_bpp"] / data["absolute_bpp"])
     return data
@@ -254,7 +246,7 @@ COSTS = {  # the same of what is beside the serial model: a cost is positive whe
 }
 
 
-def gains_data(pairs: dict[str, tuple[str, str]]) -> pd.DataFrame | None:
+def gains_data(pairs: dict[str, tuple[str, str]]) -> pd.DataFrame:
     """What one kind of the family needs against another on held-out latents, over the training.
 
     Args:
@@ -262,24 +254,28 @@ def gains_data(pairs: dict[str, tuple[str, str]]) -> pd.DataFrame | None:
 
     Returns:
         label, seed, step, percent (of rate, negative where the first kind needs less; the mean over the lambdas, of
-        logarithms). None where one kind is missing.
+        logarithms).
+
+    Raises:
+        NoResult: a kind was not trained as long as the longest.
     """
-    saved = load("family")
-    if saved is None:
-        return None
-    steps = max(row["steps"] for row in saved["rows"])
-    curves = {}  # of kind and seed: ln of the rate, a row for each step and a column for each lambda
-    for row in saved["rows"]:
-        if row["steps"] == steps:
-            curves[row["kind"], row["seed"]] = np.log(pd.DataFrame(row["held_out"]).set_index("step"))
+    rows = needed("family")["rows"]
+    steps = max(row["steps"] for row in rows)
+    curves = {  # of kind and seed: ln of the rate, a row for each step and a column for each lambda
+        (row["kind"], row["seed"]): np.log(pd.DataFrame(row["held_out"]).set_index("step"))
+        for row in rows
+        if row["steps"] == steps
+    }
     found = []
     for label, (one, other) in pairs.items():
-        for seed in sorted(seed for kind, seed in curves if kind == one and (other, seed) in curves):
+        seeds = sorted(seed for kind, seed in curves if kind == one and (other, seed) in curves)
+        if not seeds:
+            raise NoResult(f"Of {one} and {other} one was not trained for {steps:,} steps.")
+        for seed in seeds:
             ratio = (curves[one, seed] - curves[other, seed]).mean(axis=1)
             row = {"label": label, "seed": seed, "step": ratio.index, "percent": 100 * np.expm1(ratio.to_numpy())}
             found.append(pd.DataFrame(row))
-    labels = {part["label"].iloc[0] for part in found}
-    return pd.concat(found, ignore_index=True) if labels == set(pairs) else None
+    return pd.concat(found, ignore_index=True)
 
 
 @styled()

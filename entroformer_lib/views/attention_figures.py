@@ -3,8 +3,6 @@
 `attention_data` reads a saved result. The others are functions from panels (`panels.Panel`) and tables to figures.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -19,7 +17,7 @@ from PIL import Image
 
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.inspection.panels import Panel
-from entroformer_lib.studies.results import load
+from entroformer_lib.studies.results import NoResult, needed
 from entroformer_lib.views.style import COLOURS, MARKERS, ONE_COLUMN, SEQUENTIAL, TWO_COLUMNS, new_figure, styled
 
 QUERY, ORIGIN = "black", COLOURS[4]
@@ -134,21 +132,18 @@ def _frames(where: np.ndarray, colour: str, width: float) -> PatchCollection:
 # ---- figures 8, 9 and 10 ----
 
 
-def attention_data(number: int) -> Callable[[], pd.DataFrame | None]:
-    """The saved maps of figure 8, 9 or 10: title, query_row, query_column, row, column, prob.  ->  a reader of them"""
-    columns = ["title", "query_row", "query_column", "row", "column", "prob"]
-
-    def read() -> pd.DataFrame | None:
-        rows = [
-            (one["title"], *one["query"], y, x, prob)
-            for one in (load("attention_maps") or {"maps": []})["maps"]
-            if one["figure"] == number
-            for y, line in enumerate(one["probs"])
-            for x, prob in enumerate(line)
-        ]
-        return pd.DataFrame(rows, columns=columns) if rows else None
-
-    return read
+def attention_data(number: int) -> pd.DataFrame:
+    """The saved maps of figure 8, 9 or 10: title, query_row, query_column, row, column, prob."""
+    rows = [
+        (one["title"], *one["query"], y, x, prob)
+        for one in needed("attention_maps")["maps"]
+        if one["figure"] == number
+        for y, line in enumerate(one["probs"])
+        for x, prob in enumerate(line)
+    ]
+    if not rows:
+        raise NoResult(f"attention_maps.json has no maps of figure {number}.")
+    return pd.DataFrame(rows, columns=["title", "query_row", "query_column", "row", "column", "prob"])
 
 
 def saved_maps(data: pd.DataFrame, number: int) -> Figure:
@@ -163,7 +158,7 @@ def saved_maps(data: pd.DataFrame, number: int) -> Figure:
         query = tuple(part[["query_row", "query_column"]].iloc[0])
         panels.append(Panel(title, "attention", values, decoded, selected, query, query))
     height, width = values.shape
-    saved = load("attention_maps")
+    saved = needed("attention_maps")
     name, layer = saved.get("picture"), saved.get("layer", -1)
     picture = Image.new("L", (16 * width, 16 * height), "white") if name is None else sample_picture(name)
     figure = attention_maps(_on_grid(picture, height, width), panels, columns=2, width=ONE_COLUMN)

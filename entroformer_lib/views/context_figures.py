@@ -1,7 +1,7 @@
 """What the context is worth: figure 3 of the paper, drawn from position_masking.json.
 
-Functions that end in `_data` read the saved result, and give None where there is none. The others are pure functions
-from a table to a figure.
+Functions that end in `_data` read the saved result, and raise NoResult where there is none. The others are pure
+functions from a table to a figure.
 """
 
 import textwrap
@@ -12,7 +12,7 @@ from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from entroformer_lib.studies.results import POSITION_NAMES, load, of_mean_rates
+from entroformer_lib.studies.results import POSITION_NAMES, needed, of_mean_rates
 from entroformer_lib.views.style import (
     DIVERGING,
     ONE_COLUMN,
@@ -27,33 +27,23 @@ from entroformer_lib.views.style import (
 MEASURES = {"missing": "over_pictures", "alone": "alone_over_pictures"}
 
 
-def masking_data(measure: str = "missing") -> pd.DataFrame | None:
+def masking_data(measure: str = "missing") -> pd.DataFrame:
     """model, dy, dx, percent (of the mean rates), spread, pictures, L1, L2, L-infinity.
 
     measure: missing (what the rate rises when the position is missing) or alone (what is saved when it alone is known).
     """
-    saved = load("position_masking")
-    return None if saved is None else pd.DataFrame(saved[MEASURES[measure]])
+    return pd.DataFrame(needed("position_masking")[MEASURES[measure]])
 
 
-def alone_data() -> pd.DataFrame | None:
-    """`masking_data` of positions that are known alone."""
-    return masking_data("alone")
-
-
-def masking_by_distance_data() -> pd.DataFrame | None:
+def masking_by_distance_data() -> pd.DataFrame:
     """Both, one below the other: measure ("missing" or "alone"), and the columns of `masking_data`."""
-    if load("position_masking") is None:
-        return None
     return pd.concat([masking_data(name).assign(measure=name) for name in MEASURES], ignore_index=True)
 
 
-def beyond_data() -> pd.DataFrame | None:
+def beyond_data() -> pd.DataFrame:
     """model, radius, percent (of the mean rates), spread, pictures."""
-    saved = load("position_masking")
-    if saved is None:
-        return None
-    return of_mean_rates(pd.DataFrame(saved["beyond"]), ["model", "radius"], "bpp_all", "bpp_masked")
+    rows = pd.DataFrame(needed("position_masking")["beyond"])
+    return of_mean_rates(rows, ["model", "radius"], "bpp_all", "bpp_masked")
 
 
 NAMES = POSITION_NAMES | {  # of models in position_masking.json: how figures call them
@@ -81,18 +71,13 @@ def two_measures(data: pd.DataFrame) -> Figure:
     return figure
 
 
-def masking_maps(data: pd.DataFrame, label: str = LABELS["missing"]) -> Figure:
+def masking_maps(data: pd.DataFrame, measure: str = "missing") -> Figure:
     """A map for each model; positions that are no context stay empty.
 
-    data: of `masking_data`
+    data: of `masking_data` of the same measure
     """
     parts = dict(iter(_plain(data).groupby("model", sort=False)))
-    return _maps(parts, label)
-
-
-def alone_maps(data: pd.DataFrame) -> Figure:
-    """`masking_maps` of what a position saves alone."""
-    return masking_maps(data, LABELS["alone"])
+    return _maps(parts, LABELS[measure])
 
 
 @styled()

@@ -7,11 +7,11 @@ as Markdown, and README.md, which gives each claim of the paper its verdict. An 
 out and said to be. A result that appears later is drawn without new code.
 """
 
-import functools
 import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.studies import verdicts
-from entroformer_lib.studies.results import AUTHORS
+from entroformer_lib.studies.results import AUTHORS, NoResult
 from entroformer_lib.views import ablation_figures as ablations
 from entroformer_lib.views import attention_figures as attention
 from entroformer_lib.views import context_figures as context
@@ -41,14 +41,13 @@ WITH_MS_SSIM = (AUTHORS, "cheng2020-anchor (CompressAI)", "mbt2018 (CompressAI)"
 class Item:
     """One figure or table.
 
-    data: what is drawn, from the saved results; None where they do not exist. draw: data to figure. table: also
-    written as Markdown.
+    data: what is drawn, from the saved results; raises NoResult where they do not exist. draw: data to figure.
+    table: also written as Markdown.
     """
 
     name: str
     title: str
-    needs: str
-    data: Callable[[], pd.DataFrame | None]
+    data: Callable[[], pd.DataFrame]
     draw: Callable[[pd.DataFrame], Figure]
     table: bool = False
 
@@ -59,47 +58,42 @@ class Item:
         return f"{found[1]} {int(found[2])}" if found else self.name.replace("_", " ")
 
 
-MASKING, MAPS, GRIDS = "position_masking.json", "attention_maps.json", "ablation*.json"
 ITEMS = (
     Item("figure03_position_masking", "One position of the context: what its absence costs, and what it saves alone",
-         MASKING, context.masking_by_distance_data, context.two_measures),
-    Item("figure03_missing", "Rate increase when one context position is missing, in all models", MASKING,
+         context.masking_by_distance_data, context.two_measures),
+    Item("figure03_missing", "Rate increase when one context position is missing, in all models",
          context.masking_data, context.masking_maps),
-    Item("figure03_alone", "Rate saved by one context position alone, in all models", MASKING, context.alone_data,
-         context.alone_maps),
-    Item("figure03_distance", "Both against three distances", MASKING, context.masking_by_distance_data,
+    Item("figure03_alone", "Rate saved by one context position alone, in all models",
+         partial(context.masking_data, "alone"), partial(context.masking_maps, measure="alone")),
+    Item("figure03_distance", "Both against three distances", context.masking_by_distance_data,
          context.masking_by_distance),
-    Item("figure03_beyond", "Rate when everything beyond a distance is missing", MASKING, context.beyond_data,
+    Item("figure03_beyond", "Rate when everything beyond a distance is missing", context.beyond_data,
          context.beyond_curve),
-    Item("figure05_rate_distortion", "Entropy models, whole: rate and PSNR on Kodak, and against CNNs", "*-kodak.json",
-         rates.whole_models_data, functools.partial(rates.rate_distortion, width=style.ONE_COLUMN)),
-    Item("figure05_variants", "Rate of entropy models behind the same transforms", "*-kodak.json",
-         rates.same_transforms_data, functools.partial(rates.same_transforms, width=style.ONE_COLUMN)),
-    Item("figure06_clipping_distance", "Saving against the clipping distance h", GRIDS, ablations.figure6_data,
+    Item("figure05_rate_distortion", "Entropy models, whole: rate and PSNR on Kodak, and against CNNs",
+         rates.whole_models_data, partial(rates.rate_distortion, width=style.ONE_COLUMN)),
+    Item("figure05_variants", "Rate of entropy models behind the same transforms",
+         rates.same_transforms_data, partial(rates.same_transforms, width=style.ONE_COLUMN)),
+    Item("figure06_clipping_distance", "Saving against the clipping distance h", ablations.figure6_data,
          ablations.figure6),
-    Item("figure07_top_k", "Learning curves for several k", GRIDS, ablations.figure7_data, ablations.figure7),
+    Item("figure07_top_k", "Learning curves for several k", ablations.figure7_data, ablations.figure7),
     Item("figure08_attention_points", "Attention of three points of the picture coffee",
-         MAPS, attention.attention_data(8), functools.partial(attention.saved_maps, number=8)),
+         partial(attention.attention_data, 8), partial(attention.saved_maps, number=8)),
     Item("figure09_attention_heads", "Attention of one point, head by head",
-         MAPS, attention.attention_data(9), functools.partial(attention.saved_maps, number=9)),
+         partial(attention.attention_data, 9), partial(attention.saved_maps, number=9)),
     Item("figure10_attention_k", "Attention of one point with different k, in a model trained with one k",
-         MAPS, attention.attention_data(10), functools.partial(attention.saved_maps, number=10)),
+         partial(attention.attention_data, 10), partial(attention.saved_maps, number=10)),
     Item("figure11_psnr_kodak", "Our models and other people's codecs: rate and PSNR on Kodak, and against BPG",
-         "*-kodak.json", rates.codecs_data(CODECS, BPG),
-         functools.partial(rates.rate_distortion, width=style.ONE_COLUMN)),
+         partial(rates.codecs_data, CODECS, BPG), partial(rates.rate_distortion, width=style.ONE_COLUMN)),
     Item("figure12_ms_ssim_kodak", "Rate and MS-SSIM on Kodak, of models trained for it and of others",
-         "*-kodak.json", rates.goals_data(WITH_MS_SSIM), rates.by_goal),
-    Item("table1_position_encoding", "Position encodings", GRIDS, ablations.table1_data, tables.figure, table=True),
-    Item("table2_latency", "Latency of the entropy model", "latency.json", tables.table2_data,
+         partial(rates.goals_data, WITH_MS_SSIM), rates.by_goal),
+    Item("table1_position_encoding", "Position encodings", ablations.table1_data, tables.figure, table=True),
+    Item("table2_latency", "Latency of the entropy model", tables.table2_data, tables.figure, table=True),
+    Item("table3_bidirectional", "Context of the second slice", ablations.table3_data, tables.figure, table=True),
+    Item("table4_image_size", "Position encodings and the size of the picture", ablations.table4_data,
          tables.figure, table=True),
-    Item("table3_bidirectional", "Context of the second slice", GRIDS, ablations.table3_data, tables.figure,
-         table=True),
-    Item("table4_image_size", "Position encodings and the size of the picture", GRIDS, ablations.table4_data,
-         tables.figure, table=True),
-    Item("table6_sizes", "Size of the entropy model", "model_sizes.json", tables.table6_data, tables.figure,
-         table=True),
+    Item("table6_sizes", "Size of the entropy model", tables.table6_data, tables.figure, table=True),
     Item("search_window", "Not of the paper: what a search window costs in bits and saves in time, on large pictures",
-         "window_*.json", windows.window_data, windows.cost_and_time),
+         windows.window_data, windows.cost_and_time),
 )  # fmt: skip
 
 
@@ -114,21 +108,22 @@ def regenerate(out: Path | None = None, notebooks: Path | None = None, page: boo
     root = data_folder().parent
     out, notebooks = out or root / "figures", notebooks or root / "notebooks"
     out.mkdir(parents=True, exist_ok=True)
-    drawn = {}
+    drawn, missing = {}, {}
     for item in ITEMS:
-        data = item.data()
         for old in out.glob(f"{item.name}.*"):
             old.unlink()
-        if data is None:
+        try:
+            data = drawn[item.name] = item.data()
+        except NoResult as why:
+            missing[item.name] = f"- {item.name}: {item.title.lower()}. {why}"
             continue
-        drawn[item.name] = data
         style.write(item.draw(data), out, item.name, ("png", "svg"))
         write_bytes(out / f"{item.name}.csv", data.to_csv(index=False, float_format="%.6g").encode())
         if item.table:
             text = f"# {item.title}\n\n{tables.markdown(tables.in_words(data))}\n"
             write_bytes(out / f"{item.name}.md", text.encode())
     if page:
-        write_bytes(out / "README.md", readme(drawn, notebooks).encode())
+        write_bytes(out / "README.md", readme(drawn, missing, notebooks).encode())
     return drawn
 
 
@@ -144,12 +139,11 @@ NOT_DRAWN = {
 }
 
 
-def readme(drawn: dict[str, pd.DataFrame], notebooks: Path) -> str:
+def readme(drawn: dict[str, pd.DataFrame], missing: dict[str, str], notebooks: Path) -> str:
     """figures/README.md: each claim of the paper with its verdict, what has no verdict, and the notebooks' figures."""
     found = verdicts.table()
     shown = {item.item: item.name for item in reversed(ITEMS) if item.name in drawn}
     counts = ", ".join(f"{count} {word}" for word, count in found["verdict"].value_counts().items())
-    missing = [f"- {item.name}: {item.title.lower()} ({item.needs})" for item in ITEMS if item.name not in drawn]
     others = [item for item in ITEMS if item.name in drawn and item.item not in set(found["item"])]
     more = [item for item in ITEMS if item.name in drawn and item not in others and item.name != shown[item.item]]
     parts = [
@@ -179,7 +173,7 @@ def readme(drawn: dict[str, pd.DataFrame], notebooks: Path) -> str:
         "\n".join(f"- **{name.capitalize()}.** {text}" for name, text in NOT_DRAWN.items()),
         "## More of the same results",
         _pictures([(item.item, item.name, item.title) for item in more]),
-        *(["## Not measured yet", "\n".join(missing)] if missing else []),
+        *(["## Not measured yet", "\n".join(missing.values())] if missing else []),
         "## The notebooks' figures",
         tables.markdown(pd.DataFrame(_of_notebooks(notebooks), columns=["file", "from", "section"])),
     ]
@@ -229,7 +223,7 @@ def main(out: Path | None = None) -> None:
     print(f"{len(drawn)} of {len(ITEMS)} figures and tables of the paper have results and were drawn")
     for item in ITEMS:
         if item.name not in drawn:
-            print(f"not measured yet: {item.name} (it would be drawn from {item.needs})")
+            print(f"not measured yet: {item.name}")
 
 
 if __name__ == "__main__":

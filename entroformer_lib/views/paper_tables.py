@@ -9,36 +9,27 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
 from entroformer_lib.studies import verdicts
-from entroformer_lib.studies.results import load, pending, reference
+from entroformer_lib.studies.results import decoding_times, needed, reference
 from entroformer_lib.views.style import ONE_COLUMN, new_figure, styled
 
 ROWS_OF_TABLE2 = ("bmshj2018-hyperprior", "mbt2018", "base-serial", "base-parallel")  # ours, in the paper's order
 
 
-def table2_data() -> pd.DataFrame | None:
+def table2_data() -> pd.DataFrame:
     """model, published_ms (V100, entropy model), measured, what (is in it), ms (median over repeats): decoding of a
     picture of 768 x 512 pixels."""
-    saved = load("latency")
-    if saved is None:
-        return None
-    rows = pd.DataFrame(saved["rows"]).query("direction == 'decode' and width == 768 and height == 512")
-    rows = rows.reindex(columns=["model", "seconds", "transforms_s"])
-    rows["what"] = rows["transforms_s"].isna().map({True: "whole decoding", False: "decoding without transforms"})
-    rows["ms"] = 1000 * (rows["seconds"] - rows["transforms_s"].fillna(0))
-    medians = rows.groupby(["model", "what"])["ms"].median().reset_index().rename(columns={"model": "measured"})
+    ours = decoding_times().rename(columns={"model": "measured"})
+    ours["ms"] = 1000 * ours.pop("seconds")
     published = pd.DataFrame(reference("paper_tables")["table2_latency_ms"]["rows"])
     published = published.set_axis(["model", "published_ms"], axis=1).assign(measured=ROWS_OF_TABLE2)
-    return published.merge(medians, on="measured")
+    return published.merge(ours, on="measured")
 
 
-def table6_data() -> pd.DataFrame | None:
+def table6_data() -> pd.DataFrame:
     """model, published_mb, megabytes of the entropy model, parameters."""
-    saved = load("model_sizes")
-    if saved is None:
-        return None
+    ours = pd.DataFrame(needed("model_sizes")["rows"])[["model", "megabytes", "parameters"]]
     published = pd.DataFrame(reference("paper_tables")["table6_entropy_model_weights_MB"]["rows"])
     published = published.set_axis(["model", "published_mb"], axis=1).replace({"model": {"Entroformer": "base-serial"}})
-    ours = pd.DataFrame(saved["rows"])[["model", "megabytes", "parameters"]]
     data = published.merge(ours, on="model", how="outer")
     order = [*(name for name in published["model"] if name not in set(ours["model"])), *ours["model"]]
     return data.set_index("model").loc[order].reset_index()
@@ -62,15 +53,13 @@ def claims(*items: str) -> Styler:
     return _whole(found.rename(columns=names).style)
 
 
-def differences(grid: str, base: str, names: dict[str, str] | None = None) -> Styler | str:
+def differences(grid: str, base: str, names: dict[str, str] | None = None) -> Styler:
     """`verdicts.differences` for a notebook.
 
     Args:
         names: kinds to show, in words; by default all, by the names of their runs.
     """
     found = verdicts.differences(grid, base)
-    if found is None:
-        return pending(f"ablation-{grid}")
     if names is not None:
         found = found[found["kind"].isin(names)].assign(kind=found["kind"].map(names))
     found = found.rename(columns={"kind": ""})

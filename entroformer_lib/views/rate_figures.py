@@ -4,8 +4,6 @@ Functions that end in `_data` read saved results, and give None where there is n
 a table to a figure.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -17,6 +15,7 @@ from entroformer_lib.studies.results import (
     AUTHORS,
     LABELS,
     QUALITIES,
+    NoResult,
     ablation,
     in_order,
     kodak_means,
@@ -83,69 +82,56 @@ MOST = 60  # percent that are shown
 GOALS = {"ms-ssim": "trained for MS-SSIM", "mse": "for mean squared error; classical codecs"}
 
 
-def whole_models_data() -> pd.DataFrame | None:
+def whole_models_data() -> pd.DataFrame:
     """Figure 5, left: entropy models behind the same transforms, and the paper's own: codec, source (None: ours), bpp,
     psnr_db, base (the CNN entropy model to compare with: ours is behind the same transforms)."""
     ours = kodak_means()
     whole = (BASE, "serial", "parallel", "groupedmixer", "groupedmixer-32")
     ours = ours[ours["transforms"].notna() & ours["variant"].isin(whole)]
     if not (ours["variant"] == BASE).any():
-        return None
+        raise NoResult(f"No published model is of the kind {BASE}.")
     ours = in_order(ours)
     ours = ours.assign(codec=ours["variant"].map(LABELS), base=LABELS[BASE])
     theirs = _named(published(), (AUTHORS, CNN_OF_THE_PAPER)).assign(base=CNN_OF_THE_PAPER)
     return pd.concat([ours, theirs], ignore_index=True)[["codec", "source", "bpp", "psnr_db", "base"]]
 
 
-def codecs_data(names: tuple[str, ...], base: str) -> Callable[[], pd.DataFrame | None]:
+def codecs_data(names: tuple[str, ...], base: str) -> pd.DataFrame:
     """Figure 11: our serial and parallel models (or, where there are none, all) and other people's codecs, by PSNR:
     codec, source (None: ours), bpp, psnr_db, base.
 
     names: of the published curves; base: the one to compare with.
     """
-
-    def read() -> pd.DataFrame | None:
-        ours = _alone()
-        ours = ours[ours["optimised_for"] == "mse"]
-        if ours.empty:
-            return None
-        ours = _whole(ours)
-        points = ours.groupby("codec")["bpp"].transform("size")
-        ours = ours.loc[points.sort_values(ascending=False, kind="stable").index]  # whole curves first
-        curves = pd.concat([ours, _named(published(), names)], ignore_index=True)
-        return curves[["codec", "source", "bpp", "psnr_db"]].assign(base=base)
-
-    return read
+    ours = _alone(["mse"])
+    points = ours.groupby("codec")["bpp"].transform("size")
+    ours = ours.loc[points.sort_values(ascending=False, kind="stable").index]  # whole curves first
+    curves = pd.concat([ours, _named(published(), names)], ignore_index=True)
+    return curves[["codec", "source", "bpp", "psnr_db"]].assign(base=base)
 
 
-def goals_data(names: tuple[str, ...]) -> Callable[[], pd.DataFrame | None]:
+def goals_data(names: tuple[str, ...]) -> pd.DataFrame:
     """Figure 12, by MS-SSIM: codec, optimised_for ("mse" for classical codecs too), source, bpp, ms_ssim_db.
 
     Serial models are left out: their curve lies on that of the parallel ones.
     """
-
-    def read() -> pd.DataFrame | None:
-        ours = _alone()
-        ours = ours[ours["optimised_for"].isin(list(GOALS)) & ~ours["codec"].str.contains("-effort")]
-        if ours.empty:
-            return None
-        ours = _whole(ours[(ours["variant"] != "serial") | ~(ours["variant"] == "parallel").any()])
-        theirs = [_named(published(optimised_for=goals), names) for goals in (("ms-ssim",), ("mse", "codec"))]
-        curves = pd.concat([ours, *theirs], ignore_index=True).dropna(subset="ms_ssim_db")
-        curves["optimised_for"] = curves["optimised_for"].replace("codec", "mse")
-        return curves[["codec", "optimised_for", "source", "bpp", "ms_ssim_db"]]
-
-    return read
+    ours = _alone(list(GOALS))
+    ours = ours[~ours["codec"].str.contains("-effort")]
+    ours = ours[(ours["variant"] != "serial") | ~(ours["variant"] == "parallel").any()]
+    theirs = [_named(published(optimised_for=goals), names) for goals in (("ms-ssim",), ("mse", "codec"))]
+    curves = pd.concat([ours, *theirs], ignore_index=True).dropna(subset="ms_ssim_db")
+    curves["optimised_for"] = curves["optimised_for"].replace("codec", "mse")
+    return curves[["codec", "optimised_for", "source", "bpp", "ms_ssim_db"]]
 
 
-def _alone() -> pd.DataFrame:
-    """Our models without those of a family, or all where there are no others."""
+def _alone(goals: list[str]) -> pd.DataFrame:
+    """Our serial and parallel models without those of a family; all where there are no others.
+
+    goals: what they were trained for
+    """
     ours = kodak_means()
-    return ours[ours["transforms"].isna() | ours["transforms"].notna().all()]
-
-
-def _whole(ours: pd.DataFrame) -> pd.DataFrame:
-    """Serial and parallel models; all where there are none."""
+    ours = ours[(ours["transforms"].isna() | ours["transforms"].notna().all()) & ours["optimised_for"].isin(goals)]
+    if ours.empty:
+        raise NoResult(f"No model trained for {' or '.join(goals)} was measured.")
     main = ours["variant"].isin(["serial", "parallel"])
     return ours[main | ~main.any()]
 
@@ -292,11 +278,11 @@ def _legend(figure: Figure, curves: pd.DataFrame, looks: dict[str, dict]) -> Non
 # ---- entropy models behind the same transforms ----
 
 
-def same_transforms_data() -> pd.DataFrame | None:
+def same_transforms_data() -> pd.DataFrame:
     """variant, lmbda, psnr_db, base_bpp, bpp, percent of BASE, label: a row for each model and lambda."""
     rates = saved_rates()
     if not (rates["variant"] == BASE).any():
-        return None
+        raise NoResult(f"No published model is of the kind {BASE}.")
     data = against(rates, BASE)
     return data.assign(label=data["variant"].map(lambda variant: LABELS.get(variant, variant)))
 
@@ -328,10 +314,9 @@ def same_transforms(data: pd.DataFrame, width: float = TWO_COLUMNS) -> Figure:
 # ---- rate against the number of groups ----
 
 
-def groups_data() -> pd.DataFrame | None:
+def groups_data() -> pd.DataFrame:
     """groups, slices, phases, seed, bpp of the grid `groups`, whole pictures."""
-    rows = ablation("groups")
-    return None if rows is None else rows.sort_values(["groups", "seed"], ignore_index=True)
+    return ablation("groups").sort_values(["groups", "seed"], ignore_index=True)
 
 
 def lines_beside(grid: str = "groups") -> dict[str, float]:

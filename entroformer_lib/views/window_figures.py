@@ -5,16 +5,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from entroformer_lib.studies.results import load
+from entroformer_lib.studies.results import NoResult, load
 from entroformer_lib.views.style import COLOURS, MARKERS, ONE_COLUMN, new_figure, styled
 
 
-def window_data() -> pd.DataFrame | None:
+def window_data() -> pd.DataFrame:
     """picture (empty for mosaics), width, height, megapixels, window (infinite: none); of photographs bytes and
     change_percent against no window; of mosaics decode_seconds."""
     bits, times = load("window_bits"), load("window_times")
     if bits is None and times is None:
-        return None
+        raise NoResult("There is neither window_bits.json nor window_times.json among the saved results.")
     tables = [pd.DataFrame(result["rows"]) for result in (bits, times) if result is not None]
     rows = pd.concat([t if "picture" in t else t.rename(columns={"seconds": "decode_seconds"}) for t in tables])
     rows["window"] = rows["window"].astype(float).fillna(np.inf)

@@ -4,6 +4,7 @@ A worker of a cluster lives longer than a command: a file of weights may have be
 it may run on another machine, where other weights have that name. So a task carries the digest of its weights.
 """
 
+import functools
 from dataclasses import dataclass
 
 from entroformer_lib.entroformer import Entroformer
@@ -24,9 +25,6 @@ class Kept:
     level: float | None
 
 
-_kept: dict[tuple[str, str], Kept] = {}
-
-
 def kept_model(name: str, device: str, digest: str | None = None) -> Kept:
     """A model as `load_model` gives it, loaded once.
 
@@ -37,23 +35,25 @@ def kept_model(name: str, device: str, digest: str | None = None) -> Kept:
         WeightsError: nothing of that name, or other weights.
     """
     name = name_elsewhere(name)
-    found = _kept.get((name, device))
-    if found is None or digest not in (None, found.digest):
-        keep_freed_memory()
-        model = load_model(name, device)
-        model.refresh_tables()
-        values = tensors_digest(model.state_dict(), model.config.to_json().encode()).hex()
-        if digest not in (None, values):
+    if digest not in (None, _loaded(name, device).digest):
+        forget()
+        if digest != _loaded(name, device).digest:
             raise WeightsError(f"The weights {name} are others than those at the start, or on this machine.")
-        while len(_kept) >= MOST:
-            del _kept[next(iter(_kept))]
-        found = _kept[name, device] = Kept(model, values, model.level)
-    return found
+    return _loaded(name, device)
+
+
+@functools.lru_cache(MOST)
+def _loaded(name: str, device: str) -> Kept:
+    keep_freed_memory()
+    model = load_model(name, device)
+    model.refresh_tables()
+    digest = tensors_digest(model.state_dict(), model.config.to_json().encode()).hex()
+    return Kept(model, digest, model.level)
 
 
 def forget() -> None:
     """Loads all models anew, whose files may have been written anew."""
-    _kept.clear()
+    _loaded.cache_clear()
 
 
 def name_elsewhere(name: str) -> str:

@@ -28,11 +28,10 @@ from entroformer_lib.weights.forms import Form, restored, shortened
 LONGEST_NAME = 255 - len(".safetensors")  # bytes of a file's name
 SHARED = ("g_a.", "g_s.", "gain.")  # tensors that another file may hold
 # Weights that are no longer shipped -> the revision that still has them and reads their files
+TINY = "serial parallel groupedmixer cnn minnen hyperprior hyperprior-cnn context context-cnn".split()
 RETIRED = {
     "tiny-rates-msssim": "06aa877",
-    **dict.fromkeys(("tiny-parallel", "tiny-rates"), "720112f"),
-    **dict.fromkeys((f"tiny-{kind}-rates" for kind in ("serial", "parallel", "groupedmixer", "cnn", "minnen")), "720112f"),
-    **dict.fromkeys((f"tiny-{half}{net}-rates" for half in ("hyperprior", "context") for net in ("", "-cnn")), "720112f"),
+    **dict.fromkeys(("tiny-parallel", "tiny-rates", *(f"tiny-{kind}-rates" for kind in TINY)), "720112f"),
 }
 # Weights whose name now belongs to better ones: first bytes of their digest, as files tell it -> the revision
 REPLACED = {
