@@ -28,7 +28,7 @@ from entroformer_lib.weights.forms import Form, restored, shortened
 LONGEST_NAME = 255 - len(".safetensors")  # bytes of a file's name
 SHARED = ("g_a.", "g_s.", "gain.")  # tensors that another file may hold
 # Weights that are no longer shipped -> the revision that still has them and reads their files
-TINY = "serial parallel groupedmixer cnn minnen hyperprior hyperprior-cnn context context-cnn".split()
+TINY = ["serial", "parallel", "groupedmixer", "cnn", "minnen", "hyperprior", "hyperprior-cnn", "context", "context-cnn"]
 RETIRED = {
     "tiny-rates-msssim": "06aa877",
     **dict.fromkeys(("tiny-parallel", "tiny-rates", *(f"tiny-{kind}-rates" for kind in TINY)), "720112f"),
