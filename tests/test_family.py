@@ -90,7 +90,7 @@ def test_gains_over_the_training(tmp_path):
     two = data[data["label"] == "two passes"].set_index(["seed", "step"])["percent"]
     assert np.allclose(two[0], 100 * (1.1**2 - 1)) and np.allclose(two[1], 0) and len(two) == 4
     assert set(data[data["label"] == "cnn"]["seed"]) == {0}
-    figure = gains_over_training(data, data, larger=6)
+    figure = gains_over_training(data, data)
     assert [ax.get_ylabel() for ax in figure.axes] == ["rate saved, %", "rate above the serial model, %"]
     saved, cost = (ax.lines[0].get_ydata() for ax in figure.axes)  # of two passes, which need 21% more with seed 0
     assert np.allclose(saved, -10.5) and np.allclose(cost, 10.5)

@@ -279,9 +279,9 @@ def gains_data(pairs: dict[str, tuple[str, str]]) -> pd.DataFrame:
 
 
 @styled()
-def gains_over_training(gains: pd.DataFrame, costs: pd.DataFrame, larger: int | None = None) -> Figure:
+def gains_over_training(gains: pd.DataFrame, costs: pd.DataFrame) -> Figure:
     """Savings of attention, and what is paid beside the serial model, over the steps: the mean over seeds, and a small
-    point for each seed where there are several.  larger: the step from which on crops are larger"""
+    point for each seed where there are several."""
     figure, axes = new_figure(TWO_COLUMNS, 3.0, 1, 2, sharex=True)
     looks = list(zip(COLOURS, MARKERS, strict=False))  # none is used twice
     for ax, data, sign, own in ((axes[0], gains, -1, looks[:4]), (axes[1], costs, 1, looks[4:])):
@@ -291,8 +291,8 @@ def gains_over_training(gains: pd.DataFrame, costs: pd.DataFrame, larger: int | 
             if part["seed"].nunique() > 1:
                 ax.plot(part["step"], sign * part["percent"], ".", color=colour, markersize=2.5)
         ax.axhline(0, color="0.7", linewidth=0.8)
-        if larger is not None:
-            ax.axvline(larger, color="0.7", linewidth=0.8)
+        line = dict(color="0.6", linewidth=0.8, linestyle="--", zorder=0, label="larger crops from here on")
+        ax.axvline(data["step"].max() * (1 - LAST_SHARE), **line)
         ax.grid(axis="y", alpha=0.25, linewidth=0.5)
         ax.set(xlabel="training step", ylabel="rate saved, %" if sign < 0 else "rate above the serial model, %")
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1))
