@@ -92,27 +92,27 @@ def test_rank_correlations():
 
 def test_answers_are_the_servers(server):
     site, answers = 4 * server.width + 6, Answers(server)
-    rows = answers.answer("rows", model=0, query=site, k=6)
+    rows = answers.answer("rows", 0, site, 6)
     np.testing.assert_allclose(rows["probs"].reshape(2, 2, -1), server.rows(site, 6), rtol=1e-6)
     assert rows["facts"] == server.facts(site, 6)
-    overview = answers.answer("overview", model=0)
+    overview = answers.answer("overview", 0)
     facts = [server.facts(i, 6) for i in (0, 1, site)]
     np.testing.assert_allclose(overview["bits"][[0, 1, site]], [f["bits"] for f in facts], rtol=1e-5)
     np.testing.assert_allclose(overview["alone"][[0, 1, site]], [f["alone"] for f in facts], rtol=1e-5)
-    costs = answers.answer("costs", model=0, query=site, k=DENSE)
+    costs = answers.answer("costs", 0, site, DENSE)
     assert np.array_equal(costs["positions"], server.costs(site, None)[0])
     buffers = [b"those of another answer"]
     plain = packed(rows, buffers)
     json.dumps(plain)
     assert np.array_equal(np.frombuffer(buffers[plain["probs"]["array"]], plain["probs"]["dtype"]), rows["probs"])
     with pytest.raises(AttentionError, match="no question"):
-        answers.answer("model", model=0)
+        answers.answer("model", 0)
 
 
 def test_a_calculation_leads_from_scores_to_bits(server):
     """Content and position make the score, the chosen scores the shares, and the shares' Gaussian the bits."""
     site, channel = 4 * server.width + 6, 3
-    c = Answers(server).answer("calculation", model=0, query=site, k=6, layer=1, head=1, channel=channel)
+    c = Answers(server).answer("calculation", 0, site, 6, None, 1, 1, channel)
     others = np.isfinite(c["content"]) & np.isfinite(c["position"])
     np.testing.assert_allclose((c["content"] + c["position"])[others], c["scores"][others], atol=1e-5)
     chosen = c["selected"].astype(bool)
@@ -145,9 +145,9 @@ def test_widget_answers_by_number(server, capsys):
     widget, sent = Explorer(server, row=3), []
     assert widget.selection == {"row": 3} and widget.meta["picture"].startswith("data:image/jpeg")
     widget.send = lambda content, buffers: sent.append((content, buffers))
-    good = {"number": 7, "question": "rows", "arguments": {"model": 0, "query": 54, "k": 6}}
-    no_latent = {**good, "number": 8, "arguments": {"model": 0, "query": 10**6, "k": 6}}
-    unexpected = {**good, "number": 9, "arguments": {"model": 0}}
+    good = {"number": 7, "question": "rows", "values": [0, 54, 6]}
+    no_latent = {**good, "number": 8, "values": [0, 10**6, 6]}
+    unexpected = {**good, "number": 9, "values": [0]}
     asked = [good, no_latent, unexpected, {**good, "number": 10}]
     widget._handle_custom_msg({"asked": asked}, [])  # as ipywidgets does with a message from the browser
     ((content, buffers),) = sent
@@ -164,7 +164,7 @@ def test_a_widget_that_is_interrupted_says_so_to_all_who_wait(server, monkeypatc
     widget.send = lambda content, buffers: sent.append(content)
     monkeypatch.setattr(widget.answers, "answer", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        widget._reply(widget, {"asked": [{"number": n, "question": "rows", "arguments": {}} for n in (1, 2)]}, [])
+        widget._reply(widget, {"asked": [{"number": n, "question": "rows", "values": []} for n in (1, 2)]}, [])
     assert [row["answer"]["error"] for row in sent[0]["answered"]] == ["Python was interrupted."] * 2
 
 

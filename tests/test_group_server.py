@@ -186,10 +186,10 @@ def test_answers_beside_another_model(photo, server):
     one, grouped = meta["models"]
     assert grouped["counts"] == [3, 2, 2] and one["counts"] is None and grouped["slices"] == 3 and not meta["costs"]
     assert len(grouped["steps"]) == 3 * server.n and max(grouped["steps"]) == 11
-    bits = answers.answer("overview", model=1)["bits"]
+    bits = answers.answer("overview", 1)["bits"]
     np.testing.assert_allclose(bits.reshape(-1, 3).sum(1), server.bits().ravel(), rtol=1e-5)
     query = server.query(67, 2)
-    cross = answers.answer("cross", model=1, query=query)["probs"]
+    cross = answers.answer("cross", 1, query)["probs"]
     np.testing.assert_allclose(cross, server.groups(query).ravel(), rtol=1e-6)
 
 

@@ -66,7 +66,7 @@ def opened(browser, folder):
 @pytest.fixture
 def page(opened, folder):
     """The page with its first picture, whatever another test has given it."""
-    if opened.evaluate("liveSource.meta.size.join()") != "150,100":
+    if opened.evaluate("liveSource.meta.inside.slice(2).join()") != "150,100":
         opened.evaluate(f"{STATE} = ''")
         opened.set_input_files("#photo", folder / "first.png")
         wait(opened)
@@ -114,10 +114,12 @@ def change(**fields) -> str:
 
 def test_first_view(page, server, alone):
     meta = page.evaluate("liveSource.meta")
-    assert (meta["height"], meta["width"], meta["size"]) == (server.height, server.width, [150, 100])
+    assert (meta["height"], meta["width"], meta["inside"][2:]) == (server.height, server.width, [150, 100])
     assert meta["models"][0]["channel_groups"] == [group.tolist() for group in server.channel_groups]
     assert meta["models"][0]["reference"].startswith("theirs@")
-    assert meta["picture"].startswith("data:image/png") and meta["reconstruction"] != meta["picture"]
+    rebuilt, guess = (ask(page, f"picture(0, '{name}')")["url"] for name in ("reconstruction", "guess"))
+    assert len({meta["picture"], rebuilt, guess}) == 3
+    assert all(url.startswith("data:image/png") for url in (meta["picture"], rebuilt, guess))
     found = ask(page, "overview(0)")
     np.testing.assert_allclose(found["bits"], server.bits(server.default_k)["context"].ravel(), rtol=5e-3)
     np.testing.assert_allclose(found["alone"], alone, rtol=5e-3)
@@ -201,8 +203,8 @@ def test_one_calculation_opened(page, server):
     means, scales, bits = (t[0, channel].item() for t in server.predict([site], 6))
     assert [found["mean"], found["scale"], found["bits"]] == pytest.approx([means, scales, bits], rel=1e-3, abs=1e-4)
     value = int(server.y_hat.flatten(2)[0, channel, site])
-    pmf = found["pmf"]["probabilities"]
-    assert pmf[value - found["pmf"]["first"]] == pytest.approx(2**-bits, rel=1e-3)
+    pmf = found["probabilities"]
+    assert pmf[value - found["first"]] == pytest.approx(2**-bits, rel=1e-3)
     assert pmf.sum() == pytest.approx(1, abs=1e-3)
 
 
@@ -219,7 +221,7 @@ def test_photographs_are_dropped_and_refused_in_sentences(page, folder):
     assert "768 x 10" in choose("thin.png", "failed")
     assert "scaled to 768 x 614" in choose("large.png", "ready")
     choose("other.png", "ready")
-    assert page.evaluate("liveSource.meta.size") == [100, 150]
+    assert page.evaluate("liveSource.meta.inside.slice(2)") == [100, 150]
     assert page.evaluate("document.querySelector('.ef-explorer').explorer.meta.inside") == [14, 21, 100, 150]
 
 

@@ -76,19 +76,18 @@ class Answers:
             "origins": [server.origin(query) for query in range(server.n * server.slices)],
         }
 
-    def answer(self, question: str, **arguments) -> dict:
-        """One answer: a dict of arrays, numbers and words.
+    def answer(self, question: str, model: int, *values) -> dict:
+        """One answer: a dict of arrays, numbers and words.  model: 0 or 1; values: as in `js/explorer.js`
 
         Raises:
             AttentionError: something that does not exist.
         """
         if question not in QUESTIONS:
             raise AttentionError(f"There is no question '{question}'; there are {', '.join(QUESTIONS)}.")
-        return self._asked(question, *(arguments[name] for name in sorted(arguments)), names=tuple(sorted(arguments)))
+        return self._asked(question, model, *values)
 
-    def _ask(self, question: str, *values, names: tuple[str, ...]) -> dict:
-        arguments = dict(zip(names, values, strict=True))
-        return getattr(self, f"_{question}")(self.servers[arguments.pop("model")], **arguments)
+    def _ask(self, question: str, model: int, *values) -> dict:
+        return getattr(self, f"_{question}")(self.servers[model], *values)
 
     # -- the questions --
 
@@ -97,8 +96,8 @@ class Answers:
         names = ("bits", "alone")
         return {name: v if v is None else v.astype("<f4") for name, v in zip(names, server.overview(), strict=True)}
 
-    def _rows(self, server, query: int, k: int) -> dict:
-        """Attention of a query in all layers and heads, and what it costs."""
+    def _rows(self, server, query: int, k: int, change: None = None) -> dict:
+        """Attention of a query in all layers and heads, and what it costs.  change: only a model in the page has one"""
         rows, facts = server.row_and_facts(query, k or None)
         return {"probs": rows.astype("<f4").ravel(), "facts": facts}
 
@@ -112,7 +111,7 @@ class Answers:
         """Attention of the cross mixers at the query's place."""
         return {"probs": server.groups(query).astype("<f4").ravel()}
 
-    def _calculation(self, server, query: int, k: int, layer: int, head: int, channel: int) -> dict:
+    def _calculation(self, server, query: int, k: int, change: None, layer: int, head: int, channel: int) -> dict:
         """Every number between the scores of one head and the bits of one channel of a latent."""
         points = ("content", "position", "scores", "selected", "probs")
         found = {point: server.rows(query, k or None, point)[layer, head] for point in points}

@@ -34,7 +34,7 @@ HERE = Path(__file__).parent
 VENDOR = HERE / "vendor"
 RUNTIME = {"runtime": "ort.wasm.bundle.min.mjs.gz", "wasm": "ort-wasm-simd-threaded.wasm.gz"}
 # each uses those before it
-SOURCES = ("live_numbers.js", "live_pictures.js", "live.js", "live_view.js", "live_page.js")
+SOURCES = ("live_numbers.js", "live_pictures.js", "live.js", "live_page.js")
 REACH = 24  # steps of z; farther ones cost as much as the farthest here
 LARGEST_SIDE = 768  # pixels, as in live.js
 SMALLEST_SIDE = 16  # pixels, of the scaled picture

@@ -75,9 +75,7 @@ def explorer_page(server, title: str = "", **selection) -> Page:
         "sections": [_section(server, sites, k, blob, more) for k, sites in held.items()],
         "costs": _costs(server, measured, own, blob, more) if measured else None,
         "cross": None if server.cross is None else _cross(server, blob),
-        "pictures": {
-            name: answers.answer("picture", model=0, name=name)["url"] for name in ("reconstruction", "guess")
-        },
+        "pictures": {name: answers.answer("picture", 0, name)["url"] for name in ("reconstruction", "guess")},
     }
     if {"row", "column"}.isdisjoint(selection):
         selection |= _middle(server, some)
@@ -157,7 +155,7 @@ def _holds(server, ks: list[int], held: int, measured: int) -> str:
 def _queries(server, answers: Answers, blob: "_Blob") -> dict:
     """What is said of every query, whatever is chosen."""
     queries = range(server.n * server.slices)
-    overview = answers.answer("overview", model=0)
+    overview = answers.answer("overview", 0)
     return {
         "steps": blob.add(np.array([server.step(query) for query in queries]), "<u2"),
         "origins": blob.add(np.array([server.origin(query) for query in queries]), "<u2"),

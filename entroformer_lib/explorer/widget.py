@@ -71,7 +71,7 @@ class Explorer(anywidget.AnyWidget):
 
     def _answer(self, asked: dict, buffers: list[bytes]) -> dict:
         try:
-            return packed(self.answers.answer(asked["question"], **asked["arguments"]), buffers)
+            return packed(self.answers.answer(asked["question"], *asked["values"]), buffers)
         except UserError as error:
             return {"error": str(error)}
         except Exception as error:  # else the browser would wait for an answer

@@ -242,7 +242,9 @@ function hoverInWords(explorer, map, row, column) {
 /** Shows a stop of the tour. */
 async function tour(explorer, number) {
   const { meta, find } = explorer;
-  const stops = stopsOf(meta, await explorer.answers.overview(0));
+  const { bits, alone } = await explorer.answers.overview(0);
+  const [spent, without] = [bits, alone].map((values) => explorer.answers.perSite(0, values));
+  const stops = stopsOf(meta, spent, without);
   const stop = stops[number];
   const box = find(".ef-stop");
   const focused = document.activeElement?.className;
@@ -289,13 +291,6 @@ function play(explorer) {
 async function keep(explorer, button) {
   const { meta, maps, words, selection } = explorer;
   const name = `attention-row${selection.row}-column${selection.column}`;
-  const view = {
-    backdrops: explorer.backdropsNow,
-    position: selection.backdrop,
-    overlay: selection.overlay,
-    dim: selection.dim,
-    large: maps.length < 3,
-  };
   const copied = async (text) => {
     try {
       await navigator.clipboard.writeText(text);
@@ -312,7 +307,7 @@ async function keep(explorer, button) {
     case "svg":
       return download(
         `${name}.svg`,
-        new Blob([asSvg(meta, explorer.panels(), explorer.columns, words, view)], { type: "image/svg+xml" }),
+        new Blob([asSvg(meta, explorer.panels(), explorer.columns, words, explorer.view(selection))], { type: "image/svg+xml" }),
       );
     case "csv":
       return download(

@@ -12,7 +12,7 @@
 //   costs(model, query, k)       {positions, bits, rho [layers * (heads + 1)]}
 //   cross(model, query)          {probs [layers * heads * G * G]}
 //   calculation(model, query, k, change, layer, head, channel)   see numbers.js
-//   picture(model, name)         URL or null; name: "reconstruction", or "guess": every latent at its mean without context
+//   picture(model, name)         {url}, or null in its place; name: "reconstruction", or "guess": every latent at its mean without context
 //   held(mode, k)                sites that can be answered, or null for all
 //   begin                        the selection to begin with; chosen(selection), keep(still), listen(adopt): optional
 import { Answers } from "./answers.js";
@@ -203,7 +203,6 @@ class Explorer {
     this.columns = columns;
     box.style.gridTemplateColumns = beside ? "minmax(0, 5fr) minmax(0, 3fr)" : `repeat(${columns}, minmax(0, 1fr))`;
     box.style.setProperty("--ef-aspect", meta.width / meta.height);
-    box.style.setProperty("--ef-columns", columns);
     for (const [i, map] of maps.entries()) {
       const figure = box.children[i];
       const canvas = figure.querySelector("canvas");
@@ -215,15 +214,14 @@ class Explorer {
       else if (map.kind === "decoding")
         figure.querySelector("figcaption").textContent += this.drawArrival(canvas, map, arrivals, s);
       else
-        drawMap(canvas, meta, {
-          ...map,
-          backdrops: this.backdropsNow,
-          position: s.backdrop,
-          overlay: s.overlay,
-          dim: s.dim,
-          large: maps.length < 3,
-        });
+        drawMap(canvas, meta, { ...map, ...this.view(s) });
     }
+  }
+
+  /** How maps are drawn. */
+  view(s) {
+    const { backdrop: position, overlay, dim } = s;
+    return { backdrops: this.backdropsNow, position, overlay, dim, large: this.maps.length < 3 };
   }
 
   drawArrival(canvas, map, arrivals, s) {

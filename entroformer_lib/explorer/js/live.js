@@ -49,6 +49,8 @@ export class LiveSource {
   #remembered = new Map(); // change -> keys and values
   #last = Promise.resolve(); // a session answers one question at a time
   #overview;
+  #reconstruction; // data URL
+  hash = true; // the address of the page names the view
 
   constructor({ ort, facts }, sessions) {
     [this.#ort, this.#facts, this.#sessions] = [ort, facts, sessions];
@@ -58,7 +60,7 @@ export class LiveSource {
   // ---- a picture becomes latents ----
 
   async #see(canvas, facts, tell) {
-    const { pixels, width, height, size } = padded(canvas, facts.downsampling);
+    const { pixels, width, height, inside } = padded(canvas, facts.downsampling);
     await tell("analysis: pixels to latents", 0.3);
     const { y, z } = await this.#run("analysis", { x: this.#floats(pixels, [1, 3, height, width]) });
     const [rows, columns] = y.dims.slice(2);
@@ -81,13 +83,14 @@ export class LiveSource {
     this.#hyper = (await this.#run("hyper_synthesis", { z_hat: this.#floats(zHat, z.dims) })).hyper;
     if (this.#sessions.reference) this.#reference = await this.#run("reference", { y });
     this.#channels = channelGroups(this.#yHat.data, facts.M, this.#grid.n, facts.groups);
-    const rebuilt = await this.#rebuilt(tell);
+    await tell("synthesis: latents to pixels", 0.8);
+    const { x_hat } = await this.#run("synthesis", { y_hat: this.#yHat });
+    this.#reconstruction = canvasOf(x_hat.data, width, height).toDataURL();
     this.meta = {
       height: rows,
       width: columns,
-      size,
+      inside,
       picture: canvasOf(pixels, width, height).toDataURL(),
-      reconstruction: canvasOf(rebuilt.data, width, height).toDataURL(),
       note: canvas.note,
       models: [
         {
@@ -109,13 +112,8 @@ export class LiveSource {
     };
   }
 
-  async #rebuilt(tell) {
-    await tell("synthesis: latents to pixels", 0.8);
-    return (await this.#run("synthesis", { y_hat: this.#yHat })).x_hat;
-  }
-
   // The picture with every latent at the mean that is expected without context, as a data URL.
-  async guess() {
+  async #guess() {
     const { n } = this.#grid;
     const { M } = this.#facts;
     const latents = new Float32Array(M * n);
@@ -131,8 +129,8 @@ export class LiveSource {
 
   // ---- the interface of a source ----
 
-  held() {
-    return null; // everything can be asked
+  async picture(model, name) {
+    return { url: name === "guess" ? await this.#guess() : this.#reconstruction };
   }
 
   // change: the bits after a change are not kept.
@@ -174,10 +172,6 @@ export class LiveSource {
     return { positions, bits, rho: correlations(rows, positions, bits, layers, heads, n) };
   }
 
-  async cross() {
-    return null;
-  }
-
   async calculation(model, query, k, change, layer, head, channel) {
     const parts = ["content", "position", "scores", "probs"];
     const seen = await this.#look([query], k, change, ["means", "scales", ...parts]);
@@ -202,7 +196,7 @@ export class LiveSource {
       mean,
       scale,
       bits: bitsOf(value, mean, scale, this.#facts.likelihood_floor),
-      pmf: probabilities(value, mean, scale),
+      ...probabilities(value, mean, scale),
     };
   }
 

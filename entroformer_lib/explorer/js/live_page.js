@@ -1,7 +1,7 @@
 // The live page: unpacks what it holds, takes a photograph, and gives the explorer a source.
+import { mount } from "./explorer.js";
 import { LiveSource } from "./live.js";
 import { PictureError } from "./live_pictures.js";
-import { mountLive } from "./live_view.js";
 
 // A module of one SIMD instruction, which browsers without SIMD do not take for valid (wasm-feature-detect).
 const SIMD = [
@@ -76,7 +76,7 @@ export async function boot() {
     const source = await LiveSource.open(engine, await readPicture(blob), say);
     say(source.meta.note || "Every number here is computed in this page.");
     globalThis.liveSource = source; // for whoever looks from outside
-    mountLive(root, source);
+    mount(root, source);
     status.dataset.state = "ready";
   };
   let last = Promise.resolve();

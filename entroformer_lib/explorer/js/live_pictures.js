@@ -39,14 +39,14 @@ export function padded(canvas, factor) {
   const [left, top] = [Math.floor((width - size[0]) / 2), Math.floor((height - size[1]) / 2)];
   const { data } = canvas.getContext("2d").getImageData(0, 0, ...size);
   const pixels = new Float32Array(3 * height * width);
-  const inside = (i, last) => Math.min(Math.max(i, 0), last - 1);
+  const nearest = (i, last) => Math.min(Math.max(i, 0), last - 1);
   for (let row = 0; row < height; row++) {
     for (let column = 0; column < width; column++) {
-      const from = 4 * (inside(row - top, size[1]) * size[0] + inside(column - left, size[0]));
+      const from = 4 * (nearest(row - top, size[1]) * size[0] + nearest(column - left, size[0]));
       for (let c = 0; c < 3; c++) pixels[(c * height + row) * width + column] = data[from + c] / 255;
     }
   }
-  return { pixels, width, height, size };
+  return { pixels, width, height, inside: [left, top, ...size] };
 }
 
 // A canvas of pixels as [3, height, width] in about [0, 1].

@@ -1,17 +1,11 @@
 // A tour of six places of the picture, found by their numbers.
 import { isPadding } from "./selection.js";
 
-/** overview: of the first model.  ->  [{title, text, selection}], places that exist in this picture. */
-export function stopsOf(meta, overview) {
+/** bits, alone: of each site, of the first model.  ->  [{title, text, selection}], places that exist in this picture. */
+export function stopsOf(meta, bits, alone) {
   const [model] = meta.models;
   const { slices } = model;
   const n = meta.height * meta.width;
-  const sum = (values) =>
-    values &&
-    Float32Array.from({ length: n }, (_, site) =>
-      values.subarray(site * slices, (site + 1) * slices).reduce((a, b) => a + b, 0),
-    );
-  const [bits, alone] = [sum(overview.bits), sum(overview.alone)];
   const predicted = [...Array(n).keys()].filter((site) => model.steps[site * slices] > 0 || slices > 1);
   const [left, top, width, height] = meta.inside.map((v) => v / 16);
   const at = (site) => [Math.floor(site / meta.width), site % meta.width];

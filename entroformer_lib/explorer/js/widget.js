@@ -36,20 +36,11 @@ class KernelSource {
   }
 
   ask(question, args) {
-    const names = {
-      overview: ["model"],
-      rows: ["model", "query", "k"],
-      costs: ["model", "query", "k"],
-      cross: ["model", "query"],
-      picture: ["model", "name"],
-      calculation: ["model", "query", "k", "change", "layer", "head", "channel"],
-    }[question];
-    const parts = names.map((name, i) => [name, args[i]]).filter(([name]) => name !== "change");
     const number = `${this.view}.${++this.count}`;
     return new Promise((resolve, reject) => {
       this.waiting.set(number, { resolve, reject });
       setTimeout(() => this.waiting.has(number) && this.late(true), PATIENCE);
-      if (this.asked.push({ number, question, arguments: Object.fromEntries(parts) }) === 1)
+      if (this.asked.push({ number, question, values: args }) === 1)
         setTimeout(() => this.model.send({ asked: this.asked.splice(0) }));
     });
   }
