@@ -7,7 +7,7 @@
 #
 # Needs: a model whose transforms are taken (TRANSFORMS), pictures with at least 320 pixels on both sides (LAST_CROP),
 # and 2.5 MB of disk a picture (8 crops of 320 pixels, 384 channels).
-# Time: about an hour a variant, estimated from the time of a step on one CPU core at size tiny.
+# Time: one to two hours a variant at size tiny on one CPU core, three for GroupedMixer.
 # Memory: 1.4 GB on a CPU, measured at size tiny with GroupedMixer, which takes most.
 # HELD_OUT=list.txt names pictures that are left out; their rate is in each log.
 # Result: OUT/VARIANT/weights.safetensors. All decode the same pictures, so their rates can be divided.
