@@ -340,10 +340,7 @@ def reliability() -> str:
     if matrix := load("matrix"):
         rows = pd.DataFrame(matrix["rows"])
         wrong = _none(rows["wrong"].sum())
-        parts.append(
-            f"{wrong} of {rows['pairs'].sum():,} pairs of a picture and a configuration gave wrong latents, "
-            "with earlier weights."
-        )
+        parts.append(f"{wrong} of {rows['pairs'].sum():,} pairs of a picture and a configuration gave wrong latents.")
     if fuzz := load("fuzz"):
         parts.append(f"{_none(_outcomes(fuzz)['wrong'])} of {fuzz['count']:,} damaged files gave a wrong picture.")
     if kills := load("kills"):

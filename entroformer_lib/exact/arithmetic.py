@@ -329,6 +329,12 @@ NAMES = """matmul __matmul__ mm bmm addmm baddbmm einsum tensordot dot vdot mv i
     addcdiv exp exp2 expm1 log log2 log10 log1p logaddexp pow __pow__ __rpow__ float_power ldexp rsqrt sin cos tan sinh
     cosh tanh asin acos atan atan2 sigmoid logsigmoid softplus silu mish elu selu celu glu erf erfc erfinv"""
 NOT_FIXED = {
-    *(getattr(place, name) for place in (torch, Tensor, F) for name in NAMES.split() if hasattr(place, name)),
+    *(
+        getattr(place, form)
+        for name in NAMES.split()
+        for form in (name, f"{name}_", name.replace("__", "__i", 1))  # in place too: exp_, __ipow__
+        for place in (torch, Tensor, F)
+        if hasattr(place, form)
+    ),
     *(function for function in vars(torch.linalg).values() if callable(function)),
 } - set(EXACT)
