@@ -101,6 +101,35 @@ def test_a_saving_over_pictures_is_that_of_the_mean_rates():
     assert over_pictures(uneven, base, "x").value == pytest.approx(25)
 
 
+def test_what_another_seed_changes_is_added_to_what_another_picture_does(results_folder):
+    """Two kinds with two seeds: their spread is pooled. With one seed each there is nothing to add."""
+    scores = [("serial", 0, -0.93), ("serial", 1, -0.92), ("parallel", 0, -0.90), ("parallel", 1, -0.88)]
+    rows = [dict(kind=kind, seed=seed, steps=8000, lr=0.002, score=score) for kind, seed, score in scores]
+    rows += [dict(kind="cnn", seed=0, steps=8000, lr=0.002, score=-0.8)]
+    rows += [dict(kind="cnn", seed=1, steps=1000, lr=0.002, score=-0.1)]  # a trial of a learning rate
+    rows += [dict(kind="serial", seed=0, steps=8000, lr=0.004, score=-0.7)]  # not the best
+    (results_folder / "family.json").write_text(json.dumps(dict(rows=rows)))
+    pooled = np.sqrt((0.01**2 / 2 + 0.02**2 / 2) / 2)
+    assert verdicts.between_trainings() == pytest.approx(100 * stats.t.ppf(0.975, 2) * pooled * np.sqrt(2))
+    (results_folder / "family.json").write_text(json.dumps(dict(rows=rows[::2])))
+    with pytest.raises(NoResult, match="two seeds"):
+        verdicts.between_trainings()
+
+
+def test_figure_5_is_read_over_the_rates_of_the_authors_curve(monkeypatch):
+    """Below them the better model saves half, and that is left out."""
+    rates = {0.001: 0.01, 0.002: 0.1, 0.004: 0.2, 0.008: 0.4, 0.016: 5.0}
+    rows = [
+        dict(variant=variant, model=variant, image=f"{i}", lmbda=lmbda, bpp=bpp * share)
+        for i in range(3)
+        for lmbda, bpp in rates.items()
+        for variant, share in (("a", {0.01: 0.5, 5.0: 0.5}.get(bpp, 0.8 if bpp < 0.3 else 0.9)), ("b", 1))
+    ]
+    monkeypatch.setattr(verdicts.same_transforms, "saved_rates", lambda: pd.DataFrame(rows))
+    assert verdicts.same_pictures("a", "b").value == pytest.approx(20)
+    assert verdicts.same_pictures("a", "b", low=False).value == pytest.approx(100 * (0.2 + 0.2 + 0.1) / 3)
+
+
 def test_trainings_on_other_terms_are_not_mixed_in(results_folder):
     def save(grid, steps, runs):
         rows = [dict(grid=grid, run=f"{kind}-seed0", seed=0, bpp=bpp, bpp_middle=1.0) for kind, bpp in runs]

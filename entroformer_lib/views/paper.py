@@ -42,7 +42,7 @@ class Item:
     """One figure or table.
 
     data: what is drawn, from the saved results; raises NoResult where they do not exist. draw: data to figure.
-    table: also written as Markdown.
+    table: also written as Markdown. says, here: where the paper gives no number, what it says and what one sees here.
     """
 
     name: str
@@ -50,6 +50,8 @@ class Item:
     data: Callable[[], pd.DataFrame]
     draw: Callable[[pd.DataFrame], Figure]
     table: bool = False
+    says: str = ""
+    here: str = ""
 
     @property
     def item(self) -> str:
@@ -77,11 +79,20 @@ ITEMS = (
          ablations.figure6),
     Item("figure07_top_k", "Learning curves for several k", ablations.figure7_data, ablations.figure7),
     Item("figure08_attention_points", "Attention of three points of the picture coffee",
-         partial(attention.attention_data, 8), partial(attention.saved_maps, number=8)),
+         partial(attention.attention_data, 8), partial(attention.saved_maps, number=8),
+         says="Attention differs from point to point, and follows structure, meaning and colour.",
+         here="It follows structure: from the rim of the cup it goes around the rim. Most of it stays with the nearest "
+         "neighbours."),
     Item("figure09_attention_heads", "Attention of one point, head by head",
-         partial(attention.attention_data, 9), partial(attention.saved_maps, number=9)),
+         partial(attention.attention_data, 9), partial(attention.saved_maps, number=9),
+         says="Heads look at different regions.",
+         here="They do: one along the edge and at edges far away, one nearly only at the latent's own place, one at "
+         "the neighbours on all sides."),
     Item("figure10_attention_k", "Attention of one point with different k, in a model trained with one k",
-         partial(attention.attention_data, 10), partial(attention.saved_maps, number=10)),
+         partial(attention.attention_data, 10), partial(attention.saved_maps, number=10),
+         says="Top-k attention leaves out the background and concentrates on what informs most.",
+         here="It leaves out the background, which has little weight in dense attention too; the strongest keys and "
+         "their weights hardly change with k."),
     Item("figure11_psnr_kodak", "Our models and other people's codecs: rate and PSNR on Kodak, and against BPG",
          partial(rates.codecs_data, CODECS, BPG), partial(rates.rate_distortion, width=style.ONE_COLUMN)),
     Item("figure12_ms_ssim_kodak", "Rate and MS-SSIM on Kodak, of models trained for it and of others",
@@ -161,14 +172,19 @@ def readme(drawn: dict[str, pd.DataFrame], missing: dict[str, str], notebooks: P
         "there (1.5% for two passes, 0.5% for *no difference*, 1% for the size): *reproduced* if all of the\n"
         "interval is within it, *larger* if all of it is beyond, otherwise *cannot tell*. Where the verdict is\n"
         "*cannot tell*, the upper end of the interval is given; a number of the paper's above it is ruled out.\n"
-        "Where each model was trained once, the interval is over the pictures. It does not include how much\n"
-        "another training would change the result. A BD-rate, a time and a size have no interval: there the\n"
-        "number stands in its place. Rates are means over the pictures before they are divided, in the figures\n"
-        "too; of several lambdas the mean of the ratios is taken. The ablations' rates are those of whole\n"
-        "pictures at the end of the training; learning curves show their middle 256 x 256 pixels.",
+        "Where real files of two models are compared, the interval is over the pictures and, where models of the\n"
+        "same family were trained with several seeds, over the seeds. For a BD-rate, a time and a size the rule\n"
+        "uses the number itself. Rates are means over the pictures before they are divided, in the figures\n"
+        "too; of several lambdas the mean of the ratios is taken, and figure 5 is read over the rates of the\n"
+        "authors' curve. The ablations' rates are those of whole pictures at the end of the training; learning\n"
+        "curves show their middle 256 x 256 pixels.",
+        "All of it is in doubt for one reason: the entropy models here have a quarter of the paper's width and\n"
+        "saw a small part of its steps, behind transforms that are frozen. In figures 6 and 7 and tables 1, 3\n"
+        "and 4 all rows have one learning rate, which suits convolutions a little better than transformers\n"
+        "([comparing](../docs/comparing.md)). What is in doubt for a reason of its own has it in the last column.",
         _verdicts(found, shown),
         "## No number in the paper",
-        _pictures([(item.item, item.name, item.title) for item in others]),
+        _without_number(others),
         "## Not drawn here",
         "\n".join(f"- **{name.capitalize()}.** {text}" for name, text in NOT_DRAWN.items()),
         "## More of the same results",
@@ -186,8 +202,13 @@ def _verdicts(found: pd.DataFrame, shown: dict[str, str]) -> str:
         for i, row in enumerate(part.itertuples()):
             first = _thumbnail(item, shown[item]) if i == 0 and item in shown else item if i == 0 else ""
             rows.append((first, row.says, row.published, row.ours, f"**{row.verdict}**", row.doubt))
-    columns = ["", "the paper says", "its number", "here", "verdict", "in doubt because"]
+    columns = ["", "the paper says", "its number", "here", "verdict", "to be considered"]
     return tables.markdown(pd.DataFrame(rows, columns=columns)) if rows else ""
+
+
+def _without_number(items: list[Item]) -> str:
+    rows = [(_thumbnail(item.item, item.name), item.title, item.says, item.here) for item in items]
+    return tables.markdown(pd.DataFrame(rows, columns=["", "shows", "the paper says", "here"])) if rows else ""
 
 
 def _pictures(rows: list[tuple[str, str, str]]) -> str:
