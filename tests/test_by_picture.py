@@ -11,6 +11,7 @@ from benchmarks import picture_k, picture_size
 from entroformer_lib.codec import codec
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.errors import WeightsError
+from entroformer_lib.views import ablation_figures
 from entroformer_lib.weights.zoo import load_model, save_weights
 
 
@@ -72,6 +73,22 @@ def test_squares_are_coded_alone_and_cover_the_same_pixels(pictures, tmp_path):
                 parts, rel=1e-5
             )
             assert whole != pytest.approx(parts, rel=1e-3)
+
+
+def test_gains_by_size_are_those_of_the_mean_rates(results_folder):
+    rows = [
+        dict(model=model, lmbda=lmbda, side=side, image=image, bpp=bpp * share)
+        for image, bpp in (("a", 1.0), ("b", 3.0))
+        for lmbda in LMBDAS[:2]
+        for side, saved in ((64, 0.1), (256, 0.2))
+        for model, share in (("it", 1 - saved * (image == "b")), ("base", 1))
+    ]
+    (results_folder / "picture_size.json").write_text(json.dumps(dict(rows=rows)))
+    data = ablation_figures.gains_by_size_data({"label": ("it", "base")})
+    assert list(data["side"]) == [64, 256] and (data["half_width"] > 0).all()
+    assert list(data["saving_percent"]) == pytest.approx([7.5, 15])  # b has three quarters of the bits
+    (line,) = [bars.lines[0] for bars in ablation_figures.gains_by_size(data).axes[0].containers]
+    assert list(line.get_ydata()) == pytest.approx([7.5, 15])
 
 
 def test_models_with_other_transforms_are_not_compared(pictures, tmp_path):

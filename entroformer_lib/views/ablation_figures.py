@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 
 from entroformer_lib.studies.ablation import LAST_SHARE
 from entroformer_lib.studies.results import POSITION_NAMES, NoResult, ablation, kinds, load, needed, reference
-from entroformer_lib.studies.verdicts import differences
+from entroformer_lib.studies.verdicts import differences, over_pictures
 from entroformer_lib.views.style import COLOURS, MARKERS, ONE_COLUMN, TWO_COLUMNS, new_figure, styled
 
 PUBLISHED = "published"
@@ -296,4 +296,50 @@ def gains_over_training(gains: pd.DataFrame, costs: pd.DataFrame) -> Figure:
         ax.grid(axis="y", alpha=0.25, linewidth=0.5)
         ax.set(xlabel="training step", ylabel="rate saved, %" if sign < 0 else "rate above the serial model, %")
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1))
+    return figure
+
+
+SIZES = {  # what is compared with what in squares of each size
+    "transformers throughout over CNNs throughout": ("equal-serial", "equal-minnen"),
+    "transformer context over CNN, same hyperprior": ("equal-serial", "equal-cnn"),
+    "two passes over CNN, same hyperprior": ("equal-parallel", "equal-cnn"),
+    "GroupedMixer over CNN, same hyperprior": ("equal-groupedmixer", "equal-cnn"),
+}
+
+
+def gains_by_size_data(pairs: dict[str, tuple[str, str]]) -> pd.DataFrame:
+    """What one model needs against another where pictures are cut into squares that are coded alone.
+
+    Args:
+        pairs: label: the two models, of picture_size.json.
+
+    Returns:
+        label, side (pixels), saving_percent (of the mean rate over the pictures, the mean over the lambdas), half_width
+        (of its interval over the pictures).
+    """
+    rows = pd.DataFrame(needed("picture_size")["rows"])
+    found = []
+    for label, names in pairs.items():
+        for side, part in rows.groupby("side"):
+            rates = part.pivot(index="image", columns=["model", "lmbda"], values="bpp")
+            effect = over_pictures(*(rates[name] for name in names))
+            row = {"label": label, "side": side, "saving_percent": effect.value, "half_width": effect.half_width}
+            found.append(row)
+    return pd.DataFrame(found)
+
+
+@styled()
+def gains_by_size(data: pd.DataFrame) -> Figure:
+    """Saving against the size of the squares, with the interval over the pictures."""
+    figure, ax = new_figure(ONE_COLUMN, 3.0)
+    sides = sorted(data["side"].unique())
+    for i, (label, part) in enumerate(data.groupby("label", sort=False)):
+        places = part["side"].map(sides.index) + 0.06 * (i - 1.5)  # the bars do not cover each other
+        look = dict(color=COLOURS[i], marker=MARKERS[i], markersize=4, capsize=2, elinewidth=0.8)
+        ax.errorbar(places, part["saving_percent"], part["half_width"], label=label, **look)
+    ax.axhline(0, color="0.7", linewidth=0.8)
+    ax.set_xticks(range(len(sides)), [f"{side}" for side in sides])
+    ax.set(xlabel="side of the squares, pixels", ylabel="rate saved, %")
+    ax.grid(axis="y", alpha=0.25, linewidth=0.5)
+    figure.legend(loc="outside lower center")
     return figure
