@@ -27,6 +27,7 @@ from entroformer_lib.studies.ablation import runs_of
 from entroformer_lib.studies.ablation_grids import GRIDS, Entry, Grid, Terms, grids_of, own_entry
 from entroformer_lib.studies.rate_distortion import bit_maps
 from entroformer_lib.training.latents import frozen_transforms, transforms_digest, write_latents
+from entroformer_lib.training.loop import Run
 from entroformer_lib.views import ablation_figures
 from entroformer_lib.weights.pretrained import pretrained_lmbda, with_transforms_of
 from entroformer_lib.weights.zoo import load_model, save_weights
@@ -204,6 +205,24 @@ def test_all_that_is_measured(terms, tmp_path, results_folder):
     assert [settings[grid]["rounded"] for grid in rows] == [True, True, False]  # of joint's own runs
     assert ablation_figures.table3_data()["bpp"].notna().all()
     assert (ablation_figures.figure7_data()["top_k"] == float("inf")).all()  # trained dense
+
+
+def test_a_training_whose_loss_is_no_number_is_named_and_the_others_finish(terms, tmp_path, monkeypatch):
+    backward = Run.forward_and_backward
+
+    def with_nan(self, x, step, samples):
+        terms = backward(self, x, step, samples)
+        return terms | {"loss": terms["loss"] * float("nan")} if "broken" in self.config.out and step == 2 else terms
+
+    monkeypatch.setattr(Run, "forward_and_backward", with_nan)
+    broken = Entry("broken", "context", {"top_k": 5})
+    study = ablation.prepare(
+        [Grid("own", "", (broken, Entry("sound", "context", {"top_k": 7})))], terms, tmp_path, seeds=(0,)
+    )
+    outcomes = {outcome.name: outcome.error for outcome in study.go(workers=1)}
+    assert "step 3" in outcomes["broken-seed0"] and "not a finite number" in outcomes["broken-seed0"]
+    assert outcomes["sound-seed0"] is None
+    assert [row["run"] for row in ablation.rows_of(study)["own"]] == ["sound-seed0"]
 
 
 def test_killed_in_the_middle_of_training(source, cache, photo_folder, tmp_path, warm_workers):
