@@ -9,7 +9,7 @@ import seaborn as sns
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PatchCollection
-from matplotlib.colors import FuncNorm, to_rgba
+from matplotlib.colors import FuncNorm, ListedColormap, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -112,15 +112,23 @@ def _veil(decoded: np.ndarray) -> np.ndarray:
 
 def _colours(panel: Panel) -> np.ndarray:
     """The values as colours, square-root scale, clear where there is nothing: [h, w, 4]."""
-    strength = np.minimum(np.sqrt(np.abs(panel.values) / (np.abs(panel.values).max() or 1)), 1)
+    most = np.abs(panel.values).max() or 1
     if panel.kind == "cost":
-        colours = np.where((panel.values > 0)[..., None], to_rgba(DEARER), to_rgba(CHEAPER))
-        colours[..., 3] = np.where(panel.selected, 0.45 + 0.55 * strength, 0)
+        colours = _signed(SIGNED_ROOT[0](panel.values / most))
+        colours[..., 3] *= panel.selected
         return colours
+    strength = np.minimum(np.sqrt(np.abs(panel.values) / most), 1)
     colours = colormaps[SEQUENTIAL](strength)
     # where nothing is chosen each site has a little, and the picture shows through
     seen = 0.9 if panel.selected.any() else 0.9 * np.minimum(0.2 + 2 * strength, 1)
     colours[..., 3] = np.where(panel.values > 0, seen, 0)
+    return colours
+
+
+def _signed(strength: np.ndarray) -> np.ndarray:
+    """Colours of what is dearer (towards 1) and cheaper (towards -1): [..., 4]."""
+    colours = np.where((strength > 0)[..., None], to_rgba(DEARER), to_rgba(CHEAPER))
+    colours[..., 3] = 0.45 + 0.55 * np.minimum(np.abs(strength), 1)
     return colours
 
 
@@ -187,18 +195,27 @@ def attention_and_cost(picture: Image.Image, panels: list[Panel]) -> Figure:
         panels: `attention_panel` and `cost_panel` of the latent.
     """
     attention, cost = panels
-    height = max(2.0, 2.3 * picture.height / picture.width + 0.4)  # the maps are 2.3 inches wide
+    height = max(2.0, 2.3 * picture.height / picture.width + 0.4) + 0.5  # the maps are 2.3 inches wide; their scales
     figure, axes = new_figure(TWO_COLUMNS, height, 1, 3, width_ratios=[1.25, 1.25, 1])
     most = np.abs(cost.values).max()
     _map(axes[0], picture, attention, f"attention\n{attention.title}")
     _map(axes[1], picture, cost, f"cost of its absence, up to {most:.1f} bits\norange: it helped, blue: it hurt")
+    end = float(f"{0.7 * most:.1g}") if most else 1.0
+    share = attention.values.max() or 1
+    below = dict(location="bottom", fraction=0.06, aspect=25, shrink=0.8, pad=0.03)
+    scale = figure.colorbar(ScalarMappable(FuncNorm(ROOT, 0, share), SEQUENTIAL), ax=axes[0], **below)
+    scale.set_ticks([0, share / 4, share], labels=["0", _percent(share / 4), _percent(share)])
+    scale.set_label("attention")
+    signs = ListedColormap(_signed(np.linspace(-1, 1, 256)))
+    scale = figure.colorbar(ScalarMappable(FuncNorm(SIGNED_ROOT, -(most or 1), most or 1), signs), ax=axes[1], **below)
+    scale.set_ticks([-end, 0, end])
+    scale.set_label("bits")
     received, bits = attention.values[cost.selected], cost.values[cost.selected]
     colours = np.where(bits > 0, DEARER, CHEAPER)
     axes[2].scatter(received, bits, s=7, c=colours, alpha=0.6, linewidth=0)
     axes[2].axhline(0, color="black", linewidth=0.6)
     axes[2].set_xscale("function", functions=ROOT)
     axes[2].set_yscale("function", functions=SIGNED_ROOT)
-    end = float(f"{0.7 * most:.1g}") if most else 1.0
     axes[2].set_yticks([-end, 0, end])
     axes[2].xaxis.set_major_locator(MaxNLocator(3))
     axes[2].xaxis.set_major_formatter(PercentFormatter(1))
