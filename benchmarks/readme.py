@@ -330,8 +330,8 @@ def claims() -> str:
     """Each claim of the paper, its number, ours, the verdict, and the results that it follows from."""
     found = verdicts.table()
     found["sources"] = [", ".join(f"[{s}](../data/results/{s}.json)" for s in names) for names in found["sources"]]
-    names = {"item": "", "says": "the paper says", "published": "its number", "ours": "here", "sources": "result"}
-    return markdown(found.drop(columns="doubt").rename(columns=names))
+    names = {"item": "", "says": "the paper says", "published": "its number", "ours": "here", "verdict": "verdict"}
+    return markdown(found[[*names, "sources"]].rename(columns={**names, "sources": "result"}))
 
 
 def reliability() -> str:

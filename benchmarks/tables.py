@@ -14,6 +14,7 @@ import pandas as pd
 from entroformer_lib.files import write_bytes
 from entroformer_lib.studies import verdicts
 from entroformer_lib.studies.results import kodak, kodak_means, published
+from entroformer_lib.views import paper
 from entroformer_lib.views.paper_tables import markdown
 
 RESULTS = Path(__file__).parents[1] / "data" / "results"
@@ -22,6 +23,16 @@ UNITS = {
     "encode_s": "encode_seconds",
     "decode_s": "decode_seconds",
     "optimised_for": "trained_for",
+    "published_bpp": "published_bits_per_pixel",
+    "published_absolute_bpp": "published_absolute_bits_per_pixel",
+    "published_relative_bpp": "published_relative_bits_per_pixel",
+    "absolute_bpp": "absolute_bits_per_pixel",
+    "relative_bpp": "relative_bits_per_pixel",
+    "spread": "standard_deviation_over_seeds_bits_per_pixel",
+    "size": "side_pixels",
+    "ms": "milliseconds",
+    "published_ms": "published_milliseconds",
+    "published_mb": "published_megabytes",
 }
 WHAT = {  # by the beginning of a name, the longest that fits
     "ablation": "Rates of entropy models that differ in one thing, behind the same frozen transforms",
@@ -69,7 +80,8 @@ the device and the versions of the libraries. Figures, tables and the numbers on
 ## The same for other programs
 
 Units stand in the names of the columns. PSNR and MS-SSIM are of RGB; `ms_ssim_db` is -10 log10(1 - MS-SSIM); `setting`
-is lambda, or the quality of a classical codec.
+is lambda, or the quality of a classical codec. `published` is the paper's. The data of each figure lie beside it, in
+[figures](../../figures).
 
 {csv}
 """
@@ -98,6 +110,7 @@ def tables() -> dict[str, pd.DataFrame]:
         "rd_pictures.csv": pictures[[*first, *(c for c in ("encode_seconds", "decode_seconds") if c in pictures)]],
         "ablations.csv": whole_rates(),
         "verdicts.csv": claims,
+        **{f"{item.name}.csv": item.data().rename(columns=UNITS) for item in paper.ITEMS if item.table},
     }
 
 

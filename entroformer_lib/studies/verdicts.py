@@ -131,7 +131,8 @@ def sentence(claim: Claim, effect: Effect) -> str:
 
 
 def table() -> pd.DataFrame:
-    """A row for each claim that has a result: item, says, published (text), ours (text), verdict, doubt, sources."""
+    """A row for each claim that has a result: item, says, published, ours (both in words), verdict, doubt, sources; and
+    as numbers unit, published_value (nan where the paper gives a direction), value, low, high."""
     rows = []
     for claim in claims():
         try:
@@ -141,8 +142,11 @@ def table() -> pd.DataFrame:
         published = "a direction" if claim.published is None else f"{claim.published:+.1f}{claim.unit}"
         published = claim.number or published
         about = dict(item=claim.item, says=claim.says, published=published, ours=sentence(claim, effect))
-        rows.append(about | dict(verdict=verdict(claim, effect), doubt=claim.doubt, sources=effect.sources))
-    return pd.DataFrame(rows, columns=["item", "says", "published", "ours", "verdict", "doubt", "sources"])
+        about |= dict(verdict=verdict(claim, effect), doubt=claim.doubt, sources=effect.sources)
+        numbers = dict(unit=claim.unit, published_value=claim.published, value=effect.value)
+        rows.append(about | numbers | dict(low=effect.low, high=effect.high))
+    words = ["item", "says", "published", "ours", "verdict", "doubt", "sources"]
+    return pd.DataFrame(rows, columns=[*words, "unit", "published_value", "value", "low", "high"])
 
 
 # ---- between trainings ----
