@@ -21,6 +21,7 @@ from entroformer_lib.datasets import sample_picture
 from entroformer_lib.explorer.page import explorer_page
 from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.inspection.group_server import server_of
+from entroformer_lib.views import style
 from entroformer_lib.weights.zoo import load_model, reference_of
 
 SIZE, SCALE = (1280, 780), 0.75  # pixels of the window; of the photographs for each of the window's
@@ -76,7 +77,7 @@ def main(model: str = "blocks-parallel", out: Path | None = None, quality: int =
     out = out or data_folder().parent / "figures"
     loaded, coffee = load_model(model), sample_picture("coffee")
     part = server_of(loaded, coffee.crop(PART))
-    write_bytes(out / "overview.png", overview(part, part.width * DRAWN[0] + DRAWN[1])._repr_png_())
+    style.write(overview(part, part.width * DRAWN[0] + DRAWN[1]), out, "overview", ("png",))
     page = explorer_page(server_of(loaded, coffee, reference_of(loaded)), "coffee")
     write_bytes(out / "explorer.webp", in_motion(page.text, quality))
 
