@@ -417,4 +417,4 @@ def test_the_overview_paints_the_first_pass_blue(photo):
     squares = overview.overview(server, query=26).axes[2].patches[: server.n]
     for site, square in enumerate(squares):
         colour = overview.SECOND if server.step(site) else overview.FIRST
-        assert square.get_xy() == divmod(site, server.width)[::-1] and square.get_facecolor() == to_rgba(colour, 0.45)
+        assert square.get_xy() == divmod(site, server.width)[::-1] and square.get_facecolor() == to_rgba(colour, 0.6)
