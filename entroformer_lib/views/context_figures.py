@@ -8,7 +8,8 @@ import textwrap
 
 import numpy as np
 import pandas as pd
-from matplotlib.colors import SymLogNorm
+from matplotlib.collections import LineCollection
+from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -67,7 +68,7 @@ def two_measures(data: pd.DataFrame) -> Figure:
     model = "none" if (data["model"] == "none").any() else data["model"].iloc[-1]
     parts = {label: data[(data["model"] == model) & (data["measure"] == name)] for name, label in LABELS.items()}
     figure = _maps(parts, rings=True)
-    figure.suptitle(f"model: {NAMES.get(model, model)}; dashed: L1 distance up to 1 and 3 latents", fontsize=7)
+    figure.suptitle(f"model: {NAMES.get(model, model)}; framed: L1 distance up to 1, 2 and 3 latents", fontsize=7)
     return figure
 
 
@@ -82,12 +83,12 @@ def masking_maps(data: pd.DataFrame, measure: str = "missing") -> Figure:
 
 @styled()
 def _maps(parts: dict[str, pd.DataFrame], label: str | None = None, rings: bool = False) -> Figure:
-    """Maps of percent on one symmetric scale, blue below 0.
+    """Maps of percent on a symmetric scale, blue below 0.
 
     Args:
         parts: title, and the positions of one map.
-        label: of the scale; None: each map has its own scale, which its title names.
-        rings: draw where the L1 distance is 1 and 3.
+        label: of the one scale; None: each map has its own, which its title names.
+        rings: frame the positions up to an L1 distance of 1, 2 and 3.
     """
     columns = 1 if label is None else min(3, len(parts))
     rows, reach = -(-len(parts) // columns), max(int(part[["dy", "dx"]].abs().max().max()) for part in parts.values())
@@ -101,22 +102,42 @@ def _maps(parts: dict[str, pd.DataFrame], label: str | None = None, rings: bool 
     figure, axes = new_figure(width, sum(heights) + 0.3 * rows, rows, columns, squeeze=False, height_ratios=heights)
     for ax in axes.flat[len(parts) :]:
         ax.set_visible(False)
-    most = max(part["percent"].abs().max() for part in tables)
     for i, (ax, (title, part)) in enumerate(zip(axes.flat, parts.items(), strict=False)):
-        scale = SymLogNorm(0.1, vmin=-most, vmax=most)
-        image = _map(ax, part, reach, scale)
+        shared = [part] if label is None else tables
+        most = max(one["percent"].abs().max() for one in shared)
+        even = label is None and part["percent"].abs().median() > most / 10  # no logarithms where all are alike
+        image = _map(ax, part, reach, Normalize(-most, most) if even else SymLogNorm(0.1, vmin=-most, vmax=most))
         ax.set(title=title, ylim=(lowest[i // columns] + reach, -0.5))
-        for radius in (1, 3) if rings else ():
-            corners = np.array([(0, -1), (1, 0), (0, 1), (-1, 0), (0, -1)]) * (radius + 0.5) + reach
-            ax.plot(*corners.T, color="white", linewidth=1.6)
-            ax.plot(*corners.T, color="black", linewidth=0.8, linestyle="--")
-    bar = figure.colorbar(image, ax=axes, pad=0.01)
-    ticks = [t for t in (-10, -1, -0.1, 0, 0.1, 1, 10, 100) if abs(t) <= most]
-    bar.set_ticks(ticks, labels=[f"{t:+g}" if t else "0" for t in ticks])
-    bar.ax.minorticks_off()
-    bar.set_label(textwrap.fill(label or "%", 18 if rows == 1 else 40))  # one row of maps is low
-    bar.outline.set_visible(False)
+        for radius in (1, 2, 3) if rings else ():
+            near = set(
+                part[part["dy"].abs() + part["dx"].abs() <= radius][["dy", "dx"]].itertuples(index=False, name=None)
+            )
+            lines = LineCollection(_outline(near, reach), colors="black", linewidths=0.9, capstyle="projecting")
+            ax.add_collection(lines, autolim=False)
+        if label is None or i == len(parts) - 1:
+            bar = figure.colorbar(image, ax=axes if label else ax, pad=0.01)
+            ticks = (-20, -10, 0, 10, 20) if even else SYMLOG_TICKS
+            ticks = [t for t in ticks if abs(t) <= most]
+            bar.set_ticks(ticks, labels=[f"{t:+g}" if t else "0" for t in ticks])
+            bar.ax.minorticks_off()
+            bar.set_label(textwrap.fill(label or "%", 18 if rows == 1 else 40))  # one row of maps is low
+            bar.outline.set_visible(False)
     return figure
+
+
+SYMLOG_TICKS = (-10, -1, -0.1, 0, 0.1, 1, 10, 100)
+
+
+def _outline(cells: set[tuple[int, int]], reach: int) -> list:
+    """The border of some cells, along their sides, so that no number is crossed; not towards the cell to be coded."""
+    sides = []
+    for dy, dx in cells:
+        for y, x in ((1, 0), (-1, 0), (0, 1), (0, -1)):
+            if (dy + y, dx + x) not in {*cells, (0, 0)}:
+                middle = np.array([dx + x / 2, dy + y / 2]) + reach
+                along = np.array([y, x]) / 2
+                sides.append((middle - along, middle + along))
+    return sides
 
 
 def _map(ax, part: pd.DataFrame, reach: int, scale: SymLogNorm):
