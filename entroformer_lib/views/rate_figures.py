@@ -118,7 +118,10 @@ def goals_data(names: tuple[str, ...]) -> pd.DataFrame:
     ours = _alone(list(GOALS))
     ours = ours[~ours["codec"].str.contains("-effort")]
     ours = ours[(ours["variant"] != "serial") | ~(ours["variant"] == "parallel").any()]
-    theirs = [_named(published(optimised_for=goals), names) for goals in (("ms-ssim",), ("mse", "codec"))]
+    for_it, others = (_named(published(optimised_for=goals), names) for goals in (("ms-ssim",), ("mse", "codec")))
+    both = for_it["codec"].isin(others.dropna(subset="ms_ssim_db")["codec"])  # one name, two curves
+    apart = for_it["codec"].str.removesuffix(" (CompressAI)") + " for MS-SSIM"
+    theirs = (for_it.assign(codec=for_it["codec"].mask(both, apart)), others)
     curves = pd.concat([ours, *theirs], ignore_index=True).dropna(subset="ms_ssim_db")
     curves["optimised_for"] = curves["optimised_for"].replace("codec", "mse")
     return curves[["codec", "optimised_for", "source", "bpp", "ms_ssim_db"]]
