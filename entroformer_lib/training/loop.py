@@ -19,7 +19,7 @@ from lightning.fabric.loggers import TensorBoardLogger
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import Stopped, TrainingError
