@@ -151,11 +151,15 @@ def table1_data() -> pd.DataFrame:
     return data
 
 
-def table1_curves_data() -> pd.DataFrame:
-    """model (in words), step, seed, bpp of the parts as large as the crops."""
-    rows = ablation("table1_curve")
-    model = rows["position"].where(rows["context"] != "cnn", "cnn").map(POSITION_NAMES)
-    return rows.assign(model=model)[["model", "step", "seed", "bpp"]]
+def curves_data(grid: str, names: dict[str, str] = POSITION_NAMES) -> pd.DataFrame:
+    """`curves` of a grid: model (in words), step, seed, bpp of the parts as large as the crops.
+
+    names: kinds to show, in their order, and what they are called.
+    """
+    rows = ablation(f"{grid}_curve")
+    rows = rows.assign(model=pd.Categorical(kinds(rows["run"]).map(names), list(names.values())))
+    rows = rows.dropna(subset="model").sort_values(["model", "seed", "step"], ignore_index=True)
+    return rows.astype({"model": str})[["model", "step", "seed", "bpp"]]
 
 
 def table1_dots(rows: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
