@@ -5,6 +5,7 @@ import json
 import pandas as pd
 import pytest
 from conftest import micro_model
+from released import CASES, released, save
 
 from entroformer_lib.cli import study_paper
 from entroformer_lib.errors import UserError
@@ -12,6 +13,7 @@ from entroformer_lib.files import data_folder
 from entroformer_lib.studies import results
 from entroformer_lib.studies.paper import Paper
 from entroformer_lib.views import paper
+from entroformer_lib.weights.official import import_official
 from entroformer_lib.weights.zoo import save_weights
 
 
@@ -51,6 +53,16 @@ def test_results_and_figures_of_one_model_lie_in_its_folder(study):
     saved = json.loads((own.out / "results" / "own-kodak.json").read_text())
     assert len(saved["images"]) == 1 and saved["provenance"]["weights_sha256"]
     pd.testing.assert_frame_equal(results.kodak(), before)  # data/results is as it was
+
+
+def test_an_imported_checkpoint_has_all_of_a_models_figures(photo_folder, tmp_path):
+    save(released(CASES["serial"]), tmp_path / "theirs.pth")
+    import_official(tmp_path / "theirs.pth", tmp_path / "theirs.safetensors")
+    study = Paper(str(tmp_path / "theirs.safetensors"), photo_folder, tmp_path / "out", limit=1, jobs=1)
+    study.measure(lambda words: None)
+    with results.kept_in(study.out / "results"):
+        drawn = paper.regenerate(study.out / "figures", page=False)
+    assert {int(name[6:8]) for name in drawn if name.startswith("figure")} == {3, 5, 8, 9, 10, 11, 12}
 
 
 def test_the_repositorys_own_figures_are_not_replaced(photo_folder):
