@@ -58,6 +58,7 @@ WHAT = {  # by the beginning of a name, the longest that fits
     "recipe": "Choices of training at equal steps",
     "recipe_equal_time": "Choices of training at equal time",
     "picture_k": "What k chosen for each picture saves",
+    "picture_size": "Rates of entropy models behind the same transforms, in squares of several sizes",
     "repetition": "How often pictures repeat themselves, and what that would save",
     "shipped_times": "Seconds of the shipped models for one Kodak picture",
     "tradeoff": "Rate against decoding time",
