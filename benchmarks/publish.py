@@ -140,7 +140,7 @@ def card(name: Positional[str], differs: str = "", before: str = "") -> None:
 
 
 def masking(runs: Positional[Path], only: tuple[str, ...] = ("none", "diamond"), transforms: str | None = None) -> None:
-    """Puts models of the position-masking study into data/weights/position_masking, in half precision.
+    """Puts models of the position-masking study into data/weights/position_masking, in eight bits.
 
     Args:
         runs: Folder of the runs.
@@ -152,7 +152,7 @@ def masking(runs: Positional[Path], only: tuple[str, ...] = ("none", "diamond"),
         limits = "made for the study of context positions, with gaps in its context; other models compress better"
         training = {**model.card["training"], "out": f"runs/{name}", "latents": "runs/latents"}
         card = {**model.card, "training": training, "limits": limits}
-        save_weights(model, _weights(f"position_masking/{name}"), card, "float16", transforms)
+        save_weights(model, _weights(f"position_masking/{name}"), card, "int8", transforms)
 
 
 def _counted_of(model: Entroformer) -> dict:

@@ -198,4 +198,4 @@ def test_cards_and_results_belong_to_the_shipped_weights():
 
 
 def test_shipped_weights_stay_small():
-    assert sum(path.stat().st_size for path in (ROOT / "data" / "weights").rglob("*.safetensors")) < 120e6
+    assert sum(path.stat().st_size for path in (ROOT / "data" / "weights").rglob("*.safetensors")) < 60e6
