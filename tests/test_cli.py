@@ -96,7 +96,8 @@ def test_a_row_of_ones_own(photo_folder, tmp_path):
     own = ("--fields", "dim=24", "heads=2", "context_layers=1", "top_k=4", "--seeds", 3)
     out, _ = study(tmp_path, photo_folder, *own)
     assert "done" in out and "ablation-own.json" in out
-    (row,) = json.loads((tmp_path / "results" / "ablation-own.json").read_text())["rows"]
+    row, *curve = json.loads((tmp_path / "results" / "ablation-own.json").read_text())["rows"]
+    assert {point["grid"] for point in curve} == {"own_curve"} and curve[-1]["step"] > curve[0]["step"]
     assert row["seed"] == 3 and row["bpp"] > 0 and row["name"] == "dim=24 heads=2 context_layers=1 top_k=4"
     again, _ = study(tmp_path, photo_folder, *own)
     assert "done" not in again

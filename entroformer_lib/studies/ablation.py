@@ -390,10 +390,13 @@ def _left(task: Task, root: Path) -> float:
 def rows_of(study: Study) -> dict[str, list[dict]]:
     """The rows of each grid, from the runs that are finished."""
     rows: dict[str, list[dict]] = {grid.name: [] for grid in study.grids}
+    with_curves = {grid.name for grid in study.grids if "curve" in grid.answers} - {"figure7"}  # it has its own way
     for run, answers in study.finished():
         for grid, columns in run.rows:
             about = {"grid": grid, "run": run.name, "seed": run.seed, **columns}
             found = ROWS_OF.get(grid, _whole_rows)(columns, answers)
+            if grid in with_curves:
+                found += [{"grid": f"{grid}_curve", **row} for row in answers["curve"]]
             rows[grid] += [_rounded({**about, **row}) for row in found]
     return rows
 
@@ -402,10 +405,6 @@ def _whole_rows(columns: dict, answers: dict) -> list[dict]:
     """bpp: mean over the whole pictures; bpp_middle: over their middles, as large as the crops of training."""
     bpp = statistics.mean(row["bpp"] for row in answers["kodak"]["pictures"])
     return [{"bpp": bpp, "bpp_middle": answers["kodak"]["bpp_middle"]}]
-
-
-def _table1_rows(columns: dict, answers: dict) -> list[dict]:
-    return _whole_rows(columns, answers) + [{"grid": "table1_curve", **row} for row in answers["curve"]]
 
 
 def _figure7_rows(columns: dict, answers: dict) -> list[dict]:
@@ -432,7 +431,6 @@ def _joint_rows(columns: dict, answers: dict) -> list[dict]:
 
 
 ROWS_OF: dict[str, Callable[[dict, dict], list[dict]]] = {
-    "table1": _table1_rows,
     "figure7": _figure7_rows,
     "table3": _table3_rows,
     "table4": lambda columns, answers: answers["sizes"],

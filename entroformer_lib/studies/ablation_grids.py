@@ -146,6 +146,7 @@ GRIDS = {
                 Entry("h-none", "context", {"position": "none"}, columns={"radius": 0, "position": "none"}),
                 *map(_radius, (1, 2, 3, 4, 5, 6, 7, None)),
             ),
+            ("kodak", "curve"),
         ),
         Grid(
             "figure7",
@@ -163,7 +164,7 @@ GRIDS = {
                 Entry("hyperprior", "hyperprior", columns={"trained": "hyperprior"}),
                 Entry("serial", "serial", columns={"trained": "serial"}),
             ),
-            ("kodak", "second_slice"),
+            ("kodak", "second_slice", "curve"),
         ),
         Grid(
             "table4",
@@ -184,6 +185,7 @@ GRIDS = {
                 _released("paper", "as in the paper", "parallel"),
                 _released("gaussian-z", "Gaussian prior of z", "parallel", z_prior="gaussian"),
             ),
+            ("kodak", "curve"),
         ),
         Grid(
             "groupedmixer",
@@ -198,11 +200,13 @@ GRIDS = {
                 _grouped("sites", "order: all slices of a phase before the next phase", group_order="sites"),
                 _grouped("deeper", "6 pairs of mixers instead of 3", context_layers=6),
             ),
+            ("kodak", "curve"),
         ),
         Grid(
             "groups",
             "number of GroupedMixer's groups, G = 2 to 64",
             (_groups(1, 1, 2), *map(_groups, (1, 2, 4, 8, 16))),
+            ("kodak", "curve"),
         ),
         Grid(
             "joint",
