@@ -105,15 +105,18 @@ def curves(data: pd.DataFrame, base: str, base_in_words: str, grid: str, ordered
         base: The model that the others are compared with; it is thick.
         base_in_words: For the axis.
         grid: Of the ablations; if its crops grow in the course of the training, a line says when.
-        ordered: The models have an order, and their colours too.
+        ordered: The models have an order, and so have their colours.
     """
     import seaborn
 
     reference = data[data["model"] == base].groupby("step")["bpp"].mean()
     data = data.assign(percent=100 * (data["bpp"] / data["step"].map(reference) - 1))
     names = list(dict.fromkeys(data["model"]))
-    colours = seaborn.color_palette("viridis", len(names)) if ordered else COLOURS[: len(names)]
-    look = dict(x="step", hue="model", style="model", palette=list(colours), dashes=list(DASHES[: len(names)]))
+    colours = dict(zip(names, COLOURS, strict=False))
+    if ordered:  # from dark to light, and what they are compared with in black
+        others = [name for name in names if name != base]
+        colours = {base: "black"} | dict(zip(others, seaborn.color_palette("viridis", len(others)), strict=True))
+    look = dict(x="step", hue="model", style="model", palette=colours, dashes=list(DASHES[: len(names)]))
     look |= dict(size="model", sizes={name: 2 if name == base else 1.2 for name in names})
     figure, axes = new_figure(ONE_COLUMN, 4.6, 2, 1, sharex=True)
     for ax, y in zip(axes, ("bpp", "percent"), strict=True):

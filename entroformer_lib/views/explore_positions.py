@@ -4,6 +4,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from entroformer_lib.views.context_figures import NAMES
+
 ALL = "mean rate of all pictures"
 TICKS = (-10, -1, -0.1, 0, 0.1, 1, 10)  # percent
 
@@ -27,7 +29,7 @@ def interactive(table: pd.DataFrame) -> go.Figure:
     figure.add_scatter(x=[0], y=[0], mode="markers", marker={"symbol": "x", "color": "black"}, hoverinfo="skip")
     numbers = list(range(len(images)))
     by_model = [
-        {"label": m, "method": "restyle", "args": [{key: [t[key] for t in traces[m]] for key in traces[m][0]}, numbers]}
+        {"label": NAMES.get(m, m), "method": "restyle", "args": [{key: [t[key] for t in traces[m]] for key in traces[m][0]}, numbers]}
         for m in models
     ]
     by_image = [
@@ -37,7 +39,7 @@ def interactive(table: pd.DataFrame) -> go.Figure:
     place = {"xanchor": "left", "yanchor": "bottom", "y": 1.03}
     reach = int(table[["dy", "dx"]].abs().max().max()) + 0.5
     figure.update_layout(
-        updatemenus=[{"buttons": by_model, "x": 0, **place}, {"buttons": by_image, "x": 0.4, **place}],
+        updatemenus=[{"buttons": by_model, "x": 0, **place}, {"buttons": by_image, "x": 0.5, **place}],
         xaxis={"title": "dx, latents", "dtick": 1, "range": [-reach, reach], "constrain": "domain", "showgrid": False},
         yaxis={"title": "dy, latents", "dtick": 1, "range": [reach, -reach], "scaleanchor": "x", "showgrid": False},
         width=620,
