@@ -29,7 +29,11 @@ def interactive(table: pd.DataFrame) -> go.Figure:
     figure.add_scatter(x=[0], y=[0], mode="markers", marker={"symbol": "x", "color": "black"}, hoverinfo="skip")
     numbers = list(range(len(images)))
     by_model = [
-        {"label": NAMES.get(m, m), "method": "restyle", "args": [{key: [t[key] for t in traces[m]] for key in traces[m][0]}, numbers]}
+        {
+            "label": NAMES.get(m, m),
+            "method": "restyle",
+            "args": [{key: [t[key] for t in traces[m]] for key in traces[m][0]}, numbers],
+        }
         for m in models
     ]
     by_image = [
