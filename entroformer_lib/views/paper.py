@@ -178,9 +178,9 @@ def readme(drawn: dict[str, pd.DataFrame], missing: dict[str, str], notebooks: P
         "too; of several lambdas the mean of the ratios is taken, and figure 5 is read over the rates of the\n"
         "authors' curve. The ablations' rates are those of whole pictures at the end of the training; learning\n"
         "curves show their middle 256 x 256 pixels.",
-        "All of it is in doubt for one reason: the entropy models here have a quarter of the paper's width and\n"
-        "saw a small part of its steps, behind transforms that are frozen. In figures 6 and 7 and tables 1, 3\n"
-        "and 4 all rows have one learning rate, which suits convolutions a little better than transformers\n"
+        "All but tables 2 and 6 is in doubt for one reason: the entropy models here have a quarter of the paper's\n"
+        "width and saw a small part of its steps. All but that of figure 12 learned behind frozen transforms.\n"
+        "In figures 6 and 7 and tables 1, 3 and 4 all rows have one learning rate, which suits convolutions a little better than transformers\n"
         "([comparing](../docs/comparing.md)). What is in doubt for a reason of its own has it in the last column.",
         _verdicts(found, shown),
         "## No number in the paper",
