@@ -181,7 +181,8 @@ def readme(drawn: dict[str, pd.DataFrame], missing: dict[str, str], notebooks: P
         "All but tables 2 and 6 is in doubt for one reason: the entropy models here have a quarter of the paper's\n"
         "width and saw a small part of its steps. All but that of figure 12 learned behind frozen transforms.\n"
         "In figures 6 and 7 and tables 1, 3 and 4 all rows have one learning rate, which suits convolutions a little\n"
-        "better than transformers ([comparing](../docs/comparing.md)). What is in doubt for a reason of its own has it in the last column.",
+        "better than transformers ([comparing](../docs/comparing.md)).\n"
+        "What is in doubt for a reason of its own has it in the last column.",
         _verdicts(found, shown),
         "## No number in the paper",
         _without_number(others),
