@@ -48,7 +48,7 @@ class TrainConfig:
     """Folder of the run. The same command again continues it."""
     model: Text = "tiny-parallel"
     """Size and variant: {base, study, tiny}-{serial, parallel, cnn, minnen, hyperprior, hyperprior-cnn, context,
-    context-cnn, groupedmixer}. With init or branch the model is theirs."""
+    context-cnn, groupedmixer, groupedmixer-fast, groupedmixer-large}. With init or branch the model is theirs."""
     architecture: tuple[Text, ...] = ()
     """Fields of the architecture to change, of the model's or of init's, such as: position=none top_k=64."""
     preset: Literal["paper", "official"] = "paper"

@@ -324,7 +324,7 @@ for place, mine, theirs in zip(around, by_hand, missing, strict=True):
 
 # %% [markdown]
 # The latent above costs several percent, both ways. But the one to the left, (0, -1), costs **next to nothing** when it
-# is hidden by hand: well below one percent, although its key was hidden in every layer! Is it worthless? The second
+# is hidden by hand: less than one percent, although its key was hidden in every layer! Is it worthless? The second
 # column says no. There the library lets a latent be missing for the whole model: its token is empty, and nobody sees it
 # (`Gaps` in `entroformer_lib/models/context.py`).
 #
@@ -334,7 +334,7 @@ for place, mine, theirs in zip(around, by_hand, missing, strict=True):
 # layer adds what it finds to the token, so the token passes through all layers and needs no attention to know itself.
 # For the other positions there is a second way around a hidden key: other tokens have seen the latent, in an earlier
 # layer, and tell it. To hide something from a network you must know all ways in. (The left neighbour's cost on
-# *astronaut*, about a fifth of the bits, is too much for another reason: this model has never met an empty token in
+# *astronaut*, more than a fifth of the bits, is too much for another reason: this model has never met an empty token in
 # training. The paper's model had, it learned with positions taken out by chance. A measurement can be wrong on both
 # sides.)
 #
@@ -380,7 +380,7 @@ print("attention and change of bits,")
 print(f"  more or less expensive:       {mean['rho_magnitude']:+.2f}")
 
 # %% [markdown]
-# Against: whether a position *helps* has next to nothing to do with how much attention it gets. For: attention does say
+# Against: whether a position *helps* has little to do with how much attention it gets. For: attention does say
 # where a *change* would matter, in one direction or the other.
 #
 # **Round 3: take the attention away.** If only the choice of the 16 keys matters, we may give them even weights. If

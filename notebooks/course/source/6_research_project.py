@@ -145,7 +145,7 @@ for effect in (5, 2, 1, 0.5, 0.2):
 #
 # ## 2. The hypothesis
 #
-# The object is a small transformer without a hyperprior, 2 layers deep: the context model of lesson 5. You change
+# The object is a small transformer without a hyperprior, 2 layers deep: a context model as in lesson 5. You change
 # **one** of its fields, and nothing else: transforms, photographs, crops, their order and the number of steps are equal
 # for both rows. Ideas:
 #
@@ -298,7 +298,7 @@ print(report)
 # How far would your teacher go with you? What you measured is true for *this* photograph, *these* few steps and *three*
 # photographs to learn from. The seeds say how much chance there is in the training. They say nothing about other
 # pictures. The suite's own ablations (notebook 05, on 24 pictures) find that positions matter much more: there the
-# models learned for hundreds of steps from a thousand photographs.
+# models learned for thousands of steps from a thousand photographs.
 #
 # ## 6. Outlook: between two steps and a thousand
 #
