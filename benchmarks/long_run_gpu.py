@@ -33,8 +33,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from entroformer_lib.fields import parse_fields
 from entroformer_lib.models import attention, gain, network, position
-from entroformer_lib.models.config import EntroformerConfig, named_config, parse_fields
+from entroformer_lib.models.config import EntroformerConfig, named_config
 from entroformer_lib.models.context import Gaps
 from entroformer_lib.models.transforms import ConvBlock
 from entroformer_lib.training.initial import begin_at_channels

@@ -46,9 +46,10 @@ def in_short() -> str:
     return _paragraph(
         f"On Kodak the shipped model needs {_fewer(jpeg)} than JPEG with standard tables and {_fewer(bpg)} than BPG at "
         f"equal PSNR (BD-rate), and {_fewer(searched)} than BPG where the encoder searches (`--effort 8`). It was "
-        "trained for days on two CPU cores and a quarter of an hour on a GPU; the authors trained for days on GPUs. "
+        "trained for days on two CPU cores and a quarter of an hour on a GPU. "
         f"Behind the same transforms and at low rates a serial Entroformer needs {_fewer(-saved, 1)} than CNNs as in "
-        f"Minnen et al. (2018); the paper says {claim.published:g}% ([results](docs/results.md))."
+        f"Minnen et al. (2018); the paper says {claim.published:g}%, against the best CNN, which it does not name "
+        "([results](docs/results.md))."
     )
 
 

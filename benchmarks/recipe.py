@@ -24,9 +24,9 @@ import tyro
 from torch import Tensor
 
 from entroformer_lib.entroformer import build_model
+from entroformer_lib.fields import parse_fields
 from entroformer_lib.files import data_folder, write_bytes
 from entroformer_lib.memory import keep_freed_memory
-from entroformer_lib.models.config import parse_fields
 from entroformer_lib.models.context import NO_GAPS
 from entroformer_lib.models.transforms import DCT_SCALE
 from entroformer_lib.studies.engine import complete, training_task

@@ -12,10 +12,12 @@ import xxhash
 from compressai.registry import register_model
 from torch import Tensor, nn
 
-from entroformer_lib.errors import DataError, WeightsError
+from entroformer_lib.errors import ConfigError, DataError, WeightsError
+from entroformer_lib.exact import hyper_latents
 from entroformer_lib.exact.coder import ExactCoder
 from entroformer_lib.exact.quick import QuickTopK
-from entroformer_lib.models.config import EntroformerConfig, named_config
+from entroformer_lib.models.attention import TopKAttention
+from entroformer_lib.models.config import LARGEST_K, EntroformerConfig, named_config
 from entroformer_lib.models.network import Network
 from entroformer_lib.models.priors import FactorizedPrior
 from entroformer_lib.rangecoder import LARGEST
@@ -60,6 +62,42 @@ class Entroformer(Network):
         """Everything but g_a and g_s: what the paper's Table 6 weighs."""
         parts = (self.h_a, self.h_s, self.context_model, self.entropy_parameters, self.z_prior, self.rate_knowledge)
         return [part for part in parts if part is not None]
+
+    @property
+    def search_window(self) -> int | None:
+        """How many rows and columns away a token looks, on its own grid; None: everywhere. It may be changed at any
+        time; a file says which one it was coded with."""
+        return self.config.search_window
+
+    @search_window.setter
+    def search_window(self, window: int | None) -> None:
+        """Raises ConfigError for a window that cannot be."""
+        self.config = self.config.replaced(search_window=window)
+        for layer in self.modules():
+            if isinstance(layer, TopKAttention):
+                layer.window = window
+
+    @property
+    def context_k(self) -> int | None:
+        """How many keys the context model's attention keeps; None: all. `config.top_k` unless it was changed, which may
+        be at any time; a file says which one it was coded with. None too where the context model has no such number."""
+        return self.context_model.stack.blocks[0].attention.top_k if self.takes_k else None
+
+    @context_k.setter
+    def context_k(self, k: int | None) -> None:
+        """Raises ConfigError for a k that cannot be, or a context model that has none."""
+        if not self.takes_k:
+            raise ConfigError(
+                "Only Entroformer's context models, serial and parallel, can keep another number k of keys."
+            )
+        if k is not None and not 1 <= k <= LARGEST_K:
+            raise ConfigError(f"k is a number from 1 to {LARGEST_K:,}, not {k:,}.")
+        for block in self.context_model.stack.blocks:
+            block.attention.top_k = k
+
+    @property
+    def takes_k(self) -> bool:
+        return self.config.context in ("serial", "parallel")
 
     def forward(self, *args, **more) -> dict:
         """As Network.forward; without gradients in tiles, so that memory grows with the number of latents."""
@@ -143,8 +181,8 @@ class Entroformer(Network):
         if z is None:
             return {"strings": [[coder.encode(y[None], None, rate) for y in y_hat]], "shape": y_hat.shape[-2:]}
         self.refresh_tables()
-        z_strings = self.z_prior.compress(z)
-        z_hat = self.z_prior.decompress(z_strings, z.shape[-2:])  # exactly what the decoder will have
+        z_strings = hyper_latents.encode(self.z_prior, z)
+        z_hat = hyper_latents.decode(self.z_prior, z_strings, z.shape[-2:])  # exactly what the decoder will have
         y_strings = [coder.encode(y[None], z1[None], rate) for y, z1 in zip(y_hat, z_hat, strict=True)]
         return {"strings": [y_strings, z_strings], "shape": z.shape[-2:]}
 
@@ -179,7 +217,7 @@ class Entroformer(Network):
             y_hat = [coder.decode(s, None, tuple(shape), rate) for s in strings[0]]
             return torch.cat(y_hat).to(like), None
         self.refresh_tables()
-        z_hat = self.z_prior.decompress(strings[1], tuple(shape)).to(like)
+        z_hat = hyper_latents.decode(self.z_prior, strings[1], tuple(shape)).to(like)
         size = (4 * shape[0], 4 * shape[1])
         y_hat = [coder.decode(s, z[None], size, rate) for s, z in zip(strings[0], z_hat, strict=True)]
         return torch.cat(y_hat).to(like), z_hat
@@ -229,7 +267,7 @@ class Entroformer(Network):
         """As CompressAI's; tables of p(z) that come along are kept as they are, so every machine codes z alike."""
         result = super().load_state_dict(dict(state_dict), strict=strict)
         if isinstance(self.z_prior, FactorizedPrior):
-            self.z_prior.check_tables()
+            hyper_latents.check_tables(self.z_prior)
         self._tables_of = None if self.training else self._prior_state()
         return result
 
@@ -243,7 +281,7 @@ class Entroformer(Network):
         if "_extra_state" not in state_dict:
             raise WeightsError("These weights do not say which architecture they belong to.")
         config = config_of(state_dict["_extra_state"])
-        if config.least_weights() > sum(tensor.numel() for tensor in state_dict.values()):
+        if _least_weights(config) > sum(tensor.numel() for tensor in state_dict.values()):
             raise WeightsError("These weights do not fit their config, which describes a larger network.")
         model = cls(config, name=name, card=card).eval()
         if unknown := sorted(state_dict.keys() - model.state_dict().keys()):
@@ -263,6 +301,20 @@ def config_of(state: Tensor) -> EntroformerConfig:
         return EntroformerConfig.from_json(bytes(state.tolist()).decode())
     except (TypeError, ValueError):
         raise WeightsError("These weights say in no text which architecture they belong to.") from None
+
+
+def _least_weights(c: EntroformerConfig) -> int:
+    """A number of weights that the network has at least: those of its largest matrices. The rest is a few times as
+    many, so weights that have fewer than this need not be given a network."""
+    feed_forward = 2 * c.ffn_ratio * c.dim**2
+    found = 2 * len(c.lmbdas) * c.M + (2 * 768 * c.M if c.linear_path == "dct" else 0)
+    found += sum(10 * count * channels**2 for _, channels, count in c.stages)
+    found += 25 * (4 * c.N**2 + 2 * c.N * c.M) if c.transforms == "gdn" else 0
+    if c.hyperprior:
+        found += 6 * feed_forward if c.hyper == "transformer" else 9 * c.dim * c.M
+    if c.context in ("serial", "parallel", "grouped"):
+        found += c.context_layers * feed_forward
+    return found + (0 if c.context == "grouped" else 8 * c.dim * c.M)
 
 
 def fingerprint(modules: list[nn.Module]) -> int:

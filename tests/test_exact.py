@@ -13,7 +13,7 @@ from torch import nn
 
 from entroformer_lib.codec import codec
 from entroformer_lib.errors import WeightsError
-from entroformer_lib.exact import arithmetic, loops, ranked
+from entroformer_lib.exact import arithmetic, hyper_latents, loops, ranked
 from entroformer_lib.exact.arithmetic import Exact, digits, rounded, step_for
 from entroformer_lib.exact.coder import ExactCoder
 from entroformer_lib.models.attention import Stack, UpToItself
@@ -222,7 +222,7 @@ def test_scales_are_rounded_as_they_should_be():
     assert [scale_of(v) for v in (math.inf, -math.inf, 1e30, -1e30)] == [math.inf, 0, math.inf, 0]
     prior = GaussianPrior(3)
     prior.log_sigma.data[0, :, 0, 0] = torch.tensor([-1.3, 0.2, 2.7])
-    _, scales = prior._grid((3, 2, 2))
+    _, scales = hyper_latents._gaussians(prior, (3, 2, 2))
     assert scales[:, 1, 1].tolist() == [scale_of(v) for v in prior.log_sigma.flatten().tolist()]
 
 

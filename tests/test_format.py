@@ -20,6 +20,7 @@ from entroformer_lib.codec import codec
 from entroformer_lib.codec.container import MAX_PIXELS, Container
 from entroformer_lib.datasets import sample_picture
 from entroformer_lib.errors import BitstreamError, DataError, UserError, WeightsError
+from entroformer_lib.exact import hyper_latents
 from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.rangecoder import RansDecoder
 from entroformer_lib.stages import listening
@@ -198,8 +199,8 @@ def flat_file(model, side: int, wrong: bool) -> bytes:
     import torch
 
     shape = side // 64, side // 64
-    z_strings = model.z_prior.compress(torch.zeros(1, model.config.Z, *shape))
-    z_hat = model.z_prior.decompress(z_strings, shape)
+    z_strings = hyper_latents.encode(model.z_prior, torch.zeros(1, model.config.Z, *shape))
+    z_hat = hyper_latents.decode(model.z_prior, z_strings, shape)
     y_string = struct.pack("<hh", 0, 0)
     crc = codec.latents_checksum(torch.zeros(1, model.config.M, side // 16, side // 16), z_hat) ^ wrong
     weights = codec.weights_digest(model)

@@ -18,6 +18,7 @@ from entroformer_lib.codec.pictures import open_picture, to_picture, to_rgb, to_
 from entroformer_lib.codec.search import searched
 from entroformer_lib.entroformer import Entroformer, coding, searching
 from entroformer_lib.errors import BitstreamError, ConfigError, DataError, RateError, WeightsError
+from entroformer_lib.exact import hyper_latents
 from entroformer_lib.memory import free_memory
 from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.rangecoder import MORE_BYTES, Y_BYTES, Z_BYTES
@@ -149,7 +150,7 @@ def _encode_at(
     y_string, z_string, z_hat = coded["strings"][0][0], b"", None
     if z is not None:
         z_string = coded["strings"][1][0]
-        z_hat = model.z_prior.decompress([z_string], coded["shape"])
+        z_hat = hyper_latents.decode(model.z_prior, [z_string], coded["shape"])
     checksums = weights_digest(model), latents_checksum(y_hat, z_hat)
     k = best if model.takes_k and best != (model.config.top_k or 0) else None
     return Container(*size, grey, model.name, *checksums, z_string, y_string, level, model.search_window, k).pack()

@@ -11,7 +11,7 @@ from entroformer_lib.errors import AttentionError
 from entroformer_lib.models.attention import TopKAttention
 from entroformer_lib.models.groupedmixer import CrossAttention, WindowAttention
 
-Attention = TopKAttention | WindowAttention | CrossAttention
+Attention = TopKAttention | CrossAttention
 POINTS = ("content", "position", "scores", "selected", "probs")
 OUTPUTS = "outputs"  # what each head has gathered: a point for `intervene` alone
 
@@ -25,8 +25,7 @@ def attention_points(model) -> dict[str, tuple[Attention, str]]:
     """Readable names of all points of a model: {"context.3.probs": (its attention layer, "probs"), ...}.
 
     Of a GroupedMixer's context: `inner.1.probs`, [B groups windows, heads, query, key] (or [B groups, heads, ...] with
-    top-k), and `cross.1.probs`, [B sites, heads, slot, slot]; the windows' and the cross mixers' points are `scores`
-    and `probs` alone.
+    top-k), and `cross.1.probs`, [B sites, heads, slot, slot]; the cross mixers' points are `scores` and `probs` alone.
 
     Raises:
         AttentionError: the model has no attention.
@@ -151,7 +150,7 @@ class _Tiles:
     """Counts the tiles of one layer: attention goes through the queries, then to the next group of heads."""
 
     def begin(self, module, inputs) -> None:
-        whole = not isinstance(module, TopKAttention)  # of which nothing is tiled
+        whole = isinstance(module, WindowAttention | CrossAttention)  # of which nothing is tiled
         self.queries, self.query, self.head = None if whole else inputs[0].size(1), 0, 0
 
     def numbers(self, tile: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""What the two papers say, bottom up: primitives, position, attention, hyperprior, context, groupedmixer,
-entropy_model, priors, gain, transforms, and the network that wires them up.
+"""What the two papers say, bottom up: config, primitives, transforms, position, attention, hyperprior, context,
+groupedmixer, gain, entropy_model, priors, and the network that wires them up.
 
-Letters in shapes: B pictures of H x W pixels. A grid of h x w = H/16 x W/16 sites, each with M latents (and Z
-hyper-latents a quarter as fine); a token stands for a site. t tokens, q queries, n keys, s sites of one step; D the
-width of tokens, d = D / heads.
+Letters in shapes: B pictures of H x W pixels. y has M latents at each site of a grid of h x w = H/16 x W/16 sites, and
+z has Z hyper-latents at each site of an h/4 x w/4 grid. A token stands for a site: t tokens, q queries, n keys or
+sites, s sites of one step. D is the width of tokens, and d = D / heads.
 """

@@ -12,16 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.position import RelativePosition, sinusoidal_positions
 from entroformer_lib.models.primitives import dot_products, float_or_wider, keep_top_k, replaceable, weighted_sum
 
-# The mask: which keys may a query see? Query numbers [q] -> True where visible, [q, n] or [B, 1, q, n]. Where each
-# query's own key is apart (`own` below), the mask has a last column for it.
+# The mask: which keys may a query see? Query numbers [q] -> True where visible, [q, n] or [B, 1, q, n].
 Visible = Callable[[Tensor], Tensor]
 
 
 class UpToItself(NamedTuple):
-    """Each of n tokens sees those before it and itself; a `Visible`."""
+    """Each of n tokens sees those before it and itself; a `Visible`, and a class so that fast paths recognise it."""
 
     n: int
 
@@ -60,15 +60,20 @@ class TopKAttention(nn.Module):
 
     f_k is `keep_top_k` (eq. 7). With `top_k=None` and without positions this is eq. 3.
 
+    Args:
+        top_k: None is dense attention.
+        scale: "head" divides by sqrt(d_k), the width of a head, as in eq. 3; "width" by sqrt(dim), as released, which
+            the authors call a mistake.
+        window: how many rows and columns away a query looks (ours); None: everywhere.
+
     Hook points, each [B, heads, q, n]: `content` = Q K^T / sqrt(d_k) and `position` = Q P^T / sqrt(d_k),
     their sum `scores` (-inf where not visible), `selected` (after f_k) and `probs`. (With a closed cache the last three
     have one column more, for each query's own key.)
     """
 
-    def __init__(self, dim: int, heads: int, top_k: int | None, scale: str):
+    def __init__(self, dim: int, heads: int, top_k: int | None, scale: str, window: int | None = None):
         super().__init__()
-        self.heads, self.top_k = heads, top_k
-        self.window: int | None = None  # `Network.search_window` sets it
+        self.heads, self.top_k, self.window = heads, top_k, window
         self.scale = 1 / math.sqrt(dim if scale == "width" else dim // heads)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
@@ -133,12 +138,16 @@ def attention_of(
     top_k: int | None,
     own: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Equation 6, each query independent of the others.
+    """Equation 6, each query independent of the others, so that `attend` may be done for a part of the queries.
 
     q: [B, heads, q, d]; k, v: [B, heads, n, d]; query_sites: [q, 2]; key_sites: [n, 2]; seen: bool [q, n] or
-    [B, 1, q, n], None: all; own: as in `attend`, with a last column of `seen` for it  ->  [B, heads, q, d]
+    [B, 1, q, n], None: all; own: as in `attend`, and then `seen` has a last column for it  ->  [B, heads, q, d]
     """
     n = k.size(2)
+    if layer.window is not None:
+        near = (query_sites[:, None] - key_sites).abs().amax(-1) <= layer.window  # [q, n]
+        near = near if own is None else torch.cat((near, near.new_ones(len(near), 1)), dim=-1)
+        seen = near if seen is None else seen & near
     # The ranking needs more digits than bfloat16 has, so the scores leave autocast.
     with torch.autocast(q.device.type, enabled=False):
         q = float_or_wider(q) * layer.scale
@@ -146,14 +155,11 @@ def attention_of(
         if relative is not None:
             scores = scores + layer.position(relative(q, query_sites, key_sites))  # Q P^T of eq. 6, P = p_ij of eq. 4
         if own is not None:  # each query's own key as one column more
-            mine = dot_products(q[..., None, :], float_or_wider(own[0])[..., None, :])[..., 0]  # [B, heads, q, 1]
+            # [B, heads, q, 1, d] each  ->  [B, heads, q, 1]
+            mine = dot_products(q[..., None, :], float_or_wider(own[0])[..., None, :])[..., 0]
             scores = torch.cat((scores, mine if relative is None else mine + relative.own(q)), dim=-1)
         if seen is not None:
             scores = scores + torch.where(seen, 0.0, -torch.inf)  # quicker than masked_fill
-        if layer.window is not None:
-            far = (query_sites[:, None] - key_sites).abs().amax(-1) > layer.window  # [q, n]
-            far = far if own is None else torch.cat((far, far.new_zeros(len(far), 1)), dim=-1)
-            scores = scores.masked_fill(far, -torch.inf)
         # f_k and softmax of eq. 6
         probs = layer.probs(layer.selected(keep_top_k(layer.scores(scores), top_k)).softmax(dim=-1))
     probs = probs.to(v.dtype)
@@ -163,8 +169,8 @@ def attention_of(
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "leaky_relu": lambda: nn.LeakyReLU(0.2)}
 
 
-def feed_forward(c) -> nn.Sequential:
-    """The two linear layers of a block.  c: an EntroformerConfig; [..., D]  ->  [..., D]"""
+def feed_forward(c: EntroformerConfig) -> nn.Sequential:
+    """The two linear layers of a block.  [..., D]  ->  [..., D]"""
     inner = c.ffn_ratio * c.dim
     return nn.Sequential(nn.Linear(c.dim, inner), ACTIVATIONS[c.activation](), nn.Linear(inner, c.dim))
 
@@ -177,10 +183,10 @@ class Block(nn.Module):
     x: [B, q, D]  ->  [B, q, D]
     """
 
-    def __init__(self, c, top_k: int | None):
+    def __init__(self, c: EntroformerConfig, top_k: int | None):
         super().__init__()
         self.norm1 = nn.LayerNorm(c.dim)
-        self.attention = TopKAttention(c.dim, c.heads, top_k, c.attention_scale)
+        self.attention = TopKAttention(c.dim, c.heads, top_k, c.attention_scale, c.search_window)
         self.norm2 = nn.LayerNorm(c.dim)
         self.feed_forward = feed_forward(c)
 
@@ -196,13 +202,14 @@ class Stack(nn.Module):
     is no cross-attention: features of context and hyperprior are concatenated in `EntropyParameters`.
 
     Args:
-        c: an EntroformerConfig; widths, heads and switches come from it.
+        c: widths, heads and switches come from it.
         layers, top_k, radius: what differs between the stacks of one model.
     """
 
-    def __init__(self, c, layers: int, top_k: int | None, radius: int):
+    def __init__(self, c: EntroformerConfig, layers: int, top_k: int | None, radius: int):
         super().__init__()
         self.dim, self.jitter, self.absolute = c.dim, c.top_k_jitter, c.position == "absolute"
+        self.share_position = c.share_position
         self.blocks = nn.ModuleList(Block(c, top_k) for _ in range(layers))
         tables = 0 if c.position in ("none", "absolute") else 1 if c.share_position else layers
         self.positions = nn.ModuleList(RelativePosition(c.position, radius, c.dim // c.heads) for _ in range(tables))
@@ -229,7 +236,7 @@ class Stack(nn.Module):
         if self.jitter and self.training and (k := self.blocks[0].attention.top_k) is not None:
             top_k = int(torch.randint(max(2, k // 2), 2 * k, ()))
         for i in layers:
-            relative = self.positions[min(i, len(self.positions) - 1)] if len(self.positions) else None
+            relative = self.positions[0 if self.share_position else i] if len(self.positions) else None
             x = self.blocks[i](x, sites, visible=visible, relative=relative, top_k=top_k, cache=cache and cache[i])
         return x
 
@@ -245,7 +252,7 @@ class Stack(nn.Module):
 
 def init_linear(module: nn.Module) -> None:
     """Truncated normal weights of the linear layers inside (appendix A.5; 0.02 as in BERT and ViT), biases zero. Layers
-    outside of stacks and mixers begin as torch's."""
+    outside of `Stack` and `GroupedMixer` begin as torch's."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.trunc_normal_(layer.weight, std=0.02)

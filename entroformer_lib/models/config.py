@@ -9,9 +9,10 @@ import itertools
 import json
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+from typing import Literal, get_type_hints
 
 from entroformer_lib.errors import ConfigError
+from entroformer_lib.fields import describe, fits, known
 
 LARGEST_WINDOW = 2**12  # sites along a side of the largest picture, 65,535 pixels
 LARGEST_K = 2**16  # the largest k in a file's header
@@ -33,7 +34,7 @@ class EntroformerConfig:
     context: Context = "serial"
     hyperprior: bool = True  # False leaves only the context model (Figure 5, right)
     hyper: Literal["transformer", "cnn"] = "transformer"  # layers of h_a and h_s; cnn: as Minnen et al. (2018)
-    # What h_a looks at: y, as everywhere; or y after rounding (ours), so that z spends no bits on what rounding removes
+    # What h_a looks at: y, as in the paper, or y after rounding (ours): then z spends no bits on what rounding removes
     hyper_input: Literal["y", "rounded"] = "y"
 
     # g_a and g_s, see transforms.py. gdn: the paper's four 5x5 convolutions; blocks: 1x1 and depthwise ones (ours)
@@ -86,7 +87,7 @@ class EntroformerConfig:
         for name, hint in get_type_hints(type(self)).items():
             value = getattr(self, name)
             if not fits(value, hint):
-                raise ConfigError(f"The config field '{name}' cannot be {value!r}; it takes {_describe(hint)}.")
+                raise ConfigError(f"The config field '{name}' cannot be {value!r}; it takes {describe(hint)}.")
         stages = tuple(itertools.chain(*self.stages))
         sizes = (self.N, self.M, self.Z, self.dim, self.heads, self.context_layers, self.ffn_ratio, self.radius)
         if min(sizes + self.hyper_radius + self.groups + stages + (self.window,)) < 1:
@@ -139,19 +140,6 @@ class EntroformerConfig:
         """Pixels per side of the largest block the model works on; pictures are padded to a multiple of it."""
         return 64 if self.hyperprior else 16
 
-    def least_weights(self) -> int:
-        """A number of weights that the network has at least: those of its largest matrices. The rest is a few times as
-        many, so weights that have fewer than this need not be given a network."""
-        c, feed_forward = self, 2 * self.ffn_ratio * self.dim**2
-        found = 2 * len(c.lmbdas) * c.M + (2 * 768 * c.M if c.linear_path == "dct" else 0)
-        found += sum(10 * count * channels**2 for _, channels, count in c.stages)
-        found += 25 * (4 * c.N**2 + 2 * c.N * c.M) if c.transforms == "gdn" else 0
-        if c.hyperprior:
-            found += 6 * feed_forward if c.hyper == "transformer" else 9 * c.dim * c.M
-        if c.context in ("serial", "parallel", "grouped"):
-            found += c.context_layers * feed_forward
-        return found + (0 if c.context == "grouped" else 8 * c.dim * c.M)
-
     @property
     def variant(self) -> str:
         """What kind of entropy model this is, for tables: `serial`, `parallel`, `cnn`, `groupedmixer`, `hyperprior` (no
@@ -174,7 +162,7 @@ class EntroformerConfig:
 
     def replaced(self, **fields) -> "EntroformerConfig":
         """The config with some fields changed; an unknown one is a ConfigError."""
-        return dataclasses.replace(self, **_known(fields, type(self)))
+        return dataclasses.replace(self, **known(fields, type(self)))
 
     @classmethod
     def from_json(cls, text: str) -> "EntroformerConfig":
@@ -186,7 +174,7 @@ class EntroformerConfig:
         if not isinstance(values, dict):
             raise ConfigError("A config in JSON is an object of fields and values.")
         values.pop("ties", None)  # of the first weights; equal scores are always kept now
-        return cls(**_known(values, cls))
+        return cls(**known(values, cls))
 
 
 TRANSFORM_FIELDS = ("N", "M", "transforms", "stages", "linear_path")
@@ -194,49 +182,12 @@ GROUPED_FIELDS = ("groups", "group_order", "inner", "window", "cross")
 YOUNG_FIELDS = ("lmbdas", "rate_aware", "hyper", "hyper_input", "transforms", "stages", "linear_path", "search_window")
 
 
-def _known(values: dict, cls) -> dict:
-    names = [field.name for field in dataclasses.fields(cls)]
-    for name in values:
-        if name not in names:
-            raise ConfigError(f"The config has no field '{name}'; it has {', '.join(names)}.")
-    return {name: tuples(v) for name, v in values.items()}
-
-
-def tuples(value):
-    """JSON's lists, and those inside them, as tuples."""
-    return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
-
-
-def fits(value, hint) -> bool:
-    """True when `value` has the annotated type; just the few kinds of annotation that configs have."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Annotated:  # a type, and an object that tests the value
-        return fits(value, args[0]) and args[1].test(value)
-    if origin is Literal:
-        return value in args
-    if origin is tuple:
-        if args[1:] == (...,):
-            args = args[:1] * len(value) if isinstance(value, tuple) else args
-        return isinstance(value, tuple) and len(value) == len(args) and all(map(fits, value, args))
-    if args:  # int | None
-        return any(fits(value, arg) for arg in args)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and -1e30 < value < 1e30
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-
-
 def _rises(values: tuple[float, ...]) -> bool:
     return all(a < b for a, b in itertools.pairwise(values))
 
 
-def _describe(hint) -> str:
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(repr(a) for a in get_args(hint))
-    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
-
-
 SIZES = {
-    "base": {},  # the paper's Table 5, but for Z
+    "base": {},  # the paper's Table 5; docs/differences.md lists where it differs
     # The smaller ones keep at least half of the 384 channels of y: with fewer, fine detail is lost.
     "study": dict(N=96, M=256, Z=64, dim=128, heads=4),  # about a third as wide: trains in minutes on a GPU
     "tiny": dict(N=64, M=192, Z=48, dim=96, heads=3, top_k=16, hyper_top_k=(16, 16, 16)),  # two CPU cores
@@ -248,7 +199,7 @@ VARIANTS = {
     "cnn": dict(context="cnn"),
     "hyperprior": dict(context="none"),
     "context": dict(context="serial", hyperprior=False),
-    # What the paper's Figure 5 compares with: everything a CNN, and each half of it alone
+    # Our counterparts of the CNNs in the paper's Figure 5: everything a CNN, and each half of it alone
     "minnen": dict(context="cnn", hyper="cnn"),
     "hyperprior-cnn": dict(context="none", hyper="cnn"),
     "context-cnn": dict(context="cnn", hyperprior=False),
@@ -309,25 +260,5 @@ def named_config(name: str, preset: str = "paper", **overrides) -> EntroformerCo
         if isinstance(k, int):
             values.update(hyper_top_k=(k, max(2, k // 2), max(2, k // 4)))
         values.update(hyper_radius=(3, 2, 2))
-    values.update(_known(overrides, EntroformerConfig))
+    values.update(known(overrides, EntroformerConfig))
     return EntroformerConfig(**values)
-
-
-def parse_fields(words: tuple[str, ...]) -> dict:
-    """Fields of a config as typed: ("position=none", "top_k=64")  ->  {"position": "none", "top_k": 64}.
-
-    A value is JSON where it can be (`top_k=null` is dense attention), and a plain word otherwise.
-
-    Raises:
-        ConfigError: a word without "=".
-    """
-    values = {}
-    for word in words:
-        name, equals, text = word.partition("=")
-        if not equals:
-            raise ConfigError(f"A field of the config is given as name=value, not as '{word}'.")
-        try:
-            values[name] = json.loads(text)
-        except ValueError:
-            values[name] = text
-    return values

@@ -1,8 +1,8 @@
 """Context models: what the latents decoded so far say about the next ones.
 
 Serial (sections 3.1 and 3.4): sites in raster order, each sees those before it. Parallel (section 3.4, Figure 4): a
-checkerboard, its first half known from the hyperprior alone, its second half sees all of the first. CNN (the baseline
-of Table 1): a masked 5x5 convolution in the place of the serial transformer. None: the hyperprior alone.
+checkerboard, its first half known from the hyperprior alone, its second half sees all of the first. CNN: a masked 5x5
+convolution in the place of the serial transformer. None: the hyperprior alone.
 
 All answer two questions:
 
@@ -56,7 +56,7 @@ class Gaps:
     kept: bool [B or 1, 1, h, w], for the random-mask pretraining (A.5). Latents that are not kept enter as zero. In the
         serial model and the CNN the kept ones get a context feature, and the others none: the hyperprior alone
         predicts them. In the parallel model the mask takes the checkerboard's place: the kept ones are the first slice,
-        without context, and the others are the second, with context.
+        without context, and the others are the second, with context. Where all are kept it uses no context (Table 3).
     missing: bool [B, 1, h, w], latents that nobody may use, for Figure 3. Their token enters as zero and no other token
         sees it, in any layer; they are still predicted. (To hide one offset from every query would not be enough: other
         tokens have seen the latent and pass it on. And in the serial model the query's own token carries the latent
@@ -116,7 +116,7 @@ class SerialContext(nn.Module):
         for i in range(len(sites)):
             latents = yield torch.tensor([i]), feature.transpose(1, 2)[..., None]
             if i + 1 < len(sites):  # the last token predicts nothing; the cache holds earlier ones alone: no mask
-                feature = self.stack(self.embed(latents)[None], sites[: i + 1], cache=cache)
+                feature = self.stack(self.embed(latents)[None], sites[: i + 1], cache=cache)  # [1, 1, D]
 
 
 class ParallelContext(nn.Module):
@@ -169,15 +169,15 @@ class ParallelContext(nn.Module):
             part.closed = True
         unknown = self.embed(self.embed.weight.new_zeros(1, len(two), self.embed.in_features))  # [1, s, D], of zeros
         feature = self.stack(unknown, sites[torch.cat((one, two))], cache=cache if len(one) else None)
-        yield two, feature.transpose(1, 2)[..., None]
+        yield two, feature.transpose(1, 2)[..., None]  # [1, D, s, 1]
 
 
 class CnnContext(nn.Module):
     """The context model of Minnen et al. 2018: a 5x5 convolution that sees the 12 sites before its own.
 
-    The baseline of Table 1. It computes what CompressAI's `MaskedConv2d` does, but holds only the 12 taps in use, as a
-    linear layer: no optimizer sees hidden taps. It stands in the transformer's place, so its feature has D channels
-    (Minnen: 2 M).
+    It stands for the CNN of Table 1, which the paper does not describe. It computes what CompressAI's `MaskedConv2d`
+    does, but holds only the 12 taps in use, as a linear layer: no optimizer sees hidden taps. It stands in the
+    transformer's place, so its feature has D channels (Minnen: 2 M).
 
     y_hat: [B, M, h, w]  ->  context feature: [B, D, h, w]
     """
@@ -198,7 +198,7 @@ class CnnContext(nn.Module):
 
     def steps(self, height: int, width: int) -> Features:
         weight = self.taps.weight
-        known = weight.new_zeros(weight.size(1) // 12, height + 4, width + 4)  # with the border
+        known = weight.new_zeros(weight.size(1) // 12, height + 4, width + 4)  # [M, h + 4, w + 4], with the border
         for i in range(height * width):
             row, column = divmod(i, width)
             patch = known[:, row : row + 5, column : column + 5].flatten(1)[:, :12]  # [M, 12]

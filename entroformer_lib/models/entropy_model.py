@@ -42,8 +42,8 @@ class Bounds(nn.Module):
 class EntropyParameters(Bounds):
     """Two linear layers from the concatenated features to the Gaussian of every latent ("Linear" in Table 5).
 
-    The hidden width is 4 D. Table 5 prints 768, which is 2 D, but only 4 D comes to the 142.7M of Table 6, read as MiB
-    of float32. The slope of 0.2 is the released one.
+    The hidden width is 4 D and the slope 0.2, as released. Table 5 prints a width of 768, which is 2 D; Table 6's size
+    (142.7M, read as MiB of float32) agrees with 4 D.
 
     hyper, context: [B, D, h, w] or None  ->  means, logarithms of scales: [B, M, h, w]
     """
@@ -51,14 +51,18 @@ class EntropyParameters(Bounds):
     def __init__(self, c: EntroformerConfig):
         super().__init__(c)
         self.hyperprior = c.hyperprior
-        width = (c.hyperprior + (c.context != "none")) * c.dim
-        self.layers = nn.Sequential(nn.Linear(width, 4 * c.dim), nn.LeakyReLU(0.2), nn.Linear(4 * c.dim, 2 * c.M))
+        features = int(c.hyperprior) + int(c.context != "none")  # of D channels each
+        self.layers = nn.Sequential(
+            nn.Linear(features * c.dim, 4 * c.dim), nn.LeakyReLU(0.2), nn.Linear(4 * c.dim, 2 * c.M)
+        )
 
     def forward(self, hyper: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        if not self.hyperprior and hyper is not None:  # then it is only the vector of the level (gain.py)
+        # Without hyperprior, `hyper` can only be the vector of the level, [B, D, 1, 1] (gain.py). It has no channels of
+        # its own in `layers`, so it is added.
+        if not self.hyperprior and hyper is not None:
             hyper, context = None, context + hyper
         joined = torch.cat([feature for feature in (hyper, context) if feature is not None], dim=1)
-        log_scales, means = float_or_wider(per_site(self.layers, joined)).chunk(2, dim=1)  # the weights' order
+        log_scales, means = float_or_wider(per_site(self.layers, joined)).chunk(2, dim=1)  # as released
         return means, log_scales
 
 
@@ -74,7 +78,7 @@ class PerSite:
 
     def steps(self, h: int, w: int, hyper: Tensor | None) -> Steps:
         everything = slice(None)
-        # without hyperprior: the vector of the level, [1, D, 1, 1]
+        # without hyperprior the vector of the level, [1, D, 1, 1], which is expanded to all sites
         hyper = None if hyper is None else hyper.expand(-1, -1, h, w).flatten(2)[..., None]  # [1, D, n, 1]
         features, latents = self.context.steps(h, w), None
         while True:

@@ -48,7 +48,7 @@ class RateGain(nn.Module):
         low = level.floor().clamp(0, len(self.lmbdas) - 2)
         part = (level - low)[:, None]  # [B, 1]
         i = low.long()
-        # Not `at_level`: its last bit differs, and cached latents are known by a digest that depends on it.
+        # Not `at_level`: its last bit differs, and latents that training/latents.py has stored would be found stale.
         gain, inverse = (torch.lerp(t[i], t[i + 1], part.to(t.dtype)) for t in (self.log_gain, self.log_inverse))
         return gain.exp()[..., None, None], inverse.exp()[..., None, None]
 

@@ -7,7 +7,7 @@ coding in a hierarchy. GroupedMixer is an answer. The latents are cut along chan
 
 Everything inside a group is coded at once, from the groups before it. Attention between all tokens of all groups is
 taken apart into two short ones that take turns: an **inner-group mixer** (a token and the others of its group) and a
-**cross-group mixer** (a token and those at the same place in earlier groups). All groups share the weights.
+**cross-group mixer** (a token and those at the same place in earlier groups). All groups share the mixers' weights.
 
 The sequence is shifted by one: slot i holds the latents of group i - 1 and predicts group i, slot 0 holds a learned
 start. So an inner mixer may look in all directions, and a cross mixer at slots up to its own:
@@ -22,7 +22,8 @@ kept (the *context cache*). So G passes go over one slot each; without the cache
 We have only the paper's abstract, so much here is our choice:
 
 - Order: channel slice by channel slice, in each the diagonal phases first.
-- One embedding and one head per channel slice: channels of y differ in meaning, and these are few weights.
+- One embedding and one head per channel slice: channels of y differ in meaning, and these are few weights. One learned
+  vector per group, which tells a slot what it predicts.
 - Hyper features of the sites that a slot predicts are added to its tokens, and concatenated again before the head.
 - Inner mixer: windows or top-k, with diamond positions. Cross mixer: a bias for the distance in groups.
 - One feed-forward for each pair of mixers.
@@ -37,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from entroformer_lib.models.attention import KVCache, TopKAttention, feed_forward, init_linear
+from entroformer_lib.models.attention import KVCache, TopKAttention, attention_of, feed_forward, init_linear
 from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.context import Step, Steps
 from entroformer_lib.models.position import RelativePosition, grid_sites
@@ -127,38 +128,33 @@ def windows(
     return index, place
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(TopKAttention):
     """Inner-group mixer: a token sees the tokens of its window, in all directions, with diamond relative positions.
 
-    Hook points, [B S windows, heads, side^2, side^2]: `scores` and `probs`.
+    In every second layer the windows are moved by half a side, so that tokens on both sides of a border meet.
+
+    Hook points as TopKAttention's, [B S windows, heads, side^2, side^2].
 
     x: [B, S, n, D]  ->  [B, S, n, D]
     """
 
     def __init__(self, c: EntroformerConfig, layer: int):
-        super().__init__()
-        self.heads, self.scale = c.heads, 1 / math.sqrt(c.dim // c.heads)
+        super().__init__(c.dim, c.heads, None, "head")
         self.side, self.shift = c.window, c.window // 2 * (layer % 2)
-        self.qkv = nn.Linear(c.dim, 3 * c.dim, bias=False)
-        self.out = nn.Linear(c.dim, c.dim, bias=False)
         self.relative = RelativePosition("diamond", c.radius, c.dim // c.heads)
-        self.scores, self.probs = nn.Identity(), nn.Identity()
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """grid: rows and columns of a group."""
         B, S, n, D = x.shape
         index, place = windows(*grid, self.side, self.shift, x.device)
-        inside = index >= 0  # [windows, side^2]
-        qkv = self.qkv(x).flatten(0, 1)[:, index.clamp(min=0)]  # [B S, windows, side^2, 3 D]
-        qkv = qkv.flatten(0, 1).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv  # [B S windows, heads, side^2, d]
-        with torch.autocast(x.device.type, enabled=False):
-            q, sites = float_or_wider(q) * self.scale, grid_sites(self.side, self.side, x.device)
-            scores = dot_products(q, float_or_wider(k)) + self.relative(q, sites, sites)
-            empty = torch.where(inside, 0.0, -torch.inf)[:, None, None]  # [windows, 1, 1, side^2]
-            empty = empty.repeat(B * S, 1, 1, 1)  # [B S windows, 1, 1, side^2]
-            probs = self.probs(self.scores(scores + empty).softmax(-1)).to(v.dtype)
-        out = weighted_sum(probs, v).transpose(1, 2).reshape(B * S, -1, D)[:, place]  # [B S, n, D]
+        q, k, v = (
+            part[:, :, index.clamp(min=0)].transpose(1, 2).flatten(0, 1)  # [B S windows, heads, side^2, d] each
+            for part in self.project(x.flatten(0, 1))  # [B S, heads, n, d] each
+        )
+        sites = grid_sites(self.side, self.side, x.device)
+        filled = (index >= 0).repeat(B * S, 1)[:, None, None]  # [B S windows, 1, 1, side^2]
+        out = attention_of(q, k, v, self, sites, sites, filled, self.relative, None)
+        out = out.transpose(1, 2).reshape(B * S, -1, D)[:, place]  # [B S, n, D]
         return self.out(out).view(B, S, n, D)
 
 
@@ -257,7 +253,7 @@ class GroupedMixer(nn.Module):
         self.counts, self.order_name = c.groups, c.group_order
         self.order = group_order(c.groups, c.group_order)
         self.slices = channel_slices(c.M, c.groups[0])
-        m = self.slices[0].stop
+        m = self.slices[0].stop  # the first slice begins at 0, and none is wider
         self.embed = nn.ModuleList(nn.Linear(m, c.dim) for _ in range(c.groups[0]))  # of each channel slice
         self.start = nn.Parameter(torch.zeros(c.dim))
         self.target = nn.Parameter(torch.zeros(len(self.order), c.dim))  # which group a slot predicts
@@ -272,7 +268,7 @@ class GroupedMixer(nn.Module):
     def forward(self, y_hat: Tensor, hyper: Tensor) -> tuple[Tensor, Tensor]:
         size = y_hat.shape[1:]
         groups = split(y_hat, self.counts, self.order_name)  # [B, G, n, m]
-        at_target = self._of_groups(hyper)  # [B, G, n, D]
+        at_target = self._of_groups(hyper)  # hyper features of the sites that each slot predicts: [B, G, n, D]
         held = [self._held(i, groups[:, i - 1] if i else None, at_target[:, i]) for i in range(len(self.order))]
         x = self._tokens(torch.stack(held, dim=1), at_target, range(len(self.order)))  # [B, G, n, D]
         for pair in self.pairs:

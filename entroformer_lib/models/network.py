@@ -14,9 +14,7 @@ import torch
 from compressai.models import CompressionModel
 from torch import Tensor
 
-from entroformer_lib.errors import ConfigError
-from entroformer_lib.models.attention import TopKAttention
-from entroformer_lib.models.config import LARGEST_K, EntroformerConfig
+from entroformer_lib.models.config import EntroformerConfig
 from entroformer_lib.models.context import NO_GAPS, CnnContext, Gaps, NoContext, ParallelContext, SerialContext
 from entroformer_lib.models.entropy_model import Bounds, EntropyParameters, PerGroup, PerSite, ToldTheRate
 from entroformer_lib.models.gain import Rate, RateGain, RateKnowledge
@@ -41,7 +39,7 @@ class Network(CompressionModel):
 
     In a model of one rate each part can be called on its own: `g_a(x)`, `h_a(y)`, `h_s(z_hat)`, `g_s(y_hat)`, and
     `context_model(y_hat)`, which in GroupedMixer needs the hyperprior feature too. Where there are several rates, gains
-    stand between the parts: `scaled`, `hyper_analysis`, `hyper_synthesis` and `reconstruct` know them.
+    stand between the parts: `scaled`, `hyper_analysis` and `hyper_synthesis` know them, and `Entroformer.reconstruct`.
 
     A variable-rate model codes at its `level` unless a call names another one: 0 is the lowest rate,
     `len(config.lmbdas) - 1` the highest, and anything between.
@@ -57,47 +55,10 @@ class Network(CompressionModel):
         self.h_a, self.h_s = build_hyperprior(c)
         context, parameters, self.kind = KINDS[c.context]
         self.context_model, self.entropy_parameters = context(c), parameters(c)
-        self.search_window = c.search_window
         self.gaussian = GaussianConditional()
         self.z_prior = None
         if c.hyperprior:
             self.z_prior = FactorizedPrior(c.Z) if c.z_prior == "factorized" else GaussianPrior(c.Z)
-
-    @property
-    def search_window(self) -> int | None:
-        """How many rows and columns away a token looks, on its own grid; None: everywhere. It may be changed at any
-        time; a file says which one it was coded with."""
-        return self.config.search_window
-
-    @search_window.setter
-    def search_window(self, window: int | None) -> None:
-        """Raises ConfigError for a window that cannot be."""
-        self.config = self.config.replaced(search_window=window)
-        for layer in self.modules():
-            if isinstance(layer, TopKAttention):
-                layer.window = window
-
-    @property
-    def context_k(self) -> int | None:
-        """How many keys the context model's attention keeps; None: all. `config.top_k` unless it was changed, which may
-        be at any time; a file says which one it was coded with. None too where the context model has no such number."""
-        return self.context_model.stack.blocks[0].attention.top_k if self.takes_k else None
-
-    @context_k.setter
-    def context_k(self, k: int | None) -> None:
-        """Raises ConfigError for a k that cannot be, or a context model that has none."""
-        if not self.takes_k:
-            raise ConfigError(
-                "Only Entroformer's context models, serial and parallel, can keep another number k of keys."
-            )
-        if k is not None and not 1 <= k <= LARGEST_K:
-            raise ConfigError(f"k is a number from 1 to {LARGEST_K:,}, not {k:,}.")
-        for block in self.context_model.stack.blocks:
-            block.attention.top_k = k
-
-    @property
-    def takes_k(self) -> bool:
-        return self.config.context in ("serial", "parallel")
 
     def forward(
         self,
@@ -180,7 +141,7 @@ class Network(CompressionModel):
         return self.h_s(z_hat if rate is None else z_hat * rate.z_inverse)
 
     def rate(self, level: Tensor | float | None = None) -> Rate | None:
-        """What the entropy model is told of a level, or of a level for each of B latents; None where it is told
+        """What the entropy model is told of a level, or of a level for each of B pictures; None where it is told
         nothing."""
         if self.rate_knowledge is None:
             return None

@@ -126,4 +126,4 @@ def sinusoidal_positions(sites: Tensor, dim: int) -> Tensor:
     """
     i = torch.arange(0, dim // 2, 2, dtype=torch.float64, device=sites.device)
     angles = sites[..., None] * 10000 ** (-i / (dim // 2))  # [n, 2, dim / 4]
-    return torch.stack((angles.sin(), angles.cos()), dim=-2).flatten(1).float()
+    return torch.stack((angles.sin(), angles.cos()), dim=-2).flatten(1).float()  # from [n, 2, 2, dim / 4]

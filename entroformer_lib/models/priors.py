@@ -7,14 +7,10 @@ formula is a density: eq. 1's convolution with U(-0.5, 0.5).
 
 import math
 
-import numpy as np
 import torch
 from compressai.entropy_models import EntropyBottleneck
 from compressai.ops import LowerBound
 from torch import Tensor, nn
-
-from entroformer_lib.errors import BitstreamError, WeightsError
-from entroformer_lib.rangecoder import LARGEST, RansDecoder, decode_gaussian, encode_gaussian, scale_of
 
 LIKELIHOOD_FLOOR = 1e-9  # 30 bits: nothing costs more, so no loss is ever infinite. Released: 1e-12
 
@@ -52,7 +48,7 @@ class GaussianConditional(nn.Module):
 class FactorizedPrior(EntropyBottleneck):
     """p(z), learned per channel without assuming a shape (Ballé 2018): CompressAI's bottleneck, with the noise given.
 
-    z: [B, Z, h, w]
+    z: [B, Z, h/4, w/4]
     """
 
     def quantize_z(self, z: Tensor) -> Tensor:
@@ -62,62 +58,16 @@ class FactorizedPrior(EntropyBottleneck):
 
     def likelihood(self, z: Tensor) -> Tensor:
         """Likelihoods of quantised or noisy z, same shape."""
-        B, Z, h, w = z.shape
+        B, Z, h, w = z.shape  # its own rows and columns
         values = z.transpose(0, 1).reshape(Z, 1, -1)  # CompressAI's layout: channels first, then everything else
-        mass = self.likelihood_lower_bound(self._likelihood(values)[0])
+        mass = self.likelihood_lower_bound(self._likelihood(values)[0])  # [Z, 1, B h w]
         return mass.view(Z, B, h, w).transpose(0, 1)
-
-    def compress(self, z: Tensor) -> list[bytes]:
-        """One string per picture of the batch. Its tables must be there.
-
-        Raises:
-            WeightsError: fewer than three numbers, or one far from its median: CompressAI's coder would not survive it.
-        """
-        far = float((z - self._get_medians().detach().view(1, -1, 1, 1)).abs().amax())
-        if not far <= LARGEST:  # also where a median is no number
-            raise WeightsError(f"A hyper-latent is {far:g} away from its median, and the coder takes up to {LARGEST}.")
-        if z[0].numel() < 3:
-            raise WeightsError(
-                "The coder of z takes at least three numbers for a picture: a model with more channels of z."
-            )
-        return super().compress(z)
-
-    def decompress(self, strings: list[bytes], size) -> Tensor:
-        """size: (h, w)  ->  z_hat: [B, Z, h, w]; raises BitstreamError. Its tables must be there."""
-        count, symbols = size[0] * size[1], []
-        for string in strings:
-            decoder = RansDecoder(string)
-            for cdf, length, offset in zip(*(t.tolist() for t in self._tables()), strict=True):
-                symbols.append([symbol + offset for symbol in decoder.read(count, cdf[:length])])
-            decoder.finish()
-        medians = self._get_medians().detach().view(1, -1, 1, 1)
-        z_hat = torch.tensor(symbols).view(len(strings), -1, *size).to(medians) + medians
-        if z_hat.abs().amax() > LARGEST + 1:  # the encoder refuses what is larger before it rounds
-            raise BitstreamError("The coded hyper-latents are damaged.")
-        return z_hat
-
-    def check_tables(self) -> None:
-        """Raises WeightsError for tables with which CompressAI's coder would read behind their ends."""
-        cdf, length, offset = self._tables()
-        if not length.numel():
-            return  # they are made before they are needed
-        Z = self.quantiles.size(0)
-        good = cdf.dim() == 2 and cdf.size(0) == Z and length.shape == offset.shape == (Z,)
-        good = good and bool((length >= 3).all()) and bool((length <= cdf.size(1)).all())
-        good = good and bool((offset.long().abs() <= LARGEST).all())
-        rows = [row[:n] for row, n in zip(cdf.tolist(), length.tolist(), strict=True)] if good else []
-        if not good or not all(row[0] == 0 and row[-1] == 2**16 and row == sorted(set(row)) for row in rows):
-            raise WeightsError("The tables of z's probabilities make no sense.")
-
-    def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Cumulative frequencies [Z, n], how many of them count [Z], value of the first symbol [Z]."""
-        return self._quantized_cdf, self._cdf_length, self._offset
 
 
 class GaussianPrior(nn.Module):
     """p(z) as the authors released it: one Gaussian per channel. Offers what FactorizedPrior offers.
 
-    z: [B, Z, h, w]
+    z: [B, Z, h/4, w/4]
     """
 
     def __init__(self, channels: int):
@@ -131,21 +81,3 @@ class GaussianPrior(nn.Module):
 
     def likelihood(self, z: Tensor) -> Tensor:
         return self.bound(gaussian_mass(z, self.mu, self.log_sigma.exp()))
-
-    def compress(self, z: Tensor) -> list[bytes]:
-        """One string per picture of the batch."""
-        symbols = torch.floor(z + 0.5).int().cpu().numpy()
-        return [encode_gaussian(s, *self._grid(s.shape)) for s in symbols]
-
-    def decompress(self, strings: list[bytes], size) -> Tensor:
-        """size: (h, w)  ->  z_hat: [B, Z, h, w]"""
-        shape = (self.mu.size(1), *size)
-        symbols = np.stack([decode_gaussian(s, *self._grid(shape)) for s in strings])
-        return torch.from_numpy(symbols).to(self.mu)
-
-    def _grid(self, shape) -> tuple[np.ndarray, np.ndarray]:
-        """Means and scales of every symbol, float64, straight from the weights: the same on every machine."""
-        mu, log_sigma = (p.detach().double().flatten().tolist() for p in (self.mu, self.log_sigma))
-        columns = np.array([mu, [scale_of(v) for v in log_sigma]])[..., None, None]  # [2, Z, 1, 1]
-        means, scales = np.broadcast_to(columns, (2, *shape))
-        return means, scales

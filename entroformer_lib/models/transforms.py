@@ -133,7 +133,7 @@ class BlockAnalysis(nn.Sequential):
         layers, side, channels = [], 1, 3
         for next_side, next_channels, blocks in (*stages, (SIDE, M, 0)):
             step = next_side // side  # step x step sites become channels of one
-            # [B, next_channels, H / next_side, W / next_side]
+            # the layers of this stage give [B, next_channels, H / next_side, W / next_side]
             layers += [nn.PixelUnshuffle(step), nn.Conv2d(channels * step**2, next_channels, 1)]
             layers += [ConvBlock(next_channels) for _ in range(blocks)]
             side, channels = next_side, next_channels

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from entroformer_lib.errors import StudyError
-from entroformer_lib.models.config import named_config, parse_fields
+from entroformer_lib.fields import parse_fields
+from entroformer_lib.models.config import named_config
 from entroformer_lib.training.config import TrainConfig
 
 BOTH = "all contexts"

@@ -7,7 +7,7 @@ from types import NoneType
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from entroformer_lib.errors import TrainingError
-from entroformer_lib.models.config import fits, tuples
+from entroformer_lib.fields import fits, tuples
 
 
 class Must(NamedTuple):

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from entroformer_lib.entroformer import Entroformer, build_model
 from entroformer_lib.errors import TrainingError
-from entroformer_lib.models.config import parse_fields
+from entroformer_lib.fields import parse_fields
 from entroformer_lib.models.gain import RateGain
 from entroformer_lib.training.config import TrainConfig
 from entroformer_lib.training.growth import grown
