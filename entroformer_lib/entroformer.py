@@ -281,7 +281,7 @@ class Entroformer(Network):
         if "_extra_state" not in state_dict:
             raise WeightsError("These weights do not say which architecture they belong to.")
         config = config_of(state_dict["_extra_state"])
-        if _least_weights(config) > sum(tensor.numel() for tensor in state_dict.values()):
+        if least_weights(config) > sum(tensor.numel() for tensor in state_dict.values()):
             raise WeightsError("These weights do not fit their config, which describes a larger network.")
         model = cls(config, name=name, card=card).eval()
         if unknown := sorted(state_dict.keys() - model.state_dict().keys()):
@@ -303,7 +303,7 @@ def config_of(state: Tensor) -> EntroformerConfig:
         raise WeightsError("These weights say in no text which architecture they belong to.") from None
 
 
-def _least_weights(c: EntroformerConfig) -> int:
+def least_weights(c: EntroformerConfig) -> int:
     """A number of weights that the network has at least: those of its largest matrices. The rest is a few times as
     many, so weights that have fewer than this need not be given a network."""
     feed_forward = 2 * c.ffn_ratio * c.dim**2
