@@ -53,7 +53,7 @@ def figure6_data() -> pd.DataFrame:
     with suppress(NoResult):
         told = differences("figure6", "diamond").set_index("kind")
         half = told["smallest"].replace(np.inf, np.nan) * told["bpp"]["diamond"] / base  # it was of h = 3's rate
-        data["half_width"] = kinds(rows["run"]).map(half)
+        data["half_width"] = kinds(rows["run"]).map(half).where(radius != 0)  # whose saving is 0 by definition
     return data.sort_values(["radius", "seed"], ignore_index=True)
 
 
@@ -126,9 +126,12 @@ def curves(data: pd.DataFrame, base: str, base_in_words: str, grid: str, ordered
     axes[1].set(ylabel=f"rate against {base_in_words}, %")
     axes[0].get_legend().remove()
     handles, words = axes[0].get_legend_handles_labels()
-    if data["seed"].nunique() > 1:
+    seeds = data.groupby("model", sort=False)["seed"].nunique()
+    if several := list(seeds[seeds > 1].index):
         handles.append(Patch(facecolor="0.5", alpha=0.25, linewidth=0))
-        words.append("range of the seeds")
+        words.append(
+            "range of the seeds" if len(several) == len(seeds) else f"range of the seeds: {', '.join(several)}"
+        )
     if (settings := (load(f"ablation-{grid}") or {}).get("settings", {})).get("last_crop"):
         for ax in axes:
             line = ax.axvline(settings["steps"] * (1 - LAST_SHARE), color="0.6", linewidth=0.8, zorder=0)
@@ -209,7 +212,7 @@ def table4_data() -> pd.DataFrame:
 
 @styled()
 def dots(data: pd.DataFrame, label: str) -> Figure:
-    """A line for each row, a point for each seed, a tick for their mean; what is published is grey and hollow.
+    """A line for each row, a point for each seed, a tick for the mean of several; what is published is grey and hollow.
 
     Args:
         data: row, source (PUBLISHED, or where our number comes from), value.
@@ -217,7 +220,7 @@ def dots(data: pd.DataFrame, label: str) -> Figure:
     """
     rows, sources = (list(dict.fromkeys(data[column])) for column in ("row", "source"))
     figure, ax = new_figure(TWO_COLUMNS * 0.75, 0.75 + 0.32 * len(rows))
-    ours = [source for source in sources if source != PUBLISHED]
+    ours, ticks = [source for source in sources if source != PUBLISHED], False
     for source, part in data.groupby("source", sort=False):
         place = (sources.index(source) - (len(sources) - 1) / 2) * 0.22
         if source == PUBLISHED:
@@ -225,7 +228,8 @@ def dots(data: pd.DataFrame, label: str) -> Figure:
         else:
             i = ours.index(source)
             look = dict(color=COLOURS[i], marker=MARKERS[i], alpha=0.8)
-            means = part.groupby("row", sort=False)["value"].mean()
+            several = part.groupby("row", sort=False)["value"].agg(["mean", "count"]).query("count > 1")
+            ticks, means = ticks or len(several) > 0, several["mean"]
             ax.plot(means, means.index.map(rows.index) + place, "|", color=COLOURS[i], markersize=9)
         y = part["row"].map(rows.index) + place
         ax.plot(part["value"], y, linestyle="", markersize=4, label=source, **look)
@@ -235,15 +239,29 @@ def dots(data: pd.DataFrame, label: str) -> Figure:
     ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel=label)
     ax.grid(axis="y", alpha=0.25, linewidth=0.5)
     handles, words = ax.get_legend_handles_labels()
-    handles.append(Line2D([], [], linestyle="", marker="|", color=COLOURS[0], markersize=9))
-    figure.legend(handles, [*words, "mean of the seeds"], loc="outside lower center", ncols=len(handles))
+    words = ["a run" if len(words) == 1 and word == "here" else word for word in words]
+    if ticks:
+        handles.append(Line2D([], [], linestyle="", marker="|", color=COLOURS[0], markersize=9))
+        words.append("mean of the seeds")
+    figure.legend(handles, words, loc="outside lower center", ncols=len(handles))
     return figure
 
 
 # ---- how gains grow with training ----
 
+COMPARISONS = {  # colour and marker of each, in all figures
+    "transformers throughout over CNNs throughout": (COLOURS[0], "o"),
+    "transformer context over CNN, same hyperprior": (COLOURS[1], "s"),
+    "transformer context over CNN, no hyperprior": (COLOURS[5], "P"),
+    "transformer hyperprior over CNN, no context": (COLOURS[6], "*"),
+    "two passes": (COLOURS[4], "v"),
+    "two passes over CNN, same hyperprior": (COLOURS[4], "v"),
+    "GroupedMixer, 12 groups": (COLOURS[2], "^"),
+    "GroupedMixer, 32 groups": (COLOURS[3], ">"),
+    "GroupedMixer over CNN, same hyperprior": (COLOURS[2], "^"),
+}
 GAINS = {  # what is compared with what: (it, against); a gain is positive where it needs fewer bits
-    "transformer context and hyperprior over CNNs": ("serial", "minnen"),
+    "transformers throughout over CNNs throughout": ("serial", "minnen"),
     "transformer context over CNN, same hyperprior": ("serial", "cnn"),
     "transformer context over CNN, no hyperprior": ("context", "context-cnn"),
     "transformer hyperprior over CNN, no context": ("hyperprior", "hyperprior-cnn"),
@@ -292,16 +310,19 @@ def gains_over_training(gains: pd.DataFrame, costs: pd.DataFrame) -> Figure:
     """Savings of attention, and what is paid beside the serial model, over the steps: the mean over seeds, and a small
     point for each seed where there are several."""
     figure, axes = new_figure(TWO_COLUMNS, 3.0, 1, 2, sharex=True)
-    looks = list(zip(COLOURS, MARKERS, strict=False))  # none is used twice
-    for ax, data, sign, own in ((axes[0], gains, -1, looks[:4]), (axes[1], costs, 1, looks[4:])):
-        for (label, part), (colour, marker) in zip(data.groupby("label", sort=False), own, strict=False):
+    for ax, data, sign in ((axes[0], gains, -1), (axes[1], costs, 1)):
+        for label, part in data.groupby("label", sort=False):
+            colour, marker = COMPARISONS.get(label, ("0.35", "o"))
             mean = sign * part.groupby("step")["percent"].mean()
             ax.plot(mean.index, mean, color=colour, marker=marker, markersize=3, label=label)
             if part["seed"].nunique() > 1:
                 ax.plot(part["step"], sign * part["percent"], ".", color=colour, markersize=2.5)
+                dot = dict(linestyle="", marker=".", color="0.4", markersize=2.5, label="one seed of two")
         ax.axhline(0, color="0.7", linewidth=0.8)
         line = dict(color="0.6", linewidth=0.8, linestyle="--", zorder=0, label="larger crops from here on")
         ax.axvline(data["step"].max() * (1 - LAST_SHARE), **line)
+        if (data.groupby("label")["seed"].nunique() > 1).any():
+            ax.plot([], [], **dot)
         ax.grid(axis="y", alpha=0.25, linewidth=0.5)
         ax.set(xlabel="training step", ylabel="rate saved, %" if sign < 0 else "rate above the serial model, %")
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1))
@@ -340,15 +361,16 @@ def gains_by_size_data(pairs: dict[str, tuple[str, str]]) -> pd.DataFrame:
 @styled()
 def gains_by_size(data: pd.DataFrame) -> Figure:
     """Saving against the size of the squares, with the interval over the pictures."""
-    figure, ax = new_figure(ONE_COLUMN, 3.0)
+    figure, ax = new_figure(ONE_COLUMN, 3.1)
     sides = sorted(data["side"].unique())
     for i, (label, part) in enumerate(data.groupby("label", sort=False)):
         places = part["side"].map(sides.index) + 0.06 * (i - 1.5)  # the bars do not cover each other
-        look = dict(color=COLOURS[i], marker=MARKERS[i], markersize=4, capsize=2, elinewidth=0.8)
+        colour, marker = COMPARISONS.get(label, ("0.35", "o"))
+        look = dict(color=colour, marker=marker, markersize=4, capsize=2, elinewidth=0.8)
         ax.errorbar(places, part["saving_percent"], part["half_width"], label=label, **look)
     ax.axhline(0, color="0.7", linewidth=0.8)
     ax.set_xticks(range(len(sides)), [f"{side}" for side in sides])
     ax.set(xlabel="side of the squares, pixels", ylabel="rate saved, %")
     ax.grid(axis="y", alpha=0.25, linewidth=0.5)
-    figure.legend(loc="outside lower center")
+    figure.legend(loc="outside lower center", title="bars: 95% interval over the pictures", title_fontsize=7)
     return figure

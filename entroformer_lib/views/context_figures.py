@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from entroformer_lib.studies.results import POSITION_NAMES, needed, of_mean_rates
 from entroformer_lib.views.style import (
     DIVERGING,
+    FROM_ZERO,
     ONE_COLUMN,
     TWO_COLUMNS,
     new_figure,
@@ -25,15 +26,23 @@ from entroformer_lib.views.style import (
 
 # ---- figure 3 ----
 
+PLACE = ["model", "dy", "dx"]
 MEASURES = {"missing": "over_pictures", "alone": "alone_over_pictures"}
 
 
 def masking_data(measure: str = "missing") -> pd.DataFrame:
-    """model, dy, dx, percent (of the mean rates), spread, pictures, L1, L2, L-infinity.
+    """model, dy, dx, percent (of the mean rates), spread, pictures, L1, L2, L-infinity; without positions that a model
+    cannot see, which change no bit.
 
     measure: missing (what the rate rises when the position is missing) or alone (what is saved when it alone is known).
     """
-    return pd.DataFrame(needed("position_masking")[MEASURES[measure]])
+    saved = {name: pd.DataFrame(needed("position_masking")[key]) for name, key in MEASURES.items()}
+    places = [
+        tuple(row) for one in saved.values() for row in one.loc[one["percent"] != 0, PLACE].itertuples(index=False)
+    ]
+    data = saved[measure]
+    seen = pd.MultiIndex.from_frame(data[PLACE]).isin(places)
+    return data[seen].reset_index(drop=True)
 
 
 def masking_by_distance_data() -> pd.DataFrame:
@@ -53,6 +62,7 @@ NAMES = POSITION_NAMES | {  # of models in position_masking.json: how figures ca
     "blocks-parallel@0.014": "blocks-parallel, shipped",
 }
 LABELS = {"missing": "rate increase when missing, %", "alone": "rate saved alone, %"}
+CODED = "x: the latent to be coded"
 
 
 def _plain(data: pd.DataFrame) -> pd.DataFrame:
@@ -68,22 +78,27 @@ def two_measures(data: pd.DataFrame) -> Figure:
     model = "none" if (data["model"] == "none").any() else data["model"].iloc[-1]
     parts = {label: data[(data["model"] == model) & (data["measure"] == name)] for name, label in LABELS.items()}
     figure = _maps(parts, rings=True)
-    figure.suptitle(f"model: {NAMES.get(model, model)}; framed: L1 distance up to 1, 2 and 3 latents", fontsize=7)
+    figure.suptitle(
+        f"model: {NAMES.get(model, model)}; {CODED}\nframed: L1 distance up to 1, 2 and 3 latents", fontsize=7
+    )
     return figure
 
 
-def masking_maps(data: pd.DataFrame, measure: str = "missing") -> Figure:
+def masking_maps(data: pd.DataFrame, measure: str = "missing", of: str = "24 Kodak pictures") -> Figure:
     """A map for each model; positions that are no context stay empty.
 
-    data: of `masking_data` of the same measure
+    data: of `masking_data` of the same measure; of: what was measured, for the title
     """
     parts = dict(iter(_plain(data).groupby("model", sort=False)))
-    return _maps(parts, LABELS[measure])
+    figure = _maps(parts, LABELS[measure])
+    figure.suptitle(f"{of}; {CODED}", fontsize=7)
+    return figure
 
 
 @styled()
 def _maps(parts: dict[str, pd.DataFrame], label: str | None = None, rings: bool = False) -> Figure:
-    """Maps of percent on a symmetric scale, blue below 0.
+    """Maps of percent: on a symmetric scale, logarithmic but around 0 and blue below it; on a plain one from 0 where
+    nothing is below.
 
     Args:
         parts: title, and the positions of one map.
@@ -105,8 +120,8 @@ def _maps(parts: dict[str, pd.DataFrame], label: str | None = None, rings: bool 
     for i, (ax, (title, part)) in enumerate(zip(axes.flat, parts.items(), strict=False)):
         shared = [part] if label is None else tables
         most = max(one["percent"].abs().max() for one in shared)
-        even = label is None and part["percent"].abs().median() > most / 10  # no logarithms where all are alike
-        image = _map(ax, part, reach, Normalize(-most, most) if even else SymLogNorm(0.1, vmin=-most, vmax=most))
+        plain = min(one["percent"].min() for one in shared) > 0
+        image = _map(ax, part, reach, Normalize(0, most) if plain else SymLogNorm(0.1, vmin=-most, vmax=most))
         ax.set(title=title, ylim=(lowest[i // columns] + reach, -0.5))
         for radius in (1, 2, 3) if rings else ():
             near = set(
@@ -116,11 +131,11 @@ def _maps(parts: dict[str, pd.DataFrame], label: str | None = None, rings: bool 
             ax.add_collection(lines, autolim=False)
         if label is None or i == len(parts) - 1:
             bar = figure.colorbar(image, ax=axes if label else ax, pad=0.01)
-            ticks = (-20, -10, 0, 10, 20) if even else SYMLOG_TICKS
-            ticks = [t for t in ticks if abs(t) <= most]
+            ticks = [t for t in (range(0, 101, 5 if most < 25 else 10) if plain else SYMLOG_TICKS) if abs(t) <= most]
             bar.set_ticks(ticks, labels=[f"{t:+g}" if t else "0" for t in ticks])
             bar.ax.minorticks_off()
-            bar.set_label(textwrap.fill(label or "%", 18 if rows == 1 else 40))  # one row of maps is low
+            words = (label or "%") + ("" if plain else " (logarithmic above 0.1)")
+            bar.set_label(textwrap.fill(words, 18 if rows == 1 and label else 40))  # one row of maps is low
             bar.outline.set_visible(False)
     return figure
 
@@ -140,12 +155,13 @@ def _outline(cells: set[tuple[int, int]], reach: int) -> list:
     return sides
 
 
-def _map(ax, part: pd.DataFrame, reach: int, scale: SymLogNorm):
+def _map(ax, part: pd.DataFrame, reach: int, scale: Normalize):
     grid = np.full((2 * reach + 1, 2 * reach + 1), np.nan)
     grid[part["dy"] + reach, part["dx"] + reach] = part["percent"]
-    image = ax.imshow(grid, cmap=DIVERGING, norm=scale)
+    plain = scale.vmin == 0
+    image = ax.imshow(grid, cmap=FROM_ZERO if plain else DIVERGING, norm=scale)
     for dy, dx, percent in part[["dy", "dx", "percent"]].itertuples(index=False):
-        colour = "w" if abs(scale(percent) - 0.5) > 0.3 else "k"
+        colour = "w" if (scale(percent) > 0.6 if plain else abs(scale(percent) - 0.5) > 0.3) else "k"
         ax.text(dx + reach, dy + reach, _short(percent), ha="center", va="center", fontsize=6, color=colour)
     ax.plot(reach, reach, marker="x", color="k", markersize=5)
     ax.set(xticks=[], yticks=[])
@@ -174,10 +190,15 @@ def masking_by_distance(data: pd.DataFrame) -> Figure:
             points_and_means(ax, part, norm, "percent", "model", legend=ax is axes[0, -1])
             ax.axhline(0, color="0.7", linewidth=0.6)
             ax.set(xlabel=f"{norm} distance, latents" if measure == "alone" else "", ylabel=label)
-        row[0].set_yscale("symlog", linthresh=0.1 if measure == "missing" else 2)
+        if measure == "missing":
+            row[0].set_yscale("symlog", linthresh=0.1)
+            row[0].yaxis.set_major_formatter("{x:g}")
+            row[0].set_ylabel(f"{label}\n(logarithmic above 0.1)", fontsize=7)
+            row[0].set_ylim(top=1.4 * data[data["measure"] == measure]["percent"].max())  # room for whole markers
     handles, words = axes[0, -1].get_legend_handles_labels()
     axes[0, -1].get_legend().remove()
-    figure.legend(handles, words, loc="outside lower center", ncols=4, fontsize=6)
+    title = "pale points: single positions; lines: means at each distance"
+    figure.legend(handles, words, loc="outside lower center", ncols=4, fontsize=6, title=title, title_fontsize=6)
     for ax in axes[-1]:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
@@ -194,8 +215,11 @@ def beyond_curve(data: pd.DataFrame) -> Figure:
     ax.axhline(0, color="0.6", linewidth=0.8)
     ax.set_yscale("symlog", linthresh=1)
     ax.yaxis.set_major_formatter("{x:g}")
-    ax.set(xlabel="L1 distance up to which context is known, latents", ylabel="rate against all context, %")
+    words = "rate against all context, %\n(logarithmic above 1)"
+    ax.set(xlabel="L1 distance up to which context is known, latents", ylabel=words)
+    ax.set_ylim(top=1.4 * data["percent"].max())  # room for whole markers
     handles, words = ax.get_legend_handles_labels()
     ax.get_legend().remove()
-    figure.legend(handles, words, loc="outside lower center", ncols=2)
+    title = "pale points: single runs; lines: means" if (data.groupby(["model", "radius"]).size() > 1).any() else None
+    figure.legend(handles, words, loc="outside lower center", ncols=2, title=title)
     return figure

@@ -23,6 +23,7 @@ from entroformer_lib.studies.results import (
     published,
 )
 from entroformer_lib.studies.same_transforms import against, front, saved_rates
+from entroformer_lib.studies.verdicts import over_pictures
 from entroformer_lib.views.style import (
     COLOURS,
     GREYS,
@@ -45,16 +46,27 @@ OURS = {
     "blocks-hyperprior": (COLOURS[3], "X"),
     "blocks-parallel-msssim": ("#8a8a00", "P"),
 }
-THEIRS = {
+THEIRS = {  # dashes that differ in grey too
     AUTHORS: ("black", (0, (5, 2))),
     "BPG 4:4:4": ("0.45", (0, (4, 1, 1, 1))),
-    "VTM 9.1 (VVC)": ("#7b5ea7", (0, (5, 2))),
+    "VTM 9.1 (VVC)": ("#7b5ea7", (0, (9, 2))),
     "JPEG": ("0.6", (0, (1, 1))),
+    "WebP": ("#d08770", (0, (3, 3))),
+    "JPEG 2000": ("#6b8530", (0, (6, 2, 1, 2, 1, 2))),
+    "AV1": ("#4c566a", (0, (7, 2, 2, 2))),
     "Minnen 2018 context + hyperprior (paper)": ("#7a4a21", (0, (2, 1))),
-    "cheng2020-anchor (CompressAI)": ("#b03060", (0, (1, 1))),
-    "mbt2018 (CompressAI)": ("#7a4a21", (0, (4, 1, 1, 1))),
+    "cheng2020-anchor (CompressAI)": ("#b03060", (0, (1, 2.5))),
+    "cheng2020-anchor for MS-SSIM": ("#b03060", (0, (3, 1, 1, 1, 1, 1))),
+    "mbt2018 (CompressAI)": ("#a8763e", (0, (6, 2, 1, 2, 1, 2))),
+    "mbt2018 for MS-SSIM": ("#a8763e", (0, (3, 3))),
+    "ELIC 2022 (paper)": ("#2f6f6f", (0, (7, 2, 2, 2))),
 }
-PILLOWS = {"jpeg": "JPEG, Pillow", "webp": "WebP, Pillow", "jpeg2000": "JPEG 2000, Pillow", "avif": "AVIF, Pillow"}
+LIVE = {  # classical codecs as Pillow has them: the colour of the published curve
+    "jpeg": ("JPEG, Pillow", (THEIRS["JPEG"][0], "h", "-")),
+    "webp": ("WebP, Pillow", (THEIRS["WebP"][0], "<", "-")),
+    "jpeg2000": ("JPEG 2000, Pillow", (THEIRS["JPEG 2000"][0], "*", "-")),
+    "avif": ("AVIF, Pillow", (THEIRS["AV1"][0], ">", "-")),
+}
 # Of other names, in their order
 MORE = ("#2f6f6f", "#7c9a3c", "#d08770", "#4c566a")
 DASHES = ((0, (5, 2)), (0, (1, 1)), (0, (4, 1, 1, 1)))
@@ -79,7 +91,8 @@ OTHER = ("0.35", "o", "-")
 BASE = "minnen"  # what figure 5 compares with: context and hyperprior are CNNs
 CNN_OF_THE_PAPER = "Minnen 2018 context + hyperprior (paper)"
 MOST = 60  # percent that are shown
-GOALS = {"ms-ssim": "trained for MS-SSIM", "mse": "for mean squared error; classical codecs"}
+GOALS = {"ms-ssim": "trained for MS-SSIM; and BPG", "mse": "for mean squared error; classical codecs"}
+IN_BOTH = "BPG 4:4:4"  # it stands in both panels of figure 12
 
 
 def whole_models_data() -> pd.DataFrame:
@@ -186,7 +199,7 @@ def by_goal(curves: pd.DataFrame, quality: str = "ms_ssim_db", width: float = ON
     figure, axes = new_figure(*size, *shape, sharex=True, sharey=True)
     looks = _looks(curves)
     for ax, (goal, title) in zip(axes.flat, GOALS.items(), strict=True):
-        _curves(ax, curves[curves["optimised_for"] == goal], quality, looks)
+        _curves(ax, curves[(curves["optimised_for"] == goal) | (curves["codec"] == IN_BOTH)], quality, looks)
         ax.set_title(title, loc="left")
     ours = curves[curves["source"].isna()]
     axes[0].set(xlim=(0, 1.15 * ours["bpp"].max()), ylim=(ours[quality].min() - 1, curves[quality].max() + 0.5))
@@ -199,6 +212,7 @@ def by_goal(curves: pd.DataFrame, quality: str = "ms_ssim_db", width: float = ON
 def _looks(curves: pd.DataFrame) -> dict[str, dict]:
     """Of each codec: how its line is drawn."""
     known = {LABELS[variant]: look for variant, look in LOOKS.items()} | {n: (*look, "-") for n, look in OURS.items()}
+    known |= {name: look for name, (_, look) in LIVE.items()}
     ours, theirs = (
         list(curves[here]["codec"].unique()) for here in (curves["source"].isna(), curves["source"].notna())
     )
@@ -257,9 +271,14 @@ def _percent(ax, curves: pd.DataFrame, quality: str, looks: dict[str, dict], bas
     if ends:
         ax.set_ylim(max(min(ends), -MOST) - 4, min(max(ends), MOST) + 4)
     against = bases.unique()
-    words = "CNNs of the same source" if len(against) > 1 else against[0].removesuffix(" (paper)")
+    apart = "CNNs, %\n(authors against Minnen 2018)"
+    words = apart if len(against) > 1 else against[0].removesuffix(" (paper)") + ", %"
     edge = 0.03 * (ours.max() - ours.min()) or 1  # room for whole markers
-    ax.set(xlim=(ours.min() - edge, ours.max() + edge), xlabel=QUALITIES[quality], ylabel=f"rate against\n{words}, %")
+    ax.set(
+        xlim=(ours.min() - edge, ours.max() + edge),
+        xlabel=QUALITIES[quality],
+        ylabel=f"rate against\n{words}" if len(against) == 1 else f"rate against {words}",
+    )
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}" if value else "0"))
     ax.grid(alpha=0.25, linewidth=0.5)
 
@@ -270,7 +289,12 @@ def _legend(figure: Figure, curves: pd.DataFrame, looks: dict[str, dict]) -> Non
     groups = {"measured here": first[first["source"].isna()], "published": first[first["source"].notna()]}
     nothing, columns = Line2D([], [], linestyle=""), []
     for title, part in groups.items():
-        names = part["codec"].replace(PILLOWS).str.removesuffix(" (paper)").str.replace("-effort", ", effort ")
+        names = (
+            part["codec"]
+            .replace({name: words for name, (words, _) in LIVE.items()})
+            .str.removesuffix(" (paper)")
+            .str.replace("-effort", ", effort ")
+        )
         lines = [(Line2D([], [], **looks[name]), words) for name, words in zip(part["codec"], names, strict=True)]
         columns += [[(nothing, title), *lines]] if lines else []
     longest = max(map(len, columns))
@@ -283,18 +307,24 @@ def _legend(figure: Figure, curves: pd.DataFrame, looks: dict[str, dict]) -> Non
 
 
 def same_transforms_data() -> pd.DataFrame:
-    """variant, lmbda, psnr_db, base_bpp, bpp, percent of BASE, label: a row for each model and lambda. Without the nine
-    layers, whose curve lies on that of the six."""
+    """variant, lmbda, psnr_db, base_bpp, bpp, percent of BASE, half_width (of its interval over the pictures), label: a
+    row for each model and lambda. Without the nine layers, whose curve lies on that of the six."""
     rates = saved_rates().query("variant != 'parallel-9'")
     if not (rates["variant"] == BASE).any():
         raise NoResult(f"No published model is of the kind {BASE}.")
     data = against(rates, BASE)
+    tables = {key: part.set_index("image")[["bpp"]] for key, part in rates.groupby(["variant", "lmbda"])}
+    data["half_width"] = [
+        over_pictures(tables[variant, lmbda], tables[BASE, lmbda]).half_width
+        for variant, lmbda in zip(data["variant"], data["lmbda"], strict=True)
+    ]
     return data.assign(label=data["variant"].map(lambda variant: LABELS.get(variant, variant)))
 
 
 @styled()
 def same_transforms(data: pd.DataFrame, width: float = TWO_COLUMNS) -> Figure:
-    """Rate against the CNN's at equal pictures: whole entropy models in one panel, their halves in the other.
+    """Rate against the CNN's at equal pictures: whole entropy models in one panel, their halves in the other. A bar is
+    the 95% interval over the pictures.
 
     width: ONE_COLUMN (one below the other) or TWO_COLUMNS
     """
@@ -305,14 +335,21 @@ def same_transforms(data: pd.DataFrame, width: float = TWO_COLUMNS) -> Figure:
     for ax, (title, part) in zip(axes, panels.items(), strict=True):
         for (variant, label), line in part.groupby(["variant", "label"], sort=False):
             colour, marker, dashes = LOOKS.get(variant, OTHER)
-            ax.plot(line["base_bpp"], line["percent"], marker + dashes, color=colour, markersize=4, label=label)
+            look = dict(color=colour, markersize=4, elinewidth=0.6, label=label)
+            ax.errorbar(line["base_bpp"], line["percent"], line["half_width"], fmt=marker + dashes, **look)
         ax.axhline(0, color="0.3", linewidth=0.6, zorder=0)
         ax.set(xlabel="bits per pixel of CNNs throughout", ylabel="rate against CNNs, %")
         ax.set_title(title, loc="left")
         ax.grid(alpha=0.25, linewidth=0.5)
     if not narrow:
         axes[1].set_ylabel("")
-    figure.legend(loc="outside lower center", ncols=2 if narrow else 3, fontsize=6, columnspacing=1, handlelength=1.6)
+    handles, words = zip(
+        *(pair for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)), strict=True
+    )
+    handles = [handle.lines[0] for handle in handles] + [Line2D([], [], linestyle="", marker="|", color="0.4")]
+    words = [*words, "95% interval over the pictures"]
+    look = dict(ncols=2 if narrow else 3, fontsize=6, columnspacing=1, handlelength=1.6)
+    figure.legend(handles, words, loc="outside lower center", **look)
     return figure
 
 
@@ -344,16 +381,17 @@ def groups_curve(rows: pd.DataFrame, lines: dict[str, float] | None = None) -> F
     figure, ax = new_figure(TWO_COLUMNS * 0.75, 2.8)
     means = rows.groupby("groups")["bpp"].mean()
     place = {G: i for i, G in enumerate(means.index)}
-    ax.plot(rows["groups"].map(place), rows["bpp"], "o", color=COLOURS[0], markersize=4, alpha=0.7)
-    ax.plot(range(len(means)), means, color=COLOURS[0])
+    colour, marker, _ = LOOKS["groupedmixer"]
+    ax.plot(rows["groups"].map(place), rows["bpp"], marker, color=colour, markersize=4, alpha=0.7)
+    ax.plot(range(len(means)), means, color=colour)
     kinds = rows.drop_duplicates("groups").set_index("groups")
     names = [f"{G}\n{kinds.loc[G, 'slices']} x {kinds.loc[G, 'phases']}" for G in means.index]
     ax.set_xticks(range(len(means)), names)
     most, values = len(means) - 0.7, [*rows["bpp"], *(lines or {}).values()]
-    ends = [(means.iloc[-1], len(means) - 1, LABELS["groupedmixer"], COLOURS[0])]
-    for colour, dashes, (name, bpp) in zip(GREYS, ("--", ":", "-."), (lines or {}).items(), strict=False):
-        ax.axhline(bpp, color=colour, linestyle=dashes, linewidth=1)
-        ends.append((bpp, most, name, colour))
+    ends = [(means.iloc[-1], len(means) - 1, LABELS["groupedmixer"], colour)]
+    for grey, dashes, (name, bpp) in zip(GREYS, ("--", ":", "-."), (lines or {}).items(), strict=False):
+        ax.axhline(bpp, color=grey, linestyle=dashes, linewidth=1)
+        ends.append((bpp, most, name, grey))
     room = max(values) - min(values) or 0.01
     label_ends(ax, ends, most, gap=room / 12)
     ax.set(xlim=(-0.3, most), ylim=(min(values) - 0.08 * room, max(values) + 0.08 * room))

@@ -14,6 +14,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 GREYS = ("0.25", "0.45", "0.6", "0.35", "0.55")  # for what is not ours
 SEQUENTIAL = "cividis"  # for maps: even in grey, the same to colour-blind readers
 DIVERGING = "RdBu_r"  # for maps of what may be above or below 0
+FROM_ZERO = "Reds"  # for maps with numbers in them of what is above 0
 
 MARKERS = "osD^vPX*<>h"
 
