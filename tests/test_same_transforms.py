@@ -50,7 +50,7 @@ def test_a_bd_rate_says_the_same(saved):
 def test_figure(saved):
     data = rate_figures.same_transforms_data()
     figure = rate_figures.same_transforms(data)
-    drawn = [line.get_ydata() for line in figure.axes[0].lines]
+    drawn = [np.asarray(line.get_ydata(), float) for line in figure.axes[0].lines]
     assert any(np.allclose(y, 10) for y in drawn)
     ours = lambda: set(rate_figures.codecs_data(("JPEG",), "JPEG").query("source.isna()")["codec"])  # noqa: E731
     assert ours() == {"other"}  # the one outside the family

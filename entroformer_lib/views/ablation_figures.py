@@ -195,7 +195,7 @@ def table3_data() -> pd.DataFrame:
 
 def table4_data() -> pd.DataFrame:
     """size, published_absolute_bpp, published_relative_bpp, published_saving_percent, absolute_bpp, relative_bpp,
-    saving_percent."""
+    seeds, saving_percent."""
     rows = ablation("table4")
     columns = ("size", "published_absolute_bpp", "published_relative_bpp", "published_saving_percent")
     data = _published("table4_image_size", *columns)
@@ -203,6 +203,7 @@ def table4_data() -> pd.DataFrame:
     kind = np.where(rows["position"] == "absolute", "absolute_bpp", "relative_bpp")
     ours = rows["bpp"].groupby([rows["size"], kind]).mean().unstack().reindex(data["size"])
     data[["absolute_bpp", "relative_bpp"]] = ours[["absolute_bpp", "relative_bpp"]].to_numpy()
+    data["seeds"] = rows.groupby("size")["seed"].nunique().reindex(data["size"]).to_numpy()
     data["saving_percent"] = 100 * (1 - data["relative_bpp"] / data["absolute_bpp"])
     return data
 

@@ -46,7 +46,7 @@ def attention_maps(
     rows = -(-len(panels) // columns)
     high, wide = panels[0].values.shape
     inches = width / columns * high / wide + 0.3
-    figure, axes = new_figure(width, 1.07 * rows * inches + 0.8, rows, columns, squeeze=False)  # 7% for the scale
+    figure, axes = new_figure(width, 1.07 * rows * inches + 0.95, rows, columns, squeeze=False)  # 7% for the scale
     titles = titles or [panel.title for panel in panels]
     for axis, panel, title in zip(axes.flat, panels, titles, strict=False):
         _map(
@@ -59,7 +59,7 @@ def attention_maps(
         scale, ax=axes, location="bottom", fraction=0.04, aspect=40, shrink=0.5 if width > ONE_COLUMN else 0.9
     )
     bar.set_ticks([0, 0.1, 0.25, 0.5, 1], labels=["0", "10%", "25%", "50%", "100%"])
-    bar.set_label("attention, as a share of its map's largest")
+    bar.set_label("attention, as a share of its map's largest\n(square-root scale)")
     bar.outline.set_visible(False)
     _legend(figure, panels)
     return figure
@@ -172,8 +172,11 @@ def saved_maps(data: pd.DataFrame, number: int) -> Figure:
     figure = attention_maps(_on_grid(picture, height, width), panels, columns=2, width=ONE_COLUMN)
     which = "last layer" if layer < 0 else f"layer {layer}, counted from 0"
     heads = {8: ", mean over heads", 10: ", mean over heads" if saved.get("trained_k") else ", head 0"}
-    told = f"{saved.get('model', '')}, {which}{heads.get(number, '')}\nwhite margins are padding"
+    told = f"{saved.get('model', '')}, {which}{heads.get(number, '')}\npale margins: padding"
+    if "dense" in set(data["title"]):
+        told += "; dense: every decoded latent has a little"
     figure.suptitle(told, fontsize=6.5)
+    figure.set_figheight(figure.get_figheight() + 0.25)  # for the title
     return figure
 
 
@@ -205,11 +208,11 @@ def attention_and_cost(picture: Image.Image, panels: list[Panel]) -> Figure:
     below = dict(location="bottom", fraction=0.06, aspect=25, shrink=0.8, pad=0.03)
     scale = figure.colorbar(ScalarMappable(FuncNorm(ROOT, 0, share), SEQUENTIAL), ax=axes[0], **below)
     scale.set_ticks([0, share / 4, share], labels=["0", _percent(share / 4), _percent(share)])
-    scale.set_label("attention")
+    scale.set_label("attention (square-root scale)")
     signs = ListedColormap(_signed(np.linspace(-1, 1, 256)))
     scale = figure.colorbar(ScalarMappable(FuncNorm(SIGNED_ROOT, -(most or 1), most or 1), signs), ax=axes[1], **below)
     scale.set_ticks([-end, 0, end])
-    scale.set_label("bits")
+    scale.set_label("bits (square-root scale)")
     received, bits = attention.values[cost.selected], cost.values[cost.selected]
     colours = np.where(bits > 0, DEARER, CHEAPER)
     axes[2].scatter(received, bits, s=7, c=colours, alpha=0.6, linewidth=0)
@@ -219,7 +222,9 @@ def attention_and_cost(picture: Image.Image, panels: list[Panel]) -> Figure:
     axes[2].set_yticks([-end, 0, end])
     axes[2].xaxis.set_major_locator(MaxNLocator(3))
     axes[2].xaxis.set_major_formatter(PercentFormatter(1))
-    axes[2].set(xlabel="attention received", ylabel="bits its absence costs", xlim=(0, None))
+    axes[2].set(
+        xlabel="attention received\n(both axes: square-root scale)", ylabel="bits its absence costs", xlim=(0, None)
+    )
     axes[2].set_ylim(-1.15 * most or -1, 1.15 * most or 1)
     rho = pd.Series(received).corr(pd.Series(bits), method="spearman", min_periods=3)
     axes[2].set_title("no rank correlation" if np.isnan(rho) else f"rank correlation {rho:.2f}", fontsize=7)
@@ -236,7 +241,7 @@ def attention_against_cost(table: pd.DataFrame, own_k: int | None = None) -> Fig
         table: of `studies.attention.attention_against_cost`.
         own_k: the model's k, for the second panel; by default the first in the table.
     """
-    figure, (left, right) = new_figure(TWO_COLUMNS, 2.5, 1, 2)
+    figure, (left, right) = new_figure(TWO_COLUMNS, 3.1, 1, 2)
     shown = {
         "rho": "attention and cost",
         "rho_magnitude": "attention and size of the change",
@@ -247,15 +252,15 @@ def attention_against_cost(table: pd.DataFrame, own_k: int | None = None) -> Fig
     over_all = table[table["layer"] < 0].rename(columns=shown)
     names = [name for name in shown.values() if name in over_all]  # the oldest saved result lacks the last
     _with_spread(left, over_all.melt("k", names, "what", "value"), x="k", y="value", hue="what")
-    left.set_yticks([-0.25, 0, 0.25, 0.5, 0.75, 1])
-    left.set(xlabel="k", ylabel="Spearman's rank correlation", ylim=(-0.25, 1.6), title="mean over layers and heads")
-    left.legend(loc="upper center", ncols=1, handletextpad=0.2, fontsize=6.5)
+    left.set(xlabel="k", ylabel="Spearman's rank correlation", title="mean over layers and heads")
+    below = dict(loc="upper center", bbox_to_anchor=(0.5, -0.2), handletextpad=0.2, fontsize=6.5)
+    left.legend(ncols=2, **below)
     k = table["k"].iloc[0] if own_k is None else str(own_k)
     own = table[(table["layer"] >= 0) & (table["k"] == k)]
     _with_spread(right, own.assign(head=own["head"].map("head {}".format)), x="layer", y="rho", hue="head")
     right.set(xlabel="layer", ylabel="", title=f"attention and cost, each head, k = {k}")
-    right.legend(ncols=3, loc="upper center", handletextpad=0.2)
-    right.set_ylim(*(v * 1.35 for v in right.get_ylim()))
+    right.legend(ncols=3, **below)
+    figure.supxlabel("points: means over the pictures; bars: from the least to the most", fontsize=7)
     for axis in (left, right):
         axis.axhline(0, color="black", linewidth=0.6)
         axis.grid(axis="y", alpha=0.25, linewidth=0.5)

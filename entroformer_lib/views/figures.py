@@ -114,7 +114,7 @@ def by_picture(table: pd.DataFrame, value: str, label: str, columns: dict[str, s
 
 
 STAGES = {  # column of the latency table: what it says in a figure
-    "transforms_s": "g_a or g_s",
+    "transforms_s": "transforms: g_a or g_s",
     "hyper_s": "hyperprior",
     "context_s": "context model",
     "entropy_coding_s": "entropy coder",

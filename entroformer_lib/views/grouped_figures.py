@@ -147,13 +147,13 @@ def cross_maps(cross: np.ndarray, every: int = 4) -> Figure:
         ax.set_yticks(firsts, firsts)
         ax.set_title(f"layer {layer}, head {head}")
     for ax in axes[-1]:
-        ax.set_xlabel("group looked at")
+        ax.set_xlabel("group looked at; S: the start")
     for ax in axes[:, 0]:
         ax.set_ylabel("group predicted")
     bar = figure.colorbar(image, ax=axes, pad=0.02)
-    bar.set_ticks([at for at in (0, 0.05, 0.25, 0.5, 1) if at <= norm.vmax])
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(1))
-    bar.set_label("attention, mean over all places")
+    bar.set_ticks([*(at for at in (0, 0.05, 0.25, 0.5, 1) if at <= 0.8 * norm.vmax), norm.vmax])
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    bar.set_label("attention, mean over all places (square-root scale)")
     bar.outline.set_visible(False)
     return figure
 

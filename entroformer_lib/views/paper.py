@@ -162,7 +162,8 @@ def readme(drawn: dict[str, pd.DataFrame], missing: dict[str, str], notebooks: P
         "Written by `make figures`; nothing here is drawn by hand. Figures and tables of the paper are drawn from\n"
         "data/results alone, as PNG and SVG, with their data as CSV, and tables as Markdown too. The command\n"
         "`python -m entroformer_lib.views.paper` draws them alone, in a minute. The other pictures are those of the\n"
-        "notebooks, which `make figures` executes. PNGs of 670 pixels are for a column of 8.5 cm, wider ones for\n"
+        "notebooks, which `make figures` executes. `blocks-serial` and the like are shipped models; *effort 8* means\n"
+        "that the encoder searched for better latents. PNGs of 670 pixels are for a column of 8.5 cm, wider ones for\n"
         "up to 18.3 cm. Published numbers come from data/reference.",
         f"## Verdicts\n\nOf {len(found)} claims: {counts}." if len(found) else "## Verdicts\n\nNo results yet.",
         "A saving is positive where it is in the paper's direction. The verdict follows from an interval of 95%\n"

@@ -10,7 +10,7 @@ from pandas.io.formats.style import Styler
 
 from entroformer_lib.studies import verdicts
 from entroformer_lib.studies.results import decoding_times, needed, reference
-from entroformer_lib.views.style import ONE_COLUMN, new_figure, styled
+from entroformer_lib.views.style import ONE_COLUMN, TWO_COLUMNS, new_figure, styled
 
 ROWS_OF_TABLE2 = ("bmshj2018-hyperprior", "mbt2018", "base-serial", "base-parallel")  # ours, in the paper's order
 
@@ -96,17 +96,19 @@ HEADINGS = {  # column: what stands above it
 
 
 def in_words(data: pd.DataFrame) -> pd.DataFrame:
-    """A table as a reader wants it: every cell a text, units in the headings, a dash for what is not known.
-
-    The spread over seeds is in the CSV alone: the page of verdicts has intervals.
+    """A table as a reader wants it: every cell a text, units in the headings, a dash for what is not known. Behind a
+    rate stands the standard deviation over the seeds, where there are several.
     """
     if "position" in data:
         whole = (data["model"] + ", " + data["position"]).str.removesuffix(", -")
         data = data.drop(columns="position").assign(model=whole)
     if "what" in data:
         data = data.drop(columns="what").assign(measured=data["measured"] + ", " + data["what"])
+    spread = data.get("spread", pd.Series(dtype=float)).map(" ± {:.4f}".format, na_action="ignore").fillna("")
     data = data.drop(columns="spread", errors="ignore")
     words = data.apply(lambda column: column.map(_form(column.name).format, na_action="ignore")).fillna("–")
+    if len(spread):
+        words["bpp"] += spread
     return words.rename(columns=HEADINGS)
 
 
@@ -127,7 +129,7 @@ def markdown(data: pd.DataFrame) -> str:
 def figure(data: pd.DataFrame) -> Figure:
     """A table as a picture, lines above and below as in print. Long texts take several lines."""
     words = in_words(data)
-    texts = [re.fullmatch(r"[-–\d,.]+", value) is None for value in words.iloc[-1]]
+    texts = [re.fullmatch(r"[-–\d,. ±]+", value) is None for value in words.iloc[-1]]
     widest = [(22 if sum(texts) == 1 else 18) if text else 9 for text in texts]
     rows = [
         [textwrap.fill(cell, width, break_long_words=False) for cell, width in zip(row, widest, strict=True)]
@@ -135,7 +137,8 @@ def figure(data: pd.DataFrame) -> Figure:
     ]
     lines = [max(cell.count("\n") + 1 for cell in row) for row in rows]
     widths = [max(len(line) for row in rows for line in row[i].split("\n")) + 2.5 for i in range(len(words.columns))]
-    drawn, ax = new_figure(ONE_COLUMN, 0.11 * sum(lines) + 0.08 * len(lines))
+    width = ONE_COLUMN if sum(widths) < 80 else 0.75 * TWO_COLUMNS
+    drawn, ax = new_figure(width, 0.11 * sum(lines) + 0.08 * len(lines))
     ax.set_axis_off()
     table = ax.table(rows, colWidths=[w / sum(widths) for w in widths], bbox=(0, 0, 1, 1))
     table.auto_set_font_size(False)
@@ -144,5 +147,5 @@ def figure(data: pd.DataFrame) -> Figure:
         cell.visible_edges = "TB" if row == 0 else "B" if row == len(words) else ""
         cell.set_height(0.11 * lines[row] + 0.08)  # as a share of the whole
         cell.get_text().set_ha("left" if texts[column] else "right")
-        cell.PAD = 0.03
+        cell.PAD = 0.06
     return drawn

@@ -49,15 +49,18 @@ class NotebookFigure(Figure):
         return buffer.getvalue()
 
 
-def points_and_means(ax, data, x: str, y: str, by: str, legend: bool = True) -> None:
+def points_and_means(ax, data, x: str, y: str, by: str, legend: bool = True, order=()) -> None:
     """Every row as a pale point, and a line through the means at each x; a colour and a marker for each value of `by`.
 
+    order: of all values that may occur, so that each has its look whichever others are shown; by default of the data.
     Set a scale of the axis after it: seaborn would take the means on that scale.
     """
     import seaborn
 
-    names = list(dict.fromkeys(data[by]))
-    colours, markers = ((cycle * len(names))[: len(names)] for cycle in ((*COLOURS, "0.5", "#7a4a21"), MARKERS))
+    order, there = list(order) or list(dict.fromkeys(data[by])), set(data[by])
+    cycles = ((cycle * len(order))[: len(order)] for cycle in ((*COLOURS, "0.5", "#7a4a21"), MARKERS))
+    looks = {name: pair for name, *pair in zip(order, *cycles, strict=True) if name in there}
+    names, (colours, markers) = list(looks), zip(*looks.values(), strict=True)
     look = dict(x=x, y=y, hue=by, hue_order=names, style=by, style_order=names, palette=list(colours), ax=ax)
     look["markers"] = dict(zip(names, markers, strict=True))
     seaborn.scatterplot(data, **look, s=9, alpha=0.4, linewidth=0, legend=False)
