@@ -172,9 +172,10 @@ def saved_maps(data: pd.DataFrame, number: int) -> Figure:
     figure = attention_maps(_on_grid(picture, height, width), panels, columns=2, width=ONE_COLUMN)
     which = "last layer" if layer < 0 else f"layer {layer}, counted from 0"
     heads = {8: ", mean over heads", 10: ", mean over heads" if saved.get("trained_k") else ", head 0"}
-    told = f"{saved.get('model', '')}, {which}{heads.get(number, '')}\npale margins: padding"
-    if "dense" in set(data["title"]):
-        told += "; dense: every decoded latent has a little"
+    whose = "models trained with each k" if number == 10 and saved.get("trained_k") else saved.get("model", "")
+    notes = ["pale margins: padding"] if (picture.width, picture.height) != (16 * width, 16 * height) else []
+    notes += ["dense: every decoded latent has a little"] if "dense" in set(data["title"]) else []
+    told = f"{whose}, {which}{heads.get(number, '')}\n{'; '.join(notes)}"
     figure.suptitle(told, fontsize=6.5)
     figure.set_figheight(figure.get_figheight() + 0.25)  # for the title
     return figure

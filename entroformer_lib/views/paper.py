@@ -88,11 +88,11 @@ ITEMS = (
          says="Heads look at different regions.",
          here="They do: one along the edge and at edges far away, one nearly only at the latent's own place, one at "
          "the neighbours on all sides."),
-    Item("figure10_attention_k", "Attention of one point with different k, in a model trained with one k",
+    Item("figure10_attention_k", "Attention of one point in models that were trained with different k",
          partial(attention.attention_data, 10), partial(attention.saved_maps, number=10),
          says="Top-k attention leaves out the background and concentrates on what informs most.",
-         here="It leaves out the background, which has little weight in dense attention too; the strongest keys and "
-         "their weights hardly change with k."),
+         here="All agree on the strongest key. The smaller k, the larger is the share of the few strongest; the dense "
+         "model spreads most of its attention thinly over everything that is decoded."),
     Item("figure11_psnr_kodak", "Our models and other people's codecs: rate and PSNR on Kodak, and against BPG",
          partial(rates.codecs_data, CODECS, BPG), partial(rates.rate_distortion, width=style.ONE_COLUMN)),
     Item("figure12_ms_ssim_kodak", "Rate and MS-SSIM on Kodak, of models trained for it and of others",
