@@ -92,7 +92,6 @@ pictures: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/latency.py table --out data/results/latency.json
 	$(BIN)/python benchmarks/latency.py growth --out data/results/latency_growth.json
-	$(BIN)/python benchmarks/position_tensors.py --out data/results/position_tensors.json
 	test -z "$(ENTROFORMER_DATA)" -o ! -d "$(ENTROFORMER_DATA)/train" || $(BIN)/python benchmarks/training_step.py --data "$(ENTROFORMER_DATA)/train" \
 		--out data/results/training_step.json
 

@@ -101,35 +101,25 @@ def _limited(most: int, *words: str) -> None:
 
 
 class Process:
-    """A command under way, forked or as a new interpreter."""
+    """A command under way, in a forked process."""
 
-    fresh = False
     place = Path()  # for what commands say, which is not on the disk that is full
 
     def __init__(self, words: list[str], folder: Path, most: int | None = None):
         self.folder, self.said = folder, self.place / f"{next(NUMBERS)}.said"
         (folder / "out").mkdir(exist_ok=True)
         environment = {**os.environ, "ENTROFORMER_WEIGHTS": str(folder / "given" / "weights")}
-        if self.fresh and most is None:
-            with open(self.said, "wb") as said:
-                command = [sys.executable, "-m", "entroformer_lib", *words]
-                self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=said, stderr=said)
-        else:
-            what = (warm.entroformer, *words) if most is None else (_limited, most, *words)
-            self.process = warm.start(*what, output=self.said, environment=environment, folder=folder)
+        what = (warm.entroformer, *words) if most is None else (_limited, most, *words)
+        self.process = warm.start(*what, output=self.said, environment=environment, folder=folder)
 
     def wait(self, seconds: float | None = None) -> bool:
         """Waits for its end.  ->  whether it came"""
-        if isinstance(self.process, subprocess.Popen):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(seconds)
-            return self.process.poll() is not None
         self.process.join(seconds)
         return self.process.exitcode is not None
 
     @property
     def code(self) -> int | None:
-        return self.process.poll() if isinstance(self.process, subprocess.Popen) else self.process.exitcode
+        return self.process.exitcode
 
     def kill(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -358,7 +348,6 @@ def main(
     fills: int = 10,
     only: tuple[str, ...] = (),
     seed: int = 0,
-    fresh: bool = False,
 ) -> None:
     """Kills and fills disks, prints what happened, and writes it.
 
@@ -366,9 +355,7 @@ def main(
         kills: Of each command.
         fills: Full disks of each command.
         only: These commands.
-        fresh: New interpreters instead of forks.
     """
-    Process.fresh = fresh
     work = Process.place = Path(tempfile.mkdtemp(prefix="kills-")).resolve()
     rows = json.loads(out.read_text())["rows"] if out is not None and out.exists() else []
     try:
@@ -382,7 +369,7 @@ def main(
             place = work / name.replace(" ", "-").replace(",", "")
             place.mkdir()
             chance, usual = random.Random(f"{seed} {name}"), undisturbed(case, work / "given", place / "undisturbed")
-            row = {"command": name, "processes": "new interpreters" if fresh else "forked", "seconds": usual[1]}
+            row = {"command": name, "seconds": usual[1]}
             t = killed(case, work / "given", place, usual, kills, chance)
             row |= {"kills": t.kills, "sigterms": t.sigterms, "half_written": len(t.half_written)}
             row |= {"resumes": t.resumes, "failed_resumes": len(t.failed_resumes), "left_processes": t.left_processes}

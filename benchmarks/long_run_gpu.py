@@ -632,8 +632,6 @@ def entropy_models(args, pictures: Pictures, config: EntroformerConfig, state: d
         steps.append(step)
         replays.append(replay)
         notes.append(note)
-    # Side by side they ended in "illegal instruction" when all graphs had one workspace; not tried since
-    streams = [torch.cuda.Stream() for _ in steps] if args.side_by_side else []
     for step in steps:
         step.sums.zero_()  # of the steps that were timed
     begin, done, curves = time.monotonic(), 0, []
@@ -642,17 +640,8 @@ def entropy_models(args, pictures: Pictures, config: EntroformerConfig, state: d
         latents.next(pictures)
         for step in steps:
             step.lr.fill_(step.peak * min(1.0, rising, falling))
-        if streams:
-            now = torch.cuda.current_stream()
-            for stream, replay in zip(streams, replays, strict=True):
-                stream.wait_stream(now)
-                with torch.cuda.stream(stream):
-                    replay()
-            for stream in streams:
-                now.wait_stream(stream)
-        else:
-            for replay in replays:
-                replay()
+        for replay in replays:
+            replay()
         if device.type == "cuda" and done % 4 == 0:
             torch.cuda.synchronize()  # the clock is the GPU's
         done += 1
@@ -715,7 +704,6 @@ def main() -> None:
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=default)
     parser.add_argument("--init", type=Path, nargs="+", help="weights, in one file or in pieces")
-    parser.add_argument("--side-by-side", action="store_true", help="entropy models each in a stream of its own")
     parser.add_argument("--before", type=Path, nargs="*", default=[], help="what an earlier run of --kinds wrote")
     parser.add_argument("--kinds", nargs="*", default=[], help="entropy models alone, such as serial:1e-3")
     args = parser.parse_args()

@@ -257,8 +257,7 @@ def train_rows(data: str, runs: Path, rows: tuple[str, ...], out: Path = OUT) ->
 
 def saved_result(out: Path) -> dict:
     """An earlier result of this comparison; an empty one where there is none."""
-    saved = json.loads(out.read_text()) if out.is_file() else {}
-    return saved if "step_ms" in saved else {"rows": [], "step_ms": {}, "earlier": []}
+    return json.loads(out.read_text()) if out.is_file() else {"rows": [], "step_ms": {}, "earlier": []}
 
 
 def step_times(runs: Path, saved: dict) -> dict[str, float]:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from entroformer_lib.files import write_bytes
 from entroformer_lib.studies import verdicts
-from entroformer_lib.studies.results import kodak, kodak_means, published
+from entroformer_lib.studies.results import ablation_rows, kodak, kodak_means, published
 from entroformer_lib.views import paper
 from entroformer_lib.views.paper_tables import markdown
 
@@ -54,7 +54,6 @@ WHAT = {  # by the beginning of a name, the longest that fits
     "model_sizes": "Megabytes and parameters of the entropy models",
     "other_pictures": "The shipped model on other photographs than Kodak's, and on graphics",
     "position_masking": "What one position of the context is worth",
-    "position_tensors": "Two ways to add relative positions to scores",
     "recipe": "Choices of training at equal steps",
     "recipe_equal_time": "Choices of training at equal time",
     "picture_k": "What k chosen for each picture saves",
@@ -117,13 +116,12 @@ def tables() -> dict[str, pd.DataFrame]:
 
 def whole_rates() -> pd.DataFrame:
     """Every training of the ablation study once: grids, run, seed, bits_per_pixel of whole pictures, steps."""
-    rows = []
-    for path in sorted(RESULTS.glob("ablation*.json")):
-        saved = json.loads(path.read_text())
-        for row in saved["rows"]:
-            if "bpp_middle" in row:
-                rows.append({"grid": row["grid"], "run": row["run"], "seed": row["seed"], "bits_per_pixel": row["bpp"],
-                             "steps": saved["settings"]["steps"]})  # fmt: skip
+    rows = [
+        {"grid": row["grid"], "run": row["run"], "seed": row["seed"], "bits_per_pixel": row["bpp"],
+         "steps": settings["steps"]}
+        for settings, row in ablation_rows()
+        if "bpp_middle" in row
+    ]  # fmt: skip
     keys = ["run", "seed", "bits_per_pixel", "steps"]
     return pd.DataFrame(rows).groupby(keys, sort=False)["grid"].agg(" ".join).reset_index(name="grids")
 

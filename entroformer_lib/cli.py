@@ -823,7 +823,3 @@ def _warnings_in_sentences() -> Iterator[None]:
 def _fail(sentence: str) -> int:
     print(f"entroformer: {sentence}", file=sys.stderr)
     return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

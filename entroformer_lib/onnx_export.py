@@ -255,20 +255,18 @@ def gathered(probs: Tensor, v: Tensor, own: tuple[Tensor, Tensor] | None) -> Ten
 
 def analysis(model: Entroformer, x: Tensor, level: Tensor | None = None):
     """x  ->  y, z"""
-    y = model.g_a(x)
-    if model.gain is not None:
-        y = y * model.gain(level)[0]
-    return y if model.h_a is None else (y, model.hyper_analysis(y, rate_at(model, level)))
+    y = model.scaled(model.g_a(x), level)
+    return y if model.h_a is None else (y, model.hyper_analysis(y, model.rate(level)))
 
 
 def synthesis(model: Entroformer, y_hat: Tensor, level: Tensor | None = None) -> Tensor:
     """y_hat  ->  x_hat"""
-    return model.g_s(y_hat if model.gain is None else y_hat * model.gain(level)[1])
+    return model.g_s(y_hat * model.gains(level)[1])
 
 
 def hyper_synthesis(model: Entroformer, z_hat: Tensor, level: Tensor | None = None) -> Tensor:
     """z_hat  ->  hyper"""
-    return model.hyper_synthesis(z_hat, rate_at(model, level))
+    return model.hyper_synthesis(z_hat, model.rate(level))
 
 
 def _context(model: Entroformer, *inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,14 +274,9 @@ def _context(model: Entroformer, *inputs: Tensor) -> tuple[Tensor, Tensor]:
     c, left = model.config, list(inputs)
     y_hat = None if c.context == "none" else left.pop(0)
     hyper = left.pop(0) if c.hyperprior else None
-    predictor = model.entropy_model(rate_at(model, left[0] if left else None))
+    predictor = model.entropy_model(model.rate(left[0] if left else None))
     means, log_scales = predictor.predict(hyper if y_hat is None else y_hat, hyper)
     return means, scales_of(model, log_scales)
-
-
-def rate_at(model: Entroformer, level: Tensor | None):
-    """What the entropy model is told of a level; None where it is told nothing."""
-    return None if model.rate_knowledge is None else model.rate_knowledge(model.gain, level)
 
 
 def scales_of(model: Entroformer, log_scales: Tensor) -> Tensor:

@@ -36,9 +36,3 @@ def test_rows_of_another_day_stay(tmp_path):
     assert saved["step_ms"] == {"base": 600, "M = 256": 580, "8 crops": 250, "M = 384": 620}
     assert len(saved["earlier"]) == 1
     assert math.isclose(recipe.score(saved["rows"][0]["points"]), math.log(2) / 2)
-
-
-def test_a_result_of_another_comparison_is_no_earlier_one(tmp_path):
-    out = tmp_path / "recipe.json"
-    out.write_text(json.dumps({"rows": [{"choice": "base"}]}))
-    assert recipe.saved_result(out)["rows"] == []

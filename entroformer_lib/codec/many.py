@@ -5,6 +5,7 @@ single thread, in this process, in several or on a cluster (cluster.py), so the 
 file that cannot be coded costs itself alone, and so does one at which processes die.
 """
 
+import contextlib
 import functools
 import glob
 import os
@@ -282,19 +283,27 @@ def go_through(work: Work, jobs: list[Job], count: int | None = None, scheduler:
             yield {"file": str(source), "output": str(output), **row}
 
 
-def _do(work: Work, job: Job) -> dict:
-    """One file on one thread, with whatever is wrong with it as a sentence."""
-    source, output = job
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch computes on one thread inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        data, facts = work(source, output.suffix)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _do(work: Work, job: Job) -> dict:
+    """One file on one thread, with whatever is wrong with it as a sentence."""
+    source, output = job
+    try:
+        with one_thread():
+            data, facts = work(source, output.suffix)
         output.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(output, data)
     except Exception as error:
         return {"error": in_words(error)}
-    finally:
-        torch.set_num_threads(before)
     return facts
 
 

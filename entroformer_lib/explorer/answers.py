@@ -133,7 +133,7 @@ class Answers:
     def _picture(self, server, name: str) -> dict:
         """The padded picture as it comes out (`reconstruction`), or with every latent at the mean that is expected
         without context (`guess`); as a data URL, or None."""
-        latents = server.y_hat if name == "reconstruction" else server.expected()
+        latents = server.y_hat if name == "reconstruction" else server.expected
         return {"url": None if latents is None else data_url(server.reconstruct(latents))}
 
 

@@ -25,7 +25,7 @@ from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import AttentionError, UserError
 from entroformer_lib.explorer.live_graphs import live_graphs
 from entroformer_lib.explorer.script import STYLE, script
-from entroformer_lib.inspection.panels import USUAL_KS, telling_layer
+from entroformer_lib.inspection.panels import offered_ks, own_k, telling_layer
 from entroformer_lib.inspection.row_server import GROUPS, RowServer
 from entroformer_lib.inspection.scene import name_at
 from entroformer_lib.onnx_export import facts
@@ -90,7 +90,7 @@ def _first_picture() -> Image.Image:
 def _facts(model: Entroformer, reference: Entroformer | None, graphs: list[str]) -> dict:
     """What the page's script has to know of the model."""
     c = model.config
-    own = c.top_k or 0
+    server = RowServer(model, _first_picture())
     return {
         "graphs": graphs,
         "level": model.level,
@@ -104,10 +104,10 @@ def _facts(model: Entroformer, reference: Entroformer | None, graphs: list[str])
             "name": name_at(model, model.level),
             "hyperprior": True,
             "layers": c.context_layers,
-            "layer": telling_layer(RowServer(model, _first_picture())),
+            "layer": telling_layer(server),
             "heads": c.heads,
-            "own_k": own,
-            "ks": [*sorted({*USUAL_KS, own} - {0}), 0],
+            "own_k": own_k(server),
+            "ks": offered_ks(server),
             "radius": c.radius,
             "reference": None if reference is None else name_at(reference, reference.level),
         },

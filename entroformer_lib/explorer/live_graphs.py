@@ -38,7 +38,6 @@ from entroformer_lib.onnx_export import (
     kth_largest,
     parts_of_scores,
     prepared,
-    rate_at,
     rate_input,
     scales_of,
     synthesis,
@@ -187,21 +186,21 @@ def _look(model, y_hat, k, head_on, position_on, hyper, keys, values, sites, vis
 
 def _reference(model, y, level=None) -> tuple[Tensor, Tensor]:
     """What a model without context predicts; it rounds its z itself."""
-    rate = rate_at(model, level)
+    rate = model.rate(level)
     z_hat = model.z_prior.quantize_z(model.hyper_analysis(y, rate))
     return _gaussians(model, model.hyper_synthesis(z_hat, rate).flatten(2), None, level)
 
 
 def _seen(model: Entroformer, y_hat: Tensor, level: Tensor | None) -> Tensor:
     """Latents as tokens carry them, in the units before the gain where the model is told the rate: [n, M]"""
-    rate = rate_at(model, level)
+    rate = model.rate(level)
     return (y_hat if rate is None else y_hat * rate.inverse)[0].flatten(1).T
 
 
 def _gaussians(model: Entroformer, hyper: Tensor, feature: Tensor | None, level) -> tuple[Tensor, Tensor]:
     """Means and scales of some sites.  hyper: [1, D, q]; feature: what the context says, [q, D], or None in a model
     without context  ->  [q, M] twice"""
-    rate = rate_at(model, level)
+    rate = model.rate(level)
     hyper = hyper[..., None] if rate is None else hyper[..., None] + rate.vector
     means, log_scales = model.entropy_parameters(hyper, None if feature is None else feature.T[None, :, :, None])
     if rate is not None:

@@ -77,7 +77,7 @@ class PictureServer(Scene, abc.ABC):
             raise AttentionError(f"This model {KINDS[c.context]}; {self.offer}.")
         super().__init__(model, picture, torch.float64)
         self.kind, self.layers, self.heads = c.context, c.context_layers, c.heads
-        self.reference_name, self._alone, self._expected = None, None, None
+        self.reference_name, self._alone, self.expected = None, None, None
         if reference is not None:
             self._ask_reference(reference, picture)
 
@@ -93,7 +93,7 @@ class PictureServer(Scene, abc.ABC):
                 "so its transforms are others."
             )
         means, scales = scene.model.distributions(scene.y_hat, scene.hyper, rate=scene.rate)
-        self.reference_name, self._expected = scene.name, means
+        self.reference_name, self.expected = scene.name, means
         self._alone = -scene.model.gaussian(scene.y_hat, means, scales).log2()[0].flatten(1).T
 
     # -- the grid --
@@ -124,10 +124,6 @@ class PictureServer(Scene, abc.ABC):
     @abc.abstractmethod
     def overview(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Bits of every query, and `alone`, what they would be without context, or None: twice [n * slices]."""
-
-    def expected(self) -> Tensor | None:
-        """Latents as they are expected without context, by the model that `alone` comes from: [1, M, h, w], or None."""
-        return self._expected
 
     @abc.abstractmethod
     def many(self, queries: Sequence[int], k: int | None = None) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:

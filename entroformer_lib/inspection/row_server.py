@@ -71,7 +71,7 @@ class RowServer(PictureServer):
         if self._alone is None:  # this model with its context switched off
             nothing = self._seen.new_zeros(self.n, self.config.dim)
             means, _, self._alone = self._gaussians(range(self.n), nothing)
-            self._expected = means.T.reshape(self.y_hat.shape)
+            self.expected = means.T.reshape(self.y_hat.shape)
 
     # -- the grid --
 

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-import torch
 import tyro
 from dask.system import CPU_COUNT
 from PIL import Image
 from tyro.conf import Positional
 
 from entroformer_lib.codec import codec
+from entroformer_lib.codec.many import one_thread
 from entroformer_lib.entroformer import Entroformer
 from entroformer_lib.errors import StudyError
 from entroformer_lib.files import file_digest
@@ -57,7 +57,7 @@ class Coding:
 
     def __call__(self, folder: Path | None = None, answer: str = "answer") -> dict:
         """Does it.  ->  the columns of `evaluate_picture`"""
-        with _one_thread():
+        with one_thread():
             if self.codec in CODECS:
                 return evaluate_classical(Path(self.picture), self.codec, self.setting)
             model = _model(self.codec, self.setting, self.device, self.weights)
@@ -81,16 +81,6 @@ class Coding:
         weights = {"model": model.name, "weights": kept.digest, "level": model.level}
         weights |= {"effort": self.effort} if self.effort else {}
         return Task.by_identity(model.name, work, {**identity, **weights})
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _model(name: str, setting: float | None, device: str, weights: str | None = None) -> Entroformer:

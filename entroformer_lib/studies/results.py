@@ -199,15 +199,20 @@ def reference(name: str):
     return read_json(data_folder() / "reference" / f"{name}.json")
 
 
+def ablation_rows() -> Iterator[tuple[dict, dict]]:
+    """Settings and row, of every row in all ablation*.json. Only those of whole pictures have `bpp_middle`."""
+    for path in sorted(results_folder().glob("ablation*.json")):
+        saved = read_json(path)
+        yield from ((saved["settings"], row) for row in saved["rows"])
+
+
 def ablation(grid: str) -> pd.DataFrame:
     """The rows of a grid out of all ablation*.json.
 
     Raises:
         NoResult: there are none.
     """
-    rows = []
-    for path in sorted((results_folder()).glob("ablation*.json")):
-        rows += [row for row in read_json(path)["rows"] if row.get("grid") == grid]
+    rows = [row for _, row in ablation_rows() if row.get("grid") == grid]
     if not rows:
         raise NoResult(f"No ablation*.json among the saved results has rows of {grid}.")
     return pd.DataFrame(rows).drop(columns="grid")
@@ -220,11 +225,8 @@ def trainings(grid: str) -> pd.DataFrame:
     Raises:
         NoResult: the grid has no result.
     """
-    own, found = needed(f"ablation-{grid}"), []
-    for path in sorted((results_folder()).glob("ablation*.json")):
-        saved = read_json(path)
-        if saved["settings"] == own["settings"]:
-            found += [row for row in saved["rows"] if "bpp_middle" in row]  # which only rates of whole pictures have
+    own = needed(f"ablation-{grid}")["settings"]
+    found = [row for settings, row in ablation_rows() if settings == own and "bpp_middle" in row]
     rows = pd.DataFrame(found).drop_duplicates("run")
     return rows.assign(kind=kinds(rows["run"]))[["kind", "seed", "bpp"]]
 
