@@ -63,5 +63,5 @@ def test_bars_of_latency_are_called_what_they_are():
     seconds = dict(transforms_s=1.0, hyper_s=2.0, context_s=3.0, entropy_coding_s=4.0, other_s=5.0)
     rows = [{"model": "m", "direction": d, "seconds": 15.0, **seconds} for d in ("encode", "decode")]
     found = {bars.get_label(): bars[0].get_width() for bars in figures.latency(pd.DataFrame(rows)).axes[0].containers}
-    named = {"g_a or g_s": 1, "hyperprior": 2, "context model": 3, "entropy coder": 4, "other": 5}
+    named = {"transforms: g_a or g_s": 1, "hyperprior": 2, "context model": 3, "entropy coder": 4, "other": 5}
     assert found == {**named, "CompressAI, whole": 0}

@@ -12,6 +12,7 @@ from conftest import MICRO, micro_model
 
 from entroformer_lib.codec import codec
 from entroformer_lib.errors import ConfigError, DataError, TrainingError, WeightsError
+from entroformer_lib.fields import parse_fields
 from entroformer_lib.models import config as model_config
 from entroformer_lib.models.context import first_slice
 from entroformer_lib.training import latents, loop
@@ -352,12 +353,12 @@ def test_missing_needs_latents(photo_folder, tmp_path):
 
 def test_fields_are_typed_as_json_or_words():
     words = ("position=none", "top_k=null", "hyper_top_k=[4, 4, 4]", "hyperprior=false")
-    config = model_config.named_config("tiny-serial", **model_config.parse_fields(words))
+    config = model_config.named_config("tiny-serial", **parse_fields(words))
     assert (config.position, config.top_k, config.hyper_top_k, config.hyperprior) == ("none", None, (4, 4, 4), False)
     with pytest.raises(ConfigError):
-        model_config.parse_fields(("position",))
+        parse_fields(("position",))
     with pytest.raises(ConfigError):
-        model_config.named_config("tiny-serial", **model_config.parse_fields(("positions=none",)))
+        model_config.named_config("tiny-serial", **parse_fields(("positions=none",)))
 
 
 def test_ways_of_context_do_not_hang_together(config):

@@ -203,7 +203,7 @@ def ablation_rows() -> Iterator[tuple[dict, dict]]:
     """Settings and row, of every row in all ablation*.json. Only those of whole pictures have `bpp_middle`."""
     for path in sorted(results_folder().glob("ablation*.json")):
         saved = read_json(path)
-        yield from ((saved["settings"], row) for row in saved["rows"])
+        yield from ((saved.get("settings", {}), row) for row in saved["rows"])
 
 
 def ablation(grid: str) -> pd.DataFrame:
