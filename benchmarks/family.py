@@ -6,11 +6,12 @@
     $F --lrs 2e-3 4e-3 8e-3 --steps 1000
     $F --best-of 1000 --steps 8000
 
-The first line compares widths, the second gives each kind three learning rates, and the third trains each with the
-one that was best on held-out latents, so that no kind is at a disadvantage. Where the best is at the end of those
-tried, one beyond is to be tried first. All see the same latents in the same order, are told the rate, and learn from
-the rates of rounded latents. A finished run is not repeated, a stopped one goes on. What a run reached stands in the
-result as soon as it is finished, and counts from there, even where its folder is gone.
+The first line compares widths, the second gives each kind three learning rates, and the third trains each with the one
+that was best on held-out latents, so that no kind is at a disadvantage. Where the best is at the end of those tried,
+one beyond is to be tried first. With --init each goes on from weights that it had before. All see the same latents in
+the same order, are told the rate, and learn from the rates of rounded latents. A finished run is not repeated, a
+stopped one goes on. What a run reached stands in the result as soon as it is finished, and counts from there, even
+where its folder is gone.
 """
 
 import dataclasses
@@ -59,6 +60,7 @@ class Run:
     lr: float
     seed: int
     steps: int
+    init: str | None = None
 
     @property
     def name(self) -> str:
@@ -71,7 +73,8 @@ class Run:
             data=data,
             out=str(runs / self.name),
             model=f"tiny-{variant}",
-            architecture=tuple(f"{name}={json.dumps(value)}" for name, value in fields.items()),
+            architecture=() if self.init else tuple(f"{name}={json.dumps(value)}" for name, value in fields.items()),
+            init=self.init,
             transforms=transforms,
             latents=str(runs / "latents"),
             rounded=True,
@@ -102,6 +105,7 @@ def train(
     seeds: tuple[int, ...] = (0,),
     steps: int = 8000,
     best_of: int | None = None,
+    init: str | None = None,
 ) -> None:
     """Trains one after the other; several calls may share the folder and the work.
 
@@ -116,12 +120,13 @@ def train(
         seeds: Of order, crops and noise.
         steps: Of each run.
         best_of: In place of lrs: of the runs of so many steps the one that is best on the held-out latents.
+        init: Weights to go on from, a name or a file, in which {kind} stands for the kind: equal-{kind}.
     """
     write_latents(transforms, data, runs / "latents", crop=LAST_CROP, held_out=str(HELD_OUT))
     known = write_result(runs, out)
     chosen = best_rates(known, best_of) if best_of else {}
     wanted = [
-        Run(kind, width, lr, seed, steps)
+        Run(kind, width, lr, seed, steps, init and init.format(kind=kind))
         for seed in seeds
         for width in widths
         for kind in kinds

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import LMBDAS, aware_model
 
 from benchmarks import family
@@ -58,6 +59,20 @@ def test_each_kind_goes_on_with_its_best_rate(small, tmp_path):
     saved = json.loads(small["out"].read_text())
     assert len(saved["rows"]) == 8
     assert set(saved["rows"][0]["held_out"][-1]) == {"step", *(f"{lmbda:g}" for lmbda in LMBDAS)}
+
+
+def test_a_kind_goes_on_from_its_weights(small, tmp_path):
+    arguments = dict(kinds=("parallel",), widths=(32,), lrs=(1e-9,), steps=2)
+    family.train(**small, **arguments | dict(lrs=(1e-3,)))
+    [run] = family.write_result(small["runs"], small["out"])["run"]
+    (small["runs"] / run / "weights.safetensors").rename(tmp_path / "first-parallel.safetensors")
+    shutil.rmtree(small["runs"] / run)
+    more = {**small, "out": tmp_path / "more.json"}
+    family.train(**more, **arguments, init=str(tmp_path / "first-{kind}.safetensors"))
+    [run] = family.write_result(more["runs"], more["out"])["run"]
+    first = load_model(tmp_path / "first-parallel.safetensors", "cpu").state_dict()
+    longer = load_model(small["runs"] / run / "weights.safetensors", "cpu").state_dict()
+    assert all(torch.allclose(first[name], tensor, atol=1e-6) for name, tensor in longer.items())
 
 
 def test_a_best_rate_at_the_end_of_those_tried_is_refused():
