@@ -59,10 +59,10 @@ class SparseAttention(TorchFunctionMode):
         key = id(sites), id(visible), kind, layer.window
         if key not in self.indices:  # with what it was made of, so that nothing else gets their ids
             self.indices[key] = (*_index(sites, visible, relative, layer.window), sites, visible)
-        index, seen, end, *_ = self.indices[key]
+        index, seen, end, used, *_ = self.indices[key]
         with torch.autocast("cpu", enabled=False):
             q, k, wide = q.float() * layer.scale, k.float(), v.float()
-            products = q.new_zeros(*q.shape[:3], 1) if relative is None else q @ relative.table().float().T
+            products = q.new_zeros(*q.shape[:3], 1) if relative is None else q @ relative.table()[used].float().T
             products = F.pad(products, (0, 1), value=-torch.inf)
             units = [t.flatten(0, 1) for t in (q, k, wide, products)]
             return _TopK.apply(*units, index, seen, end, top_k).view(v.shape).to(v.dtype)
@@ -86,9 +86,10 @@ def _serves(q, k, v, layer, sites, visible, relative, top_k, own=None, *rest) ->
 
 def _index(
     sites: Tensor, visible: Visible | None, relative: RelativePosition | None, window: int | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, slice | Tensor]:
     """Which of the position vectors belongs to each pair, or one number more where the key is hidden: int32
-    [B or 1, n, n]; how many keys each query sees, and behind the last of them: [B or 1, n] each"""
+    [B or 1, n, n]; how many keys each query sees, and behind the last of them: [B or 1, n] each; which of the vectors
+    are numbered so: all, or of a table with more than n those that a pair has"""
     n, vectors = len(sites), 1 if relative is None else len(relative.table())
     bucket = torch.zeros(n, n, dtype=torch.long) if relative is None else relative.buckets(sites, sites)
     hidden = torch.zeros(1, n, n, dtype=torch.bool)
@@ -97,7 +98,11 @@ def _index(
     if window is not None:
         hidden = hidden | ((sites[:, None] - sites).abs().amax(-1) > window)
     behind = n - (~hidden).flip(-1).int().argmax(-1)
-    return array(bucket.masked_fill(hidden, vectors).int()), array((~hidden).sum(-1)), array(behind)
+    used = slice(None)
+    if vectors > n:
+        used = bucket.expand_as(hidden)[~hidden].unique()
+        bucket, vectors = torch.searchsorted(used, bucket).clamp(max=len(used) - 1), len(used)
+    return array(bucket.masked_fill(hidden, vectors).int()), array((~hidden).sum(-1)), array(behind), used
 
 
 class _TopK(torch.autograd.Function):

@@ -42,8 +42,9 @@ def with_gradients(q, k, v, grad, tables, layer, visible, relative, top_k):
 @pytest.mark.parametrize("visible", [None, causal, gaps])
 @pytest.mark.parametrize("kind", [None, "diamond", "relative_2d", "relative_1d"])
 @pytest.mark.parametrize("window", [None, 2])
-def test_the_same_numbers_and_gradients(visible, kind, window):
-    relative = kind and RelativePosition(kind, 2, D)
+@pytest.mark.parametrize("radius", [2, 12])  # with more vectors than there are keys
+def test_the_same_numbers_and_gradients(visible, kind, window, radius):
+    relative = kind and RelativePosition(kind, radius, D)
     (*qkv, grad), tables = inputs(relative)
     layer = TopKAttention(HEADS * D, HEADS, 5, "head")
     layer.window = window
