@@ -275,7 +275,7 @@ def both_systems() -> str:
         "rate against parallel, equal PSNR": table["percent"].map("{:+.1f}%".format),
         "lowest to highest over the lambdas": spread,
         "seconds to decode": table["decode_s"],
-        "of these in the entropy model": table["context_s"],
+        "of these in the context model": table["context_s"],
         "parameters, million": table["parameters"].astype(float) / 1e6,
         "source": "[" + table["model"] + "](../" + table["source"] + ")",
     }

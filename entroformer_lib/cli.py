@@ -134,7 +134,8 @@ def decompress(
         output: The picture, its format told by the ending; by default a PNG beside the file; of many their folder, for
             PNGs; - is the standard output, for a PNG.
         model: Weights to decode with, where a file names none or they lie elsewhere.
-        max_pixels: A file that claims more pixels than that is refused at once. The base models take 13 GB for so many.
+        max_pixels: A file that claims more pixels than that is refused at once. The base Entroformers
+            take 13 GB for so many.
     """
     from entroformer_lib.codec.many import Decompress
 

@@ -32,7 +32,9 @@ VERSION = 3
 LARGEST_SIDE = 2**16 - 1
 LEVEL_STEPS = 256
 LARGEST_NAME = 255  # bytes
-MAX_PIXELS = 2**25  # of a picture that is decoded unless more are allowed: 13 GB of memory with the base models
+MAX_PIXELS = (
+    2**25
+)  # of a picture that is decoded unless more are allowed: 13 GB of memory with base-serial and base-parallel
 NONSENSE = "The .ef file has a header that makes no sense."
 _U16, _U32 = struct.Struct("<H"), struct.Struct("<I")
 

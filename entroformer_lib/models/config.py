@@ -43,7 +43,7 @@ class EntroformerConfig:
     linear_path: Literal["none", "dct"] = "none"  # a linear map of each block of pixels beside g_a and g_s (ours)
 
     # Sizes (Table 5)
-    N: int = 192  # channels inside g_a and g_s
+    N: int = 192  # channels inside g_a and g_s; blocks have theirs in `stages`
     M: int = 384  # channels of the latents y
     Z: int = 192  # channels of the hyper-latents z, as released; Table 5 prints 384
     dim: int = 384  # width of the transformers, D in our shapes

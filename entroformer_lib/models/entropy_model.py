@@ -1,5 +1,5 @@
-"""Entropy models: from what is known to the Gaussian of every latent. With each kind of context, or none, and in
-GroupedMixer, they answer the same two questions:
+"""Entropy models: they predict the Gaussian of every latent from what is known. All kinds (with any context, with
+none, and GroupedMixer) answer the same two questions:
 
     predict(y_hat, hyper, gaps)  the distributions of all latents at once, for training and study
     steps(h, w, hyper)           the same, step by step, as they are coded: a generator that yields a `Step` and is sent

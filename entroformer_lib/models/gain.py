@@ -6,13 +6,14 @@ Between g_a and the rounding every channel of y is multiplied by a gain, and div
     x --g_a--> y --* gain--> round --> y_hat --* inverse--> g_s --> x_hat
 
 A large gain means fine steps: more bits, less distortion. Everything the coder sees, y_hat included, is already
-scaled, so it needs no gain. Each lambda the model was trained for is a *level*; between two levels the gains are
-interpolated geometrically, so that the rate can be set continuously.
+scaled, so without `rate_aware` it needs no gain. Each lambda the model was trained for is a *level*; between two levels
+the gains are interpolated geometrically, so that the rate can be set continuously.
 
 With `rate_aware=False` (the first models) the entropy model has to infer the gain from the latents, which is hard for a
 transformer: its layer norms remove their magnitude. With `rate_aware=True` it sees y_hat divided by the gain, the same
-at all rates, and its means and scales are multiplied by the gain afterwards (`RateKnowledge`). Encoder and decoder then
-need the same gain to the last bit, so it is computed exactly (exact/).
+at all rates, and its means and scales are multiplied by the gain afterwards (`RateKnowledge` makes these numbers, and
+`ToldTheRate` in entropy_model.py uses them). Encoder and decoder then need the same gain to the last bit, so it is
+computed exactly (exact/).
 """
 
 import bisect
@@ -74,8 +75,8 @@ class RateGain(nn.Module):
 class Rate(NamedTuple):
     """What an entropy model is told of the level, for B pictures; not the rate R of eq. 2.
 
-    gain, inverse, log_gain: of y, [B, M, 1, 1]; z_gain, z_inverse: of z, [B, Z, 1, 1]; vector: [B, D, 1, 1]. An inverse
-    here is one over the gain, not the learned one before g_s.
+    gain, inverse, log_gain: of y, [B or 1, M, 1, 1]; z_gain, z_inverse: of z, [B or 1, Z, 1, 1]; vector: [B or 1, D, 1,
+    1]; 1 where all pictures have the same level. An inverse here is one over the gain, not the learned one before g_s.
     """
 
     gain: Tensor

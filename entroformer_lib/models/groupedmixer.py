@@ -1,7 +1,8 @@
 """GroupedMixer (Li et al. 2024): an entropy model that codes the latents in G groups, group after group.
 
-Between the serial model (one step a site) and the two-pass one lies a question that the Entroformer paper leaves open:
-coding in a hierarchy. GroupedMixer is an answer. The latents are cut along channels and, like a checkerboard, in space:
+The Entroformer paper leaves a question open (section 5): is there a hierarchy of steps between the serial model, which
+takes one step a site, and two passes? GroupedMixer is an answer. The latents are cut along channels and,
+like a checkerboard, in space:
 
     k_c channel slices  x  k_h k_w interleaved phases  =  G groups,  each of (h/k_h) x (w/k_w) sites with M/k_c channels
 

@@ -34,7 +34,8 @@ class GaussianConditional(nn.Module):
     """p(y | ...): each latent a Gaussian of its own mean and scale (eq. 1). No parameters, no tables, no `update()`.
     (CompressAI's class of this name takes scales before means.)
 
-    y: [B, M, h, w] integers or noisy, means and scales alike  ->  likelihoods: [B, M, h, w] in [1e-9, 1]
+    y: [B, M, h, w] integers or noisy, means and scales alike  ->  likelihoods: [B, M, h, w] in [1e-9, 1],
+    with imported weights [1e-12, 1]
     """
 
     def __init__(self):

@@ -88,9 +88,9 @@ LIMIT = 3.0  # of the gated branch b
 class ConvBlock(nn.Module):
     """Looks at the 3x3 neighbours channel by channel, then mixes the channels of each site by a gated unit.
 
-        x + C(D(leaky(C(x)))),  then  x + C(relu6(a) limited(b))  with  a, b = C(x)
+        x + P(D(leaky(P(x)))),  then  x + P(relu6(a) limited(b))  with  a, b = P(x)
 
-    where C is a 1x1 convolution and D a depthwise 3x3 one. 5 N^2 + 9 N multiplications a site. relu6(a) is
+    where P is a 1x1 convolution and D a depthwise 3x3 one. 5 N^2 + 9 N multiplications a site. relu6(a) is
     at most 6 and b is clamped to [-3, 3], which photographs hardly reach. Without these limits every block could
     multiply what it is given: the features of a graphic of saturated colours grew a millionfold in six blocks.
 

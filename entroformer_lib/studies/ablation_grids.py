@@ -205,8 +205,8 @@ GRIDS = {
         ),
         Grid(
             "groups",
-            "number of GroupedMixer's groups, G = 2 to 64",
-            (_groups(1, 1, 2), *map(_groups, (1, 2, 4, 8, 16))),
+            "number of GroupedMixer's groups, G = 2 to 32",
+            (_groups(1, 1, 2), *map(_groups, (1, 2, 4, 8))),
             ("kodak", "curve"),
         ),
         Grid(

@@ -114,14 +114,18 @@ def verdict(claim: Claim, effect: Effect) -> str:
 
 
 def sentence(claim: Claim, effect: Effect) -> str:
-    """What stands here, in words."""
+    """What stands here, in words, with as many digits as the verdict needs to follow from them."""
     unit, digits = ("%", 1) if claim.unit == "%" else (f" {claim.unit}", 2)
-    value = round(effect.value, digits) + 0.0
-    half_width = effect.half_width + abs(effect.value - value) * (effect.half_width > 0)  # around what is said
-    what = f"{value:+.{digits}f}"
-    if np.isinf(effect.half_width):
-        return f"{what}{unit} ({effect.over}: too few repetitions for an interval)"
-    half = np.ceil(round(half_width * 10**digits, 6)) / 10**digits  # rounded up, so that the sum below is true
+    while True:
+        value = round(effect.value, digits) + 0.0
+        what = f"{value:+.{digits}f}"
+        if np.isinf(effect.half_width):
+            return f"{what}{unit} ({effect.over}: too few repetitions for an interval)"
+        half_width = effect.half_width + abs(effect.value - value) * (effect.half_width > 0)  # around what is said
+        half = np.ceil(round(half_width * 10**digits, 6)) / 10**digits  # rounded up, so that the sum below is true
+        if digits == 4 or verdict(claim, replace(effect, value=value, half_width=half)) == verdict(claim, effect):
+            break
+        digits += 1
     if half:
         what += f" ± {half:.{digits}f}"
     what += f"{unit} ({effect.over})"

@@ -1,4 +1,4 @@
-"""Many tar shards as one collection, in which sample g has a place that follows from the seed and g alone.
+"""Many tar shards as one collection, in which sample g has a place that follows from the seed, g and the batch size.
 
 Each epoch has every picture once. The shards, in an order of the epoch's own, make one long row, which is cut into as
 many stretches, equal within one picture, as a batch has samples: place l of every batch takes the l-th stretch, one

@@ -177,10 +177,12 @@ def readme(drawn: dict[str, pd.DataFrame], missing: dict[str, str], notebooks: P
         "same family were trained with several seeds, over the seeds. For a BD-rate, a time and a size the rule\n"
         "uses the number itself. Rates are means over the pictures before they are divided, in the figures\n"
         "too; of several lambdas the mean of the ratios is taken, and figure 5 is read over the rates of the\n"
-        "authors' curve. The ablations' rates are those of whole pictures at the end of the training; learning\n"
-        "curves show their middle 256 x 256 pixels.",
-        "All but tables 2 and 6 is in doubt for one reason: the entropy models here have a quarter of the paper's\n"
-        "width and saw a small part of its steps. All but that of figure 12 learned behind frozen transforms.\n"
+        "authors' curve. The rates of figures 6 and 7 and of tables 1 and 3 are those of whole pictures at the end\n"
+        "of the training. Figure 3 and the learning curves show the middle 256 x 256 pixels, table 4 mosaics of\n"
+        "Kodak's pictures.",
+        "Everything except tables 2 and 6 has one doubt in common: the entropy models here have a quarter of the\n"
+        "paper's width and saw a small part of its steps. They learned behind frozen transforms, except the one\n"
+        "of figure 12.\n"
         "In figures 6 and 7 and tables 1, 3 and 4 all rows have one learning rate, which suits convolutions a little\n"
         "better than transformers ([comparing](../docs/comparing.md)).\n"
         "What is in doubt for a reason of its own has it in the last column.",

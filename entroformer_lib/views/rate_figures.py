@@ -403,13 +403,13 @@ def groups_curve(rows: pd.DataFrame, lines: dict[str, float] | None = None) -> F
 # ---- rate against decoding time ----
 
 FAMILIES = {"shipped": "the family, 8,000 steps", "runs": "runs of the ablations"}
-TIMES = {"decode_s": "seconds to decode a picture", "context_s": "of these in the entropy model, s"}
+TIMES = {"decode_s": "seconds to decode a picture", "context_s": "of these in the context model, s"}
 
 
 @styled()
 def tradeoff(points: pd.DataFrame) -> Figure:
-    """Rate against decoding time, a row of panels for each family: of the whole decoding, and of the entropy model's
-    own stages. Left and down is better; the dashed line joins what no other model beats in both.
+    """Rate against decoding time, a row of panels for each family: of the whole decoding, and of the context
+    model's own stages. Left and down is better; the dashed line joins what no other model beats in both.
 
     points: of `same_transforms.tradeoff_points`
     """
