@@ -61,7 +61,7 @@ def test_a_run_in_many_grids_is_trained_once():
     assert {grid for grid, _ in runs["none-seed0"].rows} == {"table1", "figure6", "table4"}
     assert {grid for grid, _ in runs["parallel-seed0"].rows} == {"table3", "released"}
     assert "h-3-seed0" not in runs and "k-16-seed0" not in runs  # both are the diamond
-    assert set(runs["diamond-seed0"].answers) == {"weights", "kodak", "curve", "k_at_test", "sizes"}
+    assert set(runs["diamond-seed0"].answers) == {"weights", "kodak", "curve", "squares", "k_at_test", "sizes"}
     assert len(runs_of(grids_of(GRIDS), (0, 1))) == 2 * len(runs)
 
 
@@ -377,6 +377,14 @@ def test_k_at_test_time_is_that_of_a_model_with_it(pictures):
     model.context_k = None
     rates = [latent_rates.mean_rate(m, batches) for m in (model, dense)]
     assert rates[0] == rates[1] != few
+
+
+def test_latents_are_cut_into_all_squares_that_fit():
+    y = torch.arange(2 * 3 * 5 * 8).view(2, 3, 5, 8)
+    squares = latent_rates.cut(y, 2)
+    naive = [b[:, i : i + 2, j : j + 2] for b in y for i in (0, 2) for j in (0, 2, 4, 6)]
+    assert torch.equal(squares, torch.stack(naive))
+    assert torch.equal(latent_rates.cut(y[..., :5], 5), y[..., :5]) and len(latent_rates.cut(y, 6)) == 0
 
 
 def test_mosaics_show_the_same_pixels_at_each_size():

@@ -60,6 +60,7 @@ POINTS = 50  # of a learning curve
 MIDDLE = 256  # pixels: as large as the crops of training
 TEST_K = (4, 8, 16, 32, 64, 128, None)  # k asked of models trained with another one
 TABLE4_SIZES = (300, 600, 900, 1200)  # pixels
+SQUARES, OUT_OF = (8, 12, 16, 20, 24, 32), 512  # sides in latents, and of what they are cut out of in pixels
 
 
 # ---- what the runs are ----
@@ -210,6 +211,16 @@ def _sizes(terms: Terms, folder: Path, model: Entroformer) -> list[dict]:
     return rows
 
 
+def _squares(terms: Terms, folder: Path, model: Entroformer) -> list[dict]:
+    """Latents of the middle of each picture, cut into squares, each coded alone: only what a latent can see differs."""
+    batches, rows = latent_rates.batches_of(model, pictures_of(terms.kodak, terms.limit, OUT_OF)), []
+    for side in SQUARES:
+        squares = [part for y in batches for part in latent_rates.cut(y, side).split(8) if len(part)]
+        if squares:
+            rows.append({"side": 16 * side, "bpp": latent_rates.mean_rate(model, squares)})
+    return rows
+
+
 def _rate_distortion(terms: Terms, folder: Path, model: Entroformer) -> dict:
     """Estimated rate, error and R + lambda D of the whole pictures, where transforms learned along."""
     lmbda = trained_lmbda(terms.transforms)
@@ -224,6 +235,7 @@ MEASURES: dict[str, Callable[[Terms, Path, Entroformer], object]] = {
     "k_at_test": _k_at_test,
     "second_slice": lambda terms, folder, model: latent_rates.second_slice_rates(model, _whole(terms)),
     "sizes": _sizes,
+    "squares": _squares,
     "rate_distortion": _rate_distortion,
 }
 
@@ -407,6 +419,10 @@ def _whole_rows(columns: dict, answers: dict) -> list[dict]:
     return [{"bpp": bpp, "bpp_middle": answers["kodak"]["bpp_middle"]}]
 
 
+def _figure6_rows(columns: dict, answers: dict) -> list[dict]:
+    return _whole_rows(columns, answers) + [{"grid": "figure6_squares", **row} for row in answers["squares"]]
+
+
 def _figure7_rows(columns: dict, answers: dict) -> list[dict]:
     """The learning curve over the middles; at its end the whole pictures, and the middles with other k."""
     end = [{"grid": "figure7_end", **row} for row in _whole_rows(columns, answers)]
@@ -431,6 +447,7 @@ def _joint_rows(columns: dict, answers: dict) -> list[dict]:
 
 
 ROWS_OF: dict[str, Callable[[dict, dict], list[dict]]] = {
+    "figure6": _figure6_rows,
     "figure7": _figure7_rows,
     "table3": _table3_rows,
     "table4": lambda columns, answers: answers["sizes"],

@@ -147,7 +147,7 @@ GRIDS = {
                 Entry("h-none", "context", {"position": "none"}, columns={"radius": 0, "position": "none"}),
                 *map(_radius, (1, 2, 3, 4, 5, None)),
             ),
-            ("kodak", "curve"),
+            ("kodak", "curve", "squares"),
         ),
         Grid(
             "figure7",

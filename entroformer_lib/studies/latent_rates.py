@@ -57,6 +57,14 @@ def batches_of(model: Entroformer, pictures: Pictures, size: int = 8) -> list[Te
     return [part for alike in shapes.values() for part in torch.cat(alike).split(size)]
 
 
+def cut(y: Tensor, side: int) -> Tensor:
+    """All squares of so many latents that lie side by side.  [B, M, h, w]  ->  [n, M, side, side]; none where y is
+    smaller."""
+    rows, columns = y.size(2) // side, y.size(3) // side
+    y = y[:, :, : rows * side, : columns * side].unflatten(3, (columns, side)).unflatten(2, (rows, side))
+    return y.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)  # from [B, M, rows, side, columns, side]
+
+
 # ---- rates ----
 
 

@@ -91,8 +91,8 @@ ITEMS = (
     Item("figure10_attention_k", "Attention of one point in models that were trained with different k",
          partial(attention.attention_data, 10), partial(attention.saved_maps, number=10),
          says="Top-k attention leaves out the background and concentrates on what informs most.",
-         here="All agree on the strongest key. The five strongest together have more than half of the attention with k = 8, "
-         "and least with dense attention, which spreads the rest thinly over everything that is decoded."),
+         here="All agree on the strongest key. The five strongest together have more than half of the attention with "
+         "k = 8, and least with dense attention, which spreads the rest thinly over everything that is decoded."),
     Item("figure11_psnr_kodak", "Our models and other people's codecs: rate and PSNR on Kodak, and against BPG",
          partial(rates.codecs_data, CODECS, BPG), partial(rates.rate_distortion, width=style.ONE_COLUMN)),
     Item("figure12_ms_ssim_kodak", "Rate and MS-SSIM on Kodak, of models trained for it and of others",
