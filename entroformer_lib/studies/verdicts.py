@@ -441,7 +441,7 @@ def claims() -> list[Claim]:
         Claim("figure 6", "It is better than 5: with more, the saving falls again.",
               partial(whole, "diamond", "h-5", "figure6")),
         Claim("figure 6", "It is better than no limit.", partial(whole, "diamond", "h-all", "figure6"),
-              doubt=crops),
+              doubt="Of whole pictures. On squares as large as the crops no limit is as good (notebook 05)."),
         Claim("figure 7", "The rate falls with k up to 64: 64 is better than 8.",
               partial(whole, "k-64", "k-8", "figure7")),
         Claim("figure 7", "At 64 there is no difference from dense attention.",
