@@ -62,9 +62,9 @@ class Files:
 
     force: Force = False
     resume: bool = False
-    """With many files: keep outputs that exist. An interrupted command never leaves half a file."""
+    """Keep outputs that exist. An interrupted command never leaves half a file."""
     jobs: int | None = None
-    """With many files: how many at a time, each on one core; default: as many as cores."""
+    """With many files: how many at a time, each on one core; default: as many as cores, or one on a GPU."""
     scheduler: str | None = None
     """With many files: the address of a dask scheduler whose workers do it, such as tcp://host:8786."""
     as_json: AsJson = False
@@ -100,7 +100,8 @@ def compress(
         output: The .ef file, by default beside the picture; of many their folder; - is the standard output.
         bpp: The most bits per pixel a file may have; takes a model of variable rate.
         window: For large pictures: each site looks for context at most so many sites (16 pixels) away, in each
-            direction. By default everywhere, which takes a time that grows with the square of the pixels.
+            direction. By default as the model was made; those shipped look everywhere, which takes a time that grows
+            with the square of the pixels.
         k: How many keys attention keeps in the context model (0: all), by default as it was trained. Of several numbers
             each picture gets the one with the fewest bits, which costs a pass through the context model for each.
         effort: Rounds of search for better latents than the nearest integers, each of which takes up to twice as long
@@ -203,7 +204,12 @@ def models(as_json: AsJson = False) -> None:
 
 
 @app.command
-def train(config: Annotated[TrainConfig, arg(name="")], as_json: AsJson = False) -> None:
+def train(
+    config: Annotated[TrainConfig, arg(name="")],
+    as_json: Annotated[
+        bool, arg(name="json", help="Print the path of the weights and the last line of the log as JSON.")
+    ] = False,
+) -> None:
     """Train a model, or go on with a run that was stopped.
 
     Example: entroformer train --data photos/ --out runs/first --model tiny-parallel --steps 2000
@@ -212,7 +218,6 @@ def train(config: Annotated[TrainConfig, arg(name="")], as_json: AsJson = False)
 
     Args:
         config: The run.
-        as_json: Print the path of the weights and the last line of the log as JSON.
     """
     from entroformer_lib.training.loop import train as run
 
@@ -239,18 +244,18 @@ def evaluate(
     """Measure a model on a folder of pictures, through real bytes. What cannot be read is named and left out.
 
     Per picture and mean: bits per pixel of the file and as estimated, PSNR, MS-SSIM, seconds to encode and decode.
-    With --json, the same command goes on where it was interrupted.
+    With --json FILE, the same command goes on where it was interrupted.
 
-    Example: entroformer eval blocks-parallel --data kodak/ --limit 3 --json result.json
+    Example: entroformer eval blocks-parallel --data pictures/kodak --limit 3 --json result.json
 
-    On many machines: entroformer eval blocks-parallel --data kodak/ --json result.json --scheduler tcp://host:8786
+    On many machines: entroformer eval blocks-parallel --data pictures/kodak --json result.json --scheduler tcp://host:8786
 
     Args:
         data: Folder of pictures, with its subfolders.
         limit: Take only the first so many.
         effort: As of compress; there are no estimated bits then.
         json_file: Write rows, mean and provenance there; - prints them.
-        jobs: Pictures at a time, each on one core; default: as many as there are cores.
+        jobs: Pictures at a time, each on one core; default: as many as there are cores, or one on a GPU.
         scheduler: Address of a dask scheduler to run on.
     """
     import pandas as pd
@@ -321,7 +326,7 @@ def study_ablation(
         terms: What all runs share.
         fields: One more row, of your own: fields of the architecture to change.
         model: Variant of that row: context, context-cnn, serial, parallel, cnn, minnen, hyperprior, hyperprior-cnn,
-            groupedmixer.
+            groupedmixer, groupedmixer-fast, groupedmixer-large.
         out: Folder of the runs.
         seeds: A run of each row for each of them.
         scheduler: Address of a dask scheduler to run on.
@@ -366,7 +371,7 @@ def study_paper(
     Whole files of every picture at every rate, masked positions of the context, attention maps. Models read from the
     authors' checkpoints are measured like any other. After a kill the same command goes on.
 
-    Example: entroformer study paper --model blocks-parallel --pictures kodak/ --dry-run
+    Example: entroformer study paper --model blocks-parallel --pictures pictures/kodak --dry-run
 
     Args:
         model: A name from `entroformer models`, or a .safetensors file.
@@ -427,7 +432,7 @@ def explore(
 
     Args:
         image: The picture; for a table also a folder, or a .txt list of pictures. A live page can do without.
-        output: The page; by default beside the picture.
+        output: The page; by default beside the picture; a live page without a picture: live.html here.
         layer: Layer to begin with; by default the last that prefers some blocks to others.
         head: Head to begin with; by default the first.
         table: The table: .csv or .parquet; where it comes from stands in a .json beside it.
@@ -614,7 +619,7 @@ def import_official(
     Args:
         src: The checkpoint (.pth), as the authors published it, or a dict of state dicts under the same names.
         dst: The weights (.safetensors).
-        top_k: k of the attention, where the checkpoint does not say (state dicts do not); 32 by default.
+        top_k: k of the attention; by default what the checkpoint says, or 32 where it does not (state dicts do not).
     """
     _output(dst, src, "", force)
     from entroformer_lib.weights.official import import_official as write

@@ -82,11 +82,11 @@ def fetch(name: str, folder: Path) -> list[Path]:
     if name not in DATASETS:
         raise DataError(f"There is no data set '{name}'; there are samples, {', '.join(DATASETS)}.")
     folder.mkdir(parents=True, exist_ok=True)
+    pictures: list[Path] = []
     for url, checksum in tqdm(DATASETS[name](), unit="file", disable=None):
         path = fetch_file(url, checksum, folder)
-        if path.suffix == ".zip":
-            _unpack(path, folder)
-    return sorted(folder.rglob("*.png"))
+        pictures += _unpack(path, folder) if path.suffix == ".zip" else [path] if path.suffix == ".png" else []
+    return sorted(pictures)
 
 
 def fetch_file(url: str, checksum: str, folder: Path) -> Path:
@@ -132,8 +132,9 @@ def _download(url: str, part: Path) -> None:
             raise
 
 
-def _unpack(archive: Path, folder: Path) -> None:
-    """Takes the pictures out of a zip, by their bare names."""
+def _unpack(archive: Path, folder: Path) -> list[Path]:
+    """Takes the pictures out of a zip, by their bare names.  ->  them"""
+    found = []
     with zipfile.ZipFile(archive) as file:
         for member in file.namelist():
             name = Path(member).name
@@ -142,6 +143,8 @@ def _unpack(archive: Path, folder: Path) -> None:
                 if path.exists() and path.read_bytes() != content:
                     raise DataError(f"{path} exists and is another picture; choose another folder.")
                 write_bytes(path, content)
+                found.append(path)
+    return found
 
 
 def sample_picture(name: str = "astronaut"):

@@ -59,7 +59,7 @@ class Entroformer(Network):
         return self.config.downsampling
 
     def entropy_model_parts(self) -> list[nn.Module]:
-        """Everything but g_a and g_s: what the paper's Table 6 weighs."""
+        """Everything but g_a, g_s and the gains: what the paper's Table 6 weighs."""
         parts = (self.h_a, self.h_s, self.context_model, self.entropy_parameters, self.z_prior, self.rate_knowledge)
         return [part for part in parts if part is not None]
 
@@ -118,7 +118,9 @@ class Entroformer(Network):
     @torch.no_grad()
     def estimated_bits(self, y: Tensor, level: float | None = None) -> dict[str, Tensor]:
         """Where the bits go, by the likelihoods: {"y": [B, H/16, W/16], "z": [B, H/64, W/64]}, summed over channels,
-        in float64.  y: [B, M, H/16, W/16], scaled by the gain of `level` where there is one."""
+        in float64; no "z" without a hyperprior.
+
+        y: [B, M, H/16, W/16], scaled by the gain of `level` where there is one."""
         with evaluating(self) as model:
             return {name: -p.double().log2().sum(1) for name, p in model.likelihoods(y, level=level)[0].items()}
 
@@ -209,7 +211,11 @@ class Entroformer(Network):
     def decompress_latents(
         self, strings: list[list[bytes]], shape, level: float | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """First half of `decompress`: y_hat [B, M, h, w] and z_hat or None."""
+        """First half of `decompress`: y_hat [B, M, h, w] and z_hat or None.
+
+        Raises:
+            BitstreamError: damaged strings. WeightsError: predictions that are no finite numbers.
+        """
         coder = self._exact()
         rate = coder.rate(self, level)
         like = next(self.g_s.parameters())
@@ -239,7 +245,11 @@ class Entroformer(Network):
         return updated
 
     def refresh_tables(self) -> None:
-        """Builds the tables of p(z) unless those at hand belong to these weights (loaded with them, or just built)."""
+        """Builds the tables of p(z) unless those at hand belong to these weights (loaded with them, or just built).
+
+        Raises:
+            WeightsError: a density that is not finite.
+        """
         prior = self.z_prior
         if isinstance(prior, FactorizedPrior) and (self._tables_of != self._prior_state() or not prior.offset.numel()):
             if not all(p.isfinite().all() for p in prior.parameters()):
@@ -276,7 +286,8 @@ class Entroformer(Network):
         """A model in eval mode of the architecture and weights of a state dict; see the class for name and card.
 
         Raises:
-            WeightsError: no config inside, or tensors that do not fit it.
+            WeightsError: no config inside, or tensors that do not fit it. ConfigError: a config that this version does
+                not know.
         """
         if "_extra_state" not in state_dict:
             raise WeightsError("These weights do not say which architecture they belong to.")

@@ -12,7 +12,7 @@ class BitstreamError(UserError):
 
 
 class ConfigError(UserError):
-    """A configuration names a field or a value that does not exist."""
+    """A configuration or an option that does not exist, or that this model does not take."""
 
 
 class WeightsError(UserError):
@@ -20,7 +20,7 @@ class WeightsError(UserError):
 
 
 class DataError(UserError):
-    """Pictures that are missing or cannot be read."""
+    """Pictures, or other data, that are missing, cannot be read or cannot be used."""
 
 
 class TrainingError(UserError):
@@ -36,11 +36,11 @@ class RateError(UserError):
 
 
 class StudyError(UserError):
-    """A study asked of a model or picture that cannot answer it."""
+    """A study asked of a model or picture that cannot answer it, or in a way that cannot be done."""
 
 
 class ClusterError(UserError):
-    """A cluster that does not answer, or has no workers."""
+    """A cluster that does not answer, has no workers, or is gone."""
 
 
 class PassedOver(UserWarning):

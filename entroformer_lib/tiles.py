@@ -1,6 +1,6 @@
 """Attention a few heads and queries at a time, and transforms a strip of rows at a time, so that memory grows with the
-number of tokens and pixels: attention's scores would grow with its square, and GDN holds four copies of its input,
-1.6 GB each for a picture of 3840x2160 pixels and 192 channels.
+number of tokens and pixels: attention's scores would grow with the square of the number of tokens, and GDN holds four
+copies of its input, 1.6 GB each for a picture of 3840x2160 pixels and 192 channels.
 
     with Tiles():
         model(x)
@@ -30,7 +30,8 @@ class Tiles(TorchFunctionMode):
 def in_tiles(
     q: Tensor, k: Tensor, v: Tensor, layer, sites: Tensor, visible, relative, top_k, own=None, trim=False
 ) -> Tensor:
-    """`attend`, tile by tile. trim: where tokens see only those before them, with the keys that the tile can see."""
+    """`attend`, tile by tile. trim: where a token sees only those up to itself, leave out the keys that
+    no query of the tile can see."""
     B, heads, q_len, _ = q.shape
     limit = ELEMENTS.get(q.device.type, 2**23) // (B * max(k.size(2), 1))
     queries = min(q_len, max(64, limit))  # few heads rather than few queries: keys are prepared once a tile

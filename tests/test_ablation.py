@@ -65,6 +65,12 @@ def test_a_run_in_many_grids_is_trained_once():
     assert len(runs_of(grids_of(GRIDS), (0, 1))) == 2 * len(runs)
 
 
+def test_folders_become_whole_paths_and_addresses_stay(tmp_path):
+    terms = Terms(train_on="s3://bucket/train/manifest.json", kodak="pictures").placed(tmp_path)
+    assert terms.train_on == "s3://bucket/train/manifest.json" and terms.latents == str(tmp_path / "latents")
+    assert terms.kodak == str(Path("pictures").absolute())
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 def test_runs_do_not_depend_on_which_grids_are_asked_for(grid):
     """Or a sweep of one grid would not know the folders of another's."""

@@ -69,6 +69,14 @@ def test_a_connection_that_ends_early_keeps_what_came(address, tmp_path, monkeyp
     assert Server.asked == [None, "bytes=700-"]
 
 
+def test_pictures_that_were_there_before_are_not_counted(tmp_path, monkeypatch):
+    picture = tmp_path / "mine" / "holiday.png"
+    picture.parent.mkdir()
+    picture.write_bytes(b"not fetched")
+    monkeypatch.setitem(datasets.DATASETS, "none", lambda: [])
+    assert fetch("none", tmp_path) == []
+
+
 def test_archives_of_other_people_stay_closed(address, tmp_path, monkeypatch):
     monkeypatch.setitem(datasets.DATASETS, "one", lambda: [(f"{address}/file.bin", CHECKSUM)])
     (tmp_path / "holiday.zip").write_bytes(b"no archive")

@@ -5,7 +5,7 @@ is in them, and what a decoder checks.
     3      93 45 46, that is \\x93 "EF"
     1      version, 3 (1 and 2 had other arithmetic)
     1      flags: 1 = the picture is grey, 2 = the rate is variable, 4 = there is a search window, 8 = there is a k
-    1-5    width, then height, each as LEB128 (7 bits a byte, low bits first, high bit = more follow)
+    1-3    width, then the same of height, as LEB128 (7 bits a byte, low bits first, high bit = more follow)
     0 or 2 level of a variable rate in 1/256 (`models/gain.py`), where the flag says so
     0-2    search window (LEB128, up to 4,096), where the flag says so
     0-3    k of the context model (LEB128, up to 65,536; 0 = all), where the flag says so

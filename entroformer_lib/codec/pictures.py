@@ -25,7 +25,7 @@ def open_picture(image) -> Image.Image:
             or uint16, or a tensor [3, H, W] in [0, 1]. Of an animated picture the first frame is taken.
 
     Raises:
-        DataError: missing, not a picture, or cut short.
+        DataError: missing, not a picture, cut short or too large; an array or a tensor of another form.
     """
     if isinstance(image, str | os.PathLike):
         image = _from_file(Path(image), f"The picture {image}")

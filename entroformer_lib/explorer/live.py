@@ -36,7 +36,7 @@ RUNTIME = {"runtime": "ort.wasm.bundle.min.mjs.gz", "wasm": "ort-wasm-simd-threa
 # each uses those before it
 SOURCES = ("live_numbers.js", "live_pictures.js", "live.js", "live_page.js")
 REACH = 24  # steps of z; farther ones cost as much as the farthest here
-LARGEST_SIDE = 768  # pixels, as in live.js
+LARGEST_SIDE = 768  # pixels, as in js/live_pictures.js
 SMALLEST_SIDE = 16  # pixels, of the scaled picture
 LARGEST_PAGE = 60_000_000  # bytes
 
@@ -52,6 +52,7 @@ def live_page(model: Entroformer, picture=None, reference: Entroformer | None = 
     Raises:
         AttentionError: another kind of model, or one that is too large; a picture that is too small.
         DataError: the picture cannot be read.
+        ConfigError: a model with a search window.
         UserError: the package onnx is missing, or the runtime's files are not those that belong here.
     """
     sample = picture is None

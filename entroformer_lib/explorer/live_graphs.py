@@ -67,7 +67,7 @@ def live_graphs(model: Entroformer, reference: Entroformer | None = None) -> dic
         reference: a model without context behind the same transforms.
 
     Raises:
-        AttentionError: another kind of model, or a reference behind other transforms.
+        AttentionError: another kind of model, or a reference behind other transforms. ConfigError: a search window.
         UserError: the package onnx is missing.
     """
     check(model, reference)

@@ -40,7 +40,7 @@ class Explorer(anywidget.AnyWidget):
             "copy as Python" in the widget writes them.
 
     Raises:
-        AttentionError: the two servers do not have the same grid.
+        AttentionError: the two servers do not have the same grid, or not the same picture.
     """
 
     _esm = script()

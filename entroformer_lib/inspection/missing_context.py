@@ -273,8 +273,8 @@ def _rates(sites: int, **bits: float) -> dict:
 
 @torch.inference_mode()
 def bits_in_patches(scene: Scene, sites: Tensor, known: Tensor) -> Tensor:
-    """Bits of sites [n, 2], each predicted from a patch of its own, of which only what is known: bool [side, side],
-    its middle the site  ->  [n]"""
+    """Bits of sites [n, 2], each predicted from a patch of its own.  known: bool [side, side], the latents of the patch
+    that are known; the site is its middle  ->  [n]"""
     h, w, side = scene.height, scene.width, len(known)
     radius = side // 2
     height = side if scene.model.config.context == "parallel" else radius + 1  # nothing below is seen by causal models

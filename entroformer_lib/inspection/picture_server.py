@@ -39,8 +39,9 @@ class PictureServer(Scene, abc.ABC):
 
     What does the context save? That is told by a *reference*: a model that was trained to predict from the hyperprior
     alone, behind the same transforms, so that it codes the same latents; `reference_of` of `weights.zoo` finds one.
-    `alone` are its bits. Without a reference `alone` are the bits of this model with its context switched off, which is
-    no fair comparison: where there always was context, it never learned to do without.
+    `alone` are its bits. Without a reference `alone` are, in serial and parallel models, the bits of this model with
+    its context switched off, which is no fair comparison: where there always was context, it never learned to do
+    without. A GroupedMixer has none then.
 
     Attributes:
         those of `Scene`; kind: the config's `context`; when: [n], the step of the coder at which the first latents of a

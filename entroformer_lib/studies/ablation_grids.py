@@ -30,9 +30,9 @@ class Terms:
     latents: str | None = None
     """Folder of the latents' cache; by default latents/ in the folder of the runs."""
     train_on: str | None = None
-    """Pictures to train on; by default train/ in the folder that ENTROFORMER_DATA names."""
+    """Pictures to train on; by default train/ in the folder that ENTROFORMER_DATA names, or else in pictures/."""
     kodak: str | None = None
-    """Folder of the test pictures; by default kodak/ there."""
+    """Folder of the test pictures; by default kodak/ in the same folder."""
     size: str = "tiny"
     """Of the entropy models: tiny, study or base."""
     steps: int = 400
@@ -56,8 +56,13 @@ class Terms:
         """The same with whole paths for all folders, as workers may stand elsewhere.  root: the folder of the runs"""
         data = Path(os.environ.get("ENTROFORMER_DATA") or "pictures")
         usual = {"latents": root / "latents", "train_on": data / "train", "kodak": data / "kodak"}
-        places = {name: str(Path(getattr(self, name) or default).absolute()) for name, default in usual.items()}
+        places = {name: _whole_path(getattr(self, name) or default) for name, default in usual.items()}
         return dataclasses.replace(self, **places)
+
+
+def _whole_path(place: Path | str) -> str:
+    """A place seen from anywhere: an address or a command stays as it is."""
+    return str(place) if "://" in str(place) or str(place).startswith("pipe:") else str(Path(place).absolute())
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Paper:
     def plan(self) -> pd.DataFrame:
         """What would be measured, and about how long it takes on one core: figures, what, runs, seconds, note.
 
-        The seconds come from one picture, which is coded once and whose latents are masked at nine positions. What
+        The seconds come from one picture, which is coded once and whose latents are looked at under nine masks. What
         this model has not, such as attention, has no runs and a note that says why.
         """
         at_least(1, limit=self.limit, jobs=self.jobs)

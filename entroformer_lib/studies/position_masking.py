@@ -55,7 +55,7 @@ NORMS = {
     "L2": lambda dy, dx: (dy**2 + dx**2) ** 0.5,
     "L-infinity": lambda dy, dx: max(abs(dy), abs(dx)),
 }
-POSITIONS = ("none", "absolute", "relative_1d", "relative_2d", "diamond")  # Figure 3 has none
+POSITIONS = ("none", "absolute", "relative_1d", "relative_2d", "diamond")  # the paper's figure 3 is of `none`
 VARIANTS = (  # without hyperprior, as in the paper's section 4.1; and two with it
     Entry("cnn", "cnn", {"hyperprior": False}),
     *(Entry(position, "context", {"position": position}) for position in POSITIONS),

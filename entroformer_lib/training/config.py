@@ -32,7 +32,8 @@ Factor = Annotated[float, Must("above 0 and at most 1", lambda n: 0 < n <= 1)]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. The defaults are the paper's (appendix A.5) but for size, batch and length.
+    """One training run. The defaults are the paper's (appendix A.5) but for the size of model and
+    crops, batch and length, and the random mask at the beginning (`pretrain`).
 
     The line under a field is its help text on the command line.
 

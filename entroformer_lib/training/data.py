@@ -1,7 +1,7 @@
 """Training pictures: from a folder, a list or WebDataset tars, here or at an address; random downscale and crop.
 
-Sample number g of a run, counted over all steps and processes, is a function of the seed and g alone (chance.py): which
-picture, and which crop of it.
+Which picture sample number g of a run has, counted over all steps and processes, and which crop of it, follow from the
+seed and g (chance.py); with shards the picture also depends on the batch size (shards.py).
 """
 
 import functools

@@ -57,9 +57,9 @@ class Muon(torch.optim.Optimizer):
     torch.optim.Muon takes matrices alone and one after the other. Here kernels are matrices too, and those of equal
     shape go through one batched product, which is most of a step's time.
 
-    Groups with `orthogonal` hold matrices of `parts` that lie below each other, each made orthogonal on its own. As one
-    with queries and keys, values, whose gradients are by far the largest, would take nearly all of the step. A `fixed`
-    learning rate is not scheduled.
+    Groups with `orthogonal` hold matrices of `parts` that lie below each other, each made orthogonal on its own.
+    (Queries, keys and values share a weight. As a single matrix, nearly all of its step would go to the values, whose
+    gradients are by far the largest.) A `fixed` learning rate is not scheduled.
     """
 
     def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95, betas=(0.9, 0.999), eps: float = 1e-8):
@@ -136,7 +136,8 @@ def orthogonal(matrices: Tensor) -> Tensor:
 def learning_rate_factor(
     step: int, total: int, warmup: float = 0.05, decay: float = 0.75, schedule: str = "steps"
 ) -> float:
-    """Factor on the base learning rate: linear warm-up over 5% of the steps, then
+    """Factor on the base learning rate: linear warm-up over 5% of the steps (with `constant` at
+    most 500), then
 
     `steps`: times `decay` at every fifth of the steps (appendix A.5; the released code has 0.5 instead of 0.75);
     `linear`: constant, and over the last 60% of the steps linearly down to 0 (ours, for short budgets);

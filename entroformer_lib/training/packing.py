@@ -4,9 +4,9 @@ The pictures come in a random order, which a table may give instead, and shard i
 be made by several processes, and those that an interrupted command has made are kept. A shard and what is told of it
 depend on the pictures and the options alone: the same bytes on every machine.
 
-manifest.json: pictures, bytes, plan (a checksum of what was asked for), licences (with the number of pictures),
-licence_texts, left_out (name and reason); shards, each with file, bytes, sha256 and, in the order of the tar, names,
-sizes ([width, height]) and licences (numbers in the list above).
+manifest.json: pictures, bytes, plan (a checksum of what was asked for), min_side, licences (with the number of
+pictures), licence_texts, left_out (name and reason); shards, each with file, bytes, sha256 and, in the order of the
+tar, names, sizes ([width, height]) and licences (numbers in the list above).
 """
 
 import csv

@@ -11,7 +11,7 @@ from entroformer_lib.errors import TrainingError
 
 
 def machines() -> int:
-    """Of a run that torchrun or Slurm started; 1 otherwise."""
+    """How many machines a run has that torchrun or Slurm started; 1 for any other."""
     if TorchElasticEnvironment.detect():
         return int(os.environ["GROUP_WORLD_SIZE"])
     return int(os.environ["SLURM_NNODES"]) if SLURMEnvironment.detect() else 1

@@ -56,7 +56,8 @@ class ShardCache:
         """A shard, opened for reading; fetched first where it is an address and not here.
 
         Args:
-            sha256: of the manifest; what was kept of another shard at the same address is not taken for this one.
+            sha256: the shard's, by the manifest; what was kept of another shard at the same address is not taken for
+                this one.
             checked: a shard that is fetched must have this checksum.
 
         Raises:

@@ -34,7 +34,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar, and which of its pictures count. sha256: checksum of its manifest, where it has one."""
+    """A tar, and which of its pictures count. sha256: its checksum, by the manifest, where there is one."""
 
     name: str
     usable: np.ndarray  # int32, their numbers among the shard's pictures
@@ -99,7 +99,7 @@ def _intact(name: str) -> Iterator[None]:
 class Reading:
     """How shards are read.
 
-    checked: compare each with the checksum of its manifest. pass_over: leave out a shard that cannot be read, with a
+    checked: compare each with its checksum in the manifest. pass_over: leave out a shard that cannot be read, with a
     warning.
     """
 

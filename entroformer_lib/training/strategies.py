@@ -46,13 +46,14 @@ def sharded(module: nn.Module, mesh) -> nn.Module:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A whole tensor of the parts that the processes have, which all must ask for it; others as they are."""
+    """The whole tensor, put together from the parts that the processes have; all of them must call this. Other
+    tensors as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def collected(state, here: bool):
-    """A state whose tensors are whole, for a file: those that were parts one after the other, to the CPU, and only in a
-    process that wants them `here`. All must ask for it."""
+    """A state whose tensors are whole, for a file. Tensors in parts are put together one after the other, and kept, on
+    the CPU, only where `here` is true. All processes must call this."""
 
     def one(value):
         if not isinstance(value, DTensor):

@@ -46,7 +46,8 @@ def bits_map(picture: Image.Image, bits: np.ndarray) -> Figure:
     """Where the bits went: the picture, the map over its 16x16 blocks, and the picture seen through the map.
 
     Args:
-        bits: bits of each block of y, [h, w], without padding cut off: the map is stretched over the padded picture.
+        bits: bits of each block of y, [h, w], those of the padding included: the map is stretched over the padded
+            picture.
     """
     width, height = picture.size
     figure, axes = new_figure(TWO_COLUMNS, TWO_COLUMNS / 2 * height / width + 0.45, 1, 2)

@@ -1,7 +1,7 @@
 """Rate against quality, against decoding time, and of entropy models behind the same transforms.
 
-Functions that end in `_data` read saved results, and give None where there is none. The others are pure functions from
-a table to a figure.
+Functions that end in `_data` read saved results, and raise NoResult where there are none. The others are pure functions
+from a table to a figure.
 """
 
 import numpy as np

@@ -52,7 +52,7 @@ def _loaded(name: str, device: str) -> Kept:
 
 
 def forget() -> None:
-    """Loads all models anew, whose files may have been written anew."""
+    """Keeps no model any more: each is loaded again when it is next asked for, as its file may be another one now."""
     _loaded.cache_clear()
 
 

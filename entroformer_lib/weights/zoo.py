@@ -145,7 +145,9 @@ def load_model(name_or_path: str | os.PathLike, device: str = "auto", name: str 
         The model, with its `.name` and `.card`.
 
     Raises:
-        WeightsError: nothing of that name, or a file that is damaged or not ours.
+        WeightsError: nothing of that name, or a file that is damaged or not ours. RateError: a lambda that the model
+            does not have, or none behind the @. ConfigError: a config that this version does not know. UserError:
+            there is no such device.
     """
     device = device_of(device)
     known_as, lmbda = split_name(name_or_path)
