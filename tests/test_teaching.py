@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from entroformer_lib.errors import DataError
 from entroformer_lib.teaching import check, exercises, hint, lesson1, lesson2, lesson3, lesson4, lesson5, lesson6  # noqa: F401
 
 ndtr = torch.special.ndtr
@@ -665,3 +666,9 @@ def test_three_hints_lie_in_one_another(number, monkeypatch):
 
 def test_hints_show_code_as_code():
     assert "<code>probs[probs &gt; 0]</code>" in hint("1.1")._repr_html_()
+
+
+def test_a_photograph_has_no_square_larger_than_itself():
+    assert grey("chelsea", 288).shape == (288, 288)
+    with pytest.raises(DataError, match="chelsea has 451 x 300 pixels"):
+        grey("chelsea", 301)

@@ -5,7 +5,8 @@
 #
 # - say how many bits a symbol costs, and compute the entropy of a histogram;
 # - write a real file with a range coder, and compare its size with the entropy;
-# - build a model that learns while it codes, and say why it may beat the best fixed histogram;
+# - build a model that learns while it codes, let the neighbours choose among several of them, and say why these may
+#   beat the best fixed histogram;
 # - name the price of a wrong model.
 #
 # You need an hour, NumPy, and no knowledge of compression. Cells that end with `check(...)` look at your answer and say
@@ -318,6 +319,9 @@ sizes["differences, adaptive"] = write_adaptive("lesson1.bin", left, [Adaptive()
 print(f"static {sizes['differences, histogram']:,} bytes, adaptive {sizes['differences, adaptive']:,} bytes")
 
 # %% [markdown]
+# The adaptive file is smaller because it needs no histogram. For the pixels alone it pays a little more, since learning
+# costs something.
+#
 # **A common mistake.** Swap the last two lines of the loop: first `update`, then `encode`. The file becomes *smaller*!
 # But nobody can ever decode it: the decoder would have to know a symbol before it has decoded it. A model may use
 # everything that was decoded before, and nothing else. This mistake is so common in learned compression that lesson 4
@@ -338,7 +342,8 @@ cf.histograms(quiet_and_busy, "difference", np.arange(-40.5, 41), density=True)
 
 # %% [markdown]
 # **Exercise 1.6.** Write `context`: a whole number from 0 to 7 that says how busy the neighbours are. It gets the
-# differences to the left and above, signed, one number each. Any rule that helps is right.
+# differences to the left and above, signed, one number each. Any rule is right that saves more than 3% on a test
+# picture.
 
 
 # %% tags=["exercise"]
@@ -409,9 +414,9 @@ cf.bars(sizes, "bytes", entropy_of_differences, "entropy of the differences")
 #
 # ## To argue about
 #
-# Shannon proved that no code is shorter than the entropy on average. Your adaptive coder writes fewer bytes than the
-# entropy of the histogram. Who is wrong? Find a partner, take one side each, and write down the sentence on which you
-# agree.
+# Shannon proved that no code is shorter than the entropy on average. Your coder with eight contexts writes fewer bytes
+# than the entropy of the histogram. Who is wrong? Find a partner, take one side each, and write down the sentence on
+# which you agree.
 #
 # ## If there is time
 #

@@ -262,7 +262,7 @@ fine, whole = np.arange(-5.5, 5.6, 0.2), np.arange(-5.5, 5.6, 1)
 cf.histograms(shapes, "second number of each block", [fine, fine, whole], density=True)
 
 # %% [markdown]
-# Compare the last two. At every whole number, the curve of *y with noise* is as high as the bar of *y rounded*, apart
+# Compare the last two. At every whole number the bar of *y with noise* is about as high as that of *y rounded*, apart
 # from chance. So the bits that we estimate in training are about those that we pay later.
 #
 # ## 6. One number to make small

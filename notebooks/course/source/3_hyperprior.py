@@ -12,7 +12,7 @@
 
 # %% tags=["parameters"]
 picture = "astronaut"  # to test on; the network learns from the other three of astronaut, chelsea, coffee, rocket
-side = 512  # pixels of the test picture, a multiple of 16
+side = 512  # pixels of the test picture, a multiple of 16; coffee and rocket have 384, chelsea 288
 steps = 400  # of the training
 
 # %%
@@ -118,8 +118,8 @@ print(f"one scale for each channel: {fixed_bits.sum() / photo.size:.3f} bits per
 # each block first. Each class has its own scales. The class is *side information*: bits that say nothing about the
 # picture by themselves, but make all other bits cheaper.
 #
-# **Exercise 3.2.** Write `activity`: one number for each block, larger where the block is busier. Any measure that
-# helps is right. Channel 0 is the brightness of the block.
+# **Exercise 3.2.** Write `activity`: one number for each block, larger where the block is busier. Any measure is
+# right that helps nearly as much as the sum of the sizes. Channel 0 is the brightness of the block.
 
 
 # %% tags=["exercise"]
@@ -231,8 +231,8 @@ cf.diagram(boxes, arrows)
 # The decoder has the last row and the box on the right. Encoder and decoder both need the scales. So they may be
 # computed from what **both** have.
 #
-# **Exercise 3.4.** Write `side_path`. `h_a` and `h_s` are networks. `h_s` gives *logarithms* of scales (which network
-# would keep a number above 0?). In training, noise stands in for rounding, as in lesson 2.
+# **Exercise 3.4.** Write `side_path`. `h_a` and `h_s` are networks. `h_s` gives *logarithms* of scales: a
+# network's output may be below 0, and a scale may not. In training, noise stands in for rounding, as in lesson 2.
 
 
 # %% tags=["exercise"]
@@ -384,8 +384,8 @@ print(f"now the most expensive tenth of the blocks takes {share:.0%} of y")
 
 # %% [markdown]
 # Look at *saved*: bits are saved in the quiet places (each block a little) **and** at the edges (a lot in each). In
-# lesson 1 you saw why: a scale that is too small is punished hard, and one that is too large a little, but in many
-# places.
+# lesson 1 you saw why. At the edges the one scale was too small, and that is punished hard. In the quiet places it was
+# too large. That costs a little in each, but there are many of them.
 #
 # **A common mistake.** To compute the scales from something that the decoder does not have. With the latents themselves
 # the bits become wonderful:
@@ -401,7 +401,8 @@ print(f"{cheating.sum() / photo.size:.3f} bits per pixel, and no decoder in the 
 # ## 6. A real one
 #
 # The suite ships a model with a hyperprior and without a context model. It works in colour, with latents on a grid of
-# 16 x 16 pixels. Its transforms learned for days, and it learned behind them for half an hour more. Does what you found
+# 16 x 16 pixels. Its transforms and its hyperprior learned together for days, with another model. Then the hyperprior
+# learned alone for half an hour. Does what you found
 # hold there?
 
 # %%

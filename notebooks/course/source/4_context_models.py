@@ -12,7 +12,7 @@
 
 # %% tags=["parameters"]
 picture = "astronaut"  # to test on; the network learns from the other three of astronaut, chelsea, coffee, rocket
-side = 512  # pixels of the test picture, a multiple of 64
+side = 512  # pixels of the test picture, a multiple of 64; coffee and rocket have 384, chelsea 256
 steps = 300  # of each training
 flips = 4  # of each picture to learn from: as it is, mirrored, upside down, both
 
@@ -219,9 +219,9 @@ class Context(nn.Module):
 # Can we trust it? Reading the code is not enough: a wrong mask, a layer norm over all sites or a shift by one in the
 # wrong direction are easily overlooked. So we **test**: which surprises change what the network says about one site?
 #
-# **Exercise 4.3.** Write `influence`: a map that is not 0 (or True) where the latent at a place, in any channel,
-# changes what the network says about the site (`row`, `column`), in any channel. The network gives two things. You may
-# change latents and look, or ask the gradient.
+# **Exercise 4.3.** Write `influence`: a map that is True, or any number but 0, at each place whose latent, in any
+# channel, changes what the network says about the site (`row`, `column`). Elsewhere it is 0 or False. The network gives
+# two things. You may change latents and look, or ask the gradient.
 
 
 # %% tags=["exercise"]
@@ -518,8 +518,9 @@ for name, one in list(hyper.items())[1:]:
 # %% [markdown]
 # **Finding, and an honest one.** Behind the hyperprior our small networks find next to nothing: between -2% and +3% on
 # *astronaut*. Either the hyperprior has said all that neighbours know, or a network of a few thousand numbers, with
-# three pictures to learn from, is too small to hear what is left. Which of the two? Ask a model that was trained in
-# earnest: a transformer, in raster order, a thousand photographs, the same transforms, and so *the same latents*.
+# three pictures to learn from, is too small to find it. Which of the two? Let us ask a larger model. It is a
+# transformer in raster order, and it learned from a thousand photographs. It stands behind the same transforms, so it
+# codes *the same latents*.
 
 # %%
 serial = load_model("blocks-serial@0.007")
@@ -533,8 +534,9 @@ print(f"all 384 channels and z: {without / side**2:.4f} bits per pixel without c
 print(f"{with_context / side**2:.4f} with: {1 - with_context / without:.1%} saved")
 
 # %% [markdown]
-# So there *is* something left to say: on *astronaut* between 5% and 12% of all bits, z included. (The two models were
-# trained apart, so their hyperpriors differ, too.) A context model of that kind is the subject of lesson 5.
+# So there *is* something left to say: on *astronaut* between 5% and 12% of all bits, z included. (The hyperpriors of
+# both models began as that of a third one. The serial model's is a later one, and learned for longer, so a part of this
+# saving may be the hyperprior's.) A context model of that kind is the subject of lesson 5.
 #
 # ## To argue about
 #

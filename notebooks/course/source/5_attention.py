@@ -130,7 +130,8 @@ cf.curves({"this model": (ks, rates)}, "k", "bits per pixel of y", log="x", best
 # %% [markdown]
 # The model was trained with k = 16, and here it is asked with others. (Mind the axis: it does not begin at 0.) One
 # single key of each head, in each layer, gives most of the gain. More keys than the model was trained with do
-# not help: they cost. It is the haze of small probabilities, or it is only that the model has never met so many.
+# not help: they cost. The reason may be the haze of small probabilities. Or it may be that the model has never met
+# so many keys. This curve cannot tell.
 #
 # ## 2. Where? The diamond
 #
@@ -253,7 +254,7 @@ cf.masks({title: mask.numpy() for title, mask in seen.items()})
 
 # %% [markdown]
 # **A common mistake.** To forget the shift. Every mask in the code is right, "nobody looks ahead", and still each
-# latent is predicted from itself. It is lesson 4's mistake in another dress, and lesson 4's test finds it: the square
+# latent is predicted from itself. It is lesson 4's mistake in another form, and lesson 4's test finds it: the square
 # with the ring is filled.
 #
 # The shift has a price that is seldom noticed. The token that predicts a latent stands one place to the left of it. So
@@ -265,10 +266,10 @@ cf.masks({title: mask.numpy() for title, mask in seen.items()})
 # it by hand. `intervene` calls a function of yours with the scores of each layer, while the model runs.
 #
 # **Exercise 5.5.** Write `hide`. Row `i` of the scores belongs to token `queries[i]`, which predicts the site
-# `queries[i] + 1`. Take away from it the key that lies `dy` rows and `dx` columns from the site that is **predicted**:
-# put minus infinity there. Three things need care: the position may lie outside of the picture; it may not be decoded
-# yet, where the score is minus infinity anyhow; and token 0 has one single key, its own, which it must keep. Don't
-# change `scores` itself.
+# `queries[i] + 1`. (The last token predicts no site. Treat it like the others: nobody uses what it computes.) Take away
+# from it the key that lies `dy` rows and `dx` columns from the site that is **predicted**: put minus infinity there.
+# Three things need care: the position may lie outside of the picture; it may not be decoded yet, where the score is
+# minus infinity anyhow; and token 0 has one single key, its own, which it must keep. Don't change `scores` itself.
 
 
 # %% tags=["exercise"]
@@ -333,17 +334,17 @@ for place, mine, theirs in zip(around, by_hand, missing, strict=True):
 # **Finding.** The token that predicts *carries* the left neighbour: you have hidden a token's key from itself. Each
 # layer adds what it finds to the token, so the token passes through all layers and needs no attention to know itself.
 # For the other positions there is a second way around a hidden key: other tokens have seen the latent, in an earlier
-# layer, and tell it. To hide something from a network you must know all ways in. (The left neighbour's cost on
-# *astronaut*, more than a fifth of the bits, is too much for another reason: this model has never met an empty token in
-# training. The paper's model had, it learned with positions taken out by chance. A measurement can be wrong on both
-# sides.)
+# layer, and tell it. To hide something from a network you must know all ways in. (The second column is too high for
+# the left neighbour: more than a fifth of the bits on *astronaut*. This model has never met an empty token in training.
+# The paper's model had met some, because positions were taken out at random while it learned. So one column says too
+# little, and the other too much.)
 #
 # ## 5. The explorer
 #
 # Click on a site (the explorer calls it a *block*), choose layer, head and k. The mode *Attention and cost*
-# shows what the absence of each position costs. Find (1) a head that looks along an edge, (2) a site where the
-# context costs bits instead of saving some. (3) The dashed line is the diamond: around which of the two frames does it
-# lie, and why?
+# shows what the absence of each position costs. Find (1) a head that looks along an edge, and (2) a site where the
+# context costs bits instead of saving some. Then say (3) around which of the two frames the dashed diamond lies, and
+# why.
 
 # %%
 explorer = Explorer(server, row=row, column=column, layer=server.layers - 1)
@@ -357,8 +358,8 @@ explorer
 # a measurement. Before you run a cell, both say what they expect.
 #
 # **Round 1: one site.** Left what it looks at, in the middle what the absence of each position costs, right both
-# against each other, a dot for each position. (In the middle one colour means that the absence costs bits, the other
-# that it saves some. How many is seen on the right. Its axes show square roots, so that small numbers can be seen.)
+# against each other, a dot for each position. (In the middle orange means that the absence costs bits, and blue that
+# it saves some; the scale below says how many. All scales show square roots, so that small numbers can be seen.)
 
 # %%
 last = attention_panel(server, site, server.layers - 1)
@@ -394,7 +395,7 @@ def even(probs, heads, queries):
 
 
 def any_keys(scores, heads, queries):
-    """Keys by lot, and so their weights."""
+    """Keys chosen at random, with random weights."""
     return torch.where(scores > -torch.inf, torch.randn(scores.shape), scores)
 
 
@@ -405,18 +406,18 @@ def itself(probs, heads, queries):
 
 # %%
 torch.manual_seed(0)
-rounds = {"the same keys, even weights": {"context.*.probs": even}, "keys by lot": {"context.*.scores": any_keys}}
+rounds = {"the same keys, even weights": {"context.*.probs": even}, "random keys": {"context.*.scores": any_keys}}
 rounds["only itself"] = {"context.*.probs": itself}
 costs = {name: 100 * (bits_with(changes) / usual - 1) for name, changes in rounds.items()}
 costs["a model without context"] = 100 * (bits["alone"] / bits["context"] - 1)
 cf.bars(costs, "more bits of y, in percent")
 
 # %% [markdown]
-# For: with even weights, or with other keys, the bits rise by more than the whole context had saved, and with the token
-# alone by most. The attention is needed, all of it together. Against: "it is needed" is a statement about the *model*,
-# not about one position in one map. And the model was never trained for such changes, so their cost is an upper bound.
-# (The right keys with even weights cost about as much as keys by lot, and more than no context at all. Who gains a
-# point by that?)
+# For: with even weights or random keys the bits rise by more than the whole context had saved. They rise most when each
+# token sees itself alone. The attention is needed, all of it together. Against: "it is needed" is a statement about the
+# *model*, not about one position in one map. And the model was never trained for such changes, so their cost is an
+# upper bound. (The right keys with even weights cost about as much as random keys, and more than no context at all. Who
+# gains a point by that?)
 #
 # ## To argue about
 #
@@ -425,7 +426,8 @@ cf.bars(costs, "more bits of y, in percent")
 #
 # ## If there is time
 #
-# 1. Round 3 with a single layer: `"context.0.probs"`, `"context.5.probs"`. Which layer can do without its weights?
+# 1. Round 3 with a single layer, from `"context.0.probs"` to `"context.8.probs"`. Which layer can do without its
+#    weights?
 # 2. Change `content` or `position` instead: `{"context.*.content": lambda tile, heads, queries: 0 * tile}`. Does the
 #    model need to know *what* a key is, or *where* it is?
 # 3. `server.total_bits(16, without=(5, 0))` switches a head off. Which of all heads is the most expensive to lose?

@@ -58,8 +58,9 @@ for name, values in found.items():
     print(f"{'':{len(name)}}  {(values > 2).mean():.0%} find more than twice the true effect")
 
 # %% [markdown]
-# A quarter of the students publishes the wrong sign, and another quarter an effect that is twice too large. Nobody made
-# a mistake. They did too few runs for so small an effect. In this lesson we do it better.
+# With one run of each, a quarter of the students finds the wrong sign. Another quarter finds an effect more than twice
+# as large as the true one. Nobody made a mistake. They did too few runs for so small an effect. In this lesson we do it
+# better.
 #
 # ## 1. Effect and doubt
 #
@@ -155,7 +156,7 @@ for effect in (5, 2, 1, 0.5, 0.2):
 # | `radius` | 3 | is a diamond of 1 enough? |
 # | `top_k` | 16 | are 2 enough? Is `None`, dense, better? |
 # | `context_layers` | 2 | what does a third one bring? |
-# | `heads` | 3 | is one enough? (`dim` is 96, which heads must divide.) |
+# | `heads` | 3 | is one enough? (The number of heads must divide `dim`, which is 96.) |
 #
 # **Exercise 6.4.** Write your hypothesis **before you run anything**, as a dictionary: `change`, one field with its new
 # value; `saves`, in percent, what you expect (negative if bits rise); `convincing`, the smallest size of an effect that
@@ -226,12 +227,16 @@ effect, doubt = float(saved.mean()), 2 * float(standard_error(saved))
 print("saved, seed by seed:", ", ".join(f"{value:+.2f}%" for value in saved))
 print(f"effect: {effect:+.2f}%, give or take {doubt:.2f}% (two standard errors)")
 needed = int(seeds_needed(float(np.std(saved, ddof=1)), hypothesis["convincing"]))
-print(f"for an effect of {hypothesis['convincing']}% you need {needed} seeds, and have {seeds}")
+print(f"to tell {hypothesis['convincing']}% from 0 you need {needed} seeds, and have {seeds}")
 
 # %% [markdown]
-# **Exercise 6.5.** Write `verdict`. The truth lies, most likely, between `effect - doubt` and `effect + doubt`. Return
-# `"saves"` if all of this range is at or above `convincing`, `"costs"` if all of it is at or below `-convincing`, `"no
-# effect"` if all of it lies strictly between the two, and `"undecided"` otherwise.
+# So many seeds tell an effect of this size from 0. The verdict below asks for more: the whole range must be at least
+# `convincing`. So it needs a larger effect, or more seeds.
+#
+# **Exercise 6.5.** Write `verdict`. The truth lies, most likely, between `effect - doubt` and `effect + doubt`. (With
+# four seeds this is so in 86 of 100 studies, with two seeds in 70. The suite's own verdicts widen the range for few
+# seeds, up to 95 of 100.) Return `"saves"` if all of this range is at or above `convincing`, `"costs"` if all of it is
+# at or below `-convincing`, `"no effect"` if all of it lies strictly between the two, and `"undecided"` otherwise.
 
 
 # %% tags=["exercise"]
@@ -262,7 +267,8 @@ print(f"expected: {hypothesis['saves']:+g}%, because: {hypothesis['because']}")
 print(f"found: {effect:+.2f}% with a doubt of {doubt:.2f}%: {verdict(effect, doubt, hypothesis['convincing'])}")
 
 # %% [markdown]
-# "Undecided" and "no effect" are different things! The first says that the runs were too few. The second is a result.
+# "Undecided" and "no effect" are different things! The first says that these runs cannot decide: they are too few, or
+# the effect is close to the limit that you chose. The second is a result.
 #
 # **A common mistake.** To look first and to decide afterwards: which number is "the" result, which seed "was broken",
 # how many more runs to do "until it is clear". Whoever stops as soon as the sign pleases will always find what he
@@ -328,8 +334,9 @@ cf.bars(first, "bits per latent, mean over the phases of a slice")
 #
 # ## If there is time
 #
-# 1. Give both rows the same architecture: `change = {"radius": 3}`. What does your verdict say? (It should not say
-#    "saves".)
+# 1. Give both rows the same architecture: `"change": {"radius": 3}` in the hypothesis. How many runs are trained, and
+#    why is every saving exactly 0? To see chance, compare two seeds of the usual row with its two others. How large is
+#    an effect of nothing?
 # 2. Compare without pairs: the standard error of a difference of two means, from both rows' own spreads. How much
 #    larger is it here?
 # 3. Set `steps` to 200. Does the effect grow, shrink, or change its sign?
