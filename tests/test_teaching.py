@@ -10,6 +10,7 @@ from torch import nn
 
 from entroformer_lib.errors import DataError
 from entroformer_lib.teaching import check, exercises, hint, lesson1, lesson2, lesson3, lesson4, lesson5, lesson6  # noqa: F401
+from entroformer_lib.teaching.photographs import grey
 
 ndtr = torch.special.ndtr
 
