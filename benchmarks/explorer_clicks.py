@@ -14,11 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 import tyro
 from tyro.conf import Positional
 
-from entroformer_lib import build_model, list_models, load_model
+from entroformer_lib import load_model
 from entroformer_lib.files import write_bytes
 from entroformer_lib.studies.rate_distortion import pictures_to_test
 from entroformer_lib.studies.results import provenance
@@ -145,7 +144,7 @@ def main(
     A file that is there keeps what it holds of other models.
 
     Args:
-        model: A name; a preset without weights is taken untrained.
+        model: A name of shipped weights.
         pictures: Folder of pictures of 768 x 512 pixels.
         out: The result.
         limit: First views are timed on so many pictures, each in a kernel of its own; the clicks on the first.
@@ -155,7 +154,7 @@ def main(
     """
     first, times = [], {}
     paths = pictures_to_test(pictures, limit)
-    loaded, trained = _model(model)
+    loaded = load_model(model, "cpu")
     before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name, chromium() as browser:
         folder = Path(name)
@@ -176,30 +175,15 @@ def main(
     result = json.loads(out.read_text()) if out and out.exists() else {"models": {}}
     result["models"][model] = {
         "rows": [_row(action, *measured) for action, measured in times.items()],
-        "trained": trained,
         "threads": threads,
         "note": note,
         "load_before": round(before, 2),
         "browser": f"Chromium {version}",
         "pictures": [path.stem for path in paths],
-        "provenance": provenance(loaded, seed=None if trained else 0),
+        "provenance": provenance(loaded),
     }
     if out:
         write_bytes(out, (json.dumps(result, indent=1) + "\n").encode())
-
-
-def _model(name: str) -> tuple[torch.nn.Module, bool]:
-    """A model, and whether it has trained weights."""
-    if name in {row["name"] for row in list_models()}:
-        return load_model(name, "cpu"), True
-    torch.manual_seed(0)
-    made = build_model(name).eval()
-    with torch.no_grad():  # else all latents round to zero, and all scores are equal
-        made.g_a[-1].weight.mul_(40)
-        for part in (made.h_s, made.context_model, made.entropy_parameters):
-            for parameter in part.parameters():
-                parameter.mul_(2 if parameter.dim() > 1 else 1)
-    return made, False
 
 
 def _row(action: str, times: list[float], target: float | None) -> dict:
