@@ -677,6 +677,8 @@ def _code(work, said: str, inputs: tuple[str, ...], output: str | None, how: Fil
         row = {"file": name, "output": str(place), "kept": True}
         print(json.dumps(row) if how.as_json else f"{place} exists and is kept.")
         return
+    if (name == "-" and sys.stdin is None) or (to_stdout and sys.stdout is None):
+        raise UserError("The standard input or output is closed.")
     special = to_stdout or (place.exists() and not place.is_file())  # a pipe or a device, whose name has no ending
     work = work.prepared()
     with _progress():
@@ -823,6 +825,7 @@ def _warnings_in_sentences() -> Iterator[None]:
     with warnings.catch_warnings():
         otherwise, warnings.showwarning = warnings.showwarning, show
         warnings.simplefilter("always", PassedOver)
+        warnings.filterwarnings("ignore", "Image size")  # Pillow's, of a large picture that may be read
         yield
 
 

@@ -5,7 +5,6 @@ import dataclasses
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from weakref import WeakKeyDictionary
 
 import torch
 import xxhash
@@ -362,22 +361,23 @@ def evaluating(model: Entroformer) -> Iterator[Entroformer]:
             module.training = training
 
 
-_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_CODING = threading.RLock()  # the default dtype is the process's
 
 
 @contextmanager
 def coding(model: Entroformer) -> Iterator[Entroformer]:
     """A model as it codes, in float32 and eval mode, whatever stands around: autocast, another default of dtype or
-    device, other threads with the same model, which wait."""
+    device, other threads that code, which wait."""
     model = in_float32(model)
-    place, kind = next(model.parameters()).device, torch.get_default_dtype()
+    place = next(model.parameters()).device
     elsewhere = torch.get_default_device().type != "cpu"
     with (
-        _LOCKS.setdefault(model, threading.RLock()),
+        _CODING,
         evaluating(model),
         torch.autocast(place.type, enabled=False),
         torch.device("cpu") if elsewhere else nullcontext(),
     ):
+        kind = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:
             yield model

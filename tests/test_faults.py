@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import os
 import stat
 import struct
@@ -126,7 +127,6 @@ def png(depth: int, kind: int, width: int, row: bytes, transparent: bytes) -> by
     (png(16, 0, 3, struct.pack(">3H", 0, 257 * 30, 65535), struct.pack(">H", 257 * 30)), [0, 255, 255]),
     (png(4, 0, 2, b"\x3f", struct.pack(">H", 3)), [255, 255]),
     (png(2, 0, 4, b"\x1b", struct.pack(">H", 1)), [0, 255, 170, 255]),
-    (png(16, 2, 2, struct.pack(">6H", *[257 * 30] * 3, *[257 * 9] * 3), struct.pack(">3H", *[257 * 30] * 3)), [255, 9]),
     (png(8, 0, 3, bytes([0, 10, 20]), struct.pack(">H", 10)), [0, 255, 20]),
     (png(16, 6, 2, struct.pack(">8H", 9, 9, 9, 0, *[257 * 9] * 3, 65535), b""), [255, 9]),
 ])  # fmt: skip
@@ -135,6 +135,42 @@ def test_transparent_pixels_become_white(data, expected):
     assert np.asarray(pictures.to_rgb(picture)[0])[0, :, 0].tolist() == expected
     said = " ".join(pictures.losses(picture))
     assert "white" in said and ("16 bits" in said) == (data[24] == 16)
+
+
+def test_a_transparent_colour_of_16_bits_is_refused():
+    """Pillow keeps the higher 8 bits, so it cannot tell 0x1234 from 0x1200."""
+    data = png(16, 2, 2, struct.pack(">6H", *[0x1234] * 3, *[0x1200] * 3), struct.pack(">3H", *[0x1200] * 3))
+    with pytest.raises(DataError, match="^A picture of 16 bits with a transparent colour"):
+        pictures.open_picture(data)
+
+
+def test_grey_with_alpha_stays_grey():
+    for data in (png(16, 4, 1, struct.pack(">2H", 257 * 9, 65535), b""), png(8, 4, 1, bytes([9, 255]), b"")):
+        rgb, grey = pictures.to_rgb(pictures.open_picture(data))
+        assert grey and np.asarray(rgb).tolist() == [[[9, 9, 9]]]
+
+
+def tiff(bits: int, zero: int, data: bytes) -> bytes:
+    """A grey TIFF of two pixels. zero: 0 where 0 is white, 1 where it is black"""
+    tags = {256: 2, 257: 1, 258: bits, 259: 1, 262: zero, 273: 122, 277: 1, 278: 1, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4) + data
+
+
+def test_grey_tiffs_are_read_as_they_are_meant_or_refused():
+    shown = {
+        tiff(8, 0, b"\x00\xff"): [255, 0],
+        tiff(8, 1, b"\x00\xff"): [0, 255],
+        tiff(16, 1, b"\x00\x00\xff\xff"): [0, 255],
+        tiff(16, 0, b"\x00\x00\xff\xff"): None,
+        tiff(12, 1, b"\xff\xff\xff"): None,
+    }
+    for data, expected in shown.items():
+        if expected is None:
+            with pytest.raises(DataError, match="12 bits, or where 0 is white"):
+                pictures.open_picture(data)
+        else:
+            assert pictures.pixels_of(data)[0, :, 0].tolist() == expected
 
 
 @pytest.mark.parametrize("mode", ["1", "LA", "La", "P", "PA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I;16B"])
@@ -172,15 +208,35 @@ def test_damaged_exif_does_not_matter(cat):
         assert pictures.open_picture(file.getvalue()).size == cat.size
 
 
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_is_what_pillow_makes_of_it(cat, orientation):
+def test_orientation_is_what_pillow_makes_of_it(cat, orientation, form):
+    """Once: the command compress opens a picture, and hands it to an encoder that opens what it is given."""
     from PIL import ImageOps
 
     file, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = orientation
-    cat.save(file, "PNG", exif=exif)
-    theirs = ImageOps.exif_transpose(Image.open(file))
-    assert np.array_equal(np.asarray(pictures.open_picture(file.getvalue())), np.asarray(theirs))
+    cat.save(file, form, exif=exif)
+    theirs = np.asarray(ImageOps.exif_transpose(Image.open(file)))
+    ours = pictures.open_picture(file.getvalue())
+    assert np.array_equal(np.asarray(ours), theirs)
+    assert np.array_equal(np.asarray(pictures.open_picture(ours)), theirs)
+    for key in ("xmp", "XML:com.adobe.xmp"):
+        tagged = cat.copy()
+        tagged.info[key] = f'<x tiff:Orientation="{orientation}"/>'
+        once = pictures.open_picture(tagged)
+        assert np.array_equal(np.asarray(pictures.open_picture(once)), np.asarray(once))
+
+
+def test_a_photograph_from_a_telephone_is_the_right_way_up(home, cat):
+    """Through the commands."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    cat.crop((0, 0, 96, 64)).save(home / "phone.png", exif=exif)
+    call("compress", "phone.png", "--model", "micro", "-o", "phone.ef")
+    assert json.loads(call("info", "phone.ef", "--json")[0])["height"] == 96
+    upright = pictures.open_picture(home / "phone.png")
+    assert codec.decode((home / "phone.ef").read_bytes()) == codec.decode(codec.encode(load_model("micro"), upright))
 
 
 def test_encode_takes_what_one_has_at_hand(model, cat, tmp_path):

@@ -202,7 +202,9 @@ def _decode_with(model: Entroformer, container: Container) -> Image.Image:
     if container.k is not None and not model.takes_k:
         raise BitstreamError("The file has a number k of keys, and this model takes none.")
     _check_lengths(container, model)
-    _check_memory(container.width, container.height, bytes_per_pixel(model.config))
+    width, height, factor = container.width, container.height, model.downsampling_factor
+    padded = (width + -width % factor) * (height + -height % factor) / (width * height)
+    _check_memory(width, height, padded * bytes_per_pixel(model.config))
     y_shape, z_shape = latent_shapes(container.width, container.height, model)
     strings = [[container.y_string], [container.z_string]]  # the second is empty and not read without hyperprior
     try:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -51,6 +52,7 @@ UPRIGHT = dict(enumerate((
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
 ), start=2))  # fmt: skip
+EXIF = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where Pillow looks for it
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -59,7 +61,12 @@ def _upright(image: Image.Image) -> Image.Image:
         how = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # whatever damaged EXIF data make of themselves, the pixels are whole
         how = None
-    return image if how is None else image.transpose(how)
+    if how is None:
+        return image
+    turned = image.transpose(how)
+    for name in EXIF:  # Pillow keeps them, and they would turn it once more
+        turned.info.pop(name, None)
+    return turned
 
 
 def _from_file(file: Path | BinaryIO, name: str) -> Image.Image:
@@ -72,11 +79,13 @@ def _from_file(file: Path | BinaryIO, name: str) -> Image.Image:
 def _loaded(opened: Callable[[], Image.Image], name: str) -> Image.Image:
     try:
         image = opened()
-        stored = str(image.tile[0][3]) if image.format == "PNG" else ""  # the bits of its values, such as "L;4"
+        stored = str(image.tile[0][3]) if image.tile else ""  # with the bits of a value in the file, such as "L;4"
         with contextlib.suppress(Exception):  # of a damaged second frame
             image.info["animated"] = getattr(image, "is_animated", False)
         image.load()
-        _scale_transparency(image, stored)
+        image = _as_stored(image, stored)
+    except DataError:
+        raise
     except FileNotFoundError as error:
         raise DataError(f"There is no picture {error.filename}.") from None
     except Image.DecompressionBombError:
@@ -91,14 +100,27 @@ def _loaded(opened: Callable[[], Image.Image], name: str) -> Image.Image:
     return image
 
 
-def _scale_transparency(image: Image.Image, stored: str) -> None:
-    """A transparent value of a PNG stands in the bits of the file, the pixels have 8; Pillow compares the two."""
+def _as_stored(image: Image.Image, stored: str) -> Image.Image:
+    """The picture where Pillow reads other values than the file has.
+
+    A transparent value of a PNG stands in the bits of the file; Pillow compares it with pixels of 8 bits. It makes
+    colours of 16-bit grey with alpha. Of TIFF's grey it takes 12 bits for 16, and does not turn over 16 bits where 0
+    is white.
+
+    Raises:
+        DataError: values that cannot be had back.
+    """
     value = image.info.get("transparency")
-    if isinstance(value, int) and stored in ("L;2", "L;4"):
+    if image.format == "PNG" and isinstance(value, int) and stored in ("L;2", "L;4"):
         image.info["transparency"] = value * {"L;2": 85, "L;4": 17}[stored]
-    elif isinstance(value, tuple) and stored == "RGB;16B":
-        image.info["transparency"] = tuple(v >> 8 for v in value)
-    image.info["reduced"] = stored.endswith(";16B") and not image.mode.startswith("I")
+    elif image.format == "PNG" and isinstance(value, tuple) and stored == "RGB;16B":
+        raise DataError("A picture of 16 bits with a transparent colour cannot be read; give it an alpha channel.")
+    if image.format == "TIFF" and image.mode.startswith("I;16"):
+        bits, zero = image.tag_v2.get(258, (16,)), image.tag_v2.get(262)  # BitsPerSample, PhotometricInterpretation
+        if bits != (16,) or zero == 0:
+            raise DataError("A TIFF of grey values in 12 bits, or where 0 is white, cannot be read; convert it first.")
+    image.info["reduced"] = re.search(";16[BLN]", stored) is not None and not image.mode.startswith("I")
+    return image.convert("LA") if stored == "LA;16B" else image
 
 
 def _from_tensor(x: Tensor) -> Image.Image:
@@ -122,9 +144,9 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
 def to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
     """An 8-bit RGB picture, and whether it came from a grey one.
 
-    Palettes become their colours; 16-bit values are scaled to 8 bits (divided by 257); transparent pixels are laid over
-    white, and the transparency is not stored; grey is coded as three equal channels and decoded to grey again; colour
-    profiles are ignored.
+    Palettes become their colours; 16-bit values are scaled to 8 bits (grey divided by 257, of colours Pillow keeps the
+    higher 8 bits); transparent pixels are laid over white, and the transparency is not stored; grey is coded as three
+    equal channels and decoded to grey again; colour profiles are ignored.
 
     Raises:
         DataError: floating-point pixels, or values beyond 16 bits.
@@ -186,8 +208,9 @@ def to_picture(x: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
-WRITTEN = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95, "subsampling": 0}, "AVIF": {"quality": 95}}
-LOSSY = ("JPEG", "MPO", "AVIF", "GIF")
+FINE = {"quality": 95, "subsampling": 0}
+WRITTEN = {"WEBP": {"lossless": True}, "JPEG": FINE, "MPO": FINE, "PDF": FINE, "AVIF": {"quality": 95}}
+LOSSY = ("JPEG", "MPO", "PDF", "AVIF", "GIF")
 
 
 def lost_in(ending: str) -> list[str]:
@@ -211,7 +234,7 @@ def file_of(picture: Image.Image | str, ending: str) -> bytes:
         picture.save(file, form, **WRITTEN.get(form, {}))
     except Exception as error:  # Pillow's writers raise many kinds
         raise DataError(f"The picture cannot be written as {form}: {error or type(error).__name__}.") from None
-    if form in Image.OPEN and Image.open(file).size != picture.size:  # icons are made smaller
+    if form in ("ICO", "ICNS") and Image.open(file).size != picture.size:  # they are made smaller
         raise DataError(f"A picture of {picture.width} x {picture.height} pixels cannot be written as {form}.")
     return file.getvalue()
 
