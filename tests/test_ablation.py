@@ -63,6 +63,7 @@ def test_a_run_in_many_grids_is_trained_once():
     assert "h-3-seed0" not in runs and "k-16-seed0" not in runs  # both are the diamond
     assert set(runs["diamond-seed0"].answers) == {"weights", "kodak", "curve", "squares", "k_at_test", "sizes"}
     assert len(runs_of(grids_of(GRIDS), (0, 1))) == 2 * len(runs)
+    assert grids_of(["table1", "table1"]) == grids_of(["table1"])  # else each row would count twice
 
 
 def test_folders_become_whole_paths_and_addresses_stay(tmp_path):

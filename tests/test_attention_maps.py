@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from conftest import micro_model
 
+from entroformer_lib.errors import AttentionError, StudyError
 from entroformer_lib.inspection.row_server import RowServer
-from entroformer_lib.studies import attention_maps
+from entroformer_lib.studies import attention, attention_maps
+from entroformer_lib.studies.results import result_path
 from entroformer_lib.weights.zoo import save_weights
 
 
@@ -41,3 +43,12 @@ def test_saved_with_provenance(tmp_path):
     saved = json.loads((tmp_path / "maps.json").read_text())
     assert saved["provenance"]["weights_sha256"] and saved["picture"] == "coffee"
     assert {m["figure"] for m in saved["maps"]} == {8, 9, 10}
+
+
+def test_what_cannot_be_saved_is_refused_first(tmp_path):
+    with pytest.raises(AttentionError, match="no layer 99"):
+        attention_maps.save("blocks-parallel", layer=99, out=tmp_path / "maps.json")
+    with pytest.raises(StudyError, match="is a folder"):
+        attention_maps.save("blocks-parallel", out=tmp_path)
+    with pytest.raises(StudyError, match="of another study"):
+        attention.main("blocks-parallel", tmp_path, out=result_path("classical"))

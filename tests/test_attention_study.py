@@ -11,6 +11,7 @@ from test_groupedmixer import capture_input
 
 from entroformer_lib import tiles
 from entroformer_lib.codec import codec
+from entroformer_lib.datasets import sample_picture
 from entroformer_lib.errors import AttentionError
 from entroformer_lib.exact.arithmetic import Exact
 from entroformer_lib.inspection.capture import POINTS, attention_points, capture, intervene
@@ -18,7 +19,7 @@ from entroformer_lib.inspection.group_server import server_of
 from entroformer_lib.inspection.row_server import K_HELD, RowServer
 from entroformer_lib.studies import attention as study
 from entroformer_lib.studies import rate_distortion as rd
-from entroformer_lib.weights.zoo import save_weights
+from entroformer_lib.weights.zoo import load_model, save_weights
 
 KINDS = ("serial", "parallel")
 
@@ -404,6 +405,14 @@ def test_costs_of_many_are_those_of_each(server, k):
         usual = server.predict([site], k)[2].sum()
         hidden = [server.predict([site], k, hide=[position])[2].sum() for position in positions[::5]]
         np.testing.assert_allclose(bits[::5], np.array(hidden) - float(usual), atol=1e-9)
+
+
+def test_an_answer_is_the_same_however_many_are_asked():
+    """In the padding latents repeat, and with them scores, of which rounding would keep one or the other."""
+    server = RowServer(load_model("blocks-serial"), sample_picture("chelsea").crop((0, 0, 210, 150)))
+    sites = range(150, 192)
+    together = np.concatenate([lines[:, 0] for _, _, lines in server.many(sites, 16)])
+    assert np.allclose(together, [server.facts(site, 16)["bits"] for site in sites], atol=1e-6)
 
 
 def test_another_k_is_kept(server):

@@ -110,11 +110,14 @@ def test_links_to_nothing_are_left_out(photos, tmp_path):
 
 def test_a_table_gives_pictures_order_and_licences(photos, tmp_path):
     table = tmp_path / "table.csv"
-    table.write_text("ImageID,License\np5,by\nthin,by\ngone,by\nbroken,by\np1,\np3,sa\np4,by\n")
+    rows = "ImageID,License\np5,by\nthin,by\ngone,by\nbroken,by\np1,\np3,sa\np4,by\n"
+    table.write_text(rows, encoding="utf-8-sig")  # as spreadsheets write it
     manifest = pack(photos, tmp_path / "out", 64, table=table, limit=3, jobs=1)
     (row,) = manifest["shards"]
     assert row["names"] == ["p5.png", "free/p1.png", "p3.png"] and manifest["left_out"] == []
     assert [manifest["licences"][i]["name"] for i in row["licences"]] == ["by", "free/COPYING.txt", "sa"]
+    table.write_text("License,ImageID\nby\nby,p3\n")  # a row is too short
+    assert pack(photos, tmp_path / "two", 64, table=table, jobs=1)["shards"][0]["names"] == ["p3.png"]
     for text, sentence in (("a,b\n1,2\n", "no column name or ImageID"), ("name\nnobody\n", "no picture to pack")):
         table.write_text(text)
         with pytest.raises(DataError, match=sentence):

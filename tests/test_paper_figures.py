@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from entroformer_lib.studies import bd
 from entroformer_lib.studies.results import POSITION_NAMES
-from entroformer_lib.views import paper
+from entroformer_lib.views import paper, rate_figures
 from entroformer_lib.views.rate_figures import OURS
 from entroformer_lib.views.style import ONE_COLUMN, TWO_COLUMNS
 
@@ -194,3 +194,15 @@ def test_what_is_not_measured_is_left_out_and_said(other_results, tmp_path):
         "table2_latency: latency of the entropy model. There is no latency.json among the saved results."
         in (tmp_path / "figures" / "README.md").read_text()
     )
+
+
+@pytest.mark.parametrize(("times", "inside"), [(2.2, 120), (1.1, 10), (0.2, -80)])
+def test_a_curve_far_from_its_base_is_in_the_panel(times, inside):
+    base = pd.DataFrame({"codec": "base", "source": "a paper", "bpp": [0.1, 0.2, 0.4], "psnr_db": [28.0, 30.0, 32.0]})
+    ours = base.assign(codec="ours", source=None, bpp=times * base["bpp"])
+    curves = pd.concat([base, ours])
+    ax = Figure().subplots()
+    looks = rate_figures._looks(curves)
+    rate_figures._percent(ax, curves, "psnr_db", looks, pd.Series({"base": "base", "ours": "base"}))
+    low, high = ax.get_ylim()
+    assert low < inside < high

@@ -18,6 +18,7 @@ import torch
 import warm
 from conftest import LMBDAS, MICRO, micro_model
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from PIL import Image
 from torch import nn
 
 from entroformer_lib import cli
@@ -270,6 +271,10 @@ def test_a_gradient_that_is_no_number_moves_no_weight(config, monkeypatch):
     (dict(held_out="nowhere.txt"), "cannot be read"),
     (dict(transforms="blocks-parallel@0.014", latents="there", lmbdas=(0.1, 0.2)), "goes with pictures"),
     (dict(transforms="blocks-parallel@0.014", latents="there", metric="ms-ssim", crop=256), "goes with pictures"),
+    (dict(init="blocks-parallel", lmbda=5.0, pretrain=0.0, pretrain_lmbda=None), "lmbda and pretrain_lmbda are for a"),
+    (dict(init="blocks-parallel"), "lmbda and pretrain_lmbda are for a"),
+    (dict(init="blocks-parallel", metric="ms-ssim", crop=192, pretrain_lmbda=None), "give lmbdas for MS-SSIM"),
+    (dict(graphics=0.5, accumulate=2), "two crops in it at least"),
     (dict(accumulate=3), r"A batch of 2 does not divide into 3 equal parts \(processes: 1, passes of each: 3\)\.$"),
 ])  # fmt: skip
 def test_runs_that_cannot_start(config, changes, sentence):
@@ -605,7 +610,9 @@ def test_two_processes_give_the_gradients_of_one(unequal_shards, tmp_path):
 
 
 def step_or_die(run: Run, x, step: int) -> dict:
-    """A step of `Run`; the second process is killed at its third step, when it runs for the first time."""
+    """A step of `Run`; the second process is killed at its third step, when it runs for the first time. By the clock of
+    the first process a checkpoint is due after every step; by that of the second never."""
+    run.seconds += 1000 * (os.environ.get("RANK") == "0")
     if step == 2 and os.environ.get("RANK") == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         print("Killed.", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -641,7 +648,8 @@ def test_a_killed_process_is_replaced_and_the_curve_goes_on(changes, config, hel
     more = dict(pretrain=0.0, pretrain_lmbda=None, schedule="constant", checkpoint_seconds=0.0, steps=5)
     more |= dict(held_out=held_out.held_out, held_out_every=5, preload=False, workers=0)
     config = replace(config, data=str(unequal_shards), **more, **changes)
-    said, torn = tmp_path / "said.txt", replace(config, out=str(tmp_path / "torn"), devices=2)
+    said = tmp_path / "said.txt"
+    torn = replace(config, out=str(tmp_path / "torn"), devices=2, checkpoint_seconds=500.0)
     process = warm.start(restarted, torn, output=said)
     alone = replace(config, steps=6, strategy="ddp")
     train(alone, progress=False)
@@ -759,6 +767,56 @@ def test_a_branch_resumes_exactly(config, tmp_path):
         train(cut, progress=False, watch=signal_at(1))
     train(cut, progress=False)
     assert_same_run(cut, whole)
+
+
+def test_a_branch_needs_its_trunk_for_its_first_step_alone(config, tmp_path):
+    config = replace(config, pretrain=0, pretrain_lmbda=None, schedule="constant", steps=2)
+    train(config, progress=False)
+    trunk = Path(config.out) / "checkpoint.pt"
+    branch = replace(config, branch=str(trunk), schedule="decay", steps=4, out=str(tmp_path / "branch"))
+    with pytest.raises(TrainingError, match="with another optimizer"):
+        train(replace(branch, optimizer="muon"), progress=False)
+    assert not (tmp_path / "branch" / "config.json").exists()
+    with pytest.raises(TrainingError, match="Stopped"):
+        train(branch, progress=False, watch=signal_at(1))
+    trunk.unlink()
+    train(branch, progress=False)
+    assert [row["step"] for row in log_of(branch)] == [1, 2, 3, 4]
+
+
+def test_a_refused_command_changes_nothing(config):
+    config = replace(config, schedule="constant", steps=3)
+    train(config, progress=False)
+    with pytest.raises(TrainingError, match="has 3 steps already"):
+        train(replace(config, steps=2), progress=False)
+    assert json.loads((Path(config.out) / "config.json").read_text())["steps"] == 3
+
+
+def test_passes_and_measure(config, tmp_path):
+    """The log is that of one pass, PSNR too."""
+    config = replace(config, steps=2)
+    train(config, progress=False)
+    parts = replace(config, accumulate=2, out=str(tmp_path / "parts"))
+    train(parts, progress=False)
+    for one, two in zip(log_of(config), log_of(parts), strict=True):
+        for name in ("rd_loss", "bpp", "psnr_db"):
+            assert two[name] == pytest.approx(one[name], rel=1e-5), name
+
+
+def test_held_out_pictures_too_small_for_ms_ssim(held_out, tmp_path):
+    """Are refused before the first step."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    Image.new("RGB", (220, 210)).save(folder / "large.png")
+    Image.new("RGB", (170, 150)).save(folder / "small.png")
+    (tmp_path / "names.txt").write_text("small.png")
+    more = dict(data=str(folder), held_out=str(tmp_path / "names.txt"), out=str(tmp_path / "never"))
+    with pytest.raises(UserError, match="smaller than 192 pixels"):
+        train(replace(held_out, **more, lmbdas=(1.0, 8.0), metric="ms-ssim", crop=192), progress=False)
+    (tmp_path / "names.txt").write_text("small.png\nlarge.png")
+    for preload in (True, False):
+        with pytest.raises(UserError, match="all are held out"):
+            train(replace(held_out, **more, preload=preload), progress=False)
 
 
 def test_a_branch_may_grow(config, tmp_path):

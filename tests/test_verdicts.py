@@ -29,6 +29,8 @@ from entroformer_lib.views import paper_tables
         (3, 0.4, 1, 1.5, "larger"),
         (3, np.inf, 1, None, "cannot tell"),
         (3, np.inf, 1, 1.5, "cannot tell"),
+        (3, np.nan, 1, None, "cannot tell"),
+        (3, np.nan, 1, 1.5, "cannot tell"),
     ],
 )
 def test_the_rule(value, half_width, published, limit, word):

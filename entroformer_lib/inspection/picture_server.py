@@ -30,8 +30,8 @@ KINDS = {
 class PictureServer(Scene, abc.ABC):
     """A scene in float64, and answers about one latent at a time.
 
-    Where scores nearly tie, float32 may choose another key than the coder's integers; float64 agrees with them to about
-    15 bits.
+    The coder's integers agree with float64 to about 15 bits. Where scores are closer than that, as in flat parts and in
+    the padding, it may keep other keys than these answers do.
 
     Sites are numbers in raster order on the latent grid of the *padded* picture: site = row * width + column. A *query*
     is a site and one of its channel slices: query = site * slices + slice. Most models predict all channels of a site

@@ -54,6 +54,8 @@ class RowServer(PictureServer):
     @torch.inference_mode()
     def __init__(self, model, picture, reference=None):
         super().__init__(model, picture, reference)
+        for block in self.model.context_model.stack.blocks:  # of the copy
+            block.attention.scores.register_forward_hook(_even)
         self.radius, self.default_k = self.config.radius, self.model.context_k
         self.row_entries = self.default_k
         self.causal, device = self.kind == "serial", self.y_hat.device
@@ -295,6 +297,12 @@ class RowServer(PictureServer):
         scales = self.model.entropy_parameters.bounded(log_scales).exp()
         bits = -self.model.gaussian(values, means, scales).log2()
         return tuple(v[0, :, :, 0].T for v in (means, scales, bits))
+
+
+def _even(layer, inputs, scores: Tensor) -> Tensor:
+    """Scores that differ by rounding alone become equal, so that they stay among the k best together, however many
+    latents are asked at once."""
+    return torch.round(scores * 2**36) / 2**36
 
 
 def _first(cache: KVCache, length: int) -> KVCache:

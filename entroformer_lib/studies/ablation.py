@@ -328,7 +328,7 @@ def prepare(grids: list[Grid], terms: Terms, root: Path, seeds: Iterable[int] = 
         UserError: transforms that do not exist, latents of other transforms, no test pictures, a seed below 0, runs of
             another kind.
     """
-    root, seeds, asked = root.resolve(), tuple(seeds), terms.train_on
+    root, seeds, asked = root.resolve(), tuple(dict.fromkeys(seeds)), terms.train_on  # each once, whatever was said
     if not seeds:
         raise StudyError("Name a seed.")
     at_least(0, seed=min(seeds))

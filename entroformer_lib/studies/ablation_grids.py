@@ -245,7 +245,7 @@ def grids_of(names: Iterable[str], fields: tuple[str, ...] = (), model: str = "c
         StudyError: no such grid. ConfigError: no such field, or a value that it cannot have.
     """
     grids = []
-    for name in names:
+    for name in dict.fromkeys(names):
         if name not in GRIDS:
             raise StudyError(f"There is no grid '{name}'; there are {', '.join(GRIDS)}.")
         grids.append(GRIDS[name])

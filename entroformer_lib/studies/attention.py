@@ -17,6 +17,7 @@ import pandas as pd
 import tyro
 from tyro.conf import Positional
 
+from entroformer_lib.errors import StudyError
 from entroformer_lib.inspection.picture_server import PictureServer
 from entroformer_lib.inspection.row_server import RowServer
 from entroformer_lib.inspection.scene import fitting
@@ -185,6 +186,9 @@ def main(
     at_least(1, queries=queries)
     at_least(0, seed=seed)
     check_place(out)
+    before = (load(out) or {"models": {}}).get("models")
+    if not isinstance(before, dict) or not all("explained" in saved for saved in before.values()):
+        raise StudyError(f"{out} is the result of another study; choose another name.")
     paths = pictures_to_test(images, limit)
     loaded = load_model(model)
     record = provenance(loaded, seed=seed)

@@ -14,7 +14,7 @@ from entroformer_lib.datasets import sample_picture
 from entroformer_lib.inspection.panels import DENSE, MEAN, USUAL_KS, attention_panel, k_in_words, own_k
 from entroformer_lib.inspection.row_server import RowServer
 from entroformer_lib.studies import results
-from entroformer_lib.studies.commands import run
+from entroformer_lib.studies.commands import check_place, run
 from entroformer_lib.weights.zoo import load_model
 
 PICTURE = "coffee"
@@ -68,11 +68,15 @@ def save(
         layer: Counted from 0; -1 is the last.
         out: The file; by default data/results/attention_maps.json.
     """
+    place = out or results.result_path("attention_maps")
+    check_place(place)
     loaded, original = load_model(model, "cpu"), sample_picture(picture)
-    others = [RowServer(load_model(name, "cpu"), original) for name in trained]
-    found = maps(RowServer(loaded, original), trained=others, layer=layer)
+    server, *others = (RowServer(one, original) for one in (loaded, *(load_model(name, "cpu") for name in trained)))
+    for one in (server, *others):
+        one.check_layer(layer if layer >= 0 else one.layers + layer)
+    found = maps(server, trained=others, layer=layer)
     told = {"model": model, "picture": picture, "layer": layer, "trained_k": bool(trained)}
-    results.save(out or results.result_path("attention_maps"), {**told, "maps": found}, loaded)
+    results.save(place, {**told, "maps": found}, loaded)
 
 
 if __name__ == "__main__":

@@ -91,11 +91,12 @@ class Paper:
         return tasks_of(self.name, pictures_to_test(self.pictures, self.limit))
 
     def _rates(self, model: Entroformer) -> None:
-        """As the card of a shipped model has them. A result of these weights and pictures stays as it is."""
+        """As the card of a shipped model has them. A result of these weights, pictures and rates stays as it is."""
         out, codings = results.result_path(f"{model.name or Path(self.name).stem}-kodak"), self._codings()
         digest, saved = digest_of(pictures_to_test(self.pictures, self.limit)), results.load(out) or {}
         measured = saved.get("pictures_sha256"), saved.get("provenance", {}).get("weights_sha256")
-        if measured == (digest, weights_digest(model).hex()):
+        rates = {coding.setting for coding in codings}
+        if measured == (digest, weights_digest(model).hex()) and rates == {row["lmbda"] for row in saved["images"]}:
             return
         with finished_rows(out) as done:
             with tqdm(total=len(codings), unit="file", disable=None) as bar:

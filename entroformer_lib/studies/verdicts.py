@@ -102,6 +102,8 @@ class Claim:
 
 def verdict(claim: Claim, effect: Effect) -> str:
     """The rule above.  ->  reproduced, smaller, larger, reversed or cannot tell"""
+    if not np.isfinite(effect.half_width):  # too few repetitions
+        return "cannot tell"
     if claim.limit is not None:
         if effect.high <= claim.limit:
             return "reproduced"
@@ -119,7 +121,7 @@ def sentence(claim: Claim, effect: Effect) -> str:
     while True:
         value = round(effect.value, digits) + 0.0
         what = f"{value:+.{digits}f}"
-        if np.isinf(effect.half_width):
+        if not np.isfinite(effect.half_width):
             return f"{what}{unit} ({effect.over}: too few repetitions for an interval)"
         half_width = effect.half_width + abs(effect.value - value) * (effect.half_width > 0)  # around what is said
         half = np.ceil(round(half_width * 10**digits, 6)) / 10**digits  # rounded up, so that the sum below is true

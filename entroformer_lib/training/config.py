@@ -121,7 +121,7 @@ class TrainConfig:
     """Steps between these measurements; there is one at the end too."""
     graphics: Share = 0.0
     """Share of the crops that are drawn by code: text, charts, flat colours (graphics.py). Each counts at most as much
-    as the middle photograph of its batch."""
+    as the middle photograph among the crops that are computed at once."""
     permuted: Share = 0.0
     """Share of the photographs whose colour channels change places."""
     seed: Seed = 0
@@ -186,10 +186,9 @@ class TrainConfig:
         yield wrong, "pretrain_lmbda goes with one lmbda; with lmbdas the high rates are trained all along."
 
     def lmbda_at(self, step: int) -> float:
-        """The weight of the distortion at a step; of variable rate, the middle one."""
-        if self.pretraining(step) and self.pretrain_lmbda is not None:
-            return self.pretrain_lmbda
-        return self.lmbdas[len(self.lmbdas) // 2] if self.lmbdas else self.lmbda
+        """The weight of the distortion at a step of a model of one rate."""
+        early = self.pretraining(step) and self.pretrain_lmbda is not None
+        return self.pretrain_lmbda if early else self.lmbda
 
     def pretraining(self, step: int) -> bool:
         return step < round(self.pretrain * self.steps)

@@ -138,12 +138,17 @@ def _lines(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def held_out_crops(source, names: frozenset[str], reading: Reading = READING) -> Tensor:
+def smallest_crop(metric: str) -> int:
+    """Pixels of a side, in multiples of 64, that a measure can be taken of: MS-SSIM halves a picture four times."""
+    return 192 if metric == "ms-ssim" else 64
+
+
+def held_out_crops(source, names: frozenset[str], reading: Reading = READING, least: int = 64) -> Tensor:
     """One crop of each named picture of a source, always the same, scaled as in training: [n, 3, crop, crop], where
     crop is as large as all of them are, in multiples of 64, and at most 256. A picture may be there several times.
 
     Raises:
-        DataError: a name that is not in the source, or a picture smaller than 64 pixels.
+        DataError: a name that is not in the source, or a picture smaller than `least` pixels.
     """
     found: dict[str, np.ndarray] = {}
     for name, pixels in pictures_in(source, names.__contains__, reading):
@@ -152,8 +157,8 @@ def held_out_crops(source, names: frozenset[str], reading: Reading = READING) ->
     if len(pictures) != len(names):
         raise DataError(f"Of {len(names)} held-out pictures {len(pictures)} are among the training data.")
     crop = min(256, min(min(p.shape[1:]) for p in pictures) // 64 * 64)
-    if not crop:
-        raise DataError("A held-out picture is smaller than 64 pixels.")
+    if crop < least:
+        raise DataError(f"A held-out picture is smaller than {least} pixels.")
     return torch.stack([crop_of(p, crop, generator(HELD_OUT, i)) for i, p in enumerate(pictures)])
 
 
@@ -224,7 +229,9 @@ class PreloadedCrops:
             else:
                 self.pictures.append(_channels_first(picture).to(device))
         if not self.pictures:
-            why = f"all {small} are smaller than the crop of {crop} pixels" if small else "none could be read"
+            why = "none could be read, or all are held out"
+            if small:
+                why = f"all {small} are smaller than the crop of {crop} pixels"
             raise DataError(f"There are no pictures to train on: {why}.")
         if small:
             warnings.warn(f"left out {small} pictures smaller than the crop of {crop} pixels", PassedOver, stacklevel=2)
@@ -264,6 +271,8 @@ class StreamedCrops:
     ):
         files, self.tars = find_sources(source)
         self.files = [path for path in files if path.name not in left_out]
+        if files and not (self.files or self.tars):
+            raise DataError("There are no pictures to train on: all are held out.")
         if self.files and self.tars:
             raise DataError(
                 "Streaming takes picture files or tar shards, not both at once; preload them, or choose one."

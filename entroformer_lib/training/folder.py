@@ -41,17 +41,16 @@ class RunFolder:
             remove_parts(self.path)  # of a checkpoint each, in a run that is killed again and again
             yield
 
-    def claim(self, config: TrainConfig) -> None:
-        """Makes the folder that of a run; it may be that already.
+    def check(self, config: TrainConfig) -> None:
+        """Whether the folder may be that of a run; it may be that already.
 
         Raises:
             TrainingError: the folder holds another run, or nothing says which.
         """
-        now = json.loads(json.dumps(dataclasses.asdict(config)))
+        now = _plain(config)
         if self.config.exists():
             # Runs of earlier versions lack the fields that came later; those have the defaults, but for even_rates.
-            defaults = json.loads(json.dumps(dataclasses.asdict(TrainConfig("DATA", "OUT", even_rates=False))))
-            before = defaults | self._saved_config()
+            before = _plain(TrainConfig("DATA", "OUT", even_rates=False)) | self._saved_config()
             may_change = RUNTIME_FIELDS | ({"steps"} if config.schedule == "constant" else set())
             for name in now:
                 if before[name] != now[name] and name not in may_change:
@@ -63,7 +62,10 @@ class RunFolder:
             for path in (self.weights, self.checkpoint, self.log):
                 if path.exists():
                     raise TrainingError(f"{path} exists, and no {self.config.name} beside it; choose another folder.")
-        write_bytes(self.config, json.dumps(now, indent=1).encode())
+
+    def claim(self, config: TrainConfig) -> None:
+        """Makes the folder that of a run."""
+        write_bytes(self.config, json.dumps(_plain(config), indent=1).encode())
 
     def _saved_config(self) -> dict:
         try:
@@ -102,6 +104,11 @@ class RunFolder:
         if len(whole) < len(rows):
             warnings.warn(f"left out {len(rows) - len(whole)} damaged rows of {self.log}", PassedOver, stacklevel=2)
         write_bytes(self.log, b"".join(row for row, at in whole if at <= step))
+
+
+def _plain(config: TrainConfig) -> dict:
+    """As JSON has it: lists for tuples."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def _step_of(row: bytes) -> int | None:

@@ -22,10 +22,14 @@ def initial_model(config: TrainConfig, trunk: dict | None = None) -> Entroformer
     """The model of a run before its first step. trunk: the checkpoint that a branch begins at.
 
     Raises:
-        TrainingError: the run hides latents in a way that this model's context does not know.
+        TrainingError: the run hides latents in a way that this model's context does not know, or has one lambda for a
+            model of several.
     """
     model = _model(config, trunk)
     context = model.config.context
+    one = config.lmbda != TrainConfig.lmbda or config.pretrain_lmbda is not None
+    if one and model.config.lmbdas and not (config.lmbdas or config.transforms):
+        raise TrainingError("This model has several lambdas; lmbda and pretrain_lmbda are for a model of one.")
     if context == "grouped" and (config.missing or config.pretrain):
         raise TrainingError("missing and pretrain hide latents of Entroformer's context models; GroupedMixer has none.")
     if (config.one_way or config.no_context) and context != "parallel":
@@ -48,6 +52,8 @@ def _model(config: TrainConfig, trunk: dict | None) -> Entroformer:
     if lmbdas:
         fields["lmbdas"] = lmbdas
     other_metric = config.metric == "ms-ssim" and model.card.get("metric", "mse") == "mse"
+    if other_metric and model.config.lmbdas and not lmbdas:
+        raise TrainingError(f"The lambdas of {config.init} are for MSE; give lmbdas for MS-SSIM.")
     return changed(model, fields, MS_SSIM_OVER_MSE if other_metric else 1.0)
 
 

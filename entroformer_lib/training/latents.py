@@ -171,10 +171,10 @@ def write_latents(
         digest.update(repr(picture.shape).encode() + picture.tobytes())
     if not count:
         raise DataError(f"No picture at {data} has {crop} pixels on both sides.")
-    out.mkdir(parents=True, exist_ok=True)
     shape = (count, per_picture, model.config.M, crop // 16, crop // 16)
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float16)), "fortran_order": False, "shape": shape}
     try:
+        out.mkdir(parents=True, exist_ok=True)
         # Not by a memory map: on a full disk the kernel ends a process that writes into one, without a word.
         with replacing(out / "latents.npy") as part, open(part, "wb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore", PassedOver)  # told above

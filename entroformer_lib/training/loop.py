@@ -27,11 +27,11 @@ from entroformer_lib.memory import keep_freed_memory
 from entroformer_lib.sparse_attention import SparseAttention
 from entroformer_lib.training.chance import conditions
 from entroformer_lib.training.config import TrainConfig
-from entroformer_lib.training.data import PreloadedCrops, StreamedCrops, held_out_crops, read_names
+from entroformer_lib.training.data import PreloadedCrops, StreamedCrops, held_out_crops, read_names, smallest_crop
 from entroformer_lib.training.folder import RunFolder, read_checkpoint, taking_up
 from entroformer_lib.training.initial import begin_at_channels, initial_model
 from entroformer_lib.training.latents import LatentCrops, trained_lmbda
-from entroformer_lib.training.loss import RateStep, TrainingStep, rates_and_distortions, rates_of_latents
+from entroformer_lib.training.loss import RateStep, TrainingStep, quality, rates_and_distortions, rates_of_latents
 from entroformer_lib.training.optimizer import Mean, build_optimizer, learning_rate_factor, quick_type
 from entroformer_lib.training.processes import machines, meet
 from entroformer_lib.training.shard_cache import ShardCache, default_folder
@@ -67,17 +67,26 @@ def train(config: TrainConfig, progress: bool = True, watch: Watch | None = None
             )
         if fabric.device.type == "cpu":
             keep_freed_memory()
+        if config.graphics and config.batch // parts < 2:
+            raise TrainingError(
+                "graphics compares the drawn crops with the photographs of one pass, which needs two crops in it at "
+                "least; choose a larger batch, or a smaller --accumulate."
+            )
         torch.manual_seed(config.seed)
-        trunk = read_checkpoint(Path(config.branch), fabric.device) if config.branch else None
+        # A branch that has a checkpoint of its own needs its trunk no more.
+        begin = folder.checkpoint if config.branch and folder.checkpoint.exists() else config.branch
+        trunk = read_checkpoint(Path(begin), fabric.device) if begin else None
         model = initial_model(config, trunk)
         crops = crops_of(config, model, fabric.device)
         if config.transforms and not config.init:
             begin_at_channels(model, next(crops.batches([range(64)])).to("cpu"))
         run = Run(config, fabric, folder, model, crops)
         if fabric.is_global_zero:
-            folder.claim(config)
+            folder.check(config)
         fabric.barrier()
         first = run.resume(trunk)
+        if fabric.is_global_zero:
+            folder.claim(config)
         return run.go(first, progress and fabric.is_global_zero, watch)
 
 
@@ -142,7 +151,8 @@ class Run:
         self.measures = self.held_out is not None or config.held_out is not None
         if config.held_out and fabric.is_global_zero:
             names = read_names(config.held_out)
-            self.held_out = held_out_crops(config.data, names, reading=reading_of(config)).to(fabric.device)
+            crops = held_out_crops(config.data, names, reading_of(config), smallest_crop(config.metric))
+            self.held_out = crops.to(fabric.device)
 
     def go(self, first: int, progress: bool, watch: Watch | None = None) -> Path:
         """All steps from `first` on, with log and checkpoints.  ->  path of the weights"""
@@ -163,8 +173,9 @@ class Run:
                     if model is not None:
                         watch(row, model)
                         self.step_module.train()
-                stop = self._anywhere(bool(caught))
-                if stop or self.seconds - saved_at > c.checkpoint_seconds or done == c.steps:
+                # Together: each process has a clock of its own, and all must save, or none.
+                stop, due = self._anywhere(bool(caught), self.seconds - saved_at > c.checkpoint_seconds)
+                if stop or due or done == c.steps:
                     self.save(done)
                     saved_at = self.seconds
                 if stop:
@@ -228,8 +239,12 @@ class Run:
     def log(self, step: int, terms: dict, speed: float) -> dict:
         """Writes a row of the log, with the held-out pictures where they are due.  ->  the row"""
         c = self.config
-        row = {name: float(self.fabric.all_reduce(value)) for name, value in terms.items()}
-        lmbda = self.lmbda if c.transforms else c.lmbda_at(step - 1)
+        terms = {name: self.fabric.all_reduce(value) for name, value in terms.items()}
+        if "error" in terms:
+            terms |= quality(terms.pop("error"), c.metric)
+        row = {name: float(value) for name, value in terms.items()}
+        several = self.model.config.lmbdas  # the middle one is logged
+        lmbda = self.lmbda if c.transforms else several[len(several) // 2] if several else c.lmbda_at(step - 1)
         row = {"step": step, **row, "lr": self.optimizer.param_groups[0]["lr"], "lmbda": lmbda}
         row |= {"seconds": round(self.seconds, 3), "images_per_s": round(speed, 2)}
         self.fabric.log_dict({k: v for k, v in row.items() if k != "step" and v is not None}, step=step)
@@ -294,6 +309,8 @@ class Run:
             with taking_up(Path(self.config.branch)):
                 self.first_sample = trunk.get("first_sample", 0) + trunk["step"] * trunk["batch"]
                 if not self.config.architecture:
+                    if len(trunk["optimizer"]["param_groups"]) != len(self.optimizer.param_groups):
+                        raise TrainingError("The trunk was trained with another optimizer; give its --optimizer.")
                     self.optimizer.load_state_dict(optimizer_state(self.optimizer, trunk["optimizer"]))
         if self.fabric.is_global_zero:
             self.folder.cut_log(step)
@@ -320,11 +337,12 @@ class Run:
             "device": device_name(self.fabric.device),
         }
 
-    def _anywhere(self, here: bool) -> bool:
-        """Whether something is so in any of the processes."""
+    def _anywhere(self, *here: bool) -> list[bool]:
+        """Which of these are so in any of the processes."""
         if self.fabric.world_size == 1:
-            return here
-        return bool(self.fabric.all_reduce(torch.tensor(float(here), device=self.fabric.device), reduce_op="sum") > 0)
+            return list(here)
+        counts = self.fabric.all_reduce(torch.tensor(here, device=self.fabric.device).float(), reduce_op="sum")
+        return (counts > 0).tolist()
 
     def _given(self, x: Tensor, step: int, samples: range) -> dict:
         """What a pass has beside its crops."""

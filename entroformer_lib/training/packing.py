@@ -244,10 +244,10 @@ def _by_table(names: list[str], texts: dict[str, str], table: Path) -> tuple[lis
     known = {key: name for name in names for key in (Path(name).stem, Path(name).name, name)}
     found: dict[str, str] = {}
     for row in _rows(table):
-        key = next((row[column] for column in NAME_COLUMNS if column in row), None)
-        if key is None:
+        column = next((column for column in NAME_COLUMNS if column in row), None)
+        if column is None:
             raise DataError(f"The table {table} has no column {' or '.join(NAME_COLUMNS)}.")
-        if key in known:
+        if (key := row[column]) in known:  # None in a row that is too short
             licence = next((row[column] for column in LICENCE_COLUMNS if row.get(column)), None)
             found.setdefault(known[key], licence or _licence_of(known[key], texts))
     return list(found), list(found.values())
@@ -255,7 +255,7 @@ def _by_table(names: list[str], texts: dict[str, str], table: Path) -> tuple[lis
 
 def _rows(table: Path) -> Iterator[dict]:
     try:
-        with open(table, newline="", encoding="utf-8") as file:
+        with open(table, newline="", encoding="utf-8-sig") as file:
             yield from csv.DictReader(file)
     except (OSError, UnicodeError, csv.Error) as error:
         raise DataError(f"The table {table} cannot be read: {getattr(error, 'strerror', None) or error}.") from None

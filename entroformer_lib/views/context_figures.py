@@ -84,11 +84,12 @@ def two_measures(data: pd.DataFrame) -> Figure:
     return figure
 
 
-def masking_maps(data: pd.DataFrame, measure: str = "missing", of: str = "24 Kodak pictures") -> Figure:
+def masking_maps(data: pd.DataFrame, measure: str = "missing", of: str | None = None) -> Figure:
     """A map for each model; positions that are no context stay empty.
 
     data: of `masking_data` of the same measure; of: what was measured, for the title
     """
+    of = of or f"{data['pictures'].max()} pictures"
     parts = dict(iter(_plain(data).groupby("model", sort=False)))
     figure = _maps(parts, LABELS[measure])
     figure.suptitle(f"{of}; {CODED}", fontsize=7)

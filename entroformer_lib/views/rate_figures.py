@@ -127,6 +127,9 @@ def goals_data(names: tuple[str, ...]) -> pd.DataFrame:
     """Figure 12, by MS-SSIM: codec, optimised_for ("mse" for classical codecs too), source, bpp, ms_ssim_db.
 
     Serial models are left out: their curve lies on that of the parallel ones.
+
+    Raises:
+        NoResult: none of ours was measured by MS-SSIM, for which a picture may be too small.
     """
     ours = _alone(list(GOALS))
     ours = ours[~ours["codec"].str.contains("-effort")]
@@ -136,6 +139,8 @@ def goals_data(names: tuple[str, ...]) -> pd.DataFrame:
     apart = for_it["codec"].str.removesuffix(" (CompressAI)") + " for MS-SSIM"
     theirs = (for_it.assign(codec=for_it["codec"].mask(both, apart)), others)
     curves = pd.concat([ours, *theirs], ignore_index=True).dropna(subset="ms_ssim_db")
+    if curves["source"].notna().all():
+        raise NoResult("No picture was large enough for MS-SSIM.")
     curves["optimised_for"] = curves["optimised_for"].replace("codec", "mse")
     return curves[["codec", "optimised_for", "source", "bpp", "ms_ssim_db"]]
 
@@ -269,7 +274,10 @@ def _percent(ax, curves: pd.DataFrame, quality: str, looks: dict[str, dict], bas
             ends += list(there)
     ax.axhline(0, color="0.3", linewidth=0.6, zorder=0)
     if ends:
-        ax.set_ylim(max(min(ends), -MOST) - 4, min(max(ends), MOST) + 4)
+        lowest, highest = min(ends), max(ends)
+        if lowest < MOST and highest > -MOST:  # something is left when the rest is cut off
+            lowest, highest = max(lowest, -MOST), min(highest, MOST)
+        ax.set_ylim(lowest - 4, highest + 4)
     against = bases.unique()
     apart = "CNNs, %\n(authors against Minnen 2018)"
     words = apart if len(against) > 1 else against[0].removesuffix(" (paper)") + ", %"

@@ -103,13 +103,14 @@ export function about(meta) {
 /** One line on the selection, for the reader of the picture and for screen readers. */
 export function caption(meta, s, shown) {
   const where = `Block in row ${s.row}, column ${s.column}${s.padding ? ", in the padding outside of the picture" : ""}.`;
-  const what = {
-    heads: `Layer ${s.layer}, every head`,
-    groups: `Layer ${s.layer}, every cross mixer`,
-    ks: `Layer ${s.layer}, ${headInWords(s.head)}, every k`,
-  }[s.mode];
+  // Of several models that do not all have such a layer and head, each names those that it shows.
+  const shared = meta.models.every((m) => s.layer < m.layers && s.head < m.heads);
+  const placed = (m) => {
+    const layer = `Layer ${Math.min(s.layer, m.layers - 1)}`, head = headInWords(Math.min(s.head, m.heads - 1));
+    const what = { heads: `${layer}, every head`, groups: `${layer}, every cross mixer`, ks: `${layer}, ${head}, every k` };
+    return what[s.mode] ?? `${layer}, ${head}`;
+  };
   const grouped = meta.models.every((m) => m.kind === "grouped");
-  const usual = `Layer ${s.layer}, ${headInWords(s.head)}`;
   const k =
     grouped || s.mode === "ks"
       ? ""
@@ -118,9 +119,11 @@ export function caption(meta, s, shown) {
         : `, ${kInWords(s.k)}`;
   const each = shown.map(({ model, query, step, facts }) => {
     const name = meta.models.length > 1 ? `${model.name}: ` : "";
-    return `${name}${whenInWords(model, query, step)} ${bitsInWords(model, facts, step)}`;
+    const own = shared || s.mode === "decoding" ? "" : `${placed(model)}. `;
+    return `${name}${own}${whenInWords(model, query, step)} ${bitsInWords(model, facts, step)}`;
   });
-  return `${where} ${s.mode === "decoding" ? "" : `${what ?? usual}${k}.`} ${each.join(" ")}`
+  const head = shared ? `${placed(meta.models[0])}${k}.` : k && `${k.slice(2)}.`;
+  return `${where} ${s.mode === "decoding" ? "" : head} ${each.join(" ")}`
     .replace(/ +/g, " ")
     .trim();
 }
